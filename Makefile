@@ -1,0 +1,37 @@
+# make demo   train on real digits, draw samples, measure them
+# make test   the tests
+# make lint   ruff, check and format
+# Each sets up .venv by itself.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/digits
+TRAIN_FLAGS ?=
+
+.PHONY: demo test lint clean
+
+$(VENV)/base: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; give another by PYTHON=...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: $(VENV)/base requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/base
+	$(BIN)/python -m experiments.train --config=configs/digits.py --workdir=$(WORKDIR) $(TRAIN_FLAGS)
+	$(BIN)/python -m experiments.sample --workdir=$(WORKDIR) --num=100
+	$(BIN)/python -m experiments.evaluate --workdir=$(WORKDIR)
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,28 @@
+"""Small array helpers that many parts share."""
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.types import Array
+
+
+def expand(a: Array, x: Array) -> Array:
+    """A coefficient per example, `[B]` or `[]`, with trailing axes of one, so that it multiplies `x [B, ...]`."""
+    return jnp.reshape(a, jnp.shape(a) + (1,) * (x.ndim - jnp.ndim(a)))
+
+
+def sample_keys(key: Array, indices: Array) -> Array:
+    """One key a sample, `[N]`, by the samples' global indices: the same sample whatever batch it is drawn in."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+
+
+def fold(keys: Array, data: Array | int) -> Array:
+    """Folds one number into each of the keys `[N]`."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def normal(keys: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Standard normal noise `[N, *shape]`, each sample from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)

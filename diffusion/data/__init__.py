@@ -1,0 +1,1 @@
+"""Data sources, one a file, and the pipeline that shuffles, shards and batches any of them."""

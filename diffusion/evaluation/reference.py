@@ -1,0 +1,12 @@
+"""The real data that metrics compare samples with."""
+
+import numpy as np
+
+from diffusion.types import Source
+
+
+def all_of(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Every example of a small source as vectors `[N, D]`, float64, and its labels `[N]` (zeros if it has none)."""
+    examples = [source[index] for index in range(len(source))]
+    x = np.stack([np.ravel(example["x"]) for example in examples]).astype(np.float64)
+    return x, np.array([example["cond"].get("label", 0) for example in examples])

@@ -1,0 +1,1 @@
+"""Training objectives: what a network is asked to predict, at which times and with which weight; one a file."""

@@ -1,0 +1,1 @@
+"""Samplers, one a file, each the `init`, `step` and `finish` of `diffusion.types.Sampler`."""

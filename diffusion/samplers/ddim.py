@@ -1,0 +1,41 @@
+"""DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502, eq. 12 and 16)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from diffusion.arrays import normal
+from diffusion.types import Array, Denoiser, InputError, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIM:
+    """eta = 0 is the deterministic sampler, and the Euler step of the probability-flow ODE; eta = 1 adds the noise of
+    the ancestral sampler."""
+
+    eta: float = 0.0
+
+    def init(self, x: Array, times: Array) -> Array:
+        return x
+
+    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+        x0 = denoise(x, t).x0
+        alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s)
+        if self.eta == 0:
+            ratio = sigma_s / sigma_t
+            return ratio * x + (alpha_s - alpha_t * ratio) * x0
+        # sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 is the variance of q(x_t | x_s).
+        fresh = self.eta * sigma_s / sigma_t * jnp.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
+        ratio = jnp.sqrt(jnp.maximum(sigma_s**2 - fresh**2, 0)) / sigma_t
+        noise = normal(keys, x.shape[1:], x.dtype)
+        return ratio * x + (alpha_s - alpha_t * ratio) * x0 + fresh * noise
+
+    def finish(self, x: Array) -> Array:
+        return x
+
+
+def make(eta: float = 0.0) -> DDIM:
+    """Args: `eta` in [0, 1], the share of the ancestral sampler's noise."""
+    if not 0 <= eta <= 1:
+        raise InputError("eta", f"must be in [0, 1], got {eta}")
+    return DDIM(eta)

@@ -1,0 +1,1 @@
+"""The train state, the train step and the loop around them."""

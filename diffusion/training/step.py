@@ -1,0 +1,86 @@
+"""The train step: one pure function from state and batch to the next state and metrics."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion.training.ema import EMA
+from diffusion.training.optimizer import Optimizer
+from diffusion.training.state import TrainState, averaged, trainable
+from diffusion.types import Array, Batch, Network, Objective
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def make_step(
+    objective: Objective,
+    network: Network,
+    optimizer: Optimizer,
+    ema: EMA,
+    *,
+    seed: int,
+    cond_drop_rate: float = 0.0,
+    accumulate: int = 1,
+) -> Step:
+    """The step as a pure function, to be jitted with the state donated.
+
+    Args:
+      seed: the key of step n is `fold_in(key(seed), n)`.
+      cond_drop_rate: share of the examples whose condition is dropped (`keep` False).
+      accumulate: micro-batches that the gradient is averaged over, one after the other; B must be divisible by it.
+        Everything random is drawn for the whole batch, so only a network's dropout depends on it.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key_keep, key_draw, key_net = jax.random.split(key, 3)
+        keep = jax.random.uniform(key_keep, batch["x"].shape[:1]) >= cond_drop_rate
+        batch = Batch(x=batch["x"], cond={**batch["cond"], "keep": keep})
+        batch["noise"] = objective.draw(batch, key_draw, state.step)
+
+        learned, ema_params = trainable(state.params, objective), averaged(state, ema.names[-1])
+
+        def mean_loss(learned, micro, key):
+            params = {**state.params, **learned}
+            loss, metrics = objective.loss(network.apply, params, ema_params, micro, key, state.step)
+            return jnp.mean(loss), metrics
+
+        def gradient(micro, key):
+            (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(learned, micro, key)
+            return {"loss": loss, **metrics}, grads
+
+        if accumulate == 1:
+            metrics, grads = gradient(batch, key_net)
+        else:
+            metrics, grads = _mean_over(gradient, _split(batch, accumulate), jax.random.split(key_net, accumulate))
+
+        updates, opt_state = optimizer.transform.update(grads, state.opt_state, learned)
+        learned = optax.apply_updates(learned, updates)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step))
+        averages = ema.update(state.ema, learned, state.step)
+        return TrainState(state.step + 1, {**state.params, **learned}, averages, opt_state), metrics
+
+    return step
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """`[B, ...]` -> `[parts, B / parts, ...]`, every parts-th example to a part: each device keeps its own."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _mean_over(function, *stacked):
+    """The mean of `function`'s outputs over the leading axis of its arguments, in a scan that keeps one at a time."""
+    parts = jax.tree.leaves(stacked)[0].shape[0]
+    total = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(function, *jax.tree.map(lambda x: x[0], stacked)),
+    )
+
+    def add(total, inputs):
+        return jax.tree.map(jnp.add, total, function(*inputs)), None
+
+    total, _ = jax.lax.scan(add, total, stacked)
+    return jax.tree.map(lambda x: x / parts, total)

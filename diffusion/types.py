@@ -1,0 +1,162 @@
+"""The contracts that the parts of the library meet. Everything else imports this file; it imports nothing of ours.
+
+Conventions held everywhere:
+  - Time `t` is in [0, 1]: 0 is data, 1 is noise. `x_t = alpha(t) x0 + sigma(t) eps`.
+  - Images are NHWC in [-1, 1], tokens `[B, N, D]`; B is the batch.
+  - A condition is a dict of arrays with leading axis B, plus `keep [B]` bool: where it is False the network uses
+    its own null embedding in place of the condition. An absent `keep` means True everywhere.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NotRequired, Protocol, TypedDict
+
+import jax
+
+Array = jax.Array
+Params = Any  # nested dicts with string keys and array leaves
+Cond = Mapping[str, Array]
+
+
+class InputError(ValueError):
+    """A user's input that cannot be used: which field it is, and how to mend it, in one line.
+
+    Parts raise it with the name of their own keyword; whoever built the part puts its own name in front
+    (`within`), so the user reads the whole path, as in `objective.schedule.beta_start: must be ...`.
+    """
+
+    def __init__(self, field: str, problem: str):
+        super().__init__(f"{field}: {problem}")
+        self.field, self.problem = field, problem
+
+    def within(self, parent: str) -> "InputError":
+        return InputError(f"{parent}.{self.field}", self.problem)
+
+
+class Batch(TypedDict):
+    """One batch of examples."""
+
+    x: Array  # [B, ...] data in [-1, 1]
+    cond: Cond  # conditions, each [B, ...]
+    noise: NotRequired[Mapping[str, Array]]  # what `Objective.draw` drew, each [B, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a data set's examples look like; the network's shape comes from here and nowhere else.
+
+    Attributes:
+      shape: of one example `x`, without the batch axis.
+      num_classes: labels are `0 .. num_classes - 1`; 0 means that there are none.
+      low, high: the values that -1 and 1 stand for in the raw data.
+    """
+
+    shape: tuple[int, ...]
+    num_classes: int = 0
+    low: float = 0.0
+    high: float = 255.0
+
+
+class Source(Protocol):
+    """Random access to examples: dicts of numpy arrays without a batch axis, `{"x": ..., "cond": {...}}`."""
+
+    spec: Spec
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Denoised:
+    """A denoiser's answer: its estimate of E[x0 | x_t], and the reverse step's log-variance if it is learned."""
+
+    x0: Array
+    log_variance: Array | None = None
+
+
+Denoiser = Callable[..., Denoised]  # denoise(x [B, ...], t [] or [B], cond) -> Denoised; `cond` is bound last
+
+
+class Schedule(Protocol):
+    """`x_t = alpha(t) x0 + sigma(t) eps`, exact at both ends. All take and return arrays of one shape."""
+
+    def alpha(self, t: Array) -> Array: ...
+
+    def sigma(self, t: Array) -> Array: ...
+
+    def log_snr(self, t: Array) -> Array:
+        """`log(alpha^2 / sigma^2)`, falling in t."""
+        ...
+
+    def time(self, log_snr: Array) -> Array:
+        """The inverse of `log_snr`."""
+        ...
+
+
+class Apply(Protocol):
+    """A network as a pure function. `key=None` switches dropout off."""
+
+    def __call__(self, params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network split once into its two halves: `init(key) -> params` and `apply` of the form `Apply`."""
+
+    init: Callable[[Array], Params]
+    apply: Apply
+
+
+class Objective(Protocol):
+    """Ties schedule, parameterization, law of t and weighting together, for training and sampling alike.
+
+    Attributes:
+      schedule: the noise schedule that training and sampling share.
+      frozen: names in the dict of networks that get neither optimizer state nor EMA.
+    """
+
+    schedule: Schedule
+    frozen: tuple[str, ...]
+
+    def init(self, network: Network, key: Array) -> dict[str, Params]:
+        """The dict of networks, `{"net": ...}` and whatever else the method trains or reads."""
+        ...
+
+    def draw(self, batch: Batch, key: Array, step: Array) -> Mapping[str, Array]:
+        """All randomness of one loss, each entry `[B, ...]`: drawn for the whole batch, so that neither gradient
+        accumulation nor sharding changes it."""
+        ...
+
+    def loss(
+        self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """Loss `[B]` and scalar metrics. Uses `batch["noise"]` if it is there, and draws it if not."""
+        ...
+
+    def denoiser(self, net: Apply, params: Mapping) -> Denoiser: ...
+
+
+class Sampler(Protocol):
+    """One step of a solver, in the shape of an optax transformation; `diffusion.sample.sample` scans over it.
+
+    `t` and `s` are scalars, `t > s`. `keys` holds one key a sample, so a sample does not depend on its neighbours.
+    """
+
+    def init(self, x: Array, times: Array) -> Any: ...
+
+    def step(self, carry: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Any: ...
+
+    def finish(self, carry: Any) -> Array: ...
+
+
+class Metric(Protocol):
+    """A figure of merit of samples. `num` and `guidance` say what to draw for it."""
+
+    num: int
+    guidance: float
+
+    def __call__(self, x: Any, labels: Sequence[int]) -> Mapping[str, float]:
+        """Args: `x [N, ...]` samples in [-1, 1], `labels [N]` the classes asked for."""
+        ...

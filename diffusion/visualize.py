@@ -1,0 +1,46 @@
+"""Pictures of samples."""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from diffusion import files
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> 0 .. 255, rounded to the nearest and cut at the ends."""
+    return np.clip(np.round((np.asarray(x, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def from_uint8(pixels: np.ndarray) -> np.ndarray:
+    """0 .. 255 -> [-1, 1], float32."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def grid(images: np.ndarray, columns: int | None = None, *, min_side: int = 48, gap: int = 2) -> Image.Image:
+    """Images side by side.
+
+    Args:
+      images: uint8 `[N, H, W, C]`, C = 1 or 3.
+      columns: of the grid; a near-square if left out.
+      min_side: small images are enlarged by whole factors to at least so many pixels.
+      gap: white pixels between them.
+    """
+    num, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(num))
+    rows = math.ceil(num / columns)
+    factor = math.ceil(min_side / min(height, width))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    cell_h, cell_w = height * factor + gap, width * factor + gap
+    sheet = np.full((rows * cell_h + gap, columns * cell_w + gap, channels), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * cell_h + gap, index % columns * cell_w + gap
+        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
+
+
+def save_png(image: Image.Image, path: str) -> None:
+    """Writes a PNG that is there whole or not at all."""
+    with files.replace(path, "wb") as file:
+        image.save(file, format="PNG")

@@ -1,0 +1,1 @@
+"""The jobs: each a thin absl main over the library."""

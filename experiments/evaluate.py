@@ -1,0 +1,64 @@
+"""Draws samples from a trained run and measures them: the metrics of the config's `eval` section.
+
+python -m experiments.evaluate --workdir=runs/digits [--steps=50] [--seed=0]
+"""
+
+import json
+import os
+
+import numpy as np
+from absl import flags
+
+from diffusion import files, visualize
+from diffusion.build import build
+from diffusion.types import InputError
+from experiments import cli, parts
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+STEPS = flags.DEFINE_integer("steps", None, "Steps of the sampler. Default: the config's.")
+EMA = flags.DEFINE_string("ema", None, "Which average of the parameters, or none. Default: the config's last.")
+SEED = flags.DEFINE_integer("seed", 1, "Seed of the noise.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 250, "Samples at a time; the samples do not depend on it.")
+flags.mark_flags_as_required(["workdir"])
+
+
+def main() -> None:
+    if BATCH_SIZE.value < 1:
+        raise InputError("--batch_size", f"must be at least 1, got {BATCH_SIZE.value}")
+    run = parts.open_run(WORKDIR.value, EMA.value)
+    section = run.config["eval"]
+    real = {
+        "train": build("data", run.config["data"], field="data"),
+        "held_out": build("data", section["data"], field="eval.data"),
+    }
+    sampler = dict(run.config["sampler"])
+    if STEPS.value is not None:
+        sampler["steps"] = STEPS.value
+    metrics = [
+        build("evaluation", {"name": name, **options}, field=f"eval.metrics.{name}", **real)
+        for name, options in section["metrics"].items()
+    ]
+    drawers = {m.guidance: run.drawer(sampler=sampler, guidance={**run.config["guidance"], "scale": m.guidance})
+               for m in metrics}  # fmt: skip
+
+    results, drawn = {}, {}
+    for metric in metrics:
+        key = metric.guidance, metric.num
+        labels = np.arange(metric.num) % run.spec.num_classes if run.spec.num_classes else None
+        if key not in drawn:
+            # As a viewer would get them: rounded to 8 bits.
+            drawn[key] = drawers[metric.guidance](
+                run.params, labels, metric.num, seed=SEED.value, batch_size=BATCH_SIZE.value,
+                title=f"sample at guidance {metric.guidance:g}",
+            )  # fmt: skip
+        values = metric(visualize.from_uint8(drawn[key]), labels)
+        results |= values
+        for name, value in values.items():
+            print(f"{name} {value:.4f}  ({metric.num} samples, guidance {metric.guidance:g})")
+    settings = {"step": run.step, "ema": run.ema, "sampler": sampler, "seed": SEED.value}
+    with files.replace(os.path.join(WORKDIR.value, "evaluation.json")) as file:
+        json.dump({**results, "settings": settings}, file, indent=2)
+
+
+if __name__ == "__main__":
+    cli.run(main)
