@@ -9,7 +9,7 @@ Conventions held everywhere:
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import jax
 
@@ -57,6 +57,7 @@ class Spec:
     high: float = 255.0
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to examples: dicts of numpy arrays without a batch axis, `{"x": ..., "cond": {...}}`."""
 
