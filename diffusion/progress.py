@@ -1,13 +1,16 @@
 """One line that says how far long work has come."""
 
 import collections
+import itertools
+import statistics
 import sys
 import time
 
 
 class Progress:
     """Prints `title 120/2000 6% loss 0.0312 1,234 images/s 1:32 left`: rewritten in place on a terminal, a new line
-    every 30 seconds elsewhere. The rate is that of the last updates, so a compilation does not stay in it.
+    every 30 seconds elsewhere. The rate is the median of the last updates, so that no
+    compilation or pause is in it.
 
     Args:
       title: what is going on.
@@ -42,9 +45,9 @@ class Progress:
             self.stream.flush()
 
     def rate(self) -> float:
-        """Units a second over the last updates."""
-        (then, first), (now, last) = self.marks[0], self.marks[-1]
-        return (last - first) / max(now - then, 1e-9)
+        """Units a second: the median over the last updates."""
+        rates = [(n - m) / max(b - a, 1e-9) for (a, m), (b, n) in itertools.pairwise(self.marks)]
+        return statistics.median(rates) if rates else 0.0
 
     def _line(self, now: float, done: int, values: dict[str, float]) -> str:
         rate = self.rate()

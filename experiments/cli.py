@@ -3,8 +3,13 @@
 Exit codes: 0 done, 2 bad config or input, 3 diverged. `--debug` shows the traceback behind an error.
 """
 
+import contextlib
+import io
+import os
+import re
 import sys
 from collections.abc import Callable
+from glob import glob
 
 from absl import app, flags, logging
 
@@ -18,20 +23,49 @@ flags.DEFINE_bool("debug", False, "Show the traceback behind an error.")
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs `main`, which takes no arguments."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns at every read
+    logging.set_verbosity(logging.FATAL)  # Orbax logs what is raised as well
     app.run(lambda _: _guard(main), flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        _check_config_file(argv)
+        with contextlib.redirect_stderr(io.StringIO()):  # config_flags prints a traceback of its own
+            rest = flags.FLAGS(argv)
         if len(rest) > 1:
-            raise flags.Error(f"{rest[1]!r} is no flag; flags are given as --name=value")
+            raise InputError(rest[1], "is no flag; flags are given as --name=value")
         return rest
     except Exception as error:  # a config file runs while it is parsed, and may raise anything
         if "--debug" in argv:
             raise
-        _fail(error, BAD_INPUT)
+        _fail(_unknown_key(argv, error) or error, BAD_INPUT)
+
+
+def _check_config_file(argv: list[str]) -> None:
+    for given in argv[1:]:
+        name, equals, value = given.partition("=")
+        path = value.partition(":")[0]  # what follows the colon is the config's own argument
+        if name in ("--config", "-config") and equals:
+            if not os.path.isfile(path):
+                raise InputError("--config", f"no file {path!r}; there are: {', '.join(sorted(glob('configs/*.py')))}")
+            with open(path, encoding="utf-8") as source:
+                if "def get_config(" not in source.read():
+                    raise InputError("--config", f"{path} has no get_config()")
+
+
+def _unknown_key(argv: list[str], error: Exception) -> InputError | None:
+    """ConfigDict says which key it lacks, as in `'stepz'\\nDid you mean "steps"`, but not where it was asked for."""
+    if not isinstance(error, (AttributeError, KeyError)):
+        return None
+    text = str(error.args[0]) if error.args else ""
+    key = (re.findall(r"\w+", text) or [""])[0]
+    guess = re.findall(r'Did you mean "(\w+)"', text)
+    for given in argv[1:]:
+        field = given.partition("=")[0].lstrip("-")
+        if key in field.split("."):
+            nearest = f"; did you mean {guess[0]!r}?" if guess else ""
+            return InputError(f"--{field}", f"the config has no {key!r}{nearest}")
+    return None
 
 
 def _guard(main: Callable[[], None]) -> None:

@@ -1,0 +1,121 @@
+"""Measures what the library costs on this machine, each against the bare work it wraps, in turn, and prints medians.
+
+python -m experiments.benchmark --suite=loop        the train loop against the jitted step it runs
+python -m experiments.benchmark --suite=compile     compiling a 1,000-step sampler against a 10-step one
+"""
+
+import json
+import statistics
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from diffusion.build import build
+from diffusion.distributed import mesh, sharding
+from diffusion.sample import bind, sample
+from diffusion.training import ema, loop, optimizer
+from diffusion.training.state import init_state
+from diffusion.training.step import make_step
+from diffusion.types import Network, Spec
+from experiments import cli
+
+SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "compile"], "What to measure.")
+RUNS = flags.DEFINE_integer("runs", 5, "Runs of each side; the median counts.")
+
+SPEC = Spec(shape=(8, 8, 1), num_classes=10)
+BATCH_SIZE, STEPS = 128, 60
+
+
+class Synthetic:
+    """Examples in digits' shape that cost nothing to read."""
+
+    spec = SPEC
+
+    def __init__(self):
+        self.x = np.zeros(SPEC.shape, np.float32)
+
+    def __len__(self) -> int:
+        return 1500
+
+    def __getitem__(self, index: int) -> dict:
+        return {"x": self.x, "cond": {"label": np.int32(index % SPEC.num_classes)}}
+
+
+def main() -> None:
+    network = build(
+        "networks",
+        {"name": "unet", "width": 32, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 32},
+        shape=SPEC.shape,
+        num_classes=SPEC.num_classes,
+    )
+    {"loop": loop_overhead, "compile": compile_time}[SUITE.value](network)
+
+
+def loop_overhead(network: Network) -> None:
+    """Seconds a step: the jitted step on one batch again and again, and the whole loop with data, metrics and files.
+    Neither counts compilation: the loop's rate is the median of its last steps, as it logs it."""
+    objective, devices = build("objectives", "ddpm"), mesh.make()
+    opt, averages = optimizer.make(steps=STEPS), ema.make()
+    options = loop.Options(steps=STEPS, batch_size=BATCH_SIZE, log_every=10)
+    step = jax.jit(make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.1), donate_argnums=0)
+    example = Synthetic()[0]
+    batch = jax.tree.map(lambda x: np.stack([x] * BATCH_SIZE), example)
+    batch = sharding.to_global(batch, sharding.by_example(devices))
+    times = {"bare step": [], "loop": []}
+    for _ in range(RUNS.value):
+        state = jax.jit(lambda: init_state(objective, network, opt.transform, averages, jax.random.key(0)))()
+        state, _ = step(state, batch)
+        jax.block_until_ready(state)
+        seconds = []
+        for _ in range(STEPS):
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(step(state, batch))
+            seconds.append(time.perf_counter() - start)
+        times["bare step"].append(statistics.median(seconds[-32:]))
+        with tempfile.TemporaryDirectory() as workdir:
+            loop.train(
+                workdir, source=Synthetic(), network=network, objective=objective, optimizer=opt, ema=averages,
+                mesh=devices, options=options, checkpoint=loop.CheckpointOptions(every=10 * STEPS), seed=0,
+                meta={"config": {"network": {}, "objective": {}, "data": {}}},
+            )  # fmt: skip
+            with open(f"{workdir}/metrics.jsonl", encoding="utf-8") as lines:
+                times["loop"].append(BATCH_SIZE / json.loads(lines.readlines()[-1])["images_per_second"])
+    report(times, "s/step")
+
+
+def compile_time(network: Network) -> None:
+    """Seconds to lower and compile DDIM over 10 and over 1,000 steps."""
+    objective = build("objectives", "ddpm")
+    params = {"net": jax.jit(network.init)(jax.random.key(0))}
+    cond = {"label": jnp.zeros(8, jnp.int32)}
+    times = {"10 steps": [], "1,000 steps": []}
+    for run in range(RUNS.value + 1):
+        for name, steps in (("10 steps", 10), ("1,000 steps", 1000)):
+
+            def draw(params, x, times, key):
+                denoise = bind(objective.denoiser(network.apply, params), cond)
+                return sample(denoise, objective.schedule, build("samplers", "ddim"), x, times, key)
+
+            x, grid = jnp.zeros((8, *SPEC.shape)), jnp.linspace(1, 0, steps + 1)
+            jax.clear_caches()
+            start = time.perf_counter()
+            jax.jit(draw).lower(params, x, grid, jax.random.key(0)).compile()
+            if run:  # the first warms the compiler up
+                times[name].append(time.perf_counter() - start)
+    report(times, "s")
+
+
+def report(times: dict[str, list[float]], unit: str) -> None:
+    """Prints the medians, and the second's ratio to the first, run by run."""
+    for name, values in times.items():
+        print(f"{name:12} {statistics.median(values):.4f} {unit}")
+    first, second = times.values()
+    print(f"ratio        {statistics.median(b / a for a, b in zip(first, second, strict=True)):.3f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,73 @@
+"""Eight virtual CPU devices for all tests, and the small parts that many of them share."""
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Whatever is compiled once in a session, in this process or in a job that a test starts, is not compiled again.
+CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.build import build
+from diffusion.distributed.mesh import AXES
+
+
+@pytest.fixture
+def x64():
+    """float64 for tests that hold formulas to 1e-12."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return build("data", "digits")
+
+
+@pytest.fixture(scope="session")
+def tiny_unet(digits):
+    """A U-Net of 8x8 digits that compiles in seconds."""
+    spec = {"name": "unet", "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 8}
+    return build("networks", spec, shape=digits.spec.shape, num_classes=digits.spec.num_classes)
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_unet):
+    """Parameters with nothing left at zero, so that every input matters."""
+    params = jax.jit(tiny_unet.init)(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return {"net": jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)}
+
+
+@pytest.fixture(scope="session")
+def ddpm():
+    return build("objectives", {"name": "ddpm"})
+
+
+@pytest.fixture(scope="session")
+def digits_batch(digits):
+    """Sixteen digits."""
+    examples = [digits[i] for i in range(16)]
+    return {
+        "x": jnp.stack([e["x"] for e in examples]),
+        "cond": {"label": jnp.stack([e["cond"]["label"] for e in examples])},
+    }
+
+
+@pytest.fixture(scope="session")
+def mesh_of():
+    """`mesh_of(data, fsdp, model)`: a mesh over the first devices, as many as it takes."""
+
+    def make(*sizes: int) -> jax.sharding.Mesh:
+        devices = jax.devices()[: int(np.prod(sizes))]
+        kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+
+    return make

@@ -1,0 +1,178 @@
+"""The jobs as a user runs them: what they write, and one line for each thing they refuse."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+TINY = (
+    "--config=configs/digits.py --config.train.steps=2 --config.train.batch_size=16 --config.optimizer.warmup=1 "
+    "--config.network.width=8 --config.network.head_width=8 --config.train.preview_every=0 --config.sampler.steps=2"
+).split()
+
+
+def job(name, *flags):
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of two steps."""
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    done = job("train", *TINY, f"--workdir={path}")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_train_writes(workdir):
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["network"]["width"] == 8 and config["train"]["steps"] == 2
+    line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 2 and line.keys() >= {"loss", "grad_norm", "learning_rate", "images_per_second"}
+    assert "net/conv_in/kernel" in (workdir / "parameters.txt").read_text()
+
+
+def test_sample_writes(workdir, tmp_path):
+    done = job("sample", f"--workdir={workdir}", "--num=7", "--labels=3,1", "--guidance=2", "--seed=4", "--steps=3",
+               "--sampler=ancestral", "--ema=0.99", f"--out={tmp_path}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    saved = np.load(tmp_path / "samples.npz", allow_pickle=False)
+    assert saved["samples"].shape == (7, 8, 8, 1) and saved["samples"].dtype == np.uint8
+    assert saved["labels"].tolist() == [3, 1, 3, 1, 3, 1, 3]
+    settings = json.loads(str(saved["settings"]))
+    assert settings["sampler"] == {"name": "ancestral", "steps": 3, "grid": "trailing"}
+    assert settings["guidance"]["scale"] == 2 and settings["seed"] == 4 and settings["ema"] == "0.99"
+    assert Image.open(tmp_path / "samples.png").size[0] > 48
+    assert str(tmp_path / "samples.png") in done.stdout
+
+
+def test_evaluate_prints_and_writes(workdir):
+    done = job("evaluate", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((workdir / "evaluation.json").read_text())
+    assert f"svc_accuracy {results['svc_accuracy']:.4f}" in done.stdout
+    assert f"energy_distance_ratio {results['energy_distance_ratio']:.4f}" in done.stdout
+
+
+BAD_TRAIN = {
+    "missing file": (["--config=configs/none.py"], "--config: no file 'configs/none.py'; there are: configs/digits.py"),
+    "no get_config": (["--config=experiments/__init__.py"], "--config: experiments/__init__.py has no get_config()"),
+    "no config": (["--config="], "--config: no file"),
+    "unknown key": (["--config.train.stepz=3"], "--config.train.stepz: the config has no 'stepz'; did you mean"),
+    "wrong type": (["--config.train.steps=many"], "steps"),
+    "unknown sampler": (["--config.sampler.name=dimm"], "sampler.name: no 'dimm' in samplers; did you mean 'ddim'"),
+    "unknown network": (["--config.network.name=unnet"], "network.name: no 'unnet' in networks; did you mean 'unet'"),
+    "unknown objective": (["--config.objective.name=dpm"], "objective.name: no 'dpm' in objectives; did you mean"),
+    "unknown data": (["--config.data.name=digit"], "data.name: no 'digit' in data; did you mean 'digits'"),
+    "no such keyword": (["--config.sampler.name=ancestral"], "sampler.eta: diffusion/samplers/ancestral.py takes no"),
+    "indivisible batch": (["--config.train.accumulate=3"], "train.accumulate: 3 does not divide the batch of 16"),
+    "mesh": (["--config.mesh.fsdp=3"], "mesh.fsdp: "),
+    "no steps": (["--config.train.steps=0"], "train.steps: must be at least 1, got 0"),
+    "negative steps": (["--config.train.steps=-5"], "train.steps: must be at least 1, got -5"),
+    "bad rate": (["--config.optimizer.learning_rate=-1.0"], "optimizer.learning_rate: must be positive"),
+    "bad optimizer": (["--config.optimizer.name=adamm"], "optimizer.name: optax has no optimizer 'adamm'"),
+    "guidance untrained": (["--config.train.cond_drop_rate=0.0"], "guidance.scale: the model was trained with"),
+    "stray argument": (["stray"], "stray: is no flag"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """All bad trainings, two at a time: `{name: (result, its workdir)}`."""
+    folder = tmp_path_factory.mktemp("bad")
+
+    def run(name):
+        path = folder / name.replace(" ", "_")
+        given = BAD_TRAIN[name][0]
+        base = [] if given[0].startswith("--config=") else TINY
+        return name, (job("train", *base, *given, f"--workdir={path}"), path)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(run, BAD_TRAIN))
+
+
+def one_line(done):
+    """The one line of a refusal."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", BAD_TRAIN)
+def test_train_refuses(refusals, name):
+    done, path = refusals[name]
+    assert BAD_TRAIN[name][1] in one_line(done)
+    assert not path.exists()
+
+
+def test_train_refuses_a_workdir_it_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = job("train", *TINY, f"--workdir={tmp_path}/file/run")
+    assert "workdir: " in one_line(done) and "cannot be written" in done.stderr
+
+
+def test_train_refuses_another_network(workdir):
+    before = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*"))
+    done = job("train", *TINY, "--config.network.blocks=2", f"--workdir={workdir}")
+    assert "network.blocks: is 2, but the workdir was trained with 1" in one_line(done)
+    done = job("train", *TINY, "--config.ema.decays=(0.5,)", f"--workdir={workdir}")
+    assert "workdir: " in one_line(done) and "ema/0.5/" in done.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--labels=0,10"], "--labels: must be numbers from 0 to 9"),
+        (["--labels=-1"], "--labels: must be numbers from 0 to 9"),
+        (["--labels=cat"], "--labels: must be numbers from 0 to 9"),
+        (["--labels="], "--labels: "),
+        (["--num=0"], "--num: must be at least 1, got 0"),
+        (["--num=few"], "--num"),
+        (["--steps=0"], "sampler.steps: must be at least 1, got 0"),
+        (["--sampler=dimm"], "sampler.name: no 'dimm' in samplers; did you mean 'ddim'"),
+        (["--grid=karas"], "sampler.grid: no 'karas' in grids"),
+        (["--ema=0.5"], "ema: the run has no average '0.5'; one of: 0.99, 0.998, none"),
+        (["--sede=0"], "sede"),
+    ],
+)
+def test_sample_refuses(workdir, tmp_path, flags, message):
+    done = job("sample", f"--workdir={workdir}", f"--out={tmp_path}/out", *flags)
+    assert message in one_line(done)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "damaged"])
+def test_sample_refuses_a_workdir_without_a_checkpoint(workdir, tmp_path, kind):
+    run = tmp_path / "run"
+    if kind == "empty":
+        (run / "checkpoints").mkdir(parents=True)
+    if kind == "damaged":
+        shutil.copytree(workdir, run)
+        for path in (run / "checkpoints/2").rglob("*"):
+            if path.is_file() and path.name != "commit_success.txt":
+                path.write_bytes(b"?")
+    done = job("sample", f"--workdir={run}")
+    expected = {"absent": "does not exist", "empty": "holds no checkpoint", "damaged": "cannot be read"}[kind]
+    assert "workdir: " in one_line(done) and expected in done.stderr
+    assert not (run / "samples").exists()
+    if kind == "damaged":
+        before = sorted(path for path in run.rglob("*"))
+        done = job("train", *TINY, f"--workdir={run}")
+        assert "cannot be read" in one_line(done) and sorted(path for path in run.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback(workdir):
+    done = job("sample", f"--workdir={workdir}", "--num=0", "--debug")
+    assert done.returncode != 0 and "Traceback" in done.stderr

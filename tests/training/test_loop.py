@@ -1,0 +1,128 @@
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.checkpoint import Checkpoints
+from diffusion.distributed import sharding
+from diffusion.training import ema, loop, optimizer
+from diffusion.types import InputError, Network
+
+STEPS = 6
+
+
+@pytest.fixture
+def hashes(monkeypatch):
+    """The hash of every batch that reaches the device."""
+    seen = []
+    to_global = sharding.to_global
+
+    def record(batch, place):
+        seen.append(hashlib.sha256(batch["x"].tobytes() + batch["cond"]["label"].tobytes()).hexdigest())
+        return to_global(batch, place)
+
+    monkeypatch.setattr(sharding, "to_global", record)
+    return seen
+
+
+@pytest.fixture
+def run(tiny_unet, ddpm, digits, mesh_of):
+    def train(workdir, steps=STEPS, *, mesh=(1, 1, 1), every=3, rules=(), preview=None, network=tiny_unet, **options):
+        return loop.train(
+            str(workdir), source=digits, network=network, objective=ddpm,
+            optimizer=optimizer.make(steps=STEPS, learning_rate=1e-2, schedule="cosine", warmup=1),
+            ema=ema.make(decays=(0.9, 0.99)), mesh=mesh_of(*mesh), rules=rules,
+            options=loop.Options(steps=steps, batch_size=16, log_every=1, **options),
+            checkpoint=loop.CheckpointOptions(every=every), seed=0,
+            meta={"config": {"network": {"width": 8}, "objective": {}, "data": {"name": "digits"}}}, preview=preview,
+        )  # fmt: skip
+
+    return train
+
+
+def leaves(state):
+    return {sharding.path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_restart_ends_bit_for_bit_the_same(run, tmp_path, hashes):
+    """Six steps, and three + restart + three: state, averages, moments, metrics and the batches drawn."""
+    whole = leaves(run(tmp_path / "whole", preview_every=4, preview=lambda params: Image.new("L", (4, 4))))
+    batches = list(hashes)
+    assert len(set(batches)) == STEPS and (tmp_path / "whole/previews/step_0000004.png").exists()
+    hashes.clear()
+    run(tmp_path / "cut", steps=3)
+    with open(tmp_path / "cut/metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')  # what a killed run leaves behind its checkpoint
+    resumed = leaves(run(tmp_path / "cut"))
+    assert hashes == batches
+    assert whole.keys() == resumed.keys()
+    for path in whole:
+        np.testing.assert_array_equal(resumed[path], whole[path], err_msg=path)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == STEPS
+
+
+def test_a_finished_run_is_left_alone(run, tmp_path, hashes):
+    state = leaves(run(tmp_path, steps=3))
+    hashes.clear()
+    again = leaves(run(tmp_path, steps=3))
+    assert not hashes
+    for path in state:
+        np.testing.assert_array_equal(again[path], state[path])
+
+
+def test_eight_devices_train_as_one(run, tmp_path):
+    """Data 2 x fsdp 2 x model 2, with layers split over `model`, against one device: the same losses."""
+    rules = ((r"conv1/kernel$", (None, None, None, "model")), (r"qkv/kernel$", (None, "model")))
+    one = run(tmp_path / "one", every=100)
+    eight = run(tmp_path / "eight", mesh=(2, 2, 2), rules=rules, every=100)
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(one.params), jax.tree.leaves(eight.params), strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-3, err_msg=sharding.path_name(path))
+    kernel = eight.params["net"]["down"]["0_0"]["residual"]["conv1"]["kernel"]
+    moment = eight.opt_state[1][0].mu["net"]["down"]["0_0"]["residual"]["conv1"]["kernel"]
+    assert kernel.sharding.spec == moment.sharding.spec == jax.P(None, None, None, "model")
+    assert "fsdp" in eight.ema["0.9"]["net"]["down"]["0_0"]["residual"]["conv2"]["kernel"].sharding.spec
+
+
+def test_restores_onto_another_mesh(run, tmp_path):
+    run(tmp_path, steps=3, mesh=(2, 2, 2))
+    resumed = leaves(run(tmp_path, mesh=(1, 1, 1)))
+    run(tmp_path / "whole")
+    np.testing.assert_allclose(losses(tmp_path), losses(tmp_path / "whole"), rtol=1e-5)
+    assert resumed["step"] == STEPS
+
+
+def test_batch_that_the_mesh_cannot_divide(run, tmp_path):
+    with pytest.raises(InputError, match=r"train.batch_size: 16 .* data x fsdp = 3; use a multiple of 3"):
+        run(tmp_path / "new", mesh=(3, 1, 1))
+    assert not (tmp_path / "new").exists()
+
+
+def test_divergence_keeps_the_last_checkpoint(run, tmp_path, tiny_unet):
+    calls = []
+
+    def poisoned(params, *args, **kwargs):
+        calls.append(1)
+        return tiny_unet.apply(params, *args, **kwargs) + params["conv_out"]["bias"] ** 2 * np.inf
+
+    with pytest.raises(loop.Diverged, match=r"the loss of step [12] is nan"):
+        run(tmp_path, network=Network(tiny_unet.init, poisoned), every=1)
+    assert calls and Checkpoints(str(tmp_path), read_only=True).latest() is None
+
+
+def test_async_save_of_a_donated_state(run, tmp_path):
+    """Every checkpoint of a run is the state of its own step, though the next step reuses its memory."""
+    run(tmp_path / "all", every=1)
+    for step in (4, 5):
+        ends_there = run(tmp_path / str(step), steps=step)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), ends_there)
+        saved, _ = Checkpoints(str(tmp_path / "all"), read_only=True).restore(step, abstract)
+        for (path, a), b in zip(jax.tree.leaves_with_path(ends_there), jax.tree.leaves(saved), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=sharding.path_name(path))

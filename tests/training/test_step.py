@@ -1,0 +1,127 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.distributed import sharding
+from diffusion.training import ema, optimizer
+from diffusion.training.state import init_state
+from diffusion.training.step import make_step
+from diffusion.types import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """An objective small enough to do by hand: loss_i = (w x_i - n_i)^2, n drawn, w replaced by 0 where dropped."""
+
+    frozen: tuple[str, ...] = ()
+
+    def init(self, network, key):
+        return {"net": network.init(key), "teacher": {"w": jnp.float32(5)}}
+
+    def draw(self, batch, key, step):
+        return {"n": jax.random.normal(key, batch["x"].shape)}
+
+    def loss(self, net, params, ema_params, batch, key, step):
+        predicted = net(params["net"], batch["x"], None, batch["cond"]) + 0 * params["teacher"]["w"]
+        loss = (predicted - batch["noise"]["n"]) ** 2
+        return loss, {"kept": batch["cond"]["keep"].mean(), "averaged": ema_params["net"]["w"]}
+
+
+def net(params, x, c_noise, cond, *, key=None):
+    return jnp.where(cond["keep"], params["w"] * x, 0)
+
+
+NETWORK = Network(lambda key: {"w": jnp.float32(2)}, net)
+BATCH = {"x": jnp.arange(1.0, 17.0), "cond": {}}
+
+
+def run(steps=1, *, objective=None, opt=None, averages=None, **options):
+    objective = objective or Linear(frozen=("teacher",))
+    opt = opt or optimizer.make(steps=100, name="sgd", learning_rate=1e-3, clip=None)
+    averages = averages or ema.make(decays=(0.5,), warmup=False)
+    state = init_state(objective, NETWORK, opt.transform, averages, jax.random.key(0))
+    step = jax.jit(make_step(objective, NETWORK, opt, averages, seed=0, **options))
+    states, metrics = [state], []
+    for _ in range(steps):
+        state, measured = step(state, BATCH)
+        states.append(state)
+        metrics.append(measured)
+    return states, metrics
+
+
+def test_gradient_step_by_hand():
+    states, metrics = run()
+    key_draw = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 3)[1]
+    x, n = BATCH["x"], jax.random.normal(key_draw, (16,))
+    gradient = jnp.mean(2 * (2 * x - n) * x)
+    np.testing.assert_allclose(states[1].params["net"]["w"], 2 - 1e-3 * gradient, rtol=1e-6)
+    np.testing.assert_allclose(metrics[0]["loss"], jnp.mean((2 * x - n) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(metrics[0]["grad_norm"], abs(gradient), rtol=1e-6)
+    np.testing.assert_allclose(metrics[0]["learning_rate"], 1e-3)
+    assert states[1].step == 1
+
+
+def test_every_average_follows():
+    averages = ema.make(decays=(0.5, 0.9), warmup=False)
+    states, metrics = run(3, averages=averages)
+    for name, decay in (("0.5", 0.5), ("0.9", 0.9)):
+        expected = float(states[0].params["net"]["w"])
+        for state in states[1:]:
+            expected = decay * expected + (1 - decay) * float(state.params["net"]["w"])
+            np.testing.assert_allclose(state.ema[name]["net"]["w"], expected, rtol=1e-6)
+    assert states[-1].ema["0.5"]["net"]["w"] != states[-1].ema["0.9"]["net"]["w"] != states[-1].params["net"]["w"]
+    np.testing.assert_allclose(metrics[1]["averaged"], states[1].ema["0.9"]["net"]["w"])  # the last is the target
+
+
+def test_warm_up_of_averages():
+    states, _ = run(2, averages=ema.make(decays=(0.999,)))
+    w = [float(state.params["net"]["w"]) for state in states]
+    first = 0.1 * w[0] + 0.9 * w[1]
+    np.testing.assert_allclose(states[1].ema["0.999"]["net"]["w"], first, rtol=1e-6)
+    np.testing.assert_allclose(states[2].ema["0.999"]["net"]["w"], 2 / 11 * first + 9 / 11 * w[2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 16])
+def test_accumulation_changes_nothing(accumulate):
+    (_, whole), (expected,) = run(cond_drop_rate=0.3)
+    (_, parts), (metrics,) = run(cond_drop_rate=0.3, accumulate=accumulate)
+    np.testing.assert_allclose(parts.params["net"]["w"], whole.params["net"]["w"], rtol=1e-6)
+    for name in expected:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+
+
+def test_condition_is_dropped_at_the_rate():
+    _, metrics = run(60, cond_drop_rate=0.25)
+    kept = np.array([m["kept"] for m in metrics])
+    assert abs(kept.mean() - 0.75) < 4 * (0.25 * 0.75 / (16 * 60)) ** 0.5 and kept.std() > 0
+    _, metrics = run(3)
+    assert all(m["kept"] == 1 for m in metrics)
+
+
+def test_gradient_is_clipped():
+    opt = optimizer.make(steps=100, name="sgd", learning_rate=1.0, clip=0.01)
+    (before, after), (metrics,) = run(opt=opt)
+    np.testing.assert_allclose(abs(after.params["net"]["w"] - before.params["net"]["w"]), 0.01, rtol=1e-5)
+    assert metrics["grad_norm"] > 1  # as it was before clipping
+
+
+def test_frozen_networks_have_no_moments_and_no_average():
+    opt = optimizer.make(steps=100, name="adamw", learning_rate=1e-2)
+    states, _ = run(2, opt=opt)
+    assert states[2].params["teacher"]["w"] == 5 and states[2].params["net"]["w"] != 2
+    paths = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(states[2])]
+    assert [path for path in paths if "teacher" in path] == ["params/teacher/w"]
+    unfrozen, _ = run(1, objective=Linear(), opt=opt)
+    assert "teacher" in unfrozen[1].ema["0.5"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0, 0.5, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.75, 0.5]), ("cosine", [0, 0.5, 1, 0.853553, 0.5])],
+)
+def test_learning_rate(schedule, expected):
+    rate = optimizer.make(steps=6, learning_rate=1.0, schedule=schedule, warmup=2).learning_rate
+    np.testing.assert_allclose([rate(step) for step in range(5)], expected, atol=1e-6)
