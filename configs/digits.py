@@ -51,7 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
             "prefetch": 8,
         },
         "checkpoint": {"every": 500, "keep": 2},
-        "sampler": {"name": "ddim", "eta": 0.0, "steps": 50, "grid": "trailing"},
+        "sampler": {"name": "ddim", "eta": 0.0, "steps": 50, "grid": {"name": "trailing"}},
         "guidance": {"name": "cfg", "scale": 1.5},
         "eval": {
             "data": {"name": "digits", "split": "test"},

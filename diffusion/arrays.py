@@ -1,5 +1,7 @@
 """Small array helpers that many parts share."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -26,3 +28,9 @@ def fold(keys: Array, data: Array | int) -> Array:
 def normal(keys: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """Standard normal noise `[N, *shape]`, each sample from its own key."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+
+
+def derivative(function: Callable[[Array], Array], t: Array) -> Array:
+    """d function / dt at each of `t [...]`, for a function of each entry by itself (`schedule.alpha`, say)."""
+    t = jnp.asarray(t)
+    return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]

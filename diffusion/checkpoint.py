@@ -83,7 +83,8 @@ class Checkpoints:
         args = {name: _restore_args(tree) for name, tree in trees.items()}
         read = self._read(step, **args, data=ocp.args.JsonRestore())
         optimizer = read.optimizer
-        return TrainState(optimizer["step"], read.params, read.ema, optimizer["opt_state"]), read.data
+        memory = optimizer.get("memory", abstract.memory)
+        return TrainState(optimizer["step"], read.params, read.ema, optimizer["opt_state"], memory), read.data
 
     def restore_params(self, step: int, learned: Mapping, fixed: Mapping, ema: str | None) -> dict[str, Any]:
         """The dict of networks for sampling.
@@ -139,6 +140,8 @@ class Checkpoints:
 
 def _split(state: TrainState) -> dict[str, Any]:
     optimizer = {"step": state.step, "opt_state": state.opt_state}
+    if state.memory:
+        optimizer["memory"] = state.memory
     return {"params": state.params, "ema": state.ema, "optimizer": optimizer}
 
 

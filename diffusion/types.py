@@ -71,7 +71,13 @@ class Source(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Denoised:
-    """A denoiser's answer: its estimate of E[x0 | x_t], and the reverse step's log-variance if it is learned."""
+    """A denoiser's answer, `[B, ...]` each.
+
+    Attributes:
+      x0: its estimate of E[x0 | x_t].
+      log_variance: of the reverse step, if it is learned: where it lies in the log between the posterior's two
+        variances, 0 for beta-tilde and 1 for beta (`posterior.Posterior.log_variance`), so it suits steps of any size.
+    """
 
     x0: Array
     log_variance: Array | None = None
@@ -104,17 +110,24 @@ class Apply(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network split once into its two halves: `init(key) -> params` and `apply` of the form `Apply`."""
+    """A network split once into its two halves.
+
+    Attributes:
+      init: `init(key) -> params`.
+      apply: of the form `Apply`.
+      outputs: values that it gives for each channel of x: 1, or 2 if it has a second head (a learned variance).
+    """
 
     init: Callable[[Array], Params]
     apply: Apply
+    outputs: int = 1
 
 
 class Objective(Protocol):
     """Ties schedule, parameterization, law of t and weighting together, for training and sampling alike.
 
     Attributes:
-      schedule: the noise schedule that training and sampling share.
+      schedule: the noise schedule that training and sampling share (a learned one: as it is before training).
       frozen: names in the dict of networks that get neither optimizer state nor EMA.
     """
 
@@ -125,9 +138,23 @@ class Objective(Protocol):
         """The dict of networks, `{"net": ...}` and whatever else the method trains or reads."""
         ...
 
-    def draw(self, batch: Batch, key: Array, step: Array) -> Mapping[str, Array]:
+    def schedule_for(self, params: Mapping) -> Schedule:
+        """The schedule to sample with."""
+        ...
+
+    def memory(self) -> Mapping[str, Array]:
+        """What the objective keeps from step to step beside its parameters, before the first; a part of the state."""
+        ...
+
+    def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> Mapping[str, Array]:
         """All randomness of one loss, each entry `[B, ...]`: drawn for the whole batch, so that neither gradient
         accumulation nor sharding changes it."""
+        ...
+
+    def remember(
+        self, memory: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
+    ) -> tuple[Mapping[str, Array], dict[str, Array]]:
+        """The memory after a whole batch's noise and losses `[B]`, and metrics of them."""
         ...
 
     def loss(
@@ -152,12 +179,21 @@ class Sampler(Protocol):
     def finish(self, carry: Any) -> Array: ...
 
 
-class Metric(Protocol):
+@runtime_checkable
+class SampleMetric(Protocol):
     """A figure of merit of samples. `num` and `guidance` say what to draw for it."""
 
     num: int
     guidance: float
 
-    def __call__(self, x: Any, labels: Sequence[int]) -> Mapping[str, float]:
+    def __call__(self, x: Any, labels: Sequence[int] | None) -> Mapping[str, float]:
         """Args: `x [N, ...]` samples in [-1, 1], `labels [N]` the classes asked for."""
+        ...
+
+
+class ModelMetric(Protocol):
+    """A figure of merit of a model itself."""
+
+    def __call__(self, denoise: Denoiser, schedule: Schedule, key: Array) -> Mapping[str, float]:
+        """Args: `denoise(x, t, cond)`, and the schedule it was trained with."""
         ...

@@ -40,6 +40,21 @@ def grid(images: np.ndarray, columns: int | None = None, *, min_side: int = 48, 
     return Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
 
 
+def picture(x: np.ndarray, columns: int | None = None) -> Image.Image:
+    """Samples in [-1, 1]: images `[N, H, W, C]` side by side, the first 400; points `[N, 2]` as a cloud."""
+    return grid(to_uint8(x[:400]), columns) if x.ndim == 4 else cloud(x)
+
+
+def cloud(points: np.ndarray, *, side: int = 480, extent: float = 1.5) -> Image.Image:
+    """How many of the points `[N, 2]` lie in each of 120 x 120 cells of the square [-extent, extent]^2, the darker the
+    more."""
+    cells = 120
+    edges = np.linspace(-extent, extent, cells + 1)
+    counts, _, _ = np.histogram2d(-points[:, 1], points[:, 0], bins=edges)
+    shades = 255 * (1 - np.sqrt(counts / max(counts.max(), 1)))
+    return Image.fromarray(shades.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+
+
 def save_png(image: Image.Image, path: str) -> None:
     """Writes a PNG that is there whole or not at all."""
     with files.replace(path, "wb") as file:

@@ -6,12 +6,13 @@ python -m experiments.evaluate --workdir=runs/digits [--steps=50] [--seed=0]
 import json
 import os
 
+import jax
 import numpy as np
 from absl import flags
 
 from diffusion import files, visualize
 from diffusion.build import build
-from diffusion.types import InputError
+from diffusion.types import InputError, SampleMetric
 from experiments import cli, parts
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -38,23 +39,34 @@ def main() -> None:
         build("evaluation", {"name": name, **options}, field=f"eval.metrics.{name}", **real)
         for name, options in section["metrics"].items()
     ]
-    drawers = {m.guidance: run.drawer(sampler=sampler, guidance={**run.config["guidance"], "scale": m.guidance})
-               for m in metrics}  # fmt: skip
+    of_samples = [metric for metric in metrics if isinstance(metric, SampleMetric)]
+    drawers = {
+        scale: run.drawer(sampler=sampler, guidance={**run.config["guidance"], "scale": scale})
+        for scale in {metric.guidance for metric in of_samples}
+    }
 
     results, drawn = {}, {}
     for metric in metrics:
-        key = metric.guidance, metric.num
-        labels = np.arange(metric.num) % run.spec.num_classes if run.spec.num_classes else None
-        if key not in drawn:
-            # As a viewer would get them: rounded to 8 bits.
-            drawn[key] = drawers[metric.guidance](
-                run.params, labels, metric.num, seed=SEED.value, batch_size=BATCH_SIZE.value,
-                title=f"sample at guidance {metric.guidance:g}",
-            )  # fmt: skip
-        values = metric(visualize.from_uint8(drawn[key]), labels)
+        if metric in of_samples:
+            what = metric.guidance, metric.num
+            labels = np.arange(metric.num) % run.spec.num_classes if run.spec.num_classes else None
+            if what not in drawn:
+                drawn[what] = drawers[metric.guidance](
+                    run.params, labels, metric.num, seed=SEED.value, batch_size=BATCH_SIZE.value,
+                    title=f"sample at guidance {metric.guidance:g}",
+                )  # fmt: skip
+            x = drawn[what]
+            if len(run.spec.shape) == 3:  # an image, as a viewer gets it: rounded to 8 bits
+                x = visualize.from_uint8(visualize.to_uint8(x))
+            values = metric(x, labels)
+            note = f"  ({metric.num} samples, guidance {metric.guidance:g})"
+        else:
+            denoise = run.objective.denoiser(run.network.apply, run.params)
+            values = metric(denoise, run.objective.schedule_for(run.params), jax.random.key(SEED.value))
+            note = ""
         results |= values
         for name, value in values.items():
-            print(f"{name} {value:.4f}  ({metric.num} samples, guidance {metric.guidance:g})")
+            print(f"{name} {value:.4f}{note}")
     settings = {"step": run.step, "ema": run.ema, "sampler": sampler, "seed": SEED.value}
     with files.replace(os.path.join(WORKDIR.value, "evaluation.json")) as file:
         json.dump({**results, "settings": settings}, file, indent=2)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion import sample, visualize
+from diffusion import sample
 from diffusion.build import build, call, check, find
 from diffusion.checkpoint import Checkpoints
 from diffusion.distributed import mesh as meshes
@@ -72,7 +72,7 @@ def _rules(rules: tuple[tuple[str, tuple], ...] = ()) -> None:
 
 
 class Drawer:
-    """Draws images from a model: one compiled scan. Labels, seed, guidance's numbers and times do not recompile it.
+    """Draws samples from a model: one compiled scan. Labels, seed, guidance's numbers and times do not recompile it.
 
     Args:
       sampler: the config's section: the sampler's name and keywords, `steps`, and the `grid` they lie on.
@@ -103,8 +103,9 @@ class Drawer:
             denoise = objective.denoiser(network.apply, params)
             if guided:
                 denoise = guide(denoise, **numbers)
-            x = sample.prior(objective.schedule, times[0], keys, spec.shape)
-            return sample.sample(sample.bind(denoise, cond), objective.schedule, solver, x, times, keys)
+            schedule = objective.schedule_for(params)
+            x = sample.prior(schedule, times[0], keys, spec.shape)
+            return sample.sample(sample.bind(denoise, cond), schedule, solver, x, times, keys)
 
         self._draw = jax.jit(draw)
 
@@ -112,12 +113,12 @@ class Drawer:
         self, params: Params, labels: Sequence[int] | None, num: int, *, seed: int, batch_size: int = 250,
         title: str | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """Draws `num` images, uint8 `[num, H, W, C]`.
+        """Draws `num` samples, float32 `[num, ...]`.
 
         Args:
           labels: `[num]`, or None where the data has no classes.
-          seed: image i depends on this and i alone.
-          batch_size: images at a time, rounded up to a multiple of the mesh's data x fsdp.
+          seed: sample i depends on this and i alone.
+          batch_size: samples at a time, rounded up to a multiple of the mesh's data x fsdp.
           title: of the progress line; None for none.
         """
         shards = sharding.batch_shards(self.mesh)
@@ -130,22 +131,31 @@ class Drawer:
 
         cond = {} if labels is None else {"label": np.asarray(labels, np.int32)}
         progress = Progress(title, num) if title else None
-        images = []
+        drawn = []
         for x in sample.in_batches(draw, cond, num, batch_size, jax.random.key(seed)):
-            images.append(visualize.to_uint8(x))
+            drawn.append(x)
             if progress:
-                progress.update(sum(map(len, images)))
+                progress.update(sum(map(len, drawn)))
         if progress:
             progress.close()
-        return np.concatenate(images)
+        return np.concatenate(drawn)
 
 
-def _grid(steps: int, grid: str = "trailing") -> Callable[[Schedule], np.ndarray]:
+def _grid(steps: int, grid: str | Mapping[str, Any] = "trailing") -> Callable[[Schedule], np.ndarray]:
     """The `sampler` section's own keywords; all others are the sampler's."""
     if steps < 1:
         raise InputError("steps", f"must be at least 1, got {steps}")
-    make = find("grids", grid, field="grid")
-    return lambda schedule: make(schedule, steps)
+    options = {"name": grid} if isinstance(grid, str) else dict(grid)
+    make = find("grids", options.pop("name", ""), field="grid")
+    check(make, options, field="grid", later=("schedule", "steps"))
+
+    def times(schedule: Schedule) -> np.ndarray:
+        try:
+            return make(schedule, steps, **options)
+        except InputError as error:
+            raise error.within("sampler.grid") from None
+
+    return times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +166,8 @@ class Run:
     spec: Spec
     step: int
     ema: str | None
+    objective: Objective
+    network: Network
     params: Params
     drawer: Callable[..., Drawer]  # drawer(sampler=..., guidance=...)
 
@@ -193,4 +205,4 @@ def open_run(workdir: str, ema_name: str | None = None) -> Run:
         rate = config["train"].get("cond_drop_rate", Options.cond_drop_rate)
         return Drawer(network, objective, spec, mesh, sampler=sampler, guidance=guidance, cond_drop_rate=rate)
 
-    return Run(config, spec, step, ema_name, params, drawer)
+    return Run(config, spec, step, ema_name, objective, network, params, drawer)

@@ -27,8 +27,6 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 250, "Samples at a time; the sam
 OUT = flags.DEFINE_string("out", None, "Folder for samples.png and samples.npz. Default: WORKDIR/samples.")
 flags.mark_flags_as_required(["workdir"])
 
-SHOWN = 400  # the picture shows at most so many
-
 
 def main() -> None:
     for name, value in (("num", NUM.value), ("batch_size", BATCH_SIZE.value)):
@@ -48,20 +46,20 @@ def main() -> None:
     drawer = run.drawer(sampler=sampler, guidance=guidance)
     out = files.make_folder(OUT.value or os.path.join(WORKDIR.value, "samples"), "--out")
 
-    images = drawer(run.params, labels, NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value, title="sample")
+    x = drawer(run.params, labels, NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value, title="sample")
     settings = {"workdir": WORKDIR.value, "step": run.step, "ema": run.ema, "sampler": sampler, "guidance": guidance,
                 "seed": SEED.value, "num": NUM.value}  # fmt: skip
     path = os.path.join(out, "samples.npz")
     with files.replace(path, "wb") as file:
         np.savez(
             file,
-            samples=images,
+            samples=visualize.to_uint8(x) if len(run.spec.shape) == 3 else x,
             labels=np.zeros(NUM.value, np.int32) if labels is None else labels,
             settings=np.array(json.dumps(settings)),
         )
     picture = os.path.join(out, "samples.png")
     columns = run.spec.num_classes if labels is not None and LABELS.value is None else None
-    visualize.save_png(visualize.grid(images[:SHOWN], columns), picture)
+    visualize.save_png(visualize.picture(x, columns), picture)
     print(f"{NUM.value} samples: {picture} and {path}")
 
 

@@ -20,7 +20,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, previews.")
 flags.mark_flags_as_required(["config", "workdir"])
 
-PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS = 0, 8, 10
+PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
 
 
 def main() -> None:
@@ -47,9 +47,9 @@ def main() -> None:
 
 def preview(drawer: parts.Drawer, params: Params, spec: Spec) -> Image.Image:
     """A grid of fixed seed, the classes in columns: what differs between two of them is the training."""
-    num = PREVIEW_ROWS * PREVIEW_COLUMNS
+    num = PREVIEW_ROWS * PREVIEW_COLUMNS if len(spec.shape) == 3 else PREVIEW_POINTS
     labels = np.arange(num) % PREVIEW_COLUMNS % spec.num_classes if spec.num_classes else None
-    return visualize.grid(drawer(params, labels, num, seed=PREVIEW_SEED, batch_size=num), PREVIEW_COLUMNS)
+    return visualize.picture(drawer(params, labels, num, seed=PREVIEW_SEED, batch_size=num), PREVIEW_COLUMNS)
 
 
 if __name__ == "__main__":

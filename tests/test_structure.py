@@ -11,7 +11,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"types"},
     {"arrays", "files", "build", "progress"},
-    {"parameterization", "times", "weighting", "grids", "schedules", "layers"},
+    {
+        "parameterization",
+        "times",
+        "weighting",
+        "grids",
+        "schedules",
+        "layers",
+        "analytic",
+        "gaussian",
+        "posterior",
+        "likelihood",
+    },
     {"objectives", "samplers", "guidance", "networks", "data"},
     {"sample", "evaluation", "visualize", "distributed", "training", "checkpoint"},
 ]

@@ -1,1 +1,1 @@
-"""Metrics of samples, one a file: `make(**options)` returns a `diffusion.types.Metric`."""
+"""Metrics, one a file: `make(train, held_out, **options)` returns a `SampleMetric` or a `ModelMetric`."""

@@ -7,12 +7,13 @@ from flax import nnx
 from diffusion.types import Array, Cond, Network, Params
 
 
-def functional(construct: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+def functional(construct: Callable[[nnx.Rngs], nnx.Module], outputs: int = 1) -> Network:
     """Splits a module once.
 
     Args:
       construct: builds the module from its random streams. Its call is `module(x, c_noise, cond, key)`; its state must
         be parameters alone, with string keys (`nnx.Dict`, not lists).
+      outputs: see `Network`.
     """
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(nnx.Rngs(0))))
 
@@ -22,4 +23,4 @@ def functional(construct: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     def apply(params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array:
         return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key)
 
-    return Network(init, apply)
+    return Network(init, apply, outputs)

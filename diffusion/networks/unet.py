@@ -15,14 +15,14 @@ from diffusion.types import Array, Cond, InputError, Network
 
 
 class UNet(nnx.Module):
-    """x `[B, H, W, C]`, c_noise `[B]`, cond -> `[B, H, W, C]`, float32.
+    """x `[B, H, W, C]`, c_noise `[B]`, cond -> `[B, H, W, outputs * C]`, float32.
 
     Down: each level's blocks, then a halving. Every tensor on the way is kept, and the way up, with one block a level
     more, takes them back in reverse, each joined to the channels of one block's input.
     """
 
     def __init__(self, *, size, channels, num_classes, width, multipliers, blocks, attention, head_width, dropout,
-                 dtype, rngs: nnx.Rngs):  # fmt: skip
+                 outputs, dtype, rngs: nnx.Rngs):  # fmt: skip
         self.dtype = dtype
         kwargs = dict(dtype=dtype, rngs=rngs)
         emb_features = 4 * width
@@ -60,7 +60,7 @@ class UNet(nnx.Module):
         # Names in the order of the passes: the dicts themselves come back sorted from a checkpoint.
         self.down_names, self.up_names = tuple(down), tuple(up)
         self.norm_out = group_norm(current, **kwargs)
-        self.conv_out = conv3x3(current, channels, zero=True, dtype=jnp.float32, rngs=rngs)
+        self.conv_out = conv3x3(current, outputs * channels, zero=True, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
         rngs = None if key is None else nnx.Rngs(dropout=key)
@@ -95,6 +95,7 @@ def make(
     attention: tuple[int, ...] = (16,),
     head_width: int = 64,
     dropout: float = 0.0,
+    outputs: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
     """A U-Net for images of `shape` (from the data's spec).
@@ -108,11 +109,12 @@ def make(
       attention: the resolutions at which every block is followed by self-attention; the middle always has it.
       head_width: channels of an attention head; must divide the channels wherever there is attention.
       dropout: rate inside the residual blocks, in [0, 1).
+      outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last convolution are float32.
     """
     if len(shape) != 3 or shape[0] != shape[1]:
         raise InputError("shape", f"unet takes square images (H, W, C), got {shape}; choose another network or data")
-    for name, value in (("width", width), ("blocks", blocks), ("head_width", head_width)):
+    for name, value in (("width", width), ("blocks", blocks), ("head_width", head_width), ("outputs", outputs)):
         if value < 1:
             raise InputError(name, f"must be at least 1, got {value}")
     if width % 2:
@@ -134,5 +136,5 @@ def make(
             raise InputError("head_width", f"{head_width} does not divide the {channels} channels that attend")
     return functional(lambda rngs: UNet(
         size=shape[0], channels=shape[2], num_classes=num_classes, width=width, multipliers=multipliers, blocks=blocks,
-        attention=attention, head_width=head_width, dropout=dropout, dtype=jnp.dtype(dtype), rngs=rngs,
-    ))  # fmt: skip
+        attention=attention, head_width=head_width, dropout=dropout, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
+    ), outputs)  # fmt: skip

@@ -1,73 +1,75 @@
-"""Denoising diffusion: regress F at a random time (Ho et al. 2020, arXiv 2006.11239)."""
+"""Denoising diffusion: regress F at a random time (Ho et al. 2020, arXiv 2006.11239), with the learned variance of
+improved DDPM (Nichol & Dhariwal 2021, arXiv 2102.09672)."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
 
-import jax
 import jax.numpy as jnp
 
 from diffusion.arrays import expand
-from diffusion.build import build
-from diffusion.parameterization import Parameterization
-from diffusion.times import Times
-from diffusion.types import Apply, Array, Batch, Denoised, Denoiser, Network, Params, Schedule
-from diffusion.weighting import Weighting
+from diffusion.gaussian import Gaussian, PartSpec, build_parts, flat_mean
+from diffusion.likelihood import discretized_log_likelihood
+from diffusion.posterior import posterior
+from diffusion.types import Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class DDPM:
-    """E over t, eps of w(t) mean (F - target)^2. See `make` for the parts."""
+class DDPM(Gaussian):
+    """See `make`."""
 
-    schedule: Schedule
-    parameterization: Parameterization
-    times: Times
-    weighting: Weighting
-    frozen: tuple[str, ...] = ()
+    learned_variance: bool = False
+    bound_weight: float = 0.001
+    levels: int = 256
 
-    def init(self, network: Network, key: Array) -> dict[str, Params]:
-        return {"net": network.init(key)}
+    @property
+    def outputs(self) -> int:
+        return 2 if self.learned_variance else 1
 
-    def draw(self, batch: Batch, key: Array, step: Array) -> Mapping[str, Array]:
-        x0 = batch["x"]
-        key_t, key_eps = jax.random.split(key)
-        return {
-            "t": self.times(self.schedule, key_t, x0.shape[0]),
-            "eps": jax.random.normal(key_eps, x0.shape, x0.dtype),
-        }
-
-    def loss(
-        self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
-    ) -> tuple[Array, dict[str, Array]]:
-        noise = batch["noise"] if "noise" in batch else self.draw(batch, key, step)
-        x0, t, eps = batch["x"], noise["t"], noise["eps"]
-        x_t = expand(self.schedule.alpha(t), x0) * x0 + expand(self.schedule.sigma(t), x0) * eps
-        row = self.parameterization(self.schedule, t)
-        output = net(params["net"], expand(row.c_in, x0) * x_t, row.c_noise, batch["cond"], key=key)
-        target = expand(row.a, x0) * x0 + expand(row.b, x0) * eps
-        error = jnp.mean(jnp.square(output - target), axis=tuple(range(1, x0.ndim)))
-        return self.weighting(self.schedule, row, t) * error, {}
-
-    def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
-        def denoise(x: Array, t: Array, cond: Mapping[str, Array]) -> Denoised:
-            t = jnp.broadcast_to(t, x.shape[:1])
-            row = self.parameterization(self.schedule, t)
-            output = net(params["net"], expand(row.c_in, x) * x, row.c_noise, cond)
-            return Denoised(expand(row.c_skip, x) * x + expand(row.c_out, x) * output)
-
-        return denoise
+    def second_loss(self, second: Array, x0_hat: Array, x0: Array, x_t: Array, t: Array) -> Array:
+        """The term of the variational bound at t, which trains the variance alone: `bound_weight` times T times it, in
+        bits a dimension (Nichol & Dhariwal 2021, eq. 16)."""
+        num_steps = self.schedule.num_steps
+        # The last step's beta-tilde is 0: take the one before for it, as everybody does.
+        first = t < 1.5 / num_steps
+        s = jnp.where(first, 0.0, t - 1 / num_steps)
+        reverse = posterior(self.schedule, t, s)
+        floor = posterior(self.schedule, jnp.float32(min(2 / num_steps, 1)), jnp.float32(1 / num_steps))
+        clipped = dataclasses.replace(reverse, beta_tilde=jnp.where(first, floor.beta_tilde, reverse.beta_tilde))
+        clipped = dataclasses.replace(clipped, beta=expand(clipped.beta, x0), beta_tilde=expand(clipped.beta_tilde, x0))
+        log_variance = clipped.log_variance((second + 1) / 2)
+        shift = expand(reverse.from_x0, x0) * (x0 - x0_hat)
+        log_ratio = jnp.log(clipped.beta_tilde) - log_variance
+        divergence = (jnp.exp(log_ratio) - 1 - log_ratio + shift**2 * jnp.exp(-log_variance)) / 2
+        decoder = -discretized_log_likelihood(x0, x0_hat, jnp.exp(log_variance / 2), self.levels)
+        bits = flat_mean(jnp.where(expand(first, x0), decoder, divergence)) / math.log(2)
+        return self.bound_weight * num_steps * bits
 
 
 def make(
-    schedule: str | Mapping[str, Any] = "vp",
-    parameterization: str | Mapping[str, Any] = "eps",
-    times: str | Mapping[str, Any] = "uniform",
-    weighting: str | Mapping[str, Any] = "simple",
+    schedule: PartSpec = "vp",
+    parameterization: PartSpec = "eps",
+    times: PartSpec = "uniform",
+    weighting: PartSpec = "simple",
+    learned_variance: bool = False,
+    bound_weight: float = 0.001,
+    levels: int = 256,
 ) -> DDPM:
-    """DDPM from the specs of its parts, each a name or `{"name": ..., **keywords}`."""
-    return DDPM(
-        schedule=build("schedules", schedule, field="schedule"),
-        parameterization=build("parameterization", parameterization, field="parameterization"),
-        times=build("times", times, field="times"),
-        weighting=build("weighting", weighting, field="weighting"),
-    )
+    """DDPM from the specs of its parts, each a name or `{"name": ..., **keywords}`.
+
+    Args:
+      schedule, parameterization, times, weighting: any; `times="discrete"` is the paper's chain, others are continuous.
+      learned_variance: the network's second output is the reverse step's variance, for `ancestral(variance="learned")`,
+        trained on the variational bound. Needs a schedule with a table and a network with `outputs = 2`.
+      bound_weight: of that bound, for each of the T steps.
+      levels: values that a channel of the data can take, for the bound's last step.
+    """
+    parts = build_parts(schedule, parameterization, times, weighting)
+    if learned_variance and not hasattr(parts["schedule"], "num_steps"):
+        raise InputError("learned_variance", "needs a schedule with a table of steps (vp)")
+    if learned_variance and parts["schedule"].num_steps < 2:
+        raise InputError("learned_variance", "needs a schedule of 2 steps or more")
+    if bound_weight <= 0:
+        raise InputError("bound_weight", f"must be positive, got {bound_weight}")
+    if levels < 2:
+        raise InputError("levels", f"must be at least 2, got {levels}")
+    return DDPM(**parts, learned_variance=learned_variance, bound_weight=bound_weight, levels=levels)

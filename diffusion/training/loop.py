@@ -170,6 +170,8 @@ def train(
 
     def report(step: int, metrics: Mapping[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        # Not every metric exists at every step: there may be no example in a bin of noise levels.
+        values = {name: value for name, value in values.items() if name == "loss" or math.isfinite(value)}
         if not math.isfinite(values["loss"]):
             raise Diverged(f"the loss of step {step} is {values['loss']}; the last checkpoint is untouched")
         if step % options.log_every == 0 or step == options.steps:

@@ -21,12 +21,14 @@ class TrainState:
       params: the dict of networks, float32.
       ema: name of the average -> its copy of the trainable networks.
       opt_state: optax's, for the trainable networks.
+      memory: what the objective keeps beside its parameters (`Objective.memory`).
     """
 
     step: Array
     params: dict[str, Params]
     ema: dict[str, dict[str, Params]]
     opt_state: Any
+    memory: Any
 
 
 def init_state(
@@ -35,7 +37,7 @@ def init_state(
     """The state before the first step. Pure: `jax.jit` it with `out_shardings`, so that it is born in its place."""
     params = objective.init(network, key)
     learned = trainable(params, objective)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema.init(learned), transform.init(learned))
+    return TrainState(jnp.zeros((), jnp.int32), params, ema.init(learned), transform.init(learned), objective.memory())
 
 
 def trainable(params: dict[str, Params], objective: Objective) -> dict[str, Params]:

@@ -38,30 +38,34 @@ def make_step(
         key_keep, key_draw, key_net = jax.random.split(key, 3)
         keep = jax.random.uniform(key_keep, batch["x"].shape[:1]) >= cond_drop_rate
         batch = Batch(x=batch["x"], cond={**batch["cond"], "keep": keep})
-        batch["noise"] = objective.draw(batch, key_draw, state.step)
+        batch["noise"] = objective.draw(batch, key_draw, state.step, state.memory)
 
         learned, ema_params = trainable(state.params, objective), averaged(state, ema.names[-1])
 
         def mean_loss(learned, micro, key):
             params = {**state.params, **learned}
             loss, metrics = objective.loss(network.apply, params, ema_params, micro, key, state.step)
-            return jnp.mean(loss), metrics
+            return jnp.mean(loss), (metrics, loss)
 
         def gradient(micro, key):
-            (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(learned, micro, key)
-            return {"loss": loss, **metrics}, grads
+            (_, (metrics, losses)), grads = jax.value_and_grad(mean_loss, has_aux=True)(learned, micro, key)
+            return (metrics, grads), losses
 
         if accumulate == 1:
-            metrics, grads = gradient(batch, key_net)
+            (metrics, grads), losses = gradient(batch, key_net)
         else:
-            metrics, grads = _mean_over(gradient, _split(batch, accumulate), jax.random.split(key_net, accumulate))
+            keys = jax.random.split(key_net, accumulate)
+            (metrics, grads), losses = _mean_over(gradient, _split(batch, accumulate), keys)
+            losses = losses.swapaxes(0, 1).reshape(-1)  # as they stood before the split
+        memory, seen = objective.remember(state.memory, batch["noise"], losses)
+        metrics = {"loss": jnp.mean(losses), **metrics, **seen}
 
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, learned)
         learned = optax.apply_updates(learned, updates)
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step))
         averages = ema.update(state.ema, learned, state.step)
-        return TrainState(state.step + 1, {**state.params, **learned}, averages, opt_state), metrics
+        return TrainState(state.step + 1, {**state.params, **learned}, averages, opt_state, memory), metrics
 
     return step
 
@@ -72,15 +76,14 @@ def _split(batch: Batch, parts: int) -> Batch:
 
 
 def _mean_over(function, *stacked):
-    """The mean of `function`'s outputs over the leading axis of its arguments, in a scan that keeps one at a time."""
+    """For `function(...) -> (mean, each)`: the mean of the first over the leading axis of the arguments, and all of the
+    second stacked, in a scan that keeps one gradient at a time."""
     parts = jax.tree.leaves(stacked)[0].shape[0]
-    total = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(function, *jax.tree.map(lambda x: x[0], stacked)),
-    )
+    shapes, _ = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], stacked))
 
     def add(total, inputs):
-        return jax.tree.map(jnp.add, total, function(*inputs)), None
+        mean, each = function(*inputs)
+        return jax.tree.map(jnp.add, total, mean), each
 
-    total, _ = jax.lax.scan(add, total, stacked)
-    return jax.tree.map(lambda x: x / parts, total)
+    total, each = jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), stacked)
+    return jax.tree.map(lambda x: x / parts, total), each

@@ -21,8 +21,14 @@ class Linear:
     def init(self, network, key):
         return {"net": network.init(key), "teacher": {"w": jnp.float32(5)}}
 
-    def draw(self, batch, key, step):
+    def memory(self):
+        return {"losses": jnp.zeros(16)}
+
+    def draw(self, batch, key, step, memory):
         return {"n": jax.random.normal(key, batch["x"].shape)}
+
+    def remember(self, memory, noise, loss):
+        return {"losses": loss}, {"matched": jnp.sum(loss * noise["n"])}
 
     def loss(self, net, params, ema_params, batch, key, step):
         predicted = net(params["net"], batch["x"], None, batch["cond"]) + 0 * params["teacher"]["w"]
@@ -89,6 +95,7 @@ def test_accumulation_changes_nothing(accumulate):
     (_, whole), (expected,) = run(cond_drop_rate=0.3)
     (_, parts), (metrics,) = run(cond_drop_rate=0.3, accumulate=accumulate)
     np.testing.assert_allclose(parts.params["net"]["w"], whole.params["net"]["w"], rtol=1e-6)
+    np.testing.assert_allclose(parts.memory["losses"], whole.memory["losses"], rtol=1e-6)
     for name in expected:
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
 

@@ -1,0 +1,83 @@
+"""How probable a model finds held-out data: by the probability-flow ODE, and by the variational bound."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion import likelihood
+from diffusion.types import Array, Denoiser, InputError, Schedule, Source
+
+LOG_SNR = (12.0, -12.0)  # where the chain of the bound ends, if the schedule goes that far
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """See `make`. A `ModelMetric`."""
+
+    held_out: Source
+    num: int
+    steps: int
+    bound_steps: int
+    trace: Literal["exact", "hutchinson"]
+    levels: int | None
+
+    def __call__(self, denoise: Denoiser, schedule: Schedule, key: Array) -> dict[str, float]:
+        """`nll` and `bound` of -log p in nats a dimension, or in bits a dimension if the data has levels; beside them
+        `entropy`, the same of the data's own density, where that is known."""
+        examples = [self.held_out[index] for index in range(min(self.num, len(self.held_out)))]
+        x0 = jnp.stack([example["x"] for example in examples])
+        cond = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[example["cond"] for example in examples])
+        dims = int(np.prod(x0.shape[1:]))
+        low = jnp.maximum(schedule.log_snr(jnp.float32(1)), LOG_SNR[1])
+        times = schedule.time(jnp.linspace(LOG_SNR[0], low, self.bound_steps + 1))
+
+        data_std = float(jnp.std(x0))
+
+        @jax.jit
+        def measure(x0: Array, key: Array) -> tuple[Array, Array]:
+            key_spread, key_trace, key_bound = jax.random.split(key, 3)
+            spread, offset = x0, 0.0
+            if self.levels:
+                spread, offset = likelihood.dequantize(x0, key_spread, self.levels)
+            density = likelihood.ode_log_likelihood(
+                lambda x, t: denoise(x, t, cond), schedule, spread, key_trace, steps=self.steps, trace=self.trace,
+                data_std=data_std,
+            )  # fmt: skip
+            bound = likelihood.variational_bound(
+                lambda x, t: denoise(x, t, cond), schedule, x0, key_bound, times, levels=self.levels
+            )
+            return -density / dims - offset, bound["total"] / dims
+
+        nll, bound = (np.asarray(value, np.float64) for value in measure(x0, key))
+        unit = np.log(2) if self.levels else 1.0
+        results = {"nll": nll.mean() / unit, "bound": bound.mean() / unit}
+        if hasattr(self.held_out, "log_density"):
+            results["entropy"] = -np.mean(self.held_out.log_density(np.asarray(x0))) / dims
+        return {name: float(value) for name, value in results.items()}
+
+
+def make(
+    train: Source,
+    held_out: Source,
+    num: int = 2000,
+    steps: int = 200,
+    bound_steps: int = 1000,
+    trace: Literal["exact", "hutchinson"] = "exact",
+    levels: int | None = None,
+) -> Likelihood:
+    """Args:
+    num: held-out examples, the first ones.
+    steps: of the ODE's solver.
+    bound_steps: of the bound's chain.
+    trace: of the ODE's Jacobian: `exact` for few dimensions, `hutchinson` for images.
+    levels: values that a channel of the data can take, evenly from -1 to 1; None for a density.
+    """
+    for name, value in (("num", num), ("steps", steps), ("bound_steps", bound_steps)):
+        if value < 1:
+            raise InputError(name, f"must be at least 1, got {value}")
+    if levels is not None and levels < 2:
+        raise InputError("levels", f"must be at least 2, got {levels}")
+    return Likelihood(held_out, num, steps, bound_steps, trace, levels)
