@@ -33,7 +33,7 @@ def get_config(method: str = "ddpm_eps") -> ml_collections.ConfigDict:
     }[method]
     return ml_collections.ConfigDict({
         "seed": 0,
-        "data": {"name": "toy", "kind": "mixture", "split": "train"},
+        "data": {"name": "toy", "kind": "mixture", "labels": False, "split": "train"},
         "objective": objective,
         "network": {"name": "mlp", "width": 128, "depth": 3},
         "optimizer": {"name": "adamw", "learning_rate": 2e-3, "schedule": "cosine", "warmup": 100, "clip": 1.0},
@@ -43,7 +43,7 @@ def get_config(method: str = "ddpm_eps") -> ml_collections.ConfigDict:
         "sampler": {"name": "ddim", "eta": 0.0, "steps": 50, "grid": {"name": "trailing"}},
         "guidance": {"name": "cfg", "scale": 1.0},
         "eval": {
-            "data": {"name": "toy", "kind": "mixture", "split": "test"},
+            "data": {"name": "toy", "kind": "mixture", "labels": False, "split": "test"},
             "metrics": {"likelihood": {"num": 2000, "steps": 200, "bound_steps": 1000}},
         },
         "mesh": {"data": -1, "fsdp": 1, "model": 1},

@@ -106,6 +106,8 @@ def test_moments_of_samples(x64):
     # Four standard errors: deviations of a coordinate and of a product of two are below 0.8.
     assert abs(x.mean(axis=0) - mean).max() < 4 * 0.8 / n**0.5
     assert abs(x.T @ x / n - second).max() < 4 * 0.8 / n**0.5
+    noise = np.asarray(Mixture(means=[[0.0]], stds=[1.0], weights=[1.0]).sample(jax.random.key(1), 10))
+    assert (noise != noise.astype(np.float32)).all()
 
 
 def test_entropy(x64):

@@ -19,7 +19,7 @@ MIXTURES = {
 
 
 class Toy:
-    """Points `[2]`; those of `mixture` have their component as `label`.
+    """Points `[2]`; those of `mixture` have their component as `label`, if asked for.
 
     Attributes:
       points: `[N, 2]` float32.
@@ -27,14 +27,14 @@ class Toy:
       distribution: the `Mixture` that the points are drawn from, None for kinds that are not one.
     """
 
-    def __init__(self, kind: str, size: int, rng: np.random.Generator):
+    def __init__(self, kind: str, size: int, labels: bool, rng: np.random.Generator):
         self.kind = kind
         self.distribution = MIXTURES.get(kind)
         self.labels = None
         if self.distribution:
-            points, labels = _mixture(self.distribution, size, rng)
-            if kind == "mixture":
-                self.labels = labels.astype(np.int32)
+            points, components = _mixture(self.distribution, size, rng)
+            if labels and kind == "mixture":
+                self.labels = components.astype(np.int32)
         else:
             points = {"checkerboard": _checkerboard, "moons": _moons, "spiral": _spiral}[kind](size, rng)
         self.points = points.astype(np.float32)
@@ -70,6 +70,7 @@ def make(
     size: int = 50_000,
     split: Literal["train", "test"] = "train",
     seed: int = 0,
+    labels: bool = True,
 ) -> Toy:
     """Points near [-1, 1]^2, already in the model's units; deviations below are those of each coordinate.
 
@@ -81,12 +82,13 @@ def make(
       size: number of points.
       split: `train` or `test`, independent draws.
       seed: of the draws, at least 0.
+      labels: whether a mixture's components are given as labels; without, there is no condition.
     """
     if size < 1:
         raise InputError("size", f"must be at least 1, got {size}")
     if seed < 0:
         raise InputError("seed", f"must be at least 0, got {seed}")
-    return Toy(kind, size, np.random.default_rng([seed, int(split == "test")]))
+    return Toy(kind, size, labels, np.random.default_rng([seed, int(split == "test")]))
 
 
 def _mixture(distribution: Mixture, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,8 @@ class FlowMatching(Gaussian):
         if self.coupling != "independent":
             cost = squared_distances(batch["x"], noise["eps"])
             if self.coupling == "exact":
-                _, partners = optax.assignment.hungarian_algorithm(cost)
+                rows, columns = optax.assignment.hungarian_algorithm(cost)
+                partners = jnp.zeros_like(columns).at[rows].set(columns)
             else:
                 plan = sinkhorn(cost / jnp.mean(cost), self.entropy)
                 partners = jax.random.categorical(key_pairs, plan, axis=1)

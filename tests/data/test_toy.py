@@ -48,6 +48,11 @@ def test_scale(kind, std):
     np.testing.assert_allclose(toy(kind, size=20_000).points.std(axis=0), std, atol=0.015)
 
 
+def test_labels_may_be_left_out():
+    source = build("data", {"name": "toy", "kind": "mixture", "size": 10, "labels": False})
+    assert source.spec.num_classes == 0 and source[0]["cond"] == {}
+
+
 def test_labels_name_the_component():
     source = toy("mixture")
     assert source.labels.dtype == np.int32 and set(source.labels) == set(range(8))

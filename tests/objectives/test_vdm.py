@@ -1,0 +1,129 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.arrays import derivative
+from diffusion.build import build
+from diffusion.types import InputError, Network
+
+STD = 0.5
+
+
+def optimal(schedule):
+    """The eps that the optimal denoiser of data N(0, STD^2) predicts, as a network told gamma."""
+
+    def net(params, x, c_noise, cond, *, key=None):
+        gamma = (8 * c_noise)[:, None]
+        signal, noise = jax.nn.sigmoid(-gamma), jax.nn.sigmoid(gamma)
+        return jnp.sqrt(noise) / (signal * STD**2 + noise) * x
+
+    return net
+
+
+@pytest.fixture
+def vdm(x64):
+    objective = build(
+        "objectives",
+        {
+            "name": "vdm",
+            "schedule": {"name": "learned", "gamma_min": -9.0, "gamma_max": 8.0},
+            "parameterization": {"name": "eps", "c_noise": "log_sigma"},
+        },
+    )
+    params = objective.init(Network(lambda key: {"unused": jnp.zeros(())}, None), jax.random.key(0))
+    params["gamma"] = {**params["gamma"], "height": params["gamma"]["height"] + 6}
+    return objective, params
+
+
+def batch(n):
+    return {"x": STD * jax.random.normal(jax.random.key(1), (n, 3)), "cond": {}}
+
+
+def test_bound_of_the_optimal_model_is_the_entropy(vdm):
+    """In nats a dimension; the bound is tight for continuous time and a nearly complete path, whatever is learned
+    between the ends."""
+    objective, params = vdm
+    loss, metrics = objective.loss(optimal(objective), params, {}, batch(300_000), jax.random.key(2), 0)
+    entropy = np.log(STD * np.sqrt(2 * np.pi * np.e))
+    error = loss.std() / loss.size**0.5
+    assert abs(loss.mean() - entropy) < 4 * error < 0.03
+    np.testing.assert_allclose(metrics["bits_per_dim"], loss.mean() / np.log(2))
+    terms = metrics["diffusion"] + metrics["prior"] + metrics["reconstruction"]
+    np.testing.assert_allclose(terms, loss.mean())
+
+
+def test_bound_of_a_worse_model_is_above(vdm):
+    objective, params = vdm
+    good = optimal(objective)
+    worse = objective.loss(
+        lambda *args, key=None: 0.8 * good(*args, key=key), params, {}, batch(50_000), jax.random.key(2), 0
+    )[0]
+    best = objective.loss(good, params, {}, batch(50_000), jax.random.key(2), 0)[0]
+    assert worse.mean() > best.mean() + 0.05
+
+
+def test_gradient_of_gamma(vdm):
+    """Its ends get the gradient of the bound, what is between them the gradient of the bound's square."""
+    objective, params = vdm
+    example = batch(8)
+    example["noise"] = objective.draw(example, jax.random.key(3), 0, {})
+
+    def losses(gamma):
+        return objective.loss(optimal(objective), {**params, "gamma": gamma}, {}, example, None, 0)[0]
+
+    gradient = jax.grad(lambda gamma: jnp.sum(losses(gamma)))(params["gamma"])
+
+    def diffusion(gamma):
+        """The diffusion term by itself, written out."""
+        schedule, noise = objective.schedule.at(gamma), example["noise"]
+        t = noise["t"]
+        x_t = schedule.alpha(t)[:, None] * example["x"] + schedule.sigma(t)[:, None] * noise["eps"]
+        guess = optimal(objective)(None, x_t, -schedule.log_snr(t) / 8, {})
+        return derivative(schedule.gamma, t) / 2 * jnp.mean((noise["eps"] - guess) ** 2, axis=1)
+
+    def nudged(name, index, step, function):
+        gamma = {**params["gamma"], name: params["gamma"][name].at[index].add(step)}
+        return jnp.sum(function(gamma))
+
+    for name, index, function in (("ends", 0, losses), ("ends", 1, losses)):
+        slope = (nudged(name, index, 1e-5, function) - nudged(name, index, -1e-5, function)) / 2e-5
+        np.testing.assert_allclose(gradient[name][index], slope, rtol=1e-4)
+    for name, index in (("shift", 3), ("height", 7), ("scale", 11)):
+        square = lambda gamma: diffusion(gamma) ** 2  # noqa: E731
+        slope = (nudged(name, index, 1e-5, square) - nudged(name, index, -1e-5, square)) / 2e-5
+        np.testing.assert_allclose(gradient[name][index], slope, rtol=1e-3, atol=1e-9)
+
+
+def test_discrete_data_has_a_bound_above_its_entropy(x64):
+    """Fair coins at -1 and 1: log 2 nats a dimension, which the optimal denoiser tanh reaches."""
+    spec = {
+        "name": "vdm",
+        "schedule": {"name": "learned", "gamma_min": -6.0, "gamma_max": 8.0},
+        "parameterization": {"name": "x0", "c_noise": "log_sigma"},
+        "levels": 2,
+    }
+    objective = build("objectives", spec)
+    params = objective.init(Network(lambda key: {"unused": jnp.zeros(())}, None), jax.random.key(0))
+
+    def net(params, x, c_noise, cond, *, key=None):
+        gamma = (8 * c_noise)[:, None]
+        return jnp.tanh(x * jnp.sqrt(jax.nn.sigmoid(-gamma)) / jax.nn.sigmoid(gamma))
+
+    x = jax.random.rademacher(jax.random.key(0), (100_000, 2), jnp.float64)
+    loss, _ = objective.loss(net, params, {}, {"x": x, "cond": {}}, jax.random.key(1), 0)
+    assert abs(loss.mean() - np.log(2)) < 4 * loss.std() / loss.size**0.5 + 2e-4
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"schedule": "vp"}, "objectives.schedule.name: the objective learns its schedule"),
+        ({"parameterization": "velocity"}, "objectives.parameterization.name: velocity needs"),
+        ({"levels": 1}, "objectives.levels: "),
+        ({"schedule": {"name": "learned", "hidden": 0}}, "objectives.schedule.hidden: "),
+    ],
+)
+def test_impossible_combinations(spec, message):
+    with pytest.raises(InputError, match=message):
+        build("objectives", {"name": "vdm", **spec})

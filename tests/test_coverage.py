@@ -1,0 +1,90 @@
+"""Every objective with every network, parameterization, schedule and sampler that there is, found by listing the
+folders: what makes sense trains three steps and samples two on a mesh of devices, what does not is refused at build.
+A new file enrols itself; if it has limits, they belong in `refusal`."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.build import build, names
+from diffusion.distributed import sharding
+from diffusion.sample import bind, prior, sample
+from diffusion.training import ema, optimizer
+from diffusion.training.state import averaged, init_state
+from diffusion.training.step import make_step
+from diffusion.types import InputError
+
+TINY = {
+    "unet": {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention": (), "head_width": 4},
+    "mlp": {"width": 8, "depth": 1},
+}
+PURE_NOISE = ("flow", "trig")  # schedules whose SNR at t = 1 is 0
+PARTS = [names(family) for family in ("objectives", "networks", "parameterization", "schedules")]
+
+
+def refusal(objective, network, parameterization, schedule):
+    """The field that is named when the combination makes no sense; None if it does."""
+    if (objective == "vdm") != (schedule == "learned"):
+        return "objective.schedule.name"
+    if schedule in PURE_NOISE and parameterization in ("eps", "score"):
+        return "objective.parameterization"
+    if objective == "vdm" and parameterization == "velocity":
+        return "objective.parameterization.name"
+    return None
+
+
+@pytest.fixture(scope="module")
+def networks(digits, mesh_of):
+    """Each network with its pass compiled once, whatever is built around it, and its parameters."""
+    made = {}
+    for name in names("networks"):
+        network = build("networks", {"name": name, **TINY.get(name, {})}, shape=digits.spec.shape, num_classes=10)
+        params = jax.jit(network.init)(jax.random.key(0))
+        made[name] = type(network)(lambda key, params=params: params, jax.jit(network.apply), network.outputs)
+    return made
+
+
+@pytest.mark.parametrize("combination", itertools.product(*PARTS), ids="-".join)
+def test_trains_and_samples_or_is_refused(combination, networks, digits_batch, mesh_of):
+    objective, network, parameterization, schedule = combination
+    spec = {
+        "name": objective,
+        "schedule": schedule,
+        "parameterization": {"name": parameterization, "c_noise": "time"},
+        "times": "uniform",
+    }
+    field = refusal(*combination)
+    if field:
+        with pytest.raises(InputError, match=f"^{field}: .{{10}}"):
+            build("objectives", spec, field="objective")
+        return
+
+    objective, network = build("objectives", spec, field="objective"), networks[network]
+    mesh = mesh_of(2, 1, 1)
+    opt, averages = optimizer.make(steps=3, name="sgd", learning_rate=1e-4), ema.make(decays=(0.5,))
+    state = init_state(objective, network, opt.transform, averages, jax.random.key(0))
+    batch = jax.tree.map(lambda x: np.asarray(x[:4]), digits_batch)
+    state = jax.device_put(state, sharding.of_state(state, mesh))
+    batch = sharding.to_global(batch, sharding.by_example(mesh))
+    before = jax.tree.leaves(state.params["net"])
+    # Not jitted as a whole: a compilation for each of hundreds of combinations would take an hour.
+    step = make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.5)
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        assert np.isfinite(metrics["loss"])
+    assert any((a != b).any() for a, b in zip(before, jax.tree.leaves(state.params["net"]), strict=True))
+
+    params = averaged(state, "0.5")
+    cond = {"label": jax.device_put(jnp.arange(2), sharding.by_example(mesh))}
+    denoise = bind(objective.denoiser(network.apply, params), cond)
+    path = objective.schedule_for(params)
+    times = jnp.array([1.0, 0.5, 0.0])
+    keys = jax.random.split(jax.random.key(0), 2)
+    for sampler in names("samplers"):
+        with jax.disable_jit():
+            x = prior(path, times[0], keys, (8, 8, 1))
+            x = sample(denoise, path, build("samplers", sampler), x, times, keys)
+        assert x.shape == (2, 8, 8, 1) and np.isfinite(x).all()
