@@ -45,6 +45,7 @@ def _cut_after(path: str, step: int) -> None:
 
 
 def _tensorboard(workdir: str):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         from clu import metric_writers  # needs tensorflow and tensorboard
     except ImportError:

@@ -49,6 +49,31 @@ def test_ddim_is_first_order_on_the_ode(x64):
     np.testing.assert_allclose(out, product, rtol=1e-10)
 
 
+def test_euler_on_the_karras_grid(x64):
+    """N Euler steps from sigma 20 to 0.02: the errors of the standard deviation, and the exact product of the steps."""
+    schedule = build("schedules", {"name": "edm", "sigma_min": 0.02, "sigma_max": 20.0})
+    exact = (STD**2 + 0.02**2) ** 0.5
+    for steps, error in ((10, 8.5e-2), (20, 4.5e-2), (100, 9.4e-3), (1000, 1.1e-3)):
+        times = jnp.asarray(find("grids", "karras", field="grid")(schedule, steps + 1)[:-1])
+        x = sample(
+            optimal(schedule), schedule, build("samplers", "ddim"), jnp.full((1, 1), 20.0), times, jax.random.key(0)
+        )
+        sigma = 20 * times
+        product = 20 * jnp.prod(1 + jnp.diff(sigma) * sigma[:-1] / (sigma[:-1] ** 2 + STD**2))
+        np.testing.assert_allclose(x[0, 0], product, rtol=1e-9)
+        np.testing.assert_allclose(abs(x[0, 0] - exact), error, rtol=0.02)
+
+
+@pytest.mark.parametrize("schedule", ["flow", "trig", {"name": "vp", "zero_terminal_snr": True}], ids=str)
+def test_first_step_from_pure_noise_is_finite(schedule):
+    schedule = build("schedules", schedule)
+    times = jnp.array([1.0, 0.5, 0.0], jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    for sampler in ("ddim", {"name": "ddim", "eta": 1.0}, "ancestral"):
+        x = sample(optimal(schedule), schedule, build("samplers", sampler), jnp.ones((3, 2)), times, keys)
+        assert np.isfinite(x).all()
+
+
 def std_after(sampler, num_steps, std):
     """The exact standard deviation of a linear sampler's output: its gain and its noise, step by step."""
     schedule = build("schedules", {"name": "vp", "num_steps": num_steps, **scaled(num_steps)})
