@@ -38,7 +38,7 @@ def _parse(argv: list[str]) -> list[str]:
     except Exception as error:  # a config file runs while it is parsed, and may raise anything
         if "--debug" in argv:
             raise
-        _fail(_unknown_key(argv, error) or error, BAD_INPUT)
+        _fail(_unknown_key(argv, error) or _in_config(argv, error), BAD_INPUT)
 
 
 def _check_config_file(argv: list[str]) -> None:
@@ -68,6 +68,14 @@ def _unknown_key(argv: list[str], error: Exception) -> InputError | None:
     return None
 
 
+def _in_config(argv: list[str], error: Exception) -> Exception:
+    """What is neither ours nor the flags' own was raised by the config file."""
+    if isinstance(error, (InputError, flags.Error)):
+        return error
+    given = next((value for value in argv if value.lstrip("-").startswith("config=")), "--config")
+    return InputError(given, f"raised {type(error).__name__}: {error}")
+
+
 def _guard(main: Callable[[], None]) -> None:
     try:
         main()
@@ -82,7 +90,5 @@ def _guard(main: Callable[[], None]) -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    known = isinstance(error, (InputError, Diverged, flags.Error))
-    text = str(error) if known else f"{type(error).__name__}: {error}"
-    print("error: " + " ".join(text.split()), file=sys.stderr)
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)

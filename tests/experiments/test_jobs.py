@@ -83,6 +83,12 @@ BAD_TRAIN = {
     "bad rate": (["--config.optimizer.learning_rate=-1.0"], "optimizer.learning_rate: must be positive"),
     "bad optimizer": (["--config.optimizer.name=adamm"], "optimizer.name: optax has no optimizer 'adamm'"),
     "guidance untrained": (["--config.train.cond_drop_rate=0.0"], "guidance.scale: the model was trained with"),
+    "no table": (["--config.objective.schedule.num_steps=0"], "objective.schedule.num_steps: must be at least 1"),
+    "eps at zero SNR": (
+        ["--config.objective.schedule={'name': 'flow'}"],
+        "objective.parameterization: {'name': 'eps'} does not exist at t = 1",
+    ),
+    "unknown config argument": (["--config=configs/mixture.py:dddpm"], "--config=configs/mixture.py:dddpm: raised KeyError"),
     "stray argument": (["stray"], "stray: is no flag"),
 }  # fmt: skip
 
@@ -171,6 +177,24 @@ def test_sample_refuses_a_workdir_without_a_checkpoint(workdir, tmp_path, kind):
         before = sorted(path for path in run.rglob("*"))
         done = job("train", *TINY, f"--workdir={run}")
         assert "cannot be read" in one_line(done) and sorted(path for path in run.rglob("*")) == before
+
+
+def test_points_in_the_plane(tmp_path):
+    """The same jobs on data that is no image, with an objective that has two networks."""
+    run = tmp_path / "run"
+    flags = ("--config.train.steps=2", "--config.optimizer.warmup=1", "--config.train.preview_every=2")
+    done = job("train", "--config=configs/mixture.py:vdm", *flags, "--config.eval.metrics.likelihood.num=16",
+               "--config.eval.metrics.likelihood.steps=8", "--config.eval.metrics.likelihood.bound_steps=8",
+               f"--workdir={run}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Image.open(run / "previews/step_0000002.png").size == (480, 480)
+    done = job("sample", f"--workdir={run}", "--num=30", "--steps=2")
+    assert done.returncode == 0, done.stderr
+    samples = np.load(run / "samples/samples.npz")["samples"]
+    assert samples.shape == (30, 2) and samples.dtype == np.float32
+    done = job("evaluate", f"--workdir={run}")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads((run / "evaluation.json").read_text())) == {"nll", "bound", "entropy", "settings"}
 
 
 def test_debug_shows_the_traceback(workdir):
