@@ -10,8 +10,6 @@ import numpy as np
 from diffusion import likelihood
 from diffusion.types import Array, Denoiser, InputError, Schedule, Source
 
-LOG_SNR = (12.0, -12.0)  # where the chain of the bound ends, if the schedule goes that far
-
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
@@ -23,6 +21,7 @@ class Likelihood:
     bound_steps: int
     trace: Literal["exact", "hutchinson"]
     levels: int | None
+    log_snr: tuple[float, float]
 
     def __call__(self, denoise: Denoiser, schedule: Schedule, key: Array) -> dict[str, float]:
         """`nll` and `bound` of -log p in nats a dimension, or in bits a dimension if the data has levels; beside them
@@ -31,8 +30,9 @@ class Likelihood:
         x0 = jnp.stack([example["x"] for example in examples])
         cond = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[example["cond"] for example in examples])
         dims = int(np.prod(x0.shape[1:]))
-        low = jnp.maximum(schedule.log_snr(jnp.float32(1)), LOG_SNR[1])
-        times = schedule.time(jnp.linspace(LOG_SNR[0], low, self.bound_steps + 1))
+        high, low = self.log_snr
+        end = jnp.maximum(schedule.log_snr(jnp.float32(1)), low)
+        times = schedule.time(jnp.linspace(high, end, self.bound_steps + 1))
 
         data_std = float(jnp.std(x0))
 
@@ -44,7 +44,7 @@ class Likelihood:
                 spread, offset = likelihood.dequantize(x0, key_spread, self.levels)
             density = likelihood.ode_log_likelihood(
                 lambda x, t: denoise(x, t, cond), schedule, spread, key_trace, steps=self.steps, trace=self.trace,
-                data_std=data_std,
+                data_std=data_std, log_snr=self.log_snr,
             )  # fmt: skip
             bound = likelihood.variational_bound(
                 lambda x, t: denoise(x, t, cond), schedule, x0, key_bound, times, levels=self.levels
@@ -67,12 +67,15 @@ def make(
     bound_steps: int = 1000,
     trace: Literal["exact", "hutchinson"] = "exact",
     levels: int | None = None,
+    log_snr: tuple[float, float] = (9.0, -10.0),
 ) -> Likelihood:
     """Args:
     num: held-out examples, the first ones.
     steps: of the ODE's solver.
     bound_steps: of the bound's chain.
     trace: of the ODE's Jacobian: `exact` for few dimensions, `hutchinson` for images.
+    log_snr: where x is taken to be clean and where it is taken to be noise. For a density of detail s the first costs
+      about (exp(-log_snr) / s^2)^2 / 4 nats a dimension.
     levels: values that a channel of the data can take, evenly from -1 to 1; None for a density.
     """
     for name, value in (("num", num), ("steps", steps), ("bound_steps", bound_steps)):
@@ -80,4 +83,4 @@ def make(
             raise InputError(name, f"must be at least 1, got {value}")
     if levels is not None and levels < 2:
         raise InputError("levels", f"must be at least 2, got {levels}")
-    return Likelihood(held_out, num, steps, bound_steps, trace, levels)
+    return Likelihood(held_out, num, steps, bound_steps, trace, levels, log_snr)

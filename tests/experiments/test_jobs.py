@@ -88,7 +88,7 @@ BAD_TRAIN = {
         ["--config.objective.schedule={'name': 'flow'}"],
         "objective.parameterization: {'name': 'eps'} does not exist at t = 1",
     ),
-    "unknown config argument": (["--config=configs/mixture.py:dddpm"], "--config=configs/mixture.py:dddpm: raised KeyError"),
+    "unknown argument": (["--config=configs/mixture.py:dddpm"], "--config=configs/mixture.py:dddpm: raised KeyError"),
     "stray argument": (["stray"], "stray: is no flag"),
 }  # fmt: skip
 
