@@ -15,7 +15,7 @@ def get_config(method: str = "ddpm_eps") -> ml_collections.ConfigDict:
     ddpm = {"name": "ddpm", "schedule": schedule, "times": {"name": "stratified"}, "weighting": {"name": "simple"}}
     objective = {
         "ddpm_eps": {**ddpm, "parameterization": {"name": "eps"}},
-        "ddpm_x0": {**ddpm, "parameterization": {"name": "x0"}, "weighting": {"name": "truncated_snr"}},
+        "ddpm_x0": {**ddpm, "parameterization": {"name": "x0"}, "weighting": {"name": "min_snr", "gamma": 100.0}},
         "ddpm_v": {**ddpm, "parameterization": {"name": "v"}},
         "flow": {
             "name": "flow_matching",

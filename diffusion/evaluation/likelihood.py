@@ -83,4 +83,6 @@ def make(
             raise InputError(name, f"must be at least 1, got {value}")
     if levels is not None and levels < 2:
         raise InputError("levels", f"must be at least 2, got {levels}")
+    if log_snr[0] <= log_snr[1]:
+        raise InputError("log_snr", f"must fall, from clean to noisy; got {log_snr}")
     return Likelihood(held_out, num, steps, bound_steps, trace, levels, log_snr)

@@ -65,12 +65,7 @@ class VP:
         zero_terminal = len(finite) < self.num_steps
         share = jnp.minimum((1 - t) / (1 - points[-1]), 1) if zero_terminal else jnp.ones_like(t)
         alpha = jnp.sqrt(jax.nn.sigmoid(finite[-1])) * share
-        # By index, not by jnp.interp, whose derivative is 0 at the points themselves.
-        place = jnp.clip(t * self.num_steps - 1, 0, len(finite) - 1)
-        low = jnp.minimum(place.astype(int), max(len(finite) - 2, 0))
-        high = jnp.minimum(low + 1, len(finite) - 1)
-        inner = finite[low] + (finite[high] - finite[low]) * (place - low)
-        return t, sigma, inner, alpha
+        return t, sigma, jnp.interp(t, points, finite), alpha
 
     def _join(self, t: Array, near_data: Array, inner: Array, near_noise: Array) -> Array:
         _, points = self._points(t.dtype)

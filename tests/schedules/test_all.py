@@ -78,15 +78,6 @@ def test_derivatives(schedule):
         assert np.isfinite(ends[1 if skip_first else 0 :]).all()
 
 
-def test_derivatives_at_the_points_of_a_table(x64):
-    """A slope of one of the two sides, not 0."""
-    schedule = build("schedules", {"name": "vp", "num_steps": 8})
-    points = jnp.arange(1, 9) / 8
-    slopes = np.diff(schedule.log_snr(points)) * 8
-    for slope, left, right in zip(derivative(schedule.log_snr, points)[1:-1], slopes[:-1], slopes[1:], strict=True):
-        assert min(abs(slope - left), abs(slope - right)) < 1e-9
-
-
 def test_variance_is_preserved(schedule):
     if type(schedule).__name__ in ("VP", "VPSDE", "Trig", "Learned"):
         t = jnp.linspace(0, 1, 99)

@@ -1,0 +1,60 @@
+import jax
+import numpy as np
+import pytest
+
+from diffusion.build import build
+from diffusion.types import Denoised, InputError
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return build("data", {"name": "toy", "kind": "mixture", "labels": False, "size": 500, "split": "test"})
+
+
+def test_of_the_optimal_model(toy):
+    """nll is the entropy of the same points, and the bound is above it by less the more steps it has."""
+    schedule, excess = build("schedules", "flow"), []
+    for bound_steps in (100, 400):
+        spec = {"name": "likelihood", "num": 500, "steps": 100, "bound_steps": bound_steps}
+        metric = build("evaluation", spec, train=toy, held_out=toy)
+        values = metric(toy.distribution.denoiser(schedule), schedule, jax.random.key(0))
+        assert abs(values["nll"] - values["entropy"]) < 0.01
+        excess.append(values["bound"] - values["entropy"])
+    assert 0 < excess[1] < 0.5 * excess[0]
+
+
+def test_of_images_in_bits(digits, ddpm, tiny_unet, tiny_params):
+    """Conditional on the label, with Hutchinson's trace, on data of 17 levels: no model can say less than 0 bits."""
+    spec = {"name": "likelihood", "num": 4, "steps": 4, "bound_steps": 8, "trace": "hutchinson", "levels": 17}
+    metric = build("evaluation", spec, train=digits, held_out=digits)
+    values = metric(ddpm.denoiser(tiny_unet.apply, tiny_params), ddpm.schedule, jax.random.key(0))
+    assert values.keys() == {"nll", "bound"} and np.isfinite(list(values.values())).all() and values["bound"] > 0
+
+
+def test_straightness(toy):
+    """A path from one point to one point is straight; those into a mixture bend."""
+    flow, metric = build("schedules", "flow"), build("evaluation", "straightness", train=toy, held_out=toy)
+
+    def to_a_point(x, t, cond):
+        return Denoised(0 * x + 0.3)
+
+    straight = metric(to_a_point, flow, jax.random.key(0))["path_curvature"]
+    bent = metric(toy.distribution.denoiser(flow), flow, jax.random.key(0))["path_curvature"]
+    assert straight < 1e-5 and bent > 0.05
+    trig = metric(to_a_point, build("schedules", "trig"), jax.random.key(0))["path_curvature"]
+    assert trig > 0.05  # straight, but not at constant speed
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"name": "likelihood", "num": 0}, "num"),
+        ({"name": "likelihood", "steps": 0}, "steps"),
+        ({"name": "likelihood", "levels": 1}, "levels"),
+        ({"name": "likelihood", "log_snr": (-9.0, 9.0)}, "log_snr"),
+        ({"name": "straightness", "steps": 0}, "steps"),
+    ],
+)
+def test_bad_options(toy, spec, field):
+    with pytest.raises(InputError, match=f"evaluation.{field}: "):
+        build("evaluation", spec, train=toy, held_out=toy)
