@@ -78,6 +78,9 @@ class Drawer:
       sampler: the config's section: the sampler's name and keywords, `steps`, and the `grid` they lie on.
       guidance: the config's section. A scale of 1 is no guidance, and costs half as much.
       cond_drop_rate: what the model was trained with.
+
+    Raises:
+      InputError: a bad section, or a sampler or guidance that the model does not suit.
     """
 
     def __init__(
@@ -107,6 +110,10 @@ class Drawer:
             x = sample.prior(schedule, times[0], keys, spec.shape)
             return sample.sample(sample.bind(denoise, cond), schedule, solver, x, times, keys)
 
+        # Trace it once without computing anything, so that what the model cannot do is refused here.
+        shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
+        cond = {"label": jnp.zeros(1, jnp.int32)} if spec.num_classes else {}
+        jax.eval_shape(draw, shapes, jax.random.split(jax.random.key(0), 1), cond, self.times, self.numbers)
         self._draw = jax.jit(draw)
 
     def __call__(
