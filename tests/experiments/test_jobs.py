@@ -51,7 +51,7 @@ def test_sample_writes(workdir, tmp_path):
     assert saved["samples"].shape == (7, 8, 8, 1) and saved["samples"].dtype == np.uint8
     assert saved["labels"].tolist() == [3, 1, 3, 1, 3, 1, 3]
     settings = json.loads(str(saved["settings"]))
-    assert settings["sampler"] == {"name": "ancestral", "steps": 3, "grid": "trailing"}
+    assert settings["sampler"] == {"name": "ancestral", "steps": 3, "grid": {"name": "trailing"}}
     assert settings["guidance"]["scale"] == 2 and settings["seed"] == 4 and settings["ema"] == "0.99"
     assert Image.open(tmp_path / "samples.png").size[0] > 48
     assert str(tmp_path / "samples.png") in done.stdout

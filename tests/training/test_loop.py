@@ -12,7 +12,7 @@ from diffusion.distributed import sharding
 from diffusion.training import ema, loop, optimizer
 from diffusion.types import InputError, Network
 
-STEPS = 6
+STEPS = 10
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def losses(workdir):
 
 
 def test_restart_ends_bit_for_bit_the_same(run, tmp_path, hashes):
-    """Six steps, and three + restart + three: state, averages, moments, metrics and the batches drawn."""
+    """Ten steps, and three + restart + seven: state, averages, moments, metrics and the batches drawn."""
     whole = leaves(run(tmp_path / "whole", preview_every=4, preview=lambda params: Image.new("L", (4, 4))))
     batches = list(hashes)
     assert len(set(batches)) == STEPS and (tmp_path / "whole/previews/step_0000004.png").exists()
@@ -124,7 +124,7 @@ def test_divergence_keeps_the_last_checkpoint(run, tmp_path, tiny_unet):
 def test_async_save_of_a_donated_state(run, tmp_path):
     """Every checkpoint of a run is the state of its own step, though the next step reuses its memory."""
     run(tmp_path / "all", every=1)
-    for step in (4, 5):
+    for step in (STEPS - 2, STEPS - 1):
         ends_there = run(tmp_path / str(step), steps=step)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), ends_there)
         saved, _ = Checkpoints(str(tmp_path / "all"), read_only=True).restore(step, abstract)
