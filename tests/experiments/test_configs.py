@@ -9,6 +9,7 @@ import pytest
 
 from diffusion.build import build
 from diffusion.training.state import init_state
+from diffusion.types import InputError
 from experiments import parts
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -51,3 +52,17 @@ def test_no_argument_is_forgotten():
     for path in (ROOT / "configs").glob("*.py"):
         takes = bool(inspect.signature(module_of(path).get_config).parameters)
         assert takes == (path.stem in ARGUMENTS)
+
+
+def test_what_a_model_cannot_sample_is_refused_before_it_is_asked(digits, tiny_unet, ddpm, mesh_of):
+    sampler = {"name": "ancestral", "variance": "learned", "steps": 2}
+    with pytest.raises(InputError, match=r"sampler.variance: the model has learned no variance"):
+        parts.Drawer(
+            tiny_unet,
+            ddpm,
+            digits.spec,
+            mesh_of(1, 1, 1),
+            sampler=sampler,
+            guidance={"name": "cfg"},
+            cond_drop_rate=0.1,
+        )

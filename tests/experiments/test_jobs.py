@@ -88,10 +88,6 @@ BAD_TRAIN = {
         ["--config.objective.schedule={'name': 'flow'}"],
         "objective.parameterization: {'name': 'eps'} does not exist at t = 1",
     ),
-    "no learned variance": (
-        ["--config.sampler={'name': 'ancestral', 'variance': 'learned', 'steps': 2}"],
-        "sampler.variance: the model has learned no variance",
-    ),
     "unknown argument": (["--config=configs/mixture.py:dddpm"], "--config=configs/mixture.py:dddpm: raised KeyError"),
     "stray argument": (["stray"], "stray: is no flag"),
 }  # fmt: skip
