@@ -17,7 +17,7 @@ META = {"config": {"seed": 0}, "spec": {"shape": [8]}}
 def state(width=4, value=1.0):
     params = {"net": {"w": jnp.full((width,), value)}, "teacher": {"w": jnp.full((2,), 7.0)}}
     ema = {name: {"net": {"w": jnp.full((width,), value + float(name))}} for name in ("0.5", "0.9")}
-    return TrainState(jnp.int32(3), params, ema, optax.adam(1e-3).init(params["net"]))
+    return TrainState(jnp.int32(3), params, ema, optax.adam(1e-3).init(params["net"]), {"losses": jnp.arange(3.0)})
 
 
 def abstract(concrete):
