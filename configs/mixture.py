@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/mixture.py:ddpm_eps --workdir=runs/mixture
            the argument is one of ddpm_eps, ddpm_x0, ddpm_v, flow, vdm
-Hardware:  two CPU cores, about a minute.
+Hardware:  two CPU cores, one to two minutes.
 Expected:  python -m experiments.evaluate --workdir=runs/mixture
            `nll`, by the ODE, within 0.03 nats a dimension of `entropy`, and `bound` above both.
 """

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/moons.py:exact --workdir=runs/moons
            the argument is the coupling: independent, exact or sinkhorn
-Hardware:  two CPU cores, under a minute.
+Hardware:  two CPU cores, under a minute; a few minutes for exact, whose assignment is slow on a CPU.
 Expected:  python -m experiments.evaluate --workdir=runs/moons
            `path_curvature` of exact and sinkhorn under a third of that of independent.
 """
