@@ -13,6 +13,11 @@ def expand(a: Array, x: Array) -> Array:
     return jnp.reshape(a, jnp.shape(a) + (1,) * (x.ndim - jnp.ndim(a)))
 
 
+def flat_mean(x: Array) -> Array:
+    """The mean over all axes but the first."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
 def sample_keys(key: Array, indices: Array) -> Array:
     """One key a sample, `[N]`, by the samples' global indices: the same sample whatever batch it is drawn in."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

@@ -45,6 +45,10 @@ class Checkpoints:
         """The newest committed step, or None."""
         return None if self.manager is None else self.manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """All committed steps, rising."""
+        return [] if self.manager is None else sorted(self.manager.all_steps())
+
     def save(self, step: int, state: TrainState, data: Mapping, meta: Mapping) -> None:
         """Starts saving and returns once the state is copied, so that it may be donated. A step is saved once.
 

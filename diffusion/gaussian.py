@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.arrays import expand
+from diffusion.arrays import expand, flat_mean
 from diffusion.build import build
 from diffusion.parameterization import Parameterization
 from diffusion.times import Law
@@ -137,8 +137,3 @@ def build_parts(
 def corrupt(schedule: Schedule, x0: Array, eps: Array, t: Array) -> Array:
     """x_t, `[B, ...]`, at t `[B]`."""
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
-
-
-def flat_mean(x: Array) -> Array:
-    """The mean over all axes but the first."""
-    return jnp.mean(x, axis=tuple(range(1, x.ndim)))

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
-from diffusion.types import Array, Schedule
+from diffusion.solver import eps_of
+from diffusion.types import Array, Denoiser, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,36 @@ class Posterior:
         """A variance between the two, in the log: beta_tilde at fraction 0, beta at 1 (Nichol & Dhariwal 2021, arXiv
         2102.09672, eq. 15)."""
         return fraction * jnp.log(self.beta) + (1 - fraction) * jnp.log(self.beta_tilde)
+
+    def optimal(self, schedule: Schedule, t: Array, eps_moment: Array) -> Array:
+        """The variance of the best isotropic reverse step to the mean of x0 (Bao et al. 2022, arXiv 2201.06503, theorem
+        1): beta_tilde and what the variance of x0 given x_t adds, (sigma / alpha)^2 (1 - eps_moment).
+
+        Args:
+          eps_moment: mean square of E[eps | x_t] at t, over data and dimensions: at most 1.
+        """
+        share = self.from_x0 * schedule.sigma(t) / schedule.alpha(t)
+        return self.beta_tilde + share**2 * jnp.clip(1 - eps_moment, 0, 1)
+
+
+def eps_moments(
+    denoise: Denoiser, schedule: Schedule, x0: Array, times: Array, key: Array
+) -> tuple[tuple[float, float], ...]:
+    """Pairs of t, rising, and the mean square of the noise that a model predicts there, over examples.
+
+    Args:
+      denoise: `denoise(x, t) -> Denoised`, the condition bound.
+      x0: `[B, ...]` data.
+      times: all above 0.
+    """
+
+    @jax.jit
+    def moment(t: Array) -> Array:
+        eps = jax.random.normal(key, x0.shape, x0.dtype)
+        x_t = schedule.alpha(t) * x0 + schedule.sigma(t) * eps
+        return jnp.mean(eps_of(schedule, x_t, denoise(x_t, t).x0, t) ** 2)
+
+    return tuple((float(t), float(moment(t))) for t in sorted(times))
 
 
 def posterior(schedule: Schedule, t: Array, s: Array) -> Posterior:

@@ -77,10 +77,17 @@ class Denoised:
       x0: its estimate of E[x0 | x_t].
       log_variance: of the reverse step, if it is learned: where it lies in the log between the posterior's two
         variances, 0 for beta-tilde and 1 for beta (`posterior.Posterior.log_variance`), so it suits steps of any size.
+      conditional: E[x0 | x_t, cond] as the model gave it, where guidance has made something else of it.
+      eps_x0: the x0 that the noise is read from, where that is not `x0` itself (CFG++). A solver that goes by x0 alone
+        cannot follow it, and `sample.sample` refuses the pair.
+      is_end: x0 is where the ODE's path through x_t ends, as a consistency model gives it, and not the mean.
     """
 
     x0: Array
     log_variance: Array | None = None
+    conditional: Array | None = None
+    eps_x0: Array | None = None
+    is_end: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 Denoiser = Callable[..., Denoised]  # denoise(x [B, ...], t [] or [B], cond) -> Denoised; `cond` is bound last
@@ -169,8 +176,19 @@ class Objective(Protocol):
 class Sampler(Protocol):
     """One step of a solver, in the shape of an optax transformation; `diffusion.sample.sample` scans over it.
 
-    `t` and `s` are scalars, `t > s`. `keys` holds one key a sample, so a sample does not depend on its neighbours.
+    `t` and `s` are scalars, `t > s`; a solver of the ODE also goes up, from `t` to `s > t`. `keys` holds one key a
+    sample, so a sample does not depend on its neighbours.
+
+    Attributes:
+      evaluations: `evaluations(steps)`, how often a run that ends at t = 0 asks the denoiser; None if it depends.
+      stochastic: whether it draws noise, and so solves no ODE that could be inverted.
+      eps_apart: whether it follows a noise that is not read from x0 (`Denoised.eps_x0`).
     """
+
+    stochastic: bool
+    eps_apart: bool
+
+    def evaluations(self, steps: int) -> int | None: ...
 
     def init(self, x: Array, times: Array) -> Any: ...
 

@@ -1,9 +1,10 @@
 """Pictures of samples."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from diffusion import files
 
@@ -43,6 +44,24 @@ def grid(images: np.ndarray, columns: int | None = None, *, min_side: int = 48, 
 def picture(x: np.ndarray, columns: int | None = None) -> Image.Image:
     """Samples in [-1, 1]: images `[N, H, W, C]` side by side, the first 400; points `[N, 2]` as a cloud."""
     return grid(to_uint8(x[:400]), columns) if x.ndim == 4 else cloud(x)
+
+
+def labelled(rows: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
+    """A contact sheet: a row of samples for each label, which stands before it.
+
+    Args:
+      rows: samples in [-1, 1], each `[N, H, W, C]` or points `[N, 2]`.
+    """
+    pictures = [grid(to_uint8(x), len(x)) if x.ndim == 4 else cloud(x, side=240) for x in rows]
+    font = ImageFont.load_default(14)
+    margin = 12 + math.ceil(max(font.getlength(label) for label in labels))
+    sheet = Image.new("RGB", (margin + pictures[0].width, sum(picture.height for picture in pictures)), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for picture, label in zip(pictures, labels, strict=True):
+        sheet.paste(picture, (margin, top))
+        draw.text((6, top + picture.height / 2), label, fill="black", font=font, anchor="lm")
+        top += picture.height
+    return sheet
 
 
 def cloud(points: np.ndarray, *, side: int = 480, extent: float = 1.5) -> Image.Image:

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from diffusion import files, visualize
-from diffusion.build import build
+from diffusion import files
 from diffusion.types import InputError, SampleMetric
 from experiments import cli, parts
 
@@ -27,18 +26,10 @@ def main() -> None:
     if BATCH_SIZE.value < 1:
         raise InputError("--batch_size", f"must be at least 1, got {BATCH_SIZE.value}")
     run = parts.open_run(WORKDIR.value, EMA.value)
-    section = run.config["eval"]
-    real = {
-        "train": build("data", run.config["data"], field="data"),
-        "held_out": build("data", section["data"], field="eval.data"),
-    }
     sampler = dict(run.config["sampler"])
     if STEPS.value is not None:
         sampler["steps"] = STEPS.value
-    metrics = [
-        build("evaluation", {"name": name, **options}, field=f"eval.metrics.{name}", **real)
-        for name, options in section["metrics"].items()
-    ]
+    metrics = run.metrics()
     of_samples = [metric for metric in metrics if isinstance(metric, SampleMetric)]
     drawers = {
         scale: run.drawer(sampler=sampler, guidance={**run.config["guidance"], "scale": scale})
@@ -55,10 +46,7 @@ def main() -> None:
                     run.params, labels, metric.num, seed=SEED.value, batch_size=BATCH_SIZE.value,
                     title=f"sample at guidance {metric.guidance:g}",
                 )  # fmt: skip
-            x = drawn[what]
-            if len(run.spec.shape) == 3:  # an image, as a viewer gets it: rounded to 8 bits
-                x = visualize.from_uint8(visualize.to_uint8(x))
-            values = metric(x, labels)
+            values = run.measured(metric, drawn[what], labels)
             note = f"  ({metric.num} samples, guidance {metric.guidance:g})"
         else:
             denoise = run.objective.denoiser(run.network.apply, run.params)

@@ -5,7 +5,7 @@ A config here is a plain dict, with tuples for lists, as `ConfigDict.to_dict()` 
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion import sample
-from diffusion.build import build, call, check, find
+from diffusion import visualize
+from diffusion.build import build, call
 from diffusion.checkpoint import Checkpoints
 from diffusion.distributed import mesh as meshes
 from diffusion.distributed import sharding
-from diffusion.progress import Progress
+from diffusion.posterior import eps_moments
+from diffusion.sample import bind
 from diffusion.training import ema, optimizer
 from diffusion.training.loop import CheckpointOptions, Options
-from diffusion.types import Array, InputError, Network, Objective, Params, Schedule, Spec
+from diffusion.types import InputError, ModelMetric, Network, Objective, Params, SampleMetric, Spec
+from experiments.drawing import Drawer
 
 SECTIONS = ("seed", "data", "objective", "network", "optimizer", "ema", "train", "checkpoint", "sampler", "guidance",
             "eval", "mesh", "sharding")  # fmt: skip
@@ -71,100 +73,6 @@ def _rules(rules: tuple[tuple[str, tuple], ...] = ()) -> None:
     """The `sharding` section: see `distributed.sharding.of_state`."""
 
 
-class Drawer:
-    """Draws samples from a model: one compiled scan. Labels, seed, guidance's numbers and times do not recompile it.
-
-    Args:
-      sampler: the config's section: the sampler's name and keywords, `steps`, and the `grid` they lie on.
-      guidance: the config's section. A scale of 1 is no guidance, and costs half as much.
-      cond_drop_rate: what the model was trained with.
-
-    Raises:
-      InputError: a bad section, or a sampler or guidance that the model does not suit.
-    """
-
-    def __init__(
-        self, network: Network, objective: Objective, spec: Spec, mesh: Mesh, *,
-        sampler: Mapping[str, Any], guidance: Mapping[str, Any], cond_drop_rate: float,
-    ):  # fmt: skip
-        self.spec, self.mesh = spec, mesh
-        where = {key: sampler[key] for key in ("steps", "grid") if key in sampler}
-        solver = build("samplers", {key: sampler[key] for key in sampler if key not in where}, field="sampler")
-        self.times = jnp.asarray(call(_grid, where, field="sampler")(objective.schedule), jnp.float32)
-        guide = find("guidance", guidance.get("name", ""), field="guidance.name")
-        options = {key: value for key, value in guidance.items() if key != "name"}
-        check(guide, options, field="guidance", later=("denoise",))
-        self.numbers = {key: jnp.float32(value) for key, value in options.items() if isinstance(value, (int, float))}
-        guided = options.get("scale", 1.0) != 1.0
-        if guided and not spec.num_classes:
-            raise InputError("guidance.scale", "the data has no classes to guide by; use 1")
-        if guided and not cond_drop_rate:
-            raise InputError("guidance.scale", "the model was trained with train.cond_drop_rate = 0; use 1, or train "
-                             "it with a rate above 0")  # fmt: skip
-
-        def draw(params: Params, keys: Array, cond: Mapping[str, Array], times: Array, numbers: Mapping) -> Array:
-            denoise = objective.denoiser(network.apply, params)
-            if guided:
-                denoise = guide(denoise, **numbers)
-            schedule = objective.schedule_for(params)
-            x = sample.prior(schedule, times[0], keys, spec.shape)
-            return sample.sample(sample.bind(denoise, cond), schedule, solver, x, times, keys)
-
-        # Trace it once without computing anything, so that what the model cannot do is refused here.
-        shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
-        cond = {"label": jnp.zeros(1, jnp.int32)} if spec.num_classes else {}
-        jax.eval_shape(draw, shapes, jax.random.split(jax.random.key(0), 1), cond, self.times, self.numbers)
-        self._draw = jax.jit(draw)
-
-    def __call__(
-        self, params: Params, labels: Sequence[int] | None, num: int, *, seed: int, batch_size: int = 250,
-        title: str | None = None,
-    ) -> np.ndarray:  # fmt: skip
-        """Draws `num` samples, float32 `[num, ...]`.
-
-        Args:
-          labels: `[num]`, or None where the data has no classes.
-          seed: sample i depends on this and i alone.
-          batch_size: samples at a time, rounded up to a multiple of the mesh's data x fsdp.
-          title: of the progress line; None for none.
-        """
-        shards = sharding.batch_shards(self.mesh)
-        batch_size = -(-min(batch_size, num) // shards) * shards
-        place = sharding.by_example(self.mesh)
-
-        def draw(keys: Array, cond: Mapping[str, np.ndarray]) -> Array:
-            keys, cond = jax.device_put((keys, cond), place)
-            return self._draw(params, keys, cond, self.times, self.numbers)
-
-        cond = {} if labels is None else {"label": np.asarray(labels, np.int32)}
-        progress = Progress(title, num) if title else None
-        drawn = []
-        for x in sample.in_batches(draw, cond, num, batch_size, jax.random.key(seed)):
-            drawn.append(x)
-            if progress:
-                progress.update(sum(map(len, drawn)))
-        if progress:
-            progress.close()
-        return np.concatenate(drawn)
-
-
-def _grid(steps: int, grid: str | Mapping[str, Any] = "trailing") -> Callable[[Schedule], np.ndarray]:
-    """The `sampler` section's own keywords; all others are the sampler's."""
-    if steps < 1:
-        raise InputError("steps", f"must be at least 1, got {steps}")
-    options = {"name": grid} if isinstance(grid, str) else dict(grid)
-    make = find("grids", options.pop("name", ""), field="grid")
-    check(make, options, field="grid", later=("schedule", "steps"))
-
-    def times(schedule: Schedule) -> np.ndarray:
-        try:
-            return make(schedule, steps, **options)
-        except InputError as error:
-            raise error.within("sampler.grid") from None
-
-    return times
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A trained model, read from its workdir alone."""
@@ -176,20 +84,78 @@ class Run:
     objective: Objective
     network: Network
     params: Params
-    drawer: Callable[..., Drawer]  # drawer(sampler=..., guidance=...)
+    mesh: Mesh
+
+    def drawer(self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any], always_guided: bool = False) -> Drawer:
+        """Draws from this model. What has to be measured on the run's own data first, or read from another run, is."""
+        if (sampler.get("name"), sampler.get("variance")) == ("ancestral", "analytic") and "moments" not in sampler:
+            sampler = {**sampler, "moments": self._eps_moments()}
+        worse = None
+        if guidance.get("name") == "autoguidance":
+            worse = self._worse(guidance.get("worse"))
+        return Drawer(
+            self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
+            cond_drop_rate=self.config["train"].get("cond_drop_rate", Options.cond_drop_rate),
+            always_guided=always_guided,
+        )  # fmt: skip
+
+    def metrics(self) -> list[SampleMetric | ModelMetric]:
+        """The metrics of the config's `eval` section."""
+        section = self.config["eval"]
+        real = {
+            "train": build("data", self.config["data"], field="data"),
+            "held_out": build("data", section["data"], field="eval.data"),
+        }
+        return [
+            build("evaluation", {"name": name, **options}, field=f"eval.metrics.{name}", **real)
+            for name, options in section["metrics"].items()
+        ]
+
+    def measured(self, metric: SampleMetric, x: np.ndarray, labels: np.ndarray | None) -> Mapping[str, float]:
+        """A metric of samples; images as a viewer gets them, rounded to 8 bits."""
+        if len(self.spec.shape) == 3:
+            x = visualize.from_uint8(visualize.to_uint8(x))
+        return metric(x, labels)
+
+    def _worse(self, where: Any) -> tuple[Network, Objective, Params]:
+        if not isinstance(where, Mapping):
+            raise InputError(
+                "guidance.worse", "is missing: the other model, as {'workdir': ..., 'ema': ..., 'step': ...}"
+            )
+        keywords = {("ema_name" if key == "ema" else key): value for key, value in where.items()}
+        run = call(open_run, keywords, field="guidance.worse")
+        if run.spec != self.spec:
+            raise InputError("guidance.worse.workdir", f"was trained on data of another kind: {run.spec}")
+        return run.network, run.objective, run.params
+
+    def _eps_moments(self, num: int = 512, points: int = 50) -> tuple[tuple[float, float], ...]:
+        """What the analytic variance goes by, measured on the first examples of the run's data."""
+        source = build("data", self.config["data"], field="data")
+        examples = [source[index] for index in range(min(num, len(source)))]
+        x0 = jnp.stack([example["x"] for example in examples])
+        cond = {name: jnp.stack([example["cond"][name] for example in examples]) for name in examples[0]["cond"]}
+        denoise = bind(self.objective.denoiser(self.network.apply, self.params), cond)
+        times = jnp.arange(1, points + 1) / points
+        return eps_moments(denoise, self.objective.schedule_for(self.params), x0, times, jax.random.key(0))
 
 
-def open_run(workdir: str, ema_name: str | None = None) -> Run:
-    """Reads the newest checkpoint of a workdir onto all devices.
+def open_run(workdir: str, ema_name: str | None = None, step: int | None = None) -> Run:
+    """Reads a checkpoint of a workdir onto all devices.
 
     Args:
       ema_name: which average to read; the config's last if None, the raw parameters if "none".
+      step: of which step; the newest if None.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.latest()
-    if step is None:
-        there = "holds no checkpoint" if os.path.isdir(workdir) else "does not exist"
-        raise InputError("workdir", f"{workdir} {there}; train one: python -m experiments.train --workdir={workdir}")
+    there = checkpoints.steps()
+    if not there:
+        problem = "holds no checkpoint" if os.path.isdir(workdir) else "does not exist"
+        raise InputError("workdir", f"{workdir} {problem}; train one: python -m experiments.train --workdir={workdir}")
+    step = there[-1] if step is None else step
+    if step not in there:
+        raise InputError(
+            "step", f"{workdir} holds no checkpoint of step {step}; there are: {', '.join(map(str, there))}"
+        )
     meta = checkpoints.meta(step)
     config, spec = from_json(meta["config"]), Spec(**from_json(meta["spec"]))
     averages = call(ema.make, config["ema"], field="ema").names
@@ -207,9 +173,4 @@ def open_run(workdir: str, ema_name: str | None = None) -> Run:
     learned = {name: net for name, net in abstract.items() if name not in objective.frozen}
     params = checkpoints.restore_params(step, learned, fixed, ema_name)
     checkpoints.close()
-
-    def drawer(*, sampler: Mapping[str, Any], guidance: Mapping[str, Any]) -> Drawer:
-        rate = config["train"].get("cond_drop_rate", Options.cond_drop_rate)
-        return Drawer(network, objective, spec, mesh, sampler=sampler, guidance=guidance, cond_drop_rate=rate)
-
-    return Run(config, spec, step, ema_name, objective, network, params, drawer)
+    return Run(config, spec, step, ema_name, objective, network, params, mesh)

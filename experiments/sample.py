@@ -1,7 +1,10 @@
 """Draws samples from a trained run, which is read from its workdir alone.
 
-python -m experiments.sample --workdir=runs/digits --num=100 --labels=0,1,2 --steps=50 --guidance=1.5 \
-    --sampler=ddim --seed=0 --out=DIR
+python -m experiments.sample --workdir=runs/digits --num=100 --labels=0,1,2 --seed=0 --out=DIR \\
+    --sampler=dpm_solver_pp:order=3 --grid=karras:rho=5 --steps=20 --guidance=1.5 --interval=0.2,0.8
+python -m experiments.sample --workdir=runs/digits --sweep="steps=10,20,50;guidance=1,2,4"
+
+Samplers, grids and guidance are written NAME:keyword=value:keyword=value; docs/samplers.md has them all.
 """
 
 import json
@@ -11,16 +14,29 @@ import numpy as np
 from absl import flags
 
 from diffusion import files, visualize
-from diffusion.types import InputError
-from experiments import cli, parts
+from diffusion.types import InputError, SampleMetric
+from experiments import choices, cli, parts
+from experiments.sweep import sweep
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 NUM = flags.DEFINE_integer("num", 100, "How many samples.")
 LABELS = flags.DEFINE_list("labels", None, "Classes to draw, repeated in turn up to --num. Default: all.")
-STEPS = flags.DEFINE_integer("steps", None, "Steps of the sampler. Default: the config's.")
-GRID = flags.DEFINE_string("grid", None, "Where the steps lie. Default: the config's.")
-SAMPLER = flags.DEFINE_string("sampler", None, "Name of the sampler. Default: the config's, with its keywords.")
-GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; 1 is none. Default: the config's.")
+CHOICES = {
+    name: flags.DEFINE_string(name, None, text)
+    for name, text in {
+        "sampler": "The sampler, as ddim or heun:churn=40. Default: the config's, with its keywords.",
+        "grid": "Where the steps lie, as karras or karras:rho=5. Default: the config's.",
+        "steps": "Steps of the sampler. Default: the config's.",
+        "evaluations": "Evaluations of the model, in place of --steps: as many steps as they are enough for.",
+        "guidance": "Guidance: its scale (1 is none), or apg:scale=2:eta=0.5. Default: the config's.",
+        "interval": "Guide only at times lo,hi, or at noise levels sigma / alpha lo,hi,sigma.",
+        "rescale": "Bring the guided x0 back to its standard deviation before guidance, by this share in [0, 1].",
+        "threshold": "Keep x0 in range: 1 clips it, below 1 is the percentile of dynamic thresholding.",
+        "unroll": "Steps to an iteration of the loop.",
+    }.items()
+}
+SWEEP = flags.DEFINE_string("sweep", None, f"Every combination of NAME=value,value;NAME=...: {choices.AXES}.")
+METRICS = flags.DEFINE_bool("metrics", False, "With --sweep: measure the samples, by the metrics of the config's eval.")
 EMA = flags.DEFINE_string("ema", None, "Which average of the parameters, or none. Default: the config's last.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 250, "Samples at a time; the samples do not depend on it.")
@@ -34,17 +50,20 @@ def main() -> None:
             raise InputError(f"--{name}", f"must be at least 1, got {value}")
     run = parts.open_run(WORKDIR.value, EMA.value)
     labels = classes(LABELS.value, NUM.value, run.spec.num_classes)
-    sampler, guidance = dict(run.config["sampler"]), dict(run.config["guidance"])
-    if SAMPLER.value not in (None, sampler["name"]):
-        sampler = {"name": SAMPLER.value, "steps": sampler["steps"], "grid": sampler.get("grid", "trailing")}
-    if STEPS.value is not None:
-        sampler["steps"] = STEPS.value
-    if GRID.value is not None:
-        sampler["grid"] = GRID.value
-    if GUIDANCE.value is not None:
-        guidance["scale"] = GUIDANCE.value
+    chosen = {name: flag.value for name, flag in CHOICES.items() if flag.value is not None}
+    if {"steps", "evaluations"} <= chosen.keys():
+        raise InputError("--steps", "follow from --evaluations; give one of the two")
+    out = OUT.value or os.path.join(WORKDIR.value, "samples")
+    if SWEEP.value is not None:
+        metrics = [metric for metric in run.metrics() if isinstance(metric, SampleMetric)] if METRICS.value else []
+        sweep(
+            run, chosen, SWEEP.value, out, labels=labels, num=NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value,
+            metrics=metrics,
+        )  # fmt: skip
+        return
+    sampler, guidance = choices.sections(run.config, chosen)
     drawer = run.drawer(sampler=sampler, guidance=guidance)
-    out = files.make_folder(OUT.value or os.path.join(WORKDIR.value, "samples"), "--out")
+    files.make_folder(out, "--out")
 
     x = drawer(run.params, labels, NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value, title="sample")
     settings = {"workdir": WORKDIR.value, "step": run.step, "ema": run.ema, "sampler": sampler, "guidance": guidance,

@@ -15,6 +15,7 @@ from diffusion.build import build
 from diffusion.training.loop import train
 from diffusion.types import Params, Spec
 from experiments import cli, parts
+from experiments.drawing import Drawer
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, previews.")
@@ -29,7 +30,7 @@ def main() -> None:
     source = build("data", config["data"], field="data")
     network, objective = parts.network_and_objective(config, source.spec)
     keywords = parts.training(config)
-    drawer = parts.Drawer(
+    drawer = Drawer(
         network, objective, source.spec, keywords["mesh"],
         sampler=config["sampler"], guidance=config["guidance"], cond_drop_rate=keywords["options"].cond_drop_rate,
     )  # fmt: skip
@@ -45,7 +46,7 @@ def main() -> None:
     )
 
 
-def preview(drawer: parts.Drawer, params: Params, spec: Spec) -> Image.Image:
+def preview(drawer: Drawer, params: Params, spec: Spec) -> Image.Image:
     """A grid of fixed seed, the classes in columns: what differs between two of them is the training."""
     num = PREVIEW_ROWS * PREVIEW_COLUMNS if len(spec.shape) == 3 else PREVIEW_POINTS
     labels = np.arange(num) % PREVIEW_COLUMNS % spec.num_classes if spec.num_classes else None

@@ -6,8 +6,8 @@ import math
 
 import jax.numpy as jnp
 
-from diffusion.arrays import expand
-from diffusion.gaussian import Gaussian, PartSpec, build_parts, flat_mean
+from diffusion.arrays import expand, flat_mean
+from diffusion.gaussian import Gaussian, PartSpec, build_parts
 from diffusion.likelihood import discretized_log_likelihood
 from diffusion.posterior import posterior
 from diffusion.types import Array, InputError

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from diffusion.arrays import derivative, expand
-from diffusion.gaussian import Gaussian, PartSpec, build_parts, corrupt, flat_mean
+from diffusion.arrays import derivative, expand, flat_mean
+from diffusion.gaussian import Gaussian, PartSpec, build_parts, corrupt
 from diffusion.likelihood import level_log_likelihood
 from diffusion.types import Apply, Array, Batch, InputError, Network, Params, Schedule
 

@@ -4,38 +4,52 @@ import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion.arrays import normal
-from diffusion.posterior import posterior
-from diffusion.types import Array, Denoiser, InputError, Schedule
+from diffusion.posterior import Posterior, posterior
+from diffusion.solver import OneStep
+from diffusion.types import Array, Denoised, Denoiser, InputError, Schedule
+
+Variance = Literal["beta", "beta_tilde", "learned", "analytic"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ancestral:
+class Ancestral(OneStep):
     """Draws x_s from q(x_s | x_t, x0) at the denoiser's x0. The last step, to sigma = 0, is the mean."""
 
-    variance: Literal["beta", "beta_tilde", "learned"] = "beta_tilde"
-
-    def init(self, x: Array, times: Array) -> Array:
-        return x
+    variance: Variance = "beta_tilde"
+    moments: tuple[tuple[float, float], ...] = ()
+    stochastic = True
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
         denoised = denoise(x, t)
         reverse = posterior(schedule, t, s)
-        if self.variance == "learned":
-            if denoised.log_variance is None:
-                raise InputError("sampler.variance", "the model has learned no variance; use 'beta' or 'beta_tilde'")
-            std = jnp.exp(reverse.log_variance(denoised.log_variance) / 2)
-        else:
-            std = jnp.sqrt({"beta": reverse.beta, "beta_tilde": reverse.beta_tilde}[self.variance])
+        std = jnp.sqrt(self._variance(schedule, reverse, denoised, t))
         noise = jnp.where(schedule.sigma(s) > 0, std, 0) * normal(keys, x.shape[1:], x.dtype)
         return reverse.from_x * x + reverse.from_x0 * denoised.x0 + noise
 
-    def finish(self, x: Array) -> Array:
-        return x
+    def _variance(self, schedule: Schedule, reverse: Posterior, denoised: Denoised, t: Array) -> Array:
+        if self.variance == "learned":
+            if denoised.log_variance is None:
+                raise InputError("sampler.variance", "the model has learned no variance; use beta or beta_tilde")
+            return jnp.exp(reverse.log_variance(denoised.log_variance))
+        if self.variance == "analytic":
+            times, moments = (jnp.asarray(column, t.dtype) for column in np.array(self.moments).T)
+            return reverse.optimal(schedule, t, jnp.interp(t, times, moments))
+        return {"beta": reverse.beta, "beta_tilde": reverse.beta_tilde}[self.variance]
 
 
-def make(variance: Literal["beta", "beta_tilde", "learned"] = "beta_tilde") -> Ancestral:
-    """Args: `variance` of a step: that of q(x_t | x_s) (`beta`, right for data of unit variance), that of
-    q(x_s | x_t, x0) (`beta_tilde`, right for a single point), or the model's own between them (`learned`)."""
-    return Ancestral(variance)
+def make(variance: Variance = "beta_tilde", moments: tuple[tuple[float, float], ...] = ()) -> Ancestral:
+    """Args:
+    variance: of a step: that of q(x_t | x_s) (`beta`, right for data of unit variance), that of q(x_s | x_t, x0)
+      (`beta_tilde`, right for a single point), the model's own between them (`learned`), or the best there is for the
+      model's mean (`analytic`; Bao et al. 2022, arXiv 2201.06503).
+    moments: for `analytic`: pairs of t, rising, and the mean square of the noise that the model predicts there
+      (`posterior.eps_moments`), interpolated between. The sampling jobs measure it on the run's own data.
+    """
+    if (variance == "analytic") != bool(moments):
+        raise InputError("moments", "are what variance = 'analytic' goes by: give both or neither")
+    if moments and not (np.diff(np.array(moments)[:, 0]) > 0).all():
+        raise InputError("moments", "must be pairs (t, mean square of the predicted noise) with t rising")
+    return Ancestral(variance, moments)

@@ -5,33 +5,33 @@ import dataclasses
 import jax.numpy as jnp
 
 from diffusion.arrays import normal
+from diffusion.solver import OneStep, first_order
 from diffusion.types import Array, Denoiser, InputError, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class DDIM:
+class DDIM(OneStep):
     """eta = 0 is the deterministic sampler, and the Euler step of the probability-flow ODE; eta = 1 adds the noise of
     the ancestral sampler."""
 
     eta: float = 0.0
+    eps_apart = True
 
-    def init(self, x: Array, times: Array) -> Array:
-        return x
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
-        x0 = denoise(x, t).x0
-        alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s)
+        denoised = denoise(x, t)
+        held = first_order(schedule, x, denoised, t, s)
         if self.eta == 0:
-            ratio = sigma_s / sigma_t
-            return ratio * x + (alpha_s - alpha_t * ratio) * x0
+            return held
+        alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s)
         # sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 is the variance of q(x_t | x_s).
         fresh = self.eta * sigma_s / sigma_t * jnp.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
-        ratio = jnp.sqrt(jnp.maximum(sigma_s**2 - fresh**2, 0)) / sigma_t
-        noise = normal(keys, x.shape[1:], x.dtype)
-        return ratio * x + (alpha_s - alpha_t * ratio) * x0 + fresh * noise
-
-    def finish(self, x: Array) -> Array:
-        return x
+        less = jnp.sqrt(jnp.maximum(sigma_s**2 - fresh**2, 0)) - sigma_s  # of the noise that x_t holds
+        source = denoised.x0 if denoised.eps_x0 is None else denoised.eps_x0
+        return held + less / sigma_t * (x - alpha_t * source) + fresh * normal(keys, x.shape[1:], x.dtype)
 
 
 def make(eta: float = 0.0) -> DDIM:

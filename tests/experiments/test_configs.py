@@ -11,6 +11,7 @@ from diffusion.build import build
 from diffusion.training.state import init_state
 from diffusion.types import InputError
 from experiments import parts
+from experiments.drawing import Drawer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 ARGUMENTS = {"mixture": ("ddpm_eps", "ddpm_x0", "ddpm_v", "flow", "vdm"), "moons": ("independent", "exact", "sinkhorn")}
@@ -38,7 +39,7 @@ def test_parts_fit(path, argument):
     keywords = parts.training(config)
     key = jax.random.key(0)
     jax.eval_shape(lambda: init_state(objective, network, keywords["optimizer"].transform, keywords["ema"], key))
-    parts.Drawer(
+    Drawer(
         network, objective, source.spec, keywords["mesh"], sampler=config["sampler"], guidance=config["guidance"],
         cond_drop_rate=keywords["options"].cond_drop_rate,
     )  # fmt: skip
@@ -57,7 +58,7 @@ def test_no_argument_is_forgotten():
 def test_what_a_model_cannot_sample_is_refused_before_it_is_asked(digits, tiny_unet, ddpm, mesh_of):
     sampler = {"name": "ancestral", "variance": "learned", "steps": 2}
     with pytest.raises(InputError, match=r"sampler.variance: the model has learned no variance"):
-        parts.Drawer(
+        Drawer(
             tiny_unet,
             ddpm,
             digits.spec,

@@ -1,0 +1,121 @@
+"""Measures the order of accuracy of every solver of the ODE, on a mixture whose denoiser is a closed form, in float64.
+
+python -m experiments.orders
+
+The error at the end of N steps against SciPy's adaptive method of eighth order, and its slope in log N: on a smooth
+grid (even in log-SNR) and on a rough one (steps in log-SNR alternating 1 : 3), which shows a method that takes uneven
+steps for even ones.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.integrate import solve_ivp
+
+from diffusion.analytic import Mixture
+from diffusion.build import build
+from diffusion.sample import sample
+from diffusion.types import Array, Schedule
+from experiments import cli
+
+MIXTURE = Mixture([[1.0, 0.5], [-1.0, 0.2], [0.2, -1.0]], [0.5, 0.4, 0.6], [0.5, 0.3, 0.2])
+# log(alpha / sigma) where the steps begin and end: both finite, so that no step is of lower order by necessity.
+ENDS = -7.0, 2.0
+# Solver, the order that theory gives it, and the finest number of steps that float64 resolves.
+SOLVERS = (
+    ({"name": "euler"}, 1),
+    ({"name": "ddim"}, 1),
+    ({"name": "heun"}, 2),
+    ({"name": "dpm2"}, 2),
+    ({"name": "lms", "order": 2}, 2),
+    ({"name": "lms", "order": 4}, 4),
+    ({"name": "dpm_solver", "order": 2}, 2),
+    ({"name": "dpm_solver", "order": 3}, 3),
+    ({"name": "dpm_solver", "order": 2, "singlestep": False}, 2),
+    ({"name": "dpm_solver", "order": 3, "singlestep": False}, 3),
+    ({"name": "dpm_solver_pp", "order": 2, "singlestep": True}, 2),
+    ({"name": "dpm_solver_pp", "order": 3, "singlestep": True}, 3),
+    ({"name": "dpm_solver_pp", "order": 2}, 2),
+    ({"name": "dpm_solver_pp", "order": 3}, 3),
+    ({"name": "deis", "order": 2}, 2),
+    ({"name": "deis", "order": 3}, 3),
+    ({"name": "unipc", "order": 1, "variant": "bh1"}, 2),
+    ({"name": "unipc", "order": 2, "variant": "bh1"}, 3),
+    ({"name": "unipc", "order": 2}, 3),
+    ({"name": "unipc", "order": 3}, 4),
+    ({"name": "unipc", "order": 2, "prediction": "eps"}, 3),
+    ({"name": "rk4"}, 4),
+)
+STEPS = 96, 192, 384, 768
+
+
+def times_of(schedule: Schedule, steps: int, rough: bool) -> Array:
+    """The grid `[steps + 1]`."""
+    weights = np.resize([1.0, 3.0], steps) if rough else np.ones(steps)
+    share = np.concatenate([[0], np.cumsum(weights)]) / weights.sum()
+    return schedule.time(2 * jnp.asarray(ENDS[0] + (ENDS[1] - ENDS[0]) * share))
+
+
+@functools.cache
+def problem() -> tuple[Schedule, np.ndarray, np.ndarray]:
+    """The schedule, four points to start from, and where the ODE takes them."""
+    schedule = build("schedules", {"name": "vp", "beta_end": 0.05})
+    first, last = (float(schedule.time(jnp.float64(2 * end))) for end in ENDS)
+    start = np.random.default_rng(0).normal(size=(4, 2))
+
+    def slope(r: float, z: np.ndarray) -> np.ndarray:
+        # d(x / sigma) / dr = (alpha / sigma) x0 at r = log(alpha / sigma).
+        alpha, sigma = float(schedule.alpha(at(r))), float(schedule.sigma(at(r)))
+        x0 = MIXTURE.denoise(jnp.asarray(sigma * z.reshape(4, 2)), alpha, sigma)
+        return np.asarray(math.exp(r) * x0).ravel()
+
+    def at(r: float) -> Array:
+        return schedule.time(jnp.float64(2 * r))
+
+    z = (start / float(schedule.sigma(jnp.float64(first)))).ravel()
+    end = solve_ivp(slope, ENDS, z, method="DOP853", rtol=1e-12, atol=1e-12).y[:, -1]
+    return schedule, start, end.reshape(4, 2) * float(schedule.sigma(jnp.float64(last)))
+
+
+def errors(solver: dict, steps: tuple[int, ...]) -> dict[bool, np.ndarray]:
+    """The error after each number of steps, on the smooth grid (False) and the rough (True). Needs float64."""
+    schedule, start, end = problem()
+    sampler = build("samplers", solver)
+
+    @jax.jit
+    def run(times: Array) -> Array:
+        x = sample(MIXTURE.denoiser(schedule), schedule, sampler, jnp.asarray(start), times, jax.random.key(0))
+        return jnp.sqrt(jnp.mean((x - end) ** 2))
+
+    return {
+        rough: np.array([float(run(times_of(schedule, count, rough))) for count in steps]) for rough in (False, True)
+    }
+
+
+def slopes(error: np.ndarray, steps: tuple[int, ...]) -> np.ndarray:
+    """The order between each two numbers of steps."""
+    return -np.diff(np.log(error)) / np.diff(np.log(steps))
+
+
+def spell(solver: dict) -> str:
+    return " ".join([solver["name"], *(f"{key}={value}" for key, value in solver.items() if key != "name")])
+
+
+def main() -> None:
+    with jax.enable_x64(True):
+        print(f"{'solver':44} order   smooth   rough   error at {STEPS[-1]} steps: smooth, rough")
+        for solver, order in SOLVERS:
+            measured = errors(solver, STEPS)
+            found = [slopes(measured[rough], STEPS)[-1] for rough in (False, True)]
+            ends = [measured[rough][-1] for rough in (False, True)]
+            print(
+                f"{spell(solver):44} {order:5} {found[0]:8.2f} {found[1]:7.2f}   {ends[0]:.1e}, {ends[1]:.1e}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    cli.run(main)
