@@ -1,5 +1,7 @@
 # make demo   train on real digits, draw samples, measure them
 # make test   the tests
+# make parity our samplers against the peers of requirements-peers.txt, live
+# make orders the order of accuracy of every solver
 # make lint   ruff, check and format
 # Each sets up .venv by itself.
 
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/digits
 TRAIN_FLAGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test parity orders lint clean
 
 $(VENV)/base: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; give another by PYTHON=...") if sys.version_info < (3, 11) else None'
@@ -21,6 +23,10 @@ $(VENV)/dev: $(VENV)/base requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+$(VENV)/peers: $(VENV)/dev requirements-peers.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
+
 demo: $(VENV)/base
 	$(BIN)/python -m experiments.train --config=configs/digits.py --workdir=$(WORKDIR) $(TRAIN_FLAGS)
 	$(BIN)/python -m experiments.sample --workdir=$(WORKDIR) --num=100
@@ -28,6 +34,12 @@ demo: $(VENV)/base
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
+
+parity: $(VENV)/peers
+	$(BIN)/python -m pytest -m peers
+
+orders: $(VENV)/base
+	$(BIN)/python -m experiments.orders
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

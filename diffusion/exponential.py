@@ -126,8 +126,11 @@ class Singlestep:
     def init(self, x: Array, times: Array) -> dict[str, Any]:
         steps = check_steps(times, self.order)
 
+        # A last step to either end of time may be infinite in log-SNR, and then can be but of first order.
+        to_end = (times[-1] == 0) | (times[-1] == 1)
+
         def groups(steps: int) -> Array:
-            return jnp.where(times[-1] == 0, self._groups(steps, True), self._groups(steps, False))
+            return jnp.where(to_end, self._groups(steps, True), self._groups(steps, False))
 
         return {
             "x": x,
@@ -140,12 +143,11 @@ class Singlestep:
             "index": jnp.int32(0),
         }
 
-    def _groups(self, steps: int, to_data: bool) -> np.ndarray:
+    def _groups(self, steps: int, last_alone: bool) -> np.ndarray:
         """Of each step of the grid, its place in its group and the index of the time where that group ends, `[steps,
-        2]`. The step to the data is infinite in log-SNR and stands alone, so the group it is cut from is a shorter
-        one."""
+        2]`. If the last stands alone, the group it is cut from is a shorter one."""
         lengths = [self.order] * (steps // self.order) + [steps % self.order] * (steps % self.order > 0)
-        if to_data and lengths and lengths[-1] > 1:
+        if last_alone and lengths and lengths[-1] > 1:
             lengths[-1:] = [lengths[-1] - 1, 1]
         ends = np.cumsum(lengths)
         rows = [(place, end) for length, end in zip(lengths, ends, strict=True) for place in range(length)]
@@ -154,7 +156,7 @@ class Singlestep:
     def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
         index, times = carry["index"], carry["times"]
         # From pure noise the first step is infinite too, and stands alone.
-        noise = (index == 0) & ~jnp.isfinite(schedule.log_snr(t))
+        noise = ~jnp.isfinite(schedule.log_snr(times[0]))
         groups = jnp.where(noise, carry["groups_from_noise"], carry["groups"])
         place, end = groups[index]
         x, t = carry["x"], carry["t"]

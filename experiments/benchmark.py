@@ -1,7 +1,8 @@
 """Measures what the library costs on this machine, each against the bare work it wraps, in turn, and prints medians.
 
 python -m experiments.benchmark --suite=loop        the train loop against the jitted step it runs
-python -m experiments.benchmark --suite=compile     compiling a 1,000-step sampler against a 10-step one
+python -m experiments.benchmark --suite=sampling    the scan of each sampler against calls of the denoiser it makes, the
+                                                    compiling of 1,000 steps against 10, and what recompiles
 """
 
 import json
@@ -22,8 +23,9 @@ from diffusion.training.state import init_state
 from diffusion.training.step import make_step
 from diffusion.types import Network, Spec
 from experiments import cli
+from experiments.drawing import Drawer
 
-SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "compile"], "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "sampling"], "What to measure.")
 RUNS = flags.DEFINE_integer("runs", 5, "Runs of each side; the median counts.")
 
 SPEC = Spec(shape=(8, 8, 1), num_classes=10)
@@ -52,7 +54,7 @@ def main() -> None:
         shape=SPEC.shape,
         num_classes=SPEC.num_classes,
     )
-    {"loop": loop_overhead, "compile": compile_time}[SUITE.value](network)
+    {"loop": loop_overhead, "sampling": sampling}[SUITE.value](network)
 
 
 def loop_overhead(network: Network) -> None:
@@ -87,14 +89,79 @@ def loop_overhead(network: Network) -> None:
     report(times, "s/step")
 
 
+def sampling(network: Network) -> None:
+    scan_overhead()
+    compile_time(network)
+    recompilation(network)
+
+
+SCANNED = (
+    {"name": "ddim"},
+    {"name": "ancestral"},
+    {"name": "dpm_solver_pp"},
+    {"name": "dpm_solver_pp", "order": 3},
+    {"name": "dpm_solver"},
+    {"name": "unipc"},
+    {"name": "lms"},
+    {"name": "heun"},
+)
+
+
+def scan_overhead() -> None:
+    """Seconds for STEPS evaluations by each sampler's scan, against as many calls of the jitted denoiser, one by one.
+    The network is larger, so that a call takes more than 10 ms."""
+    network = build(
+        "networks",
+        {"name": "unet", "width": 64, "multipliers": (1, 2), "blocks": 2, "attention": (4,), "head_width": 32},
+        shape=SPEC.shape,
+        num_classes=SPEC.num_classes,
+    )
+    objective, evaluations = build("objectives", "ddpm"), 24
+    params = {"net": jax.jit(network.init)(jax.random.key(0))}
+    x = jax.random.normal(jax.random.key(1), (32, *SPEC.shape))
+    cond = {"label": jnp.arange(len(x)) % SPEC.num_classes}
+    bare = jax.jit(lambda params, x, t, cond: objective.denoiser(network.apply, params)(x, t, cond).x0)
+
+    def calls() -> None:
+        for t in np.linspace(1, 0, evaluations + 1, dtype=np.float32)[:-1]:
+            jax.block_until_ready(bare(params, x, t, cond))
+
+    runs = {"bare calls": calls}
+    for spec in SCANNED:
+        sampler = build("samplers", spec)
+        steps = max(n for n in range(1, evaluations + 1) if sampler.evaluations(n) <= evaluations)
+        times = jnp.linspace(1, 0, steps + 1)
+
+        @jax.jit
+        def scan(params, x, times, cond, key, sampler=sampler):
+            denoise = bind(objective.denoiser(network.apply, params), cond)
+            return sample(denoise, objective.schedule, sampler, x, times, key)
+
+        key, name = jax.random.key(0), " ".join(map(str, spec.values()))
+        runs[name] = lambda scan=scan, times=times, key=key: jax.block_until_ready(scan(params, x, times, cond, key))
+    asked = {name: evaluations for name in runs} | {"heun": 2 * (evaluations // 2) - 1}
+    for run in runs.values():
+        run()
+    times = {name: [] for name in runs}
+    for _ in range(RUNS.value):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) / asked[name])
+    print(f"{'':18} ms/evaluation   ratio to bare calls")
+    for name, values in times.items():
+        ratio = statistics.median(b / a for a, b in zip(times["bare calls"], values, strict=True))
+        print(f"{name:18} {1000 * statistics.median(values):13.2f}   {ratio:.3f}")
+
+
 def compile_time(network: Network) -> None:
     """Seconds to lower and compile DDIM over 10 and over 1,000 steps."""
     objective = build("objectives", "ddpm")
     params = {"net": jax.jit(network.init)(jax.random.key(0))}
     cond = {"label": jnp.zeros(8, jnp.int32)}
-    times = {"10 steps": [], "1,000 steps": []}
+    times = {"compile 10 steps": [], "compile 1,000": []}
     for run in range(RUNS.value + 1):
-        for name, steps in (("10 steps", 10), ("1,000 steps", 1000)):
+        for name, steps in zip(times, (10, 1000), strict=True):
 
             def draw(params, x, times, key):
                 denoise = bind(objective.denoiser(network.apply, params), cond)
@@ -109,12 +176,31 @@ def compile_time(network: Network) -> None:
     report(times, "s")
 
 
+def recompilation(network: Network) -> None:
+    """How often guided sampling is compiled for several scales, intervals, grids, seeds and labels of one step
+    count."""
+    objective = build("objectives", "ddpm")
+    params = {"net": jax.jit(network.init)(jax.random.key(0))}
+    settings = (("trailing", 2.0, 0.1), ("karras", 2.0, 0.1), ("trailing", 4.0, 0.1), ("trailing", 2.0, 0.3))
+    sections = [
+        {
+            "sampler": {"name": "ddim", "steps": 5, "grid": grid},
+            "guidance": {"name": "cfg", "scale": scale, "interval": {"low": low, "high": 0.9}},
+        }
+        for grid, scale, low in settings
+    ]
+    first = Drawer(network, objective, SPEC, mesh.make(), cond_drop_rate=0.1, **sections[0])
+    for seed, section in enumerate(sections):
+        first.retuned(**section)(params, np.full(8, seed), 8, seed=seed)
+    print(f"{len(sections)} settings of scale, interval, times, seed and labels: {first.compilations} compilation(s)")
+
+
 def report(times: dict[str, list[float]], unit: str) -> None:
     """Prints the medians, and the second's ratio to the first, run by run."""
     for name, values in times.items():
-        print(f"{name:12} {statistics.median(values):.4f} {unit}")
+        print(f"{name:18} {statistics.median(values):.4f} {unit}")
     first, second = times.values()
-    print(f"ratio        {statistics.median(b / a for a, b in zip(first, second, strict=True)):.3f}")
+    print(f"ratio              {statistics.median(b / a for a, b in zip(first, second, strict=True)):.3f}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ class DPM2Ancestral(OneStep):
 
         def ancestral() -> Array:
             level_t, level_s = jnp.exp(-schedule.log_snr(t) / 2), jnp.exp(-schedule.log_snr(s) / 2)
-            up = self.eta * level_s * jnp.sqrt(1 - (level_s / level_t) ** 2)
-            down = jnp.sqrt(level_s**2 - up**2)
+            share = self.eta**2 * (1 - (level_s / level_t) ** 2)
+            up, down = level_s * jnp.sqrt(share), level_s * jnp.sqrt(1 - share)
             # From pure noise, whose level is infinite, the step has no middle: it is Euler's.
             finite = jnp.isfinite(level_t)
             middle = schedule.time(-jnp.log(jnp.where(finite, level_t, level_s)) - jnp.log(down))

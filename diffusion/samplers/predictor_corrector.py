@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion.arrays import expand, flat_mean, fold, normal
+from diffusion.arrays import fold, normal
 from diffusion.build import build
 from diffusion.solver import OneStep, eps_of
 from diffusion.types import Array, Denoiser, InputError, Schedule
@@ -32,20 +32,17 @@ class PredictorCorrector(OneStep):
 
         def correct(i: Array, x: Array) -> Array:
             noise = normal(fold(keys, i + 1), x.shape[1:], x.dtype)
-            score = -eps_of(schedule, x, denoise(x, s).x0, s) / schedule.sigma(s)
-            # 1 - beta of the step, as the paper has it: 1 where alpha does not change.
-            share = (schedule.alpha(t) / schedule.alpha(s)) ** 2
-            size = 2 * share * (self.snr * _norm(noise) / jnp.maximum(_norm(score), 1e-12)) ** 2
-            return x + expand(size, x) * score + expand(jnp.sqrt(2 * size), x) * noise
+            sigma = schedule.sigma(s)
+            score = -eps_of(schedule, x, denoise(x, s).x0, s) / sigma
+            # 1 - beta of the step, as the paper has it: 1 where alpha does not change. Its ratio of the norms of noise
+            # and score, means over a batch, is sigma to within the data's share, and no sample depends on another so.
+            size = 2 * (schedule.alpha(t) / schedule.alpha(s)) ** 2 * (self.snr * sigma) ** 2
+            return x + size * score + jnp.sqrt(2 * size) * noise
 
         def corrected() -> Array:
             return jax.lax.fori_loop(0, self.corrections, correct, x)
 
         return jax.lax.cond(schedule.sigma(s) > 0, corrected, lambda: x)
-
-
-def _norm(x: Array) -> Array:
-    return jnp.sqrt(flat_mean(x**2))
 
 
 def make(
@@ -54,7 +51,7 @@ def make(
     """Args:
     predictor: any sampler that carries x alone, by its spec; `euler_maruyama` with `sbdm` is the paper's.
     corrections: Langevin steps, one evaluation each.
-    snr: r of the paper, the ratio of a step's drift to its noise; norms are of each sample by itself.
+    snr: r of the paper, the ratio of a step's drift to its noise.
     """
     built = build("samplers", predictor, field="predictor")
     if not isinstance(built, OneStep):

@@ -43,7 +43,12 @@ class UniPC:
         value = predicted(self.prediction, schedule, x, x0, t)
         count = jnp.minimum(index, carry["last"] - index + 1)  # the order of the step that led here
         corrected = self._step(schedule, carry["start"], t, history, count, value)
-        x = jnp.where(index > 0, corrected, x).astype(x.dtype)
+        corrected = jnp.where(index > 0, corrected, x).astype(x.dtype)
+        if self.prediction == "eps":
+            # The value stays the one that the model gave; x0 is what it makes of the corrected point.
+            alpha = jnp.where(index > 0, schedule.alpha(t), 1)
+            x0 = jnp.where(index > 0, (corrected - schedule.sigma(t) * value) / alpha, x0)
+        x = corrected
 
         history = history.push(value, half_log_snr(schedule, t))
         count = jnp.minimum(index + 1, carry["last"] - index)

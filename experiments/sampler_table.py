@@ -1,0 +1,72 @@
+"""Measures samplers against each other on trained runs, at the same numbers of evaluations, and writes the table into a
+Markdown file, between its lines `<!-- table -->` and `<!-- end of table -->`.
+
+python -m experiments.sampler_table --workdirs=runs/digits,runs/digits_flow --out=docs/samplers.md
+"""
+
+import os
+
+import numpy as np
+from absl import flags
+
+from diffusion import files
+from diffusion.types import InputError, SampleMetric
+from experiments import choices, cli, parts
+
+WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of the runs.")
+OUT = flags.DEFINE_string("out", "docs/samplers.md", "The file that the table is written into.")
+NUM = flags.DEFINE_integer("num", 1000, "Samples for each figure.")
+EVALUATIONS = flags.DEFINE_list("evaluations", ["5", "10", "20", "50"], "Evaluations of the model for each sample.")
+SAMPLERS = flags.DEFINE_list("samplers", [
+    "ddim", "ancestral", "ancestral:variance=analytic", "heun", "heun:churn=5", "dpm2", "dpm2_ancestral", "lms",
+    "dpm_solver:order=2", "dpm_solver", "dpm_solver_pp:singlestep=true", "dpm_solver_pp", "dpm_solver_pp:order=3",
+    "dpm_solver_pp:sde=true", "unipc", "unipc:order=3", "deis", "pndm", "rk4", "euler_maruyama", "predictor_corrector",
+], "The samplers, each as for experiments.sample.")  # fmt: skip
+flags.mark_flags_as_required(["workdirs"])
+
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+
+
+def main() -> None:
+    if not os.path.isfile(OUT.value):
+        raise InputError("--out", f"no file {OUT.value}; it must have the lines {BEGIN} and {END}")
+    with open(OUT.value, encoding="utf-8") as file:
+        head, begin, rest = file.read().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise InputError("--out", f"{OUT.value} lacks the lines {BEGIN} and {END}")
+    tables = [table(parts.open_run(workdir), os.path.basename(os.path.normpath(workdir))) for workdir in WORKDIRS.value]
+    with files.replace(OUT.value) as file:
+        file.write("\n\n".join([head + BEGIN, *tables, END + tail]))
+    print(f"written: {OUT.value}")
+
+
+def table(run: parts.Run, title: str) -> str:
+    """A row a sampler; a column a number of evaluations, with the first figure of each metric in a cell."""
+    metrics = [metric for metric in run.metrics() if isinstance(metric, SampleMetric)]
+    labels = np.arange(NUM.value) % run.spec.num_classes if run.spec.num_classes else None
+    grid = run.config["sampler"].get("grid", {"name": "trailing"})["name"]
+    lines, names = [], []
+    for sampler in SAMPLERS.value:
+        cells = []
+        for count in EVALUATIONS.value:
+            section, guidance = choices.sections(run.config, {"sampler": sampler, "evaluations": count})
+            drawer = run.drawer(sampler=section, guidance={"name": guidance["name"], "scale": 1.0})
+            x = drawer(run.params, labels, NUM.value, seed=1, title=f"{title} {sampler} {count}")
+            values = [next(iter(run.measured(metric, x, labels).items())) for metric in metrics]
+            names = [name for name, _ in values]
+            cells.append(" / ".join(f"{value:.3f}" for _, value in values))
+        lines.append(f"| `{sampler}` | {' | '.join(cells)} |")
+    columns = " | ".join(EVALUATIONS.value)
+    return "\n".join([
+        f"**{title}**, step {run.step}, average {run.ema}, grid `{grid}`, no guidance, {NUM.value} samples: "
+        f"{' / '.join(names)} by evaluations of the model.",
+        "",
+        f"| sampler | {columns} |",
+        f"|---|{'---|' * len(EVALUATIONS.value)}",
+        *lines,
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)
