@@ -10,13 +10,14 @@ import importlib.util
 import inspect
 import pkgutil
 import types
+import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from diffusion.types import InputError
+from diffusion.types import Array, InputError
 
 _NUMBERS = BeartypeConf(is_pep484_tower=True)  # an int will do where a float is asked for
 
@@ -119,4 +120,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _spell(annotation: Any) -> str:
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not Array]
+    if Array in typing.get_args(annotation) and len(kinds) == 1:  # an array where a config gives a number
+        annotation = kinds[0]
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from diffusion.solver import eps_of
 from diffusion.types import Array, Denoiser, Schedule
 
 
@@ -28,35 +27,15 @@ class Posterior:
         2102.09672, eq. 15)."""
         return fraction * jnp.log(self.beta) + (1 - fraction) * jnp.log(self.beta_tilde)
 
-    def optimal(self, schedule: Schedule, t: Array, eps_moment: Array) -> Array:
-        """The variance of the best isotropic reverse step to the mean of x0 (Bao et al. 2022, arXiv 2201.06503, theorem
-        1): beta_tilde and what the variance of x0 given x_t adds, (sigma / alpha)^2 (1 - eps_moment).
+    def optimal(self, x0_error: Array) -> Array:
+        """The variance of the best isotropic reverse step around a model's mean: beta_tilde and what the model does not
+        know of x0 (Bao et al. 2022, arXiv 2201.06503, theorem 1, which has the variance of x0 given x_t for the
+        error; for models that are not the mean itself, arXiv 2206.07309, theorem 2).
 
         Args:
-          eps_moment: mean square of E[eps | x_t] at t, over data and dimensions: at most 1.
+          x0_error: mean square of x0 minus the model's, over data and dimensions.
         """
-        share = self.from_x0 * schedule.sigma(t) / schedule.alpha(t)
-        return self.beta_tilde + share**2 * jnp.clip(1 - eps_moment, 0, 1)
-
-
-def eps_moments(
-    denoise: Denoiser, schedule: Schedule, x0: Array, times: Array, key: Array
-) -> tuple[tuple[float, float], ...]:
-    """Pairs of t, rising, and the mean square of the noise that a model predicts there, over examples.
-
-    Args:
-      denoise: `denoise(x, t) -> Denoised`, the condition bound.
-      x0: `[B, ...]` data.
-      times: all above 0.
-    """
-
-    @jax.jit
-    def moment(t: Array) -> Array:
-        eps = jax.random.normal(key, x0.shape, x0.dtype)
-        x_t = schedule.alpha(t) * x0 + schedule.sigma(t) * eps
-        return jnp.mean(eps_of(schedule, x_t, denoise(x_t, t).x0, t) ** 2)
-
-    return tuple((float(t), float(moment(t))) for t in sorted(times))
+        return self.beta_tilde + self.from_x0**2 * x0_error
 
 
 def posterior(schedule: Schedule, t: Array, s: Array) -> Posterior:
@@ -65,3 +44,22 @@ def posterior(schedule: Schedule, t: Array, s: Array) -> Posterior:
     alpha_ts, share = alpha_t / alpha_s, (sigma_s / sigma_t) ** 2
     beta = sigma_t**2 - (alpha_ts * sigma_s) ** 2
     return Posterior(alpha_ts * share, alpha_s * beta / sigma_t**2, beta, beta * share)
+
+
+def x0_errors(
+    denoise: Denoiser, schedule: Schedule, x0: Array, times: Array, key: Array
+) -> tuple[tuple[float, float], ...]:
+    """Pairs of t, rising, and the mean square error of the model's x0 there, over examples.
+
+    Args:
+      denoise: `denoise(x, t) -> Denoised`, the condition bound.
+      x0: `[B, ...]` data.
+      times: all above 0.
+    """
+
+    @jax.jit
+    def error(t: Array) -> Array:
+        x_t = schedule.alpha(t) * x0 + schedule.sigma(t) * jax.random.normal(key, x0.shape, x0.dtype)
+        return jnp.mean((x0 - denoise(x_t, t).x0) ** 2)
+
+    return tuple((float(t), float(error(t))) for t in sorted(times))

@@ -65,7 +65,7 @@ def sections(config: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict
 def _steps_for(sampler: Mapping[str, Any], evaluations: int) -> int:
     """The most steps that a sampler can take with so many evaluations of the denoiser."""
     keywords = {key: value for key, value in sampler.items() if key not in PLACING}
-    if keywords.get("variance") == "analytic":  # its moments are not measured yet, and change nothing here
+    if keywords.get("variance") == "analytic":  # what it goes by is not measured yet, and change nothing here
         keywords["variance"] = "beta"
     solver = build("samplers", keywords, field="sampler")
     if solver.evaluations(1) is None:

@@ -18,7 +18,7 @@ from diffusion.build import build, call
 from diffusion.checkpoint import Checkpoints
 from diffusion.distributed import mesh as meshes
 from diffusion.distributed import sharding
-from diffusion.posterior import eps_moments
+from diffusion.posterior import x0_errors
 from diffusion.sample import bind
 from diffusion.training import ema, optimizer
 from diffusion.training.loop import CheckpointOptions, Options
@@ -88,8 +88,8 @@ class Run:
 
     def drawer(self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any], always_guided: bool = False) -> Drawer:
         """Draws from this model. What has to be measured on the run's own data first, or read from another run, is."""
-        if (sampler.get("name"), sampler.get("variance")) == ("ancestral", "analytic") and "moments" not in sampler:
-            sampler = {**sampler, "moments": self._eps_moments()}
+        if (sampler.get("name"), sampler.get("variance")) == ("ancestral", "analytic") and "x0_errors" not in sampler:
+            sampler = {**sampler, "x0_errors": self._x0_errors()}
         worse = None
         if guidance.get("name") == "autoguidance":
             worse = self._worse(guidance.get("worse"))
@@ -128,7 +128,7 @@ class Run:
             raise InputError("guidance.worse.workdir", f"was trained on data of another kind: {run.spec}")
         return run.network, run.objective, run.params
 
-    def _eps_moments(self, num: int = 512, points: int = 50) -> tuple[tuple[float, float], ...]:
+    def _x0_errors(self, num: int = 512, points: int = 50) -> tuple[tuple[float, float], ...]:
         """What the analytic variance goes by, measured on the first examples of the run's data."""
         source = build("data", self.config["data"], field="data")
         examples = [source[index] for index in range(min(num, len(source)))]
@@ -136,7 +136,7 @@ class Run:
         cond = {name: jnp.stack([example["cond"][name] for example in examples]) for name in examples[0]["cond"]}
         denoise = bind(self.objective.denoiser(self.network.apply, self.params), cond)
         times = jnp.arange(1, points + 1) / points
-        return eps_moments(denoise, self.objective.schedule_for(self.params), x0, times, jax.random.key(0))
+        return x0_errors(denoise, self.objective.schedule_for(self.params), x0, times, jax.random.key(0))
 
 
 def open_run(workdir: str, ema_name: str | None = None, step: int | None = None) -> Run:

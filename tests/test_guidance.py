@@ -15,10 +15,10 @@ from diffusion.sample import bind, sample
 from diffusion.types import Denoised, InputError
 
 FLOW, VP = build("schedules", "flow"), build("schedules", "vp")
-X = np.random.default_rng(0).normal(size=(4, 3, 2))
-COND = {"label": np.array([0.0, 0.7, 1.4, 2.6])}
+X = np.random.default_rng(0).normal(size=(4, 3, 2)).astype(np.float32)
+COND = {"label": np.float32([0.0, 0.7, 1.4, 2.6])}
 NULL = -2.0  # what the model takes for a label where keep is False
-TIMES = [0.35, np.array([0.2, 0.45, 0.7, 0.95])]
+TIMES = [0.35, np.float32([0.2, 0.45, 0.7, 0.95])]
 
 
 def known(x, t, level):
@@ -47,8 +47,8 @@ WITH_NEGATIVE = ["cfg", "apg", "cfg_zero", "cfg_pp"]
 
 
 def halves(t, level=NULL):
-    """x0 with the condition and without."""
-    return np.asarray(known(X, t, COND["label"])), np.asarray(known(X, t, level))
+    """x0 with the condition and without, as float64, in which the formulas are written out."""
+    return np.float64(known(X, t, COND["label"])), np.float64(known(X, t, level))
 
 
 def asked_by(guide, cond=COND, t=0.35):
@@ -64,8 +64,8 @@ def asked_by(guide, cond=COND, t=0.35):
     return call
 
 
-def close(found, expected, tolerance=1e-12):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+def close(found, expected, tolerance=1e-5):
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def dot(a, b):
@@ -113,10 +113,10 @@ def test_scale_is_an_array_argument(case):
 
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "per-example"])
 @pytest.mark.parametrize("name", WITH_NEGATIVE)
-def test_the_halves_of_an_example_are_neighbours_and_the_second_drops_the_condition(x64, name, t):
+def test_the_halves_of_an_example_are_neighbours_and_the_second_drops_the_condition(name, t):
     x, asked, cond = asked_by(GUIDES[name], {**COND, "text": X[:, 0]}, t)
     np.testing.assert_array_equal(x, np.repeat(X, 2, axis=0))
-    np.testing.assert_array_equal(asked, np.repeat(np.broadcast_to(t, 4), 2))
+    np.testing.assert_array_equal(asked, np.repeat(np.broadcast_to(np.float32(t), 4), 2))
     np.testing.assert_array_equal(cond["keep"], [True, False] * 4)
     np.testing.assert_array_equal(cond["label"], np.repeat(COND["label"], 2))
     np.testing.assert_array_equal(cond["text"], np.repeat(X[:, 0], 2, axis=0))
@@ -124,7 +124,7 @@ def test_the_halves_of_an_example_are_neighbours_and_the_second_drops_the_condit
 
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "per-example"])
 @pytest.mark.parametrize("name", GUIDES)
-def test_scale_1_is_conditional(x64, name, t):
+def test_scale_1_is_conditional(name, t):
     kept, dropped = halves(t)
     guided = GUIDES[name](model, 1.0)(X, t, COND)
     close(guided.x0, kept)
@@ -137,13 +137,13 @@ def test_scale_1_is_conditional(x64, name, t):
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "per-example"])
 @pytest.mark.parametrize("name", ["cfg", "cfg_pp", "autoguidance"])
 @pytest.mark.parametrize("scale", [0.0, 0.6, 4.0])
-def test_the_scale_goes_from_unconditional_to_conditional_and_on(x64, name, scale, t):
+def test_the_scale_goes_from_unconditional_to_conditional_and_on(name, scale, t):
     kept, dropped = halves(t)
     close(GUIDES[name](model, scale)(X, t, COND).x0, (1 - scale) * dropped + scale * kept)
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_conditional_and_log_variance_are_those_with_the_condition(x64, name):
+def test_conditional_and_log_variance_are_those_with_the_condition(name):
     kept, _ = halves(0.35)
     guided = GUIDES[name](model, 3.0)(X, 0.35, COND)
     assert abs(guided.x0 - kept).max() > 0.1
@@ -154,19 +154,19 @@ def test_conditional_and_log_variance_are_those_with_the_condition(x64, name):
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_examples_do_not_see_their_neighbours(x64, name):
-    guided = GUIDES[name](model, 3.0)
-    t = TIMES[1]
-    alone = guided(X[2:3], t[2:3], {"label": COND["label"][2:3]})
-    close(alone.x0, guided(X, t, COND).x0[2:3])
+def test_examples_do_not_see_their_neighbours(name):
+    guided, t = GUIDES[name](model, 3.0), TIMES[1]
+    others = np.array([0, 0, 2, 0])  # the third alone stays
+    among_others = guided(X[others], t[others], {"label": COND["label"][others]})
+    close(among_others.x0[2], guided(X, t, COND).x0[2])
 
 
 # Away from a condition.
 
 
-@pytest.mark.parametrize("value", [5.0, np.array([5.0, 4.0, 3.0, 2.5])], ids=["for all", "per-example"])
+@pytest.mark.parametrize("value", [5.0, np.float32([5.0, 4.0, 3.0, 2.5])], ids=["for all", "per-example"])
 @pytest.mark.parametrize("name", WITH_NEGATIVE)
-def test_the_negative_condition_takes_the_place_of_none(x64, name, value):
+def test_the_negative_condition_takes_the_place_of_none(name, value):
     """It is a condition like any other, so `keep` must not hide it; and what it does not name stays."""
     guide = functools.partial(GUIDES[name], negative={"label": value})
     _, _, cond = asked_by(guide, {**COND, "text": X[:, 0]})
@@ -176,8 +176,8 @@ def test_the_negative_condition_takes_the_place_of_none(x64, name, value):
     np.testing.assert_array_equal(cond["text"], np.repeat(X[:, 0], 2, axis=0))
 
 
-@pytest.mark.parametrize("value", [5.0, np.array([5.0, 4.0, 3.0, 2.5])], ids=["for all", "per-example"])
-def test_guidance_leads_away_from_the_negative_condition(x64, value):
+@pytest.mark.parametrize("value", [5.0, np.float32([5.0, 4.0, 3.0, 2.5])], ids=["for all", "per-example"])
+def test_guidance_leads_away_from_the_negative_condition(value):
     kept, unwanted = halves(0.35, value)
     guided = cfg(model, 3.0, negative={"label": value})(X, 0.35, COND)
     close(guided.x0, unwanted + 3 * (kept - unwanted))
@@ -196,13 +196,13 @@ def test_a_negative_condition_that_the_model_lacks_is_refused(name):
 
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "per-example"])
 @pytest.mark.parametrize("eta", [0.0, 0.4])
-@pytest.mark.parametrize("norm", [1.2, np.inf])
-def test_apg_is_the_papers_formula(x64, eta, norm, t):
+@pytest.mark.parametrize("norm", [2.5, np.inf])
+def test_apg_is_the_papers_formula(eta, norm, t):
     """Algorithm 1 of arXiv 2410.02416, without momentum; one norm cuts some of the examples, the other none."""
     kept, dropped = halves(t)
     difference = kept - dropped
     length = np.sqrt(dot(difference, difference))
-    assert (length > 1.2).any() and (length < 1.2).any()
+    assert (length > 2.5).any() and (length < 2.5).any()
     difference = difference * np.minimum(1, norm / length)
     unit = kept / np.sqrt(dot(kept, kept))
     parallel = dot(difference, unit) * unit
@@ -211,19 +211,19 @@ def test_apg_is_the_papers_formula(x64, eta, norm, t):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
-def test_apg_with_all_of_the_difference_is_cfg(x64, scale):
+def test_apg_with_all_of_the_difference_is_cfg(scale):
     close(apg(model, scale, eta=1.0)(X, 0.35, COND).x0, cfg(model, scale)(X, 0.35, COND).x0)
 
 
 @pytest.mark.parametrize("norm", [0.5, np.inf])
-def test_apg_by_default_moves_across_the_conditional(x64, norm):
+def test_apg_by_default_moves_across_the_conditional(norm):
     kept, _ = halves(0.35)
     update = apg(model, 4.0, norm=norm)(X, 0.35, COND).x0 - kept
     assert abs(update).max() > 0.1
     close(dot(update, kept), 0)
 
 
-def test_apg_bounds_the_difference_by_its_norm(x64):
+def test_apg_bounds_the_difference_by_its_norm():
     kept, dropped = halves(0.35)
     full = np.sqrt(dot(kept - dropped, kept - dropped))
     bound = np.median(full)
@@ -247,7 +247,7 @@ def test_apg_and_cfg_zero_are_finite_where_the_condition_changes_nothing():
 
 @pytest.mark.parametrize("t", [*TIMES, 1.0], ids=["scalar", "per-example", "pure noise"])
 @pytest.mark.parametrize("scale", [0.0, 4.0])
-def test_cfg_zero_is_the_papers_formula_on_the_straight_path(x64, scale, t):
+def test_cfg_zero_is_the_papers_formula_on_the_straight_path(scale, t):
     """Eq. 8 to 10 of arXiv 2503.18886, with v = eps - x0: v = (1 - w) s* v_u + w v_c, s* = <v_c, v_u> / <v_u, v_u>."""
     time = broadcast(t)
     conditional, unconditional = ((X - (1 - time) * x0) / time - x0 for x0 in halves(t))
@@ -257,18 +257,20 @@ def test_cfg_zero_is_the_papers_formula_on_the_straight_path(x64, scale, t):
     close(cfg_zero(model, scale, schedule=FLOW)(X, t, COND).x0, X - time * velocity)
 
 
-def test_cfg_zero_goes_by_the_velocity_of_any_schedule(x64):
-    t, h = 0.3005, 1e-5  # between two points of the table
-    alpha, sigma = float(VP.alpha(t)), float(VP.sigma(t))
-    d_alpha, d_sigma = (float(f(t + h) - f(t - h)) / (2 * h) for f in (VP.alpha, VP.sigma))
+def test_cfg_zero_goes_by_the_velocity_of_any_schedule():
+    t = 0.3005  # midway between two points of the table, where log-SNR is linear
+    below, above = VP.table[299:301]
+    alpha, sigma = (1 / np.sqrt(1 + np.exp(sign * (below + above) / 2)) for sign in (-1, 1))
+    slope = 1000 * (above - below) / 2
+    d_alpha, d_sigma = slope * alpha * sigma**2, -slope * sigma * alpha**2
     conditional, unconditional = (d_alpha * x0 + d_sigma * (X - alpha * x0) / sigma for x0 in halves(t))
     best = dot(conditional, unconditional) / dot(unconditional, unconditional)
     velocity = best * unconditional + 4 * (conditional - best * unconditional)
     expected = (d_sigma * X - sigma * velocity) / (alpha * d_sigma - sigma * d_alpha)
-    close(cfg_zero(model, 4.0, schedule=VP)(X, t, COND).x0, expected, 1e-6)
+    close(jax.jit(cfg_zero(model, 4.0, schedule=VP))(X, t, COND).x0, expected, 1e-4)
 
 
-def test_cfg_zero_lets_x_stand_still_above_a_time(x64):
+def test_cfg_zero_lets_x_stand_still_above_a_time():
     ddim = build("samplers", "ddim")
     denoise = cfg_zero(model, 4.0, zero_above=0.6, schedule=FLOW)
     guided = cfg_zero(model, 4.0, schedule=FLOW)
@@ -286,11 +288,13 @@ def test_cfg_zero_lets_x_stand_still_above_a_time(x64):
     close(mixed[~above], guided(X, 0.5, COND).x0[~above])
 
 
-def test_cfg_zero_lets_x_stand_still_on_a_curved_path(x64):
+def test_cfg_zero_lets_x_stand_still_on_a_curved_path():
     """There it is the velocity that is 0, so it is a step in time that goes nowhere."""
     euler = build("samplers", {"name": "euler", "coordinate": "time"})
     denoise = bind(cfg_zero(model, 4.0, zero_above=0.2, schedule=VP), COND)
-    close(euler.step(X, denoise, VP, jnp.asarray(0.3), jnp.asarray(0.25), None), X, 1e-9)
+    step = jax.jit(lambda t, s: euler.step(X, denoise, VP, t, s, None))
+    close(step(0.3, 0.25), X)
+    assert abs(step(0.2, 0.15) - X).max() > 1e-2
 
 
 # cfg_pp
@@ -298,7 +302,7 @@ def test_cfg_zero_lets_x_stand_still_on_a_curved_path(x64):
 
 @pytest.mark.parametrize("schedule", [VP, FLOW], ids=["vp", "flow"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_cfg_pp_renoises_with_the_unconditional_noise(x64, schedule, eta):
+def test_cfg_pp_renoises_with_the_unconditional_noise(schedule, eta):
     """Algorithm 2 of arXiv 2406.08070; with eta the noise that is kept is the unconditional one too."""
     t, s, keys = jnp.asarray(0.6), jnp.asarray(0.45), jax.random.split(jax.random.key(0), 4)
     alpha_t, sigma_t, alpha_s, sigma_s = (float(f(u)) for u in (t, s) for f in (schedule.alpha, schedule.sigma))
@@ -306,18 +310,19 @@ def test_cfg_pp_renoises_with_the_unconditional_noise(x64, schedule, eta):
     x0 = dropped + 0.8 * (kept - dropped)
     noise = (X - alpha_t * dropped) / sigma_t
     fresh = eta * sigma_s / sigma_t * np.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
-    expected = alpha_s * x0 + np.sqrt(sigma_s**2 - fresh**2) * noise + fresh * normal(keys, (3, 2), X.dtype)
+    expected = alpha_s * x0 + np.sqrt(sigma_s**2 - fresh**2) * noise + fresh * normal(keys, (3, 2))
     ddim = build("samplers", {"name": "ddim", "eta": eta})
-    close(ddim.step(X, bind(cfg_pp(model, 0.8), COND), schedule, t, s, keys), expected)
+    step = jax.jit(lambda t, s: ddim.step(X, bind(cfg_pp(model, 0.8), COND), schedule, t, s, keys))
+    close(step(t, s), expected)
 
 
-def sampled(denoise, sampler, schedule=FLOW, times=(0.9, 0.6, 0.3, 0.0)):
-    times = jnp.asarray(times, X.dtype)
-    return sample(bind(denoise, COND), schedule, build("samplers", sampler), X, times, jax.random.key(0))
+def sampled(denoise, sampler, times=(0.9, 0.6, 0.3, 0.0)):
+    sampler, key = build("samplers", sampler), jax.random.key(0)
+    return jax.jit(lambda times: sample(bind(denoise, COND), FLOW, sampler, X, times, key))(jnp.asarray(times))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral"])
-def test_samplers_that_keep_the_noise_apart_follow_cfg_pp(x64, sampler):
+def test_samplers_that_keep_the_noise_apart_follow_cfg_pp(sampler):
     guided, as_cfg = (sampled(guide(model, 0.8), sampler) for guide in (cfg_pp, cfg))
     assert np.isfinite(guided).all()
     assert abs(guided - as_cfg).max() > 1e-2
@@ -326,13 +331,13 @@ def test_samplers_that_keep_the_noise_apart_follow_cfg_pp(x64, sampler):
 @pytest.mark.parametrize("sampler", ["heun", "dpm_solver_pp", "ancestral"])
 def test_samplers_that_go_by_x0_alone_refuse_cfg_pp(sampler):
     with pytest.raises(InputError, match=r"guidance\.name: .*cfg_pp"):
-        jax.eval_shape(lambda: sampled(cfg_pp(model, 0.8), sampler))
+        sampled(cfg_pp(model, 0.8), sampler)
 
 
 # autoguidance
 
 
-def test_autoguidance_asks_both_models_the_same(x64):
+def test_autoguidance_asks_both_models_the_same():
     asked = []
 
     def answering(function):
@@ -365,7 +370,7 @@ def test_autoguidance_asks_both_models_the_same(x64):
 
 @pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", GUIDES)
-def test_rescale_is_the_papers_formula(x64, name, factor):
+def test_rescale_is_the_papers_formula(name, factor):
     """Eq. 15 and 16 of arXiv 2305.08891, each example by its own standard deviations."""
     guided = GUIDES[name](model, 5.0)(X, 0.35, COND)
     rescaled = rescale(GUIDES[name](model, 5.0), factor)(X, 0.35, COND)
@@ -402,11 +407,11 @@ def answering(guide=cfg):
 def test_inside_the_interval_is_guided_and_outside_plain(t):
     """Eq. 5 of arXiv 2404.07724; both ends belong to it, in the float32 that sampling is done in."""
     guided, plain = answering()(jnp.float32(t))
-    found = between(0.25, 0.75)(X, jnp.float32(t), COND)
+    found = jax.jit(between(0.25, 0.75))(X, jnp.float32(t), COND)
     expected = guided if 0.25 <= t <= 0.75 else plain
-    close(found.x0, expected.x0, 1e-5)
-    close(found.conditional, plain.x0, 1e-5)
-    close(found.log_variance, plain.log_variance, 1e-5)
+    close(found.x0, expected.x0)
+    close(found.conditional, plain.x0)
+    close(found.log_variance, plain.log_variance)
     assert abs(guided.x0 - plain.x0).max() > 0.1
 
 
@@ -415,29 +420,30 @@ def test_inside_the_interval_is_guided_and_outside_plain(t):
 def test_the_default_interval_is_everywhere(unit, t):
     """Also where sigma / alpha is infinite."""
     found = interval(cfg(model, 3.0), unit=unit, plain=model, schedule=FLOW)(X, jnp.float32(t), COND)
-    close(found.x0, answering()(jnp.float32(t))[0].x0, 1e-5)
+    close(found.x0, answering()(jnp.float32(t))[0].x0)
 
 
 def test_the_ends_of_an_interval_in_sigma_belong_to_it():
     """On the straight path sigma / alpha is 1 at t = 1/2, exactly."""
     guided, plain = answering()(0.5)
     for low, high, expected in ((1.0, 2.0, guided), (0.5, 1.0, guided), (1.01, 2.0, plain), (0.5, 0.99, plain)):
-        close(between(low, high, "sigma", FLOW)(X, 0.5, COND).x0, expected.x0, 1e-5)
+        close(between(low, high, "sigma", FLOW)(X, 0.5, COND).x0, expected.x0)
 
 
 @pytest.mark.parametrize("unit", ["t", "sigma"])
-def test_each_example_is_in_the_interval_by_its_own_time(x64, unit):
-    t = np.array([0.1, 0.3, 0.5, 0.9])
+def test_each_example_is_in_the_interval_by_its_own_time(unit):
+    t = np.float32([0.1, 0.3, 0.5, 0.9])
     level = t if unit == "t" else np.asarray(VP.sigma(t) / VP.alpha(t))
     low, high = (level[0] + level[1]) / 2, (level[2] + level[3]) / 2
     guided, plain = answering()(t)
-    found = between(low, high, unit)(X, t, COND)
+    chosen = jax.jit(between(low, high, unit))
+    found = chosen(X, t, COND)
     inside = np.array([False, True, True, False]).reshape(4, 1, 1)
     close(found.x0, np.where(inside, guided.x0, plain.x0))
     close(found.conditional, plain.x0)
     close(found.log_variance, plain.log_variance)
     for i in range(4):  # and so for one time for all
-        close(between(low, high, unit)(X, t[i], COND).x0, answering()(t[i])[i in (0, 3)].x0)
+        close(chosen(X, t[i], COND).x0[i], found.x0[i])
 
 
 def test_outside_the_interval_the_guided_branch_does_not_run():
@@ -449,13 +455,13 @@ def test_outside_the_interval_the_guided_branch_does_not_run():
         return model(x, t, cond)
 
     chosen = interval(cfg(denoise, 3.0), 0.3, 0.6, plain=denoise, schedule=FLOW)
-    jax.block_until_ready(jax.jit(lambda: sampled(chosen, "ddim", times=(0.9, 0.6, 0.4, 0.3, 0.2, 0.0)))())
+    jax.block_until_ready(sampled(chosen, "ddim", times=(0.9, 0.6, 0.4, 0.3, 0.2, 0.0)))
     jax.effects_barrier()
     assert sorted(asked, reverse=True) == [(0.9, 4), (0.6, 8), (0.4, 8), (0.3, 8), (0.2, 4)]
 
 
-@pytest.mark.parametrize("t", [0.1, 0.5, np.array([0.1, 0.3, 0.5, 0.9])], ids=["outside", "inside", "per-example"])
-def test_an_interval_of_cfg_pp_is_plain_outside_of_it(x64, t):
+@pytest.mark.parametrize("t", [0.1, 0.5, np.float32([0.1, 0.3, 0.5, 0.9])], ids=["outside", "inside", "per-example"])
+def test_an_interval_of_cfg_pp_is_plain_outside_of_it(t):
     """The noise is then that of the plain x0."""
     guided, plain = answering(cfg_pp)(t)
     inside = (broadcast(t) > 0.2) & (broadcast(t) < 0.6)
@@ -465,7 +471,7 @@ def test_an_interval_of_cfg_pp_is_plain_outside_of_it(x64, t):
     close(found.conditional, plain.x0)
 
 
-def test_a_sampler_follows_cfg_pp_through_an_interval(x64):
+def test_a_sampler_follows_cfg_pp_through_an_interval():
     """No step of it is inside, so the samples are those without guidance."""
     close(sampled(between(0.61, 0.89, guide=cfg_pp), "ddim"), sampled(model, "ddim"))
 
@@ -475,17 +481,17 @@ def test_a_sampler_follows_cfg_pp_through_an_interval(x64):
 
 def far(x, t, cond):
     """x0 far outside of the data's range, by example: the last is inside."""
-    return Denoised(X * np.array([5.0, 2.0, 1.0, 0.1]).reshape(4, 1, 1), X, conditional=2 * X, eps_x0=3 * X)
+    return Denoised(X * np.float32([5.0, 2.0, 1.0, 0.1]).reshape(4, 1, 1), X, conditional=2 * X, eps_x0=3 * X)
 
 
 @pytest.mark.parametrize("limit", [1.0, 0.5])
-def test_static_thresholding_clips(x64, limit):
+def test_static_thresholding_clips(limit):
     close(threshold(far, limit=limit)(X, 0.35, COND).x0, np.clip(far(X, 0.35, COND).x0, -limit, limit))
 
 
 @pytest.mark.parametrize("limit", [1.0, 0.5])
 @pytest.mark.parametrize("percentile", [0.6, 0.95])
-def test_dynamic_thresholding_is_the_papers_formula(x64, percentile, limit):
+def test_dynamic_thresholding_is_the_papers_formula(percentile, limit):
     """Section 2.3 of arXiv 2205.11487, for data in [-limit, limit]: clip to the percentile s of the example's own
     |x0| and divide by s, if s is beyond the data."""
     x0 = far(X, 0.35, COND).x0
@@ -494,11 +500,11 @@ def test_dynamic_thresholding_is_the_papers_formula(x64, percentile, limit):
         s = max(np.quantile(abs(own), percentile), limit)
         close(answer, np.clip(own, -s, s) / s * limit)
     np.testing.assert_array_equal(found[3], x0[3])  # within the range already, so left alone
-    assert abs(found).max() <= limit * (1 + 1e-12)
+    assert abs(found).max() <= limit * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("percentile", [1.0, 0.9])
-def test_threshold_keeps_the_other_fields(x64, percentile):
+def test_threshold_keeps_the_other_fields(percentile):
     found, given = threshold(far, percentile)(X, 0.35, COND), far(X, 0.35, COND)
     for field in ("log_variance", "conditional", "eps_x0"):
         assert getattr(found, field) is not None
@@ -515,7 +521,7 @@ def test_a_percentile_that_is_no_share_is_refused(percentile):
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, TIMES[1]], ids=["outside", "inside", "per-example"])
-def test_guidance_nests(x64, t):
+def test_guidance_nests(t):
     """What is guided, then where, then in which range. Outside the interval there is nothing to rescale, so the two may
     be nested either way."""
     kept, dropped = halves(t)
@@ -553,7 +559,7 @@ TRACED = {
 
 
 @pytest.mark.parametrize("name", TRACED)
-def test_numbers_may_be_arrays_and_do_not_recompile(x64, name):
+def test_numbers_may_be_arrays_and_do_not_recompile(name):
     guide, choices = TRACED[name]
     traces = []
 

@@ -19,37 +19,39 @@ class Ancestral(OneStep):
     """Draws x_s from q(x_s | x_t, x0) at the denoiser's x0. The last step, to sigma = 0, is the mean."""
 
     variance: Variance = "beta_tilde"
-    moments: tuple[tuple[float, float], ...] = ()
+    x0_errors: tuple[tuple[float, float], ...] = ()
     stochastic = True
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
         denoised = denoise(x, t)
         reverse = posterior(schedule, t, s)
-        std = jnp.sqrt(self._variance(schedule, reverse, denoised, t))
+        std = jnp.sqrt(self._variance(reverse, denoised, t))
         noise = jnp.where(schedule.sigma(s) > 0, std, 0) * normal(keys, x.shape[1:], x.dtype)
         return reverse.from_x * x + reverse.from_x0 * denoised.x0 + noise
 
-    def _variance(self, schedule: Schedule, reverse: Posterior, denoised: Denoised, t: Array) -> Array:
+    def _variance(self, reverse: Posterior, denoised: Denoised, t: Array) -> Array:
         if self.variance == "learned":
             if denoised.log_variance is None:
                 raise InputError("sampler.variance", "the model has learned no variance; use beta or beta_tilde")
             return jnp.exp(reverse.log_variance(denoised.log_variance))
         if self.variance == "analytic":
-            times, moments = (jnp.asarray(column, t.dtype) for column in np.array(self.moments).T)
-            return reverse.optimal(schedule, t, jnp.interp(t, times, moments))
+            times, errors = (jnp.asarray(column, t.dtype) for column in np.array(self.x0_errors).T)
+            return reverse.optimal(jnp.interp(t, times, errors))
         return {"beta": reverse.beta, "beta_tilde": reverse.beta_tilde}[self.variance]
 
 
-def make(variance: Variance = "beta_tilde", moments: tuple[tuple[float, float], ...] = ()) -> Ancestral:
+def make(variance: Variance = "beta_tilde", x0_errors: tuple[tuple[float, float], ...] = ()) -> Ancestral:
     """Args:
     variance: of a step: that of q(x_t | x_s) (`beta`, right for data of unit variance), that of q(x_s | x_t, x0)
       (`beta_tilde`, right for a single point), the model's own between them (`learned`), or the best there is for the
       model's mean (`analytic`; Bao et al. 2022, arXiv 2201.06503).
-    moments: for `analytic`: pairs of t, rising, and the mean square of the noise that the model predicts there
-      (`posterior.eps_moments`), interpolated between. The sampling jobs measure it on the run's own data.
+    x0_errors: for `analytic`: pairs of t, rising, and the mean square error of the model's x0 there
+      (`posterior.x0_errors`), interpolated between. The sampling jobs measure it on the run's own data.
     """
-    if (variance == "analytic") != bool(moments):
-        raise InputError("moments", "are what variance = 'analytic' goes by: give both or neither")
-    if moments and not (np.diff(np.array(moments)[:, 0]) > 0).all():
-        raise InputError("moments", "must be pairs (t, mean square of the predicted noise) with t rising")
-    return Ancestral(variance, moments)
+    if (variance == "analytic") != bool(x0_errors):
+        raise InputError(
+            "x0_errors", "are what variance = 'analytic' goes by, measured on a trained run: give both or none"
+        )
+    if x0_errors and not (np.diff(np.array(x0_errors)[:, 0]) > 0).all():
+        raise InputError("x0_errors", "must be pairs (t, mean square error of x0) with t rising")
+    return Ancestral(variance, x0_errors)

@@ -22,7 +22,7 @@ SPECS = {
     "dpm_solver_pp": [{}, {"order": 3}, {"singlestep": True}, {"sde": True}, {"order": 3, "sde": True}],
     "unipc": [{"order": 1}, {}, {"order": 3, "prediction": "eps"}],
     "pndm": [{}, {"prk": True}],
-    "euler_maruyama": [{}, {"diffusion": "constant", "scale": 0.5}, {"diffusion": "sin2"}],
+    "euler_maruyama": [{}, {"diffusion": "sbdm"}, {"diffusion": "constant", "scale": 0.5}, {"diffusion": "sin2"}],
     "rk45": [{"rtol": 1e-5, "atol": 1e-5}],
 }
 ALL = [{"name": name, **keywords} for name in names("samplers") for keywords in SPECS.get(name, [{}])]
@@ -56,17 +56,18 @@ def optimal(schedule, *, end=False):
     return denoise
 
 
-def eps_moments(schedule):
-    """The mean square of E[eps | x_t], for the analytic variance: sigma^2 / (alpha^2 v + sigma^2), mean over the
+def x0_errors(schedule):
+    """The variance of x0 given x_t, for the analytic variance: v sigma^2 / (alpha^2 v + sigma^2), mean over the
     axes."""
     t = np.linspace(0.001, 1, 500)
     alpha, sigma = (np.asarray(a)[:, None] for a in (schedule.alpha(t), schedule.sigma(t)))
-    return tuple(zip(t.tolist(), (sigma**2 / (alpha**2 * VALUES + sigma**2)).mean(axis=1).tolist(), strict=True))
+    errors = (VALUES * sigma**2 / (alpha**2 * VALUES + sigma**2)).mean(axis=1)
+    return tuple(zip(t.tolist(), errors.tolist(), strict=True))
 
 
 def built(spec, schedule):
     if spec.get("variance") == "analytic":
-        spec = {**spec, "moments": eps_moments(schedule)}
+        spec = {**spec, "x0_errors": x0_errors(schedule)}
     return build("samplers", spec)
 
 
@@ -92,9 +93,9 @@ def drawn(spec, schedule, num, steps, *, end=False):
 
 def makes_sense(spec, schedule):
     pure_noise = float(schedule.alpha(jnp.float32(1))) == 0
-    if pure_noise and (spec.get("variance") == "analytic" or spec.get("diffusion") == "sbdm"):
+    if pure_noise and spec.get("diffusion") == "sbdm":
         return False
-    # w(t) counts in t, which says little where sigma goes up to 80 by t = 1.
+    # The others' w(t) counts in t, which says little where sigma goes up to 80 by t = 1.
     return spec["name"] != "euler_maruyama" or float(schedule.sigma(jnp.float32(1))) < 2
 
 
