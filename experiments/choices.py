@@ -4,6 +4,7 @@ A part is written NAME:keyword=value:keyword=value, as in `dpm_solver_pp:order=3
 """
 
 import ast
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +17,10 @@ AXES = ("sampler", "grid", "steps", "evaluations", "guidance", "interval", "resc
 
 def part(text: str, field: str) -> dict[str, Any]:
     """`heun:churn=40:s_noise=1.003` -> `{"name": "heun", "churn": 40, "s_noise": 1.003}`."""
-    name, *pairs = text.split(":")
-    spec = {"name": name}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise InputError(field, f"{text!r}: wants NAME:keyword=value, as in heun:churn=40:s_noise=1.003")
-        spec[key] = _value(value)
-    return spec
+    name, *pairs = re.split(r":(?=\w+=)", text)  # other colons belong to a value: gs://, a dict
+    if not name.isidentifier():
+        raise InputError(field, f"{text!r}: wants NAME:keyword=value, as in heun:churn=40:s_noise=1.003")
+    return {"name": name} | {key: _value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def sections(config: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:

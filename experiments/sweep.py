@@ -111,5 +111,8 @@ def sweep(
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    visualize.save_png(visualize.labelled(shown, [spell(point) for point in combinations]), sheet)
+    # What all combinations share needs no label.
+    telling = [name for name, values in axes(text).items() if len(values) > 1]
+    labels = [spell({name: point[name] for name in telling}) for point in combinations]
+    visualize.save_png(visualize.labelled(shown, labels), sheet)
     print(f"{len(rows)} combinations of {num} samples: {sheet} and {table}")

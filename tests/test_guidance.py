@@ -397,16 +397,15 @@ def between(low, high, unit="t", schedule=VP, guide=cfg):
     return interval(guide(model, 3.0), low, high, unit, plain=model, schedule=schedule)
 
 
-@functools.cache
-def answering(guide=cfg):
-    """The guided and the plain answer, made outside of `interval`."""
-    return lambda t: (guide(model, 3.0)(X, t, COND), model(X, t, COND))
+def answers(t, guide=cfg):
+    """The guided and the plain answer that `between` chooses from."""
+    return guide(model, 3.0)(X, t, COND), model(X, t, COND)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.24, 0.25, 0.5, 0.75, 0.76, 1.0])
 def test_inside_the_interval_is_guided_and_outside_plain(t):
     """Eq. 5 of arXiv 2404.07724; both ends belong to it, in the float32 that sampling is done in."""
-    guided, plain = answering()(jnp.float32(t))
+    guided, plain = answers(jnp.float32(t))
     found = jax.jit(between(0.25, 0.75))(X, jnp.float32(t), COND)
     expected = guided if 0.25 <= t <= 0.75 else plain
     close(found.x0, expected.x0)
@@ -420,12 +419,12 @@ def test_inside_the_interval_is_guided_and_outside_plain(t):
 def test_the_default_interval_is_everywhere(unit, t):
     """Also where sigma / alpha is infinite."""
     found = interval(cfg(model, 3.0), unit=unit, plain=model, schedule=FLOW)(X, jnp.float32(t), COND)
-    close(found.x0, answering()(jnp.float32(t))[0].x0)
+    close(found.x0, answers(jnp.float32(t))[0].x0)
 
 
 def test_the_ends_of_an_interval_in_sigma_belong_to_it():
     """On the straight path sigma / alpha is 1 at t = 1/2, exactly."""
-    guided, plain = answering()(0.5)
+    guided, plain = answers(0.5)
     for low, high, expected in ((1.0, 2.0, guided), (0.5, 1.0, guided), (1.01, 2.0, plain), (0.5, 0.99, plain)):
         close(between(low, high, "sigma", FLOW)(X, 0.5, COND).x0, expected.x0)
 
@@ -435,7 +434,7 @@ def test_each_example_is_in_the_interval_by_its_own_time(unit):
     t = np.float32([0.1, 0.3, 0.5, 0.9])
     level = t if unit == "t" else np.asarray(VP.sigma(t) / VP.alpha(t))
     low, high = (level[0] + level[1]) / 2, (level[2] + level[3]) / 2
-    guided, plain = answering()(t)
+    guided, plain = answers(t)
     chosen = jax.jit(between(low, high, unit))
     found = chosen(X, t, COND)
     inside = np.array([False, True, True, False]).reshape(4, 1, 1)
@@ -463,7 +462,7 @@ def test_outside_the_interval_the_guided_branch_does_not_run():
 @pytest.mark.parametrize("t", [0.1, 0.5, np.float32([0.1, 0.3, 0.5, 0.9])], ids=["outside", "inside", "per-example"])
 def test_an_interval_of_cfg_pp_is_plain_outside_of_it(t):
     """The noise is then that of the plain x0."""
-    guided, plain = answering(cfg_pp)(t)
+    guided, plain = answers(t, cfg_pp)
     inside = (broadcast(t) > 0.2) & (broadcast(t) < 0.6)
     found = between(0.2, 0.6, guide=cfg_pp)(X, t, COND)
     close(found.x0, np.where(inside, guided.x0, plain.x0))

@@ -1,9 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion.build import build
-from diffusion.posterior import posterior
+from diffusion.posterior import posterior, x0_errors
+from diffusion.types import Denoised
 
 
 def test_is_the_papers_for_a_table(x64):
@@ -41,3 +43,30 @@ def test_last_step_and_first_from_pure_noise_are_finite():
     assert last.from_x == 0 and last.from_x0 == 1 and last.beta_tilde == 0
     first = posterior(schedule, jnp.float32(1), jnp.float32(0.9))
     assert first.from_x == 0 and np.isclose(first.from_x0, 0.1) and np.isfinite(first.beta)
+
+
+def test_the_optimal_variance_is_that_of_the_data(x64):
+    """On N(0, v) the step to s of variance `optimal` leads from the marginal of t to that of s exactly."""
+    schedule, v = build("schedules", "vp"), 0.3
+    t, s = jnp.float64(0.6), jnp.float64(0.2)
+    marginal_t, marginal_s = (schedule.alpha(a) ** 2 * v + schedule.sigma(a) ** 2 for a in (t, s))
+    gain = schedule.alpha(t) * v / marginal_t  # E[x0 | x_t] = gain x_t
+    reverse = posterior(schedule, t, s)
+    step = reverse.from_x + reverse.from_x0 * gain
+    error = v * schedule.sigma(t) ** 2 / marginal_t
+    np.testing.assert_allclose(step**2 * marginal_t + reverse.optimal(error), marginal_s, rtol=1e-9)
+
+
+def test_x0_errors_are_measured():
+    schedule, v = build("schedules", "vp"), 0.3
+    x0 = v**0.5 * jax.random.normal(jax.random.key(0), (50000, 1))
+
+    def denoise(x, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return Denoised(alpha * v / (alpha**2 * v + sigma**2) * x)
+
+    found = x0_errors(denoise, schedule, x0, jnp.array([0.7, 0.2]), jax.random.key(1))
+    assert [t for t, _ in found] == pytest.approx([0.2, 0.7])
+    for t, error in found:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        np.testing.assert_allclose(error, v * sigma**2 / (alpha**2 * v + sigma**2), rtol=0.02)

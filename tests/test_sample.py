@@ -5,7 +5,8 @@ import pytest
 
 from diffusion.build import build, find
 from diffusion.guidance import cfg
-from diffusion.sample import bind, in_batches, prior, sample
+from diffusion.sample import bind, in_batches, noised, prior, sample
+from diffusion.types import Denoised
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_denoiser_gets_the_time_of_x(ddpm):
 
     def denoise(x, t):
         jax.debug.callback(lambda t: asked.append(float(t)), t, ordered=True)
-        return build_denoised(x)
+        return Denoised(0 * x)
 
     times = jnp.array([1.0, 0.5, 0.25, 0.0])
     jax.block_until_ready(
@@ -83,14 +84,30 @@ def test_denoiser_gets_the_time_of_x(ddpm):
     assert asked == [1.0, 0.5, 0.25]
 
 
-def build_denoised(x):
-    from diffusion.types import Denoised
+def test_trajectory_unroll_and_a_later_start(ddpm):
+    """The trajectory ends in the sample; so does the rest of it, taken up at any time; unrolling changes nothing."""
+    times, keys = jnp.array([1.0, 0.7, 0.4, 0.0]), jax.random.split(jax.random.key(0), 3)
+    args = (lambda x, t: Denoised(0.3 * x), ddpm.schedule, build("samplers", "ddim"))
+    x = prior(ddpm.schedule, times[0], keys, (2,))
+    path = sample(*args, x, times, keys, trajectory=True)
+    assert path.shape == (4, 3, 2)
+    np.testing.assert_array_equal(path[0], x)
+    np.testing.assert_allclose(path[-1], sample(*args, x, times, keys), rtol=1e-6)
+    np.testing.assert_allclose(path[-1], sample(*args, x, times, keys, unroll=3), rtol=1e-6)
+    np.testing.assert_allclose(path[-1], sample(*args, path[1], times[1:], keys), rtol=1e-6)
+    np.testing.assert_allclose(path[2], sample(*args, x, times[:3], keys), rtol=1e-6)
 
-    return Denoised(0 * x)
+
+def test_an_example_is_noised_to_a_later_start(ddpm):
+    """Image-to-image: alpha x0 and the noise that sampling from nothing would begin with."""
+    x0, keys = jnp.ones((3, 2)), jax.random.split(jax.random.key(0), 3)
+    x = noised(ddpm.schedule, x0, jnp.float32(0.4), keys)
+    start = prior(ddpm.schedule, jnp.float32(0.4), keys, (2,))
+    np.testing.assert_allclose(x, ddpm.schedule.alpha(0.4) * x0 + start, rtol=1e-6)
 
 
 def test_raw_keys_are_taken(ddpm):
-    args = (lambda x, t: build_denoised(x), ddpm.schedule, build("samplers", "ancestral"), jnp.ones((3, 1)))
+    args = (lambda x, t: Denoised(0 * x), ddpm.schedule, build("samplers", "ancestral"), jnp.ones((3, 1)))
     times = jnp.array([1.0, 0.5, 0.0])
     typed = sample(*args, times, jax.random.key(0))
     np.testing.assert_array_equal(sample(*args, times, jax.random.PRNGKey(0)), typed)

@@ -1,6 +1,7 @@
 """The jobs as a user runs them: what they write, and one line for each thing they refuse."""
 
 import concurrent.futures
+import csv
 import json
 import os
 import pathlib
@@ -45,16 +46,42 @@ def test_train_writes(workdir):
 
 def test_sample_writes(workdir, tmp_path):
     done = job("sample", f"--workdir={workdir}", "--num=7", "--labels=3,1", "--guidance=2", "--seed=4", "--steps=3",
-               "--sampler=ancestral", "--ema=0.99", f"--out={tmp_path}")  # fmt: skip
+               "--sampler=heun:churn=2", "--grid=karras:rho=5", "--interval=0.1,0.9", "--rescale=0.5", "--ema=0.99",
+               f"--out={tmp_path}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     saved = np.load(tmp_path / "samples.npz", allow_pickle=False)
     assert saved["samples"].shape == (7, 8, 8, 1) and saved["samples"].dtype == np.uint8
     assert saved["labels"].tolist() == [3, 1, 3, 1, 3, 1, 3]
     settings = json.loads(str(saved["settings"]))
-    assert settings["sampler"] == {"name": "ancestral", "steps": 3, "grid": {"name": "trailing"}}
-    assert settings["guidance"]["scale"] == 2 and settings["seed"] == 4 and settings["ema"] == "0.99"
+    assert settings["sampler"] == {"name": "heun", "churn": 2, "steps": 3, "grid": {"name": "karras", "rho": 5}}
+    around = {"interval": {"low": 0.1, "high": 0.9}, "rescale": {"factor": 0.5}}
+    assert settings["guidance"] == {"name": "cfg", "scale": 2, **around}
+    assert settings["seed"] == 4 and settings["ema"] == "0.99"
     assert Image.open(tmp_path / "samples.png").size[0] > 48
     assert str(tmp_path / "samples.png") in done.stdout
+
+
+def test_sweep_writes(workdir, tmp_path):
+    """Six combinations of two step counts: two compilations; the sheet has a row for each, the table the metrics."""
+    done = job("sample", f"--workdir={workdir}", "--num=20", "--sweep=steps=2,3;guidance=1,2,4", "--metrics",
+               f"--out={tmp_path}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "sweep.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["steps"], row["guidance"]) for row in rows] == [(s, g) for s in "23" for g in "124"]
+    assert [row["compiled"] for row in rows] == ["1", "0", "0", "1", "0", "0"]
+    assert all(float(row["energy_distance_ratio"]) > 0 and row["evaluations"] == row["steps"] for row in rows)
+    assert Image.open(tmp_path / "sweep.png").size[1] > 6 * 48
+
+
+def test_autoguidance_and_the_analytic_variance(workdir, tmp_path):
+    """The one reads a second model, the other measures this one on its data."""
+    guidance = f"autoguidance:scale=2:worse={{'workdir':'{workdir}','ema':'0.99'}}"
+    done = job("sample", f"--workdir={workdir}", "--num=4", f"--guidance={guidance}", "--steps=3",
+               "--sampler=ancestral:variance=analytic", f"--out={tmp_path}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = job("sample", f"--workdir={workdir}", f"--guidance={guidance.replace('0.99', '0.5')}")
+    assert "guidance.worse.ema: the run has no average '0.5'" in one_line(done)
 
 
 def test_evaluate_prints_and_writes(workdir):
@@ -146,9 +173,13 @@ def test_train_refuses_another_network(workdir):
         (["--labels="], "--labels: "),
         (["--num=0"], "--num: must be at least 1, got 0"),
         (["--num=few"], "--num"),
-        (["--steps=0"], "sampler.steps: must be at least 1, got 0"),
-        (["--sampler=dimm"], "sampler.name: no 'dimm' in samplers; did you mean 'ddim'"),
+        (["--steps=0"], "--steps: must be a whole number of at least 1, got 0"),
+        (["--sampler=dimm"], "--sampler: no 'dimm' in samplers; did you mean 'ddim'"),
         (["--grid=karas"], "sampler.grid: no 'karas' in grids"),
+        (["--sampler=lcm"], "sampler.name: samples consistency models"),
+        (["--interval=0.9,0.1"], "guidance.interval: is upside down"),
+        (["--sweep=steps=2;sampler=ddim,lms"], "--sweep: at steps=2 sampler=lms: sampler.steps: must be at least"),
+        (["--steps=3", "--evaluations=3"], "--steps: follow from --evaluations"),
         (["--ema=0.5"], "ema: the run has no average '0.5'; one of: 0.99, 0.998, none"),
         (["--sede=0"], "sede"),
     ],
