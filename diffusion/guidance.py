@@ -25,8 +25,8 @@ def cfg(denoise: Denoiser, scale: float | Array = 1.0, *, negative: Any = None) 
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
-        kept, dropped, log_variance = _both(denoise, x, t, cond, negative)
-        return Denoised(dropped + scale * (kept - dropped), log_variance, conditional=kept)
+        kept, dropped = _both(denoise, x, t, cond, negative)
+        return dataclasses.replace(kept, x0=dropped + scale * (kept.x0 - dropped))
 
     return guided
 
@@ -49,12 +49,12 @@ def apg(
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
-        kept, dropped, log_variance = _both(denoise, x, t, cond, negative)
-        difference = kept - dropped
+        kept, dropped = _both(denoise, x, t, cond, negative)
+        difference = kept.x0 - dropped
         length = jnp.sqrt(_dot(difference, difference))
         difference *= expand(jnp.minimum(1, norm / jnp.maximum(length, 1e-12)), x)
-        along = expand(_dot(difference, kept) / jnp.maximum(_dot(kept, kept), 1e-12), x) * kept
-        return Denoised(kept + (scale - 1) * (difference - along + eta * along), log_variance, conditional=kept)
+        along = expand(_dot(difference, kept.x0) / jnp.maximum(_dot(kept.x0, kept.x0), 1e-12), x) * kept.x0
+        return dataclasses.replace(kept, x0=kept.x0 + (scale - 1) * (difference - along + eta * along))
 
     return guided
 
@@ -71,18 +71,19 @@ def cfg_zero(
     scaled to lie as near to the conditional one as it can.
 
     Args:
-      zero_above: at times above it the velocity is 0: x stands still, as in the paper's first steps.
+      zero_above: at times above it the velocity is 0: x stands still, as in the paper's first steps. Its x0 is then x
+        itself, so do not rescale or clip around it.
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
-        kept, dropped, log_variance = _both(denoise, x, t, cond, negative)
+        kept, dropped = _both(denoise, x, t, cond, negative)
         t = jnp.broadcast_to(t, x.shape[:1])
         row, alpha, sigma = velocity()(schedule, t), schedule.alpha(t), schedule.sigma(t)
-        conditional, unconditional = (row.from_x0(x0, x, alpha, sigma) for x0 in (kept, dropped))
+        conditional, unconditional = (row.from_x0(x0, x, alpha, sigma) for x0 in (kept.x0, dropped))
         best = _dot(conditional, unconditional) / jnp.maximum(_dot(unconditional, unconditional), 1e-12)
         base = expand(best, x) * unconditional
         guided = jnp.where(expand(t > zero_above, x), 0, base + scale * (conditional - base))
-        return Denoised(row.to_x0(guided, x), log_variance, conditional=kept)
+        return dataclasses.replace(kept, x0=row.to_x0(guided, x))
 
     return guided
 
@@ -96,8 +97,8 @@ def cfg_pp(denoise: Denoiser, scale: float | Array = 0.6, *, negative: Any = Non
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
-        kept, dropped, log_variance = _both(denoise, x, t, cond, negative)
-        return Denoised(dropped + scale * (kept - dropped), log_variance, conditional=kept, eps_x0=dropped)
+        kept, dropped = _both(denoise, x, t, cond, negative)
+        return dataclasses.replace(kept, x0=dropped + scale * (kept.x0 - dropped), eps_x0=dropped)
 
     return guided
 
@@ -112,7 +113,8 @@ def autoguidance(denoise: Denoiser, scale: float | Array = 1.0, *, worse: Denois
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
         good, bad = denoise(x, t, cond), worse(x, t, cond)
-        return Denoised(bad.x0 + scale * (good.x0 - bad.x0), good.log_variance, conditional=good.x0)
+        conditional = good.x0 if good.conditional is None else good.conditional
+        return dataclasses.replace(good, x0=bad.x0 + scale * (good.x0 - bad.x0), conditional=conditional)
 
     return guided
 
@@ -196,16 +198,14 @@ def threshold(denoise: Denoiser, percentile: float = 1.0, limit: float | Array =
     return kept
 
 
-def _both(
-    denoise: Denoiser, x: Array, t: Array, cond: Cond, negative: Cond | None
-) -> tuple[Array, Array, Array | None]:
-    """x0 with the condition and without, and the former's variance.
+def _both(denoise: Denoiser, x: Array, t: Array, cond: Cond, negative: Cond | None) -> tuple[Denoised, Array]:
+    """The answer with the condition, and x0 without.
 
     Both go through the network as one batch of 2B. An example's two rows stand side by side, so a batch that is sharded
     over devices stays where it is.
     """
     twice = {name: jnp.repeat(value, 2, axis=0) for name, value in cond.items()}
-    if negative is None:
+    if not negative:
         twice["keep"] = jnp.tile(jnp.array([True, False]), x.shape[0])
     else:
         for name, value in negative.items():
@@ -213,7 +213,8 @@ def _both(
                 raise InputError("guidance.negative", f"the model has no condition {name!r}")
             twice[name] = twice[name].at[1::2].set(value)
     both = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(jnp.broadcast_to(t, x.shape[:1]), 2), twice)
-    return both.x0[0::2], both.x0[1::2], None if both.log_variance is None else both.log_variance[0::2]
+    kept = jax.tree.map(lambda rows: rows[0::2], both)
+    return dataclasses.replace(kept, conditional=kept.x0), both.x0[1::2]
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -1,6 +1,7 @@
 """Every guidance against the formula of its paper, on denoisers that are closed forms; one network shows that the batch
 of two halves is right for it too."""
 
+import dataclasses
 import functools
 
 import jax
@@ -154,9 +155,26 @@ def test_conditional_and_log_variance_are_those_with_the_condition(name):
 
 
 @pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("t", TIMES, ids=["scalar", "each"])
+def test_a_model_of_the_paths_end_stays_one(name, t):
+    """So that consistency models are guided too, also through an interval."""
+
+    def end(x, t, cond):
+        return dataclasses.replace(model(x, t, cond), is_end=True)
+
+    guided = GUIDES[name](end, 2.0)
+    assert guided(X, t, COND).is_end
+    assert interval(guided, 0.3, 0.8, plain=end, schedule=FLOW)(X, t, COND).is_end
+
+
+def test_no_negative_condition_is_none():
+    close(cfg(model, 3.0, negative={})(X, 0.35, COND).x0, cfg(model, 3.0)(X, 0.35, COND).x0)
+
+
+@pytest.mark.parametrize("name", GUIDES)
 def test_examples_do_not_see_their_neighbours(name):
     guided, t = GUIDES[name](model, 3.0), TIMES[1]
-    others = np.array([0, 0, 2, 0])  # the third alone stays
+    others = np.array([1, 0, 2, 1])  # the third alone stays
     among_others = guided(X[others], t[others], {"label": COND["label"][others]})
     close(among_others.x0[2], guided(X, t, COND).x0[2])
 
@@ -198,7 +216,7 @@ def test_a_negative_condition_that_the_model_lacks_is_refused(name):
 @pytest.mark.parametrize("eta", [0.0, 0.4])
 @pytest.mark.parametrize("norm", [2.5, np.inf])
 def test_apg_is_the_papers_formula(eta, norm, t):
-    """Algorithm 1 of arXiv 2410.02416, without momentum; one norm cuts some of the examples, the other none."""
+    """arXiv 2410.02416 without momentum; one norm cuts some of the examples, the other none."""
     kept, dropped = halves(t)
     difference = kept - dropped
     length = np.sqrt(dot(difference, difference))
@@ -248,7 +266,7 @@ def test_apg_and_cfg_zero_are_finite_where_the_condition_changes_nothing():
 @pytest.mark.parametrize("t", [*TIMES, 1.0], ids=["scalar", "per-example", "pure noise"])
 @pytest.mark.parametrize("scale", [0.0, 4.0])
 def test_cfg_zero_is_the_papers_formula_on_the_straight_path(scale, t):
-    """Eq. 8 to 10 of arXiv 2503.18886, with v = eps - x0: v = (1 - w) s* v_u + w v_c, s* = <v_c, v_u> / <v_u, v_u>."""
+    """arXiv 2503.18886, with v = eps - x0: v = (1 - w) s* v_u + w v_c, s* = <v_c, v_u> / <v_u, v_u>."""
     time = broadcast(t)
     conditional, unconditional = ((X - (1 - time) * x0) / time - x0 for x0 in halves(t))
     best = dot(conditional, unconditional) / dot(unconditional, unconditional)
@@ -303,7 +321,7 @@ def test_cfg_zero_lets_x_stand_still_on_a_curved_path():
 @pytest.mark.parametrize("schedule", [VP, FLOW], ids=["vp", "flow"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_cfg_pp_renoises_with_the_unconditional_noise(schedule, eta):
-    """Algorithm 2 of arXiv 2406.08070; with eta the noise that is kept is the unconditional one too."""
+    """arXiv 2406.08070, on DDIM; with eta the noise that is kept is the unconditional one too."""
     t, s, keys = jnp.asarray(0.6), jnp.asarray(0.45), jax.random.split(jax.random.key(0), 4)
     alpha_t, sigma_t, alpha_s, sigma_s = (float(f(u)) for u in (t, s) for f in (schedule.alpha, schedule.sigma))
     kept, dropped = halves(0.6)
@@ -328,7 +346,7 @@ def test_samplers_that_keep_the_noise_apart_follow_cfg_pp(sampler):
     assert abs(guided - as_cfg).max() > 1e-2
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpm_solver_pp", "ancestral"])
+@pytest.mark.parametrize("sampler", ["heun", "dpm_solver_pp", "ancestral", {"name": "euler", "coordinate": "time"}])
 def test_samplers_that_go_by_x0_alone_refuse_cfg_pp(sampler):
     with pytest.raises(InputError, match=r"guidance\.name: .*cfg_pp"):
         sampled(cfg_pp(model, 0.8), sampler)
@@ -404,7 +422,7 @@ def answers(t, guide=cfg):
 
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.24, 0.25, 0.5, 0.75, 0.76, 1.0])
 def test_inside_the_interval_is_guided_and_outside_plain(t):
-    """Eq. 5 of arXiv 2404.07724; both ends belong to it, in the float32 that sampling is done in."""
+    """arXiv 2404.07724; both ends belong to it, in the float32 that sampling is done in."""
     guided, plain = answers(jnp.float32(t))
     found = jax.jit(between(0.25, 0.75))(X, jnp.float32(t), COND)
     expected = guided if 0.25 <= t <= 0.75 else plain
@@ -433,7 +451,7 @@ def test_the_ends_of_an_interval_in_sigma_belong_to_it():
 def test_each_example_is_in_the_interval_by_its_own_time(unit):
     t = np.float32([0.1, 0.3, 0.5, 0.9])
     level = t if unit == "t" else np.asarray(VP.sigma(t) / VP.alpha(t))
-    low, high = (level[0] + level[1]) / 2, (level[2] + level[3]) / 2
+    low, high = 0.99 * level[1], 1.01 * level[2]  # so near that nothing but the level itself will do
     guided, plain = answers(t)
     chosen = jax.jit(between(low, high, unit))
     found = chosen(X, t, COND)

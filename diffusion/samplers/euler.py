@@ -9,7 +9,10 @@ from diffusion.types import Array, Denoiser, Schedule
 @dataclasses.dataclass(frozen=True)
 class Euler(OneStep):
     coordinate: CoordinateName = None
-    eps_apart = True
+
+    @property
+    def eps_apart(self) -> bool:
+        return self.coordinate != "time"
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
         denoised = denoise(x, t)
