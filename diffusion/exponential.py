@@ -17,7 +17,7 @@ import numpy as np
 from diffusion.arrays import normal
 from diffusion.multistep import History, check_steps, differences, integrals
 from diffusion.posterior import posterior
-from diffusion.solver import eps_of, first_order, half_log_snr
+from diffusion.solver import Solver, eps_of, first_order, half_log_snr
 from diffusion.types import Array, Denoised, Denoiser, Schedule
 
 Prediction = Literal["x0", "eps"]
@@ -54,21 +54,17 @@ def correction(prediction: Prediction, schedule: Schedule, s: Array, values: Arr
 
 
 @dataclasses.dataclass(frozen=True)
-class Multistep:
+class Multistep(Solver):
     """Order 2 and 3 from the values at the points before. See `make` of `dpm_solver`, `dpm_solver_pp` and `deis`."""
 
     prediction: Prediction
     order: int
     sde: bool = False
     midpoint: bool = True
-    eps_apart = False
 
     @property
     def stochastic(self) -> bool:
         return self.sde
-
-    def evaluations(self, steps: int) -> int:
-        return steps
 
     def init(self, x: Array, times: Array) -> dict[str, Any]:
         steps = check_steps(times, self.order)
@@ -104,12 +100,9 @@ class Multistep:
         moved += correction(self.prediction, schedule, s, history.values, weights)
         return {**carry, "x": moved.astype(x.dtype), "history": history, "index": carry["index"] + 1}
 
-    def finish(self, carry: dict) -> Array:
-        return carry["x"]
-
 
 @dataclasses.dataclass(frozen=True)
-class Singlestep:
+class Singlestep(Solver):
     """One step of the method goes over `order` steps of the grid, with one evaluation in each: at its start, and at
     inner points that stand at even parts of it in log-SNR, wherever the grid has them. See `make` of `dpm_solver` and
     `dpm_solver_pp`."""
@@ -117,11 +110,6 @@ class Singlestep:
     prediction: Prediction
     order: int
     midpoint: bool = True
-    stochastic = False
-    eps_apart = False
-
-    def evaluations(self, steps: int) -> int:
-        return steps
 
     def init(self, x: Array, times: Array) -> dict[str, Any]:
         steps = check_steps(times, self.order)
@@ -180,6 +168,3 @@ class Singlestep:
         moved = first_order(schedule, start[0], Denoised(start[1]), start[2], s)
         moved += correction(self.prediction, schedule, s, values, weights)
         return {**carry, "x": moved.astype(x.dtype), "t": s, "start": start, "values": values, "index": index + 1}
-
-    def finish(self, carry: dict) -> Array:
-        return carry["x"]

@@ -1,7 +1,8 @@
 """What solvers share: the first-order step, and the coordinates in which higher-order ones see the ODE."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,21 @@ from diffusion.types import Array, Denoised, InputError, Schedule
 CoordinateName = Literal["noise_level", "time"] | None
 
 
-class OneStep:
-    """The base of samplers that carry x and nothing else."""
+class Solver:
+    """The base of samplers: a solver of the ODE with one evaluation a step, whose carry is a dict with x in it."""
 
     stochastic = False
     eps_apart = False
 
     def evaluations(self, steps: int) -> int | None:
         return steps
+
+    def finish(self, carry: Mapping[str, Any]) -> Array:
+        return carry["x"]
+
+
+class OneStep(Solver):
+    """The base of samplers that carry x and nothing else."""
 
     def init(self, x: Array, times: Array) -> Array:
         return x

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.arrays import normal
-from diffusion.solver import CoordinateName, NoiseLevel, coordinate, first_order
+from diffusion.solver import CoordinateName, NoiseLevel, Solver, coordinate, first_order
 from diffusion.types import Array, Denoiser, InputError, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class Heun:
+class Heun(Solver):
     """Second order: the slope is the mean of those at both ends. The last step, to sigma = 0, is Euler's."""
 
     churn: float = 0.0
@@ -20,7 +20,6 @@ class Heun:
     s_max: float = float("inf")
     s_noise: float = 1.0
     coordinate: CoordinateName = None
-    eps_apart = False
 
     @property
     def stochastic(self) -> bool:
@@ -59,9 +58,6 @@ class Heun:
         alpha = schedule.alpha(higher)
         noise = normal(keys, x.shape[1:], x.dtype)
         return jnp.where(raised > level, alpha / schedule.alpha(t) * x + alpha * fresh * noise, x), higher
-
-    def finish(self, carry: dict) -> Array:
-        return carry["x"]
 
 
 def make(

@@ -7,21 +7,16 @@ import jax.numpy as jnp
 
 from diffusion.arrays import expand
 from diffusion.multistep import History, check_steps, integrals
-from diffusion.solver import CoordinateName, coordinate
+from diffusion.solver import CoordinateName, Solver, coordinate
 from diffusion.types import Array, Denoiser, InputError, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class LMS:
+class LMS(Solver):
     """The slope is taken for the polynomial through the last `order` of them."""
 
     order: int = 4
     coordinate: CoordinateName = None
-    stochastic = False
-    eps_apart = False
-
-    def evaluations(self, steps: int) -> int:
-        return steps
 
     def init(self, x: Array, times: Array) -> dict[str, Any]:
         check_steps(times, self.order)
@@ -35,9 +30,6 @@ class LMS:
         weights = integrals((history.nodes - u) / (end - u), valid, jnp.ones_like)
         slope = jnp.sum(expand(weights, history.values) * history.values, axis=0)
         return {"x": path.move(x, slope, t, s), "history": history, "index": carry["index"] + 1}
-
-    def finish(self, carry: dict) -> Array:
-        return carry["x"]
 
 
 def make(order: int = 4, coordinate: CoordinateName = None) -> LMS:

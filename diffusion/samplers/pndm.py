@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.multistep import History, check_steps
-from diffusion.solver import NoiseLevel, Time, coordinate
+from diffusion.solver import NoiseLevel, Solver, Time, coordinate
 from diffusion.types import Array, Denoiser, Schedule
 
 # Weights of the newest slope, the one before it, ...: orders 1 to 4.
@@ -17,10 +17,8 @@ _ADAMS = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 3
 
 
 @dataclasses.dataclass(frozen=True)
-class PNDM:
+class PNDM(Solver):
     prk: bool = False
-    stochastic = False
-    eps_apart = False
 
     def evaluations(self, steps: int) -> int:
         return steps + (9 if self.prk else 1)
@@ -46,9 +44,6 @@ class PNDM:
 
         mean = jax.lax.cond(index < (3 if self.prk else 1), started, going_on)
         return {"x": path.move(x, mean, t, s), "history": history, "index": index + 1}
-
-    def finish(self, carry: dict) -> Array:
-        return carry["x"]
 
 
 def _slope_at(path: NoiseLevel | Time, denoise: Denoiser, x: Array, t: Array) -> Array:

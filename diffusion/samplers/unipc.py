@@ -8,23 +8,18 @@ import jax.numpy as jnp
 
 from diffusion.exponential import Prediction, correction, in_steps, kernel, predicted, total
 from diffusion.multistep import History, check_steps, integrals
-from diffusion.solver import first_order, half_log_snr
+from diffusion.solver import Solver, first_order, half_log_snr
 from diffusion.types import Array, Denoised, Denoiser, InputError, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class UniPC:
+class UniPC(Solver):
     """The value at the predicted point, once it is known, redoes the step that led there (UniC-p), and then leads on
     from the point so corrected (UniP-p); its own point is not asked again."""
 
     order: int = 2
     variant: Literal["bh1", "bh2"] = "bh2"
     prediction: Prediction = "x0"
-    stochastic = False
-    eps_apart = False
-
-    def evaluations(self, steps: int) -> int:
-        return steps
 
     def init(self, x: Array, times: Array) -> dict[str, Any]:
         steps = check_steps(times, self.order)
@@ -55,9 +50,6 @@ class UniPC:
         start = x, x0, t
         moved = self._step(schedule, start, s, history, count).astype(x.dtype)
         return {**carry, "x": moved, "start": start, "history": history, "index": index + 1}
-
-    def finish(self, carry: dict) -> Array:
-        return carry["x"]
 
     def _step(
         self,
