@@ -72,8 +72,8 @@ def test_bad_choices_are_refused(chosen, message):
 
 @pytest.fixture(scope="module")
 def drawer_of(digits, tiny_unet, mesh_of):
-    def make(sampler, guidance, *, objective="ddpm", cond_drop_rate=0.1, **keywords):
-        mesh = mesh_of(1, 1, 1)
+    def make(sampler, guidance, *, objective="ddpm", cond_drop_rate=0.1, mesh=(1, 1, 1), **keywords):
+        mesh = mesh_of(*mesh)
         objective = build("objectives", objective)
         return Drawer(tiny_unet, objective, digits.spec, mesh, sampler={"steps": 4, **sampler}, guidance=guidance,
                       cond_drop_rate=cond_drop_rate, **keywords)  # fmt: skip
@@ -150,6 +150,14 @@ def test_retuning_shares_what_is_compiled(drawer_of, tiny_params):
     assert first.compilations == 1
     drawn(first.retuned(sampler={"name": "ddim", "steps": 5}, guidance=guidance))
     assert first.compilations == 2
+
+
+def test_the_mesh_does_not_change_samples(drawer_of, tiny_params):
+    """Nor does a batch that is filled up to the devices; the sampler has noise, and a branch."""
+    sampler = {"name": "predictor_corrector", "predictor": {"name": "ddim", "eta": 0.5}}
+    drawers = [drawer_of(sampler, CFG, mesh=mesh) for mesh in ((1, 1, 1), (4, 2, 1))]
+    one, eight = (drawer(tiny_params, np.arange(6), 6, seed=3) for drawer in drawers)
+    np.testing.assert_allclose(eight, one, atol=1e-4 * abs(one).max())
 
 
 @pytest.mark.parametrize(
