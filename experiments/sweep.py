@@ -9,6 +9,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -91,7 +92,8 @@ def sweep(
     batch_size: int,
     metrics: Sequence[SampleMetric] = (),
 ) -> None:
-    """Draws all combinations and writes `sweep.csv` and `sweep.png` into the folder `out`."""
+    """Draws all combinations and writes `sweep.csv` and `sweep.png` into the folder `out`. The seconds of a combination
+    that was `compiled` are with the compiling."""
     combinations = points(axes(text))
     made = drawers(run, chosen, combinations)
     files.make_folder(out, "--out")
@@ -106,13 +108,17 @@ def sweep(
             row |= run.measured(metric, x, labels)
         rows.append(row)
         shown.append(x[:SHOWN])
-    table, sheet = os.path.join(out, "sweep.csv"), os.path.join(out, "sweep.png")
-    with files.replace(table) as file:
+        write_table(os.path.join(out, "sweep.csv"), rows)  # each time: what is drawn is kept, whatever comes
+    # What all combinations share needs no label.
+    telling = [name for name, values in axes(text).items() if len(values) > 1] or list(combinations[0])
+    labels = [spell({name: point[name] for name in telling}) for point in combinations]
+    sheet = os.path.join(out, "sweep.png")
+    visualize.save_png(visualize.labelled(shown, labels), sheet)
+    print(f"{len(rows)} combinations of {num} samples: {sheet} and {os.path.join(out, 'sweep.csv')}")
+
+
+def write_table(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    with files.replace(path) as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    # What all combinations share needs no label.
-    telling = [name for name, values in axes(text).items() if len(values) > 1]
-    labels = [spell({name: point[name] for name in telling}) for point in combinations]
-    visualize.save_png(visualize.labelled(shown, labels), sheet)
-    print(f"{len(rows)} combinations of {num} samples: {sheet} and {table}")
