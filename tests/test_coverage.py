@@ -25,6 +25,7 @@ from diffusion.types import InputError
 TINY = {
     "unet": {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention": (), "head_width": 4},
     "mlp": {"width": 8, "depth": 1},
+    "dit": {"width": 8, "depth": 2, "heads": 2, "patch": 4},
 }
 PURE_NOISE = ("flow", "trig")  # schedules whose SNR at t = 1 is 0
 

@@ -1,8 +1,12 @@
 """Normalisation. Statistics are taken in float32 whatever the compute dtype."""
 
 import math
+from typing import Literal
 
+import jax.numpy as jnp
 from flax import nnx
+
+from diffusion.types import Array
 
 
 def group_norm(channels: int, *, dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -11,3 +15,11 @@ def group_norm(channels: int, *, dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
     while groups > 1 and channels // groups < 4:
         groups //= 2
     return nnx.GroupNorm(channels, num_groups=groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+
+def layer_norm(x: Array, kind: Literal["layer", "rms"], epsilon: float = 1e-6) -> Array:
+    """Normalisation over the last axis without parameters: to mean 0 and variance 1, or (`rms`) to mean square 1."""
+    y = x.astype(jnp.float32)
+    if kind == "layer":
+        y -= jnp.mean(y, axis=-1, keepdims=True)
+    return (y / jnp.sqrt(jnp.mean(y**2, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)

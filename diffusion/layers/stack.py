@@ -1,0 +1,45 @@
+"""Repeated blocks as one: their parameters stacked, the pass a scan, so that depth costs no compiling."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from diffusion.types import Array
+
+Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+
+
+class Stack(nnx.Module):
+    """`depth` blocks of one shape, one after the other.
+
+    Each parameter of all blocks is one array with a leading axis of `depth`.
+
+    Args:
+      construct: builds one block from its random streams. Its call is `block(x, *args) -> x` of the same shape.
+      depth: how many.
+      remat: what the backward pass computes again: nothing (`none`), all of a block (`full`), or what a policy of
+        `jax.checkpoint_policies` does not save.
+    """
+
+    def __init__(self, construct: Callable[[nnx.Rngs], nnx.Module], depth: int, remat: Remat, *, rngs: nnx.Rngs):
+        self.remat = remat
+        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(nnx.Rngs(0))))
+        drawn = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(construct(nnx.Rngs(key)))))
+        self.blocks = _as_params(drawn(jax.random.split(rngs.params(), depth)))
+
+    def __call__(self, x: Array, *args: Any) -> Array:
+        def block(x: Array, params: dict[str, Any]) -> tuple[Array, None]:
+            return nnx.merge(self.graphdef, nnx.State(params))(x, *args), None
+
+        if self.remat != "none":
+            policy = None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
+            block = jax.checkpoint(block, policy=policy)
+        return jax.lax.scan(block, x, nnx.to_pure_dict(nnx.state(self.blocks)))[0]
+
+
+def _as_params(tree: dict[str, Any]) -> nnx.Dict:
+    return nnx.Dict({
+        name: _as_params(value) if isinstance(value, dict) else nnx.Param(value) for name, value in tree.items()
+    })  # fmt: skip

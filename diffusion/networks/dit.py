@@ -1,0 +1,162 @@
+"""The diffusion transformer DiT (Peebles & Xie 2023, arXiv 2212.09748), with the options of its descendants."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion.layers.embeddings import ConditionEmbedding
+from diffusion.layers.functional import functional
+from diffusion.layers.norms import layer_norm
+from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
+from diffusion.layers.stack import Remat, Stack
+from diffusion.types import Array, Cond, InputError, Network
+
+FREQUENCIES = 256  # width of the sinusoidal embedding of the noise label, whatever the network's
+
+
+class Block(nnx.Module):
+    """Attention and a perceptron, each around a norm that the condition scales and shifts and whose result it gates
+    (adaLN-zero): the identity at initialisation."""
+
+    def __init__(self, *, width, heads, inner, norm, qk_norm, gated, dtype, rngs: nnx.Rngs):
+        self.heads, self.gated, self.dtype = heads, gated, dtype
+        kwargs = dict(kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
+        self.norm = norm
+        self.modulation = nnx.Linear(width, 6 * width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, **kwargs)
+        self.out = nnx.Linear(width, width, **kwargs)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.norm_q, self.norm_k = (nnx.RMSNorm(width // heads, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.up = nnx.Linear(width, 2 * inner if gated else inner, **kwargs)
+        self.down = nnx.Linear(inner, width, **kwargs)
+
+    def __call__(self, x_BxNxD: Array, emb_BxD: Array, angles_NxF: Array | None) -> Array:
+        modulation = self.modulation(jax.nn.silu(emb_BxD))[:, None, :]
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+        x_BxNxD += gate1 * self._attend(layer_norm(x_BxNxD, self.norm) * (1 + scale1) + shift1, angles_NxF)
+        return x_BxNxD + gate2 * self._perceive(layer_norm(x_BxNxD, self.norm) * (1 + scale2) + shift2)
+
+    def _attend(self, h_BxNxD: Array, angles_NxF: Array | None) -> Array:
+        B, N, D = h_BxNxD.shape
+        q, k, v = (part.reshape(B, N, self.heads, -1) for part in jnp.split(self.qkv(h_BxNxD), 3, axis=-1))
+        if self.qk_norm:
+            q, k = self.norm_q(q), self.norm_k(k)
+        if angles_NxF is not None:
+            q, k = rotate(q, angles_NxF), rotate(k, angles_NxF)
+        return self.out(jax.nn.dot_product_attention(q, k, v).reshape(B, N, D))
+
+    def _perceive(self, h_BxNxD: Array) -> Array:
+        h = self.up(h_BxNxD)
+        if self.gated:
+            gate, h = jnp.split(h, 2, axis=-1)
+            return self.down(jax.nn.silu(gate) * h)
+        return self.down(jax.nn.gelu(h, approximate=True))
+
+
+class DiT(nnx.Module):
+    """x `[B, H, W, C]`, c_noise `[B]`, cond -> `[B, H, W, outputs * C]`, float32: patches, blocks, patches."""
+
+    def __init__(self, *, size, channels, num_classes, patch, width, depth, heads, inner, positions, norm, qk_norm,
+                 gated, last_frequency, remat, outputs, dtype, rngs: nnx.Rngs):  # fmt: skip
+        self.patch, self.dtype, self.norm = patch, dtype, norm
+        self.side, self.out_channels = size // patch, outputs * channels
+        self.embed = ConditionEmbedding(FREQUENCIES, width, num_classes, last=last_frequency, dtype=dtype, rngs=rngs)
+        xavier = nnx.initializers.xavier_uniform()
+        self.patches_in = nnx.Linear(patch**2 * channels, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.rotary, self.head_width, self.width = positions == "rope", width // heads, width
+        self.blocks = Stack(
+            lambda rngs: Block(width=width, heads=heads, inner=inner, norm=norm, qk_norm=qk_norm, gated=gated,
+                               dtype=dtype, rngs=rngs),
+            depth, remat, rngs=rngs,
+        )  # fmt: skip
+        zeros = nnx.initializers.zeros
+        self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.patches_out = nnx.Linear(
+            width, patch**2 * self.out_channels, kernel_init=zeros, dtype=jnp.float32, rngs=rngs
+        )
+
+    def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
+        B, side, p = len(x), self.side, self.patch
+        emb_BxD = self.embed(c_noise, cond)
+        x = x.reshape(B, side, p, side, p, -1).swapaxes(2, 3).reshape(B, side**2, -1)
+        x_BxNxD = self.patches_in(x.astype(self.dtype))
+        angles_NxF = None
+        if self.rotary:
+            angles_NxF = rotary_angles(side, self.head_width)
+        else:
+            x_BxNxD += sincos_2d(side, self.width).astype(self.dtype)
+        x_BxNxD = self.blocks(x_BxNxD, emb_BxD, angles_NxF)
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(emb_BxD))[:, None, :], 2, axis=-1)
+        x_BxNxD = layer_norm(x_BxNxD, self.norm) * (1 + scale) + shift
+        x = self.patches_out(x_BxNxD.astype(jnp.float32))
+        return x.reshape(B, side, side, p, p, -1).swapaxes(2, 3).reshape(B, side * p, side * p, -1)
+
+
+def make(
+    shape: tuple[int, ...],
+    num_classes: int = 0,
+    patch: int = 2,
+    width: int = 384,
+    depth: int = 12,
+    heads: int = 6,
+    mlp_ratio: float = 4.0,
+    positions: Literal["sincos", "rope"] = "sincos",
+    norm: Literal["layer", "rms"] = "layer",
+    qk_norm: bool = False,
+    mlp: Literal["gelu", "swiglu"] = "gelu",
+    last_frequency: bool = False,
+    remat: Remat = "none",
+    outputs: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Network:
+    """A DiT for images or latents of `shape` (from the data's spec). The default is DiT-S/2; the paper's others are
+    (width, depth, heads) = (768, 12, 12) for B, (1024, 24, 16) for L, (1152, 28, 16) for XL.
+
+    Args:
+      shape: `(H, W, C)`, H = W, divisible by `patch`.
+      num_classes: labels to be conditioned on; 0 for none (from the data's spec).
+      patch: side of the square of pixels that becomes a token.
+      width: of the tokens; divisible by 4, and by `heads`.
+      depth: number of blocks; they are stacked and scanned.
+      heads: of attention.
+      mlp_ratio: width of the perceptron's inner layer, in units of `width`; with `swiglu` two thirds of it, which is as
+        many parameters.
+      positions: `sincos` embeddings that are added, or `rope`, rotations of queries and keys by row and column (Su et
+        al. 2021, arXiv 2104.09864).
+      norm: `layer`, or `rms` without the mean (Zhang & Sennrich 2019, arXiv 1910.07467); neither has parameters.
+      qk_norm: normalise queries and keys (Dehghani et al. 2023, arXiv 2302.05442), which keeps bf16 training stable.
+      mlp: `gelu`, or gated `swiglu` (Shazeer 2020, arXiv 2002.05202).
+      last_frequency: the embedding of the noise label reaches its lowest frequency, 1 / 10,000. The paper's code
+        stops one short of it; weights that were trained or converted for diffusers may want it.
+      remat: what of a block the backward pass computes again; see `layers.stack.Stack`.
+      outputs: values for each channel: 2 for an objective with a learned variance.
+      dtype: of the computation; parameters, norms' statistics and the last layer are float32.
+    """
+    if len(shape) != 3 or shape[0] != shape[1]:
+        raise InputError("shape", f"dit takes square images (H, W, C), got {shape}; choose another network or data")
+    numbers = {
+        "patch": patch,
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "outputs": outputs,
+        "mlp_ratio": mlp_ratio,
+    }
+    for name, value in numbers.items():
+        if value <= 0:
+            raise InputError(name, f"must be positive, got {value}")
+    if shape[0] % patch:
+        raise InputError("patch", f"{patch} does not divide the {shape[0]} pixels of a side")
+    if width % 4 or width % heads:
+        raise InputError("width", f"must be divisible by 4 and by heads = {heads}, got {width}")
+    if positions == "rope" and width // heads % 4:
+        raise InputError("positions", f"rope wants heads of a width divisible by 4, got {width // heads}")
+    inner = int(width * mlp_ratio * (2 / 3 if mlp == "swiglu" else 1))
+    return functional(lambda rngs: DiT(
+        size=shape[0], channels=shape[2], num_classes=num_classes, patch=patch, width=width, depth=depth, heads=heads,
+        inner=inner, positions=positions, norm=norm, qk_norm=qk_norm, gated=mlp == "swiglu",
+        last_frequency=last_frequency, remat=remat, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
+    ), outputs)  # fmt: skip

@@ -1,0 +1,227 @@
+"""DiT: its sizes, its parts, and what its options change."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.build import build
+from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
+from diffusion.types import InputError
+
+TINY = {"name": "dit", "patch": 2, "width": 16, "depth": 3, "heads": 2}
+PAPER = {"S": (384, 12, 6, 33), "B": (768, 12, 12, 130), "L": (1024, 24, 16, 458), "XL": (1152, 28, 16, 675)}
+
+
+def tiny(**options):
+    """A small DiT of digits with nothing left at zero, and its parameters."""
+    network = build("networks", {**TINY, **options}, shape=(8, 8, 1), num_classes=10)
+    params = jax.jit(network.init)(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return network, jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), params)
+
+
+X = np.random.default_rng(1).normal(size=(3, 8, 8, 1)).astype(np.float32)
+C_NOISE, COND = np.float32([10, 300, 900]), {"label": np.array([0, 3, 9])}
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_the_papers_parameter_counts(size):
+    width, depth, heads, millions = PAPER[size]
+    spec = {"name": "dit", "patch": 2, "width": width, "depth": depth, "heads": heads, "outputs": 2}
+    network = build("networks", spec, shape=(32, 32, 4), num_classes=1000)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6) == millions
+
+
+def test_starts_at_zero():
+    network = build("networks", TINY, shape=(8, 8, 1), num_classes=10)
+    params = jax.jit(network.init)(jax.random.key(0))
+    out = network.apply(params, X, C_NOISE, COND)
+    assert out.shape == X.shape and out.dtype == jnp.float32 and not out.any()
+
+
+def test_blocks_are_drawn_apart():
+    network = build("networks", TINY, shape=(8, 8, 1), num_classes=10)
+    kernel = jax.jit(network.init)(jax.random.key(0))["blocks"]["blocks"]["qkv"]["kernel"]
+    assert kernel.shape == (3, 16, 48)
+    assert abs(kernel[0] - kernel[1]).max() > 0.1
+    # Xavier's bound goes by one block's own fans.
+    assert 0.95 < abs(kernel).max() / (6 / (16 + 48)) ** 0.5 <= 1
+
+
+OPTIONS = [{}, {"positions": "rope"}, {"norm": "rms"}, {"qk_norm": True}, {"mlp": "swiglu"}, {"outputs": 2},
+           {"dtype": "bfloat16"}, {"patch": 4}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_input_matters(options):
+    network, params = tiny(**options)
+    apply = jax.jit(network.apply)
+    out = apply(params, X, C_NOISE, COND)
+    assert out.shape == (3, 8, 8, options.get("outputs", 1)) and out.dtype == jnp.float32
+    assert np.isfinite(out).all()
+    for other in (
+        apply(params, X[::-1], C_NOISE, COND),
+        apply(params, X, C_NOISE + 100, COND),
+        apply(params, X, C_NOISE, {"label": COND["label"][::-1]}),
+        apply(params, X, C_NOISE, {**COND, "keep": np.array([False, False, False])}),
+    ):
+        assert abs(out - other).max() > 1e-3
+    # An example does not see its neighbours.
+    alone = apply(params, X[:1], C_NOISE[:1], {"label": COND["label"][:1]})
+    np.testing.assert_allclose(alone, out[:1], atol=(0.05 if "dtype" in options else 1e-4) * abs(out).max())
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rope"])
+def test_places_matter(positions):
+    """Two tokens exchanged at the input do not merely come out exchanged."""
+    network, params = tiny(positions=positions)
+    swapped = X.copy()
+    swapped[:, :2, :2], swapped[:, 4:6, 2:4] = X[:, 4:6, 2:4], X[:, :2, :2]
+    out, other = (np.array(network.apply(params, x, C_NOISE, COND)) for x in (X, swapped))
+    back = other.copy()
+    back[:, :2, :2], back[:, 4:6, 2:4] = other[:, 4:6, 2:4], other[:, :2, :2]
+    assert abs(back - out).max() > 1e-3
+
+
+def test_patches_are_squares_of_the_image():
+    """A change of one patch reaches, without the blocks, that patch alone."""
+    network, params = tiny()
+    params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
+    changed = X.copy()
+    changed[:, 2:4, 6:8] += 1
+    before, after = (network.apply(params, x, C_NOISE, COND) for x in (X, changed))
+    difference = abs(after - before).max((0, 3))
+    assert (difference[2:4, 6:8] > 0).all()
+    difference = np.array(difference)
+    difference[2:4, 6:8] = 0
+    assert not difference.any()
+
+
+def test_remat_changes_nothing():
+    def gradient(remat):
+        network, params = tiny(remat=remat)
+        return jax.jit(jax.grad(lambda params: jnp.sum(network.apply(params, X, C_NOISE, COND) ** 2)))(params)
+
+    plain = gradient("none")
+    for remat in ("full", "dots_with_no_batch_dims_saveable"):
+        for a, b in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4 * abs(b).max())
+
+
+def test_depth_costs_no_code():
+    def lines(depth):
+        network = build("networks", {**TINY, "depth": depth}, shape=(8, 8, 1), num_classes=10)
+        shapes = jax.eval_shape(network.init, jax.random.key(0))
+        return len(jax.jit(network.apply).lower(shapes, X, C_NOISE, COND).as_text().splitlines())
+
+    assert lines(24) == lines(2)
+
+
+def test_rotation_makes_products_relative(x64):
+    """q at place a times k at place b depends on a - b alone, in rows and in columns."""
+    side, rng = 6, np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 1, 1, 1, 8))
+    angles = np.float64(rotary_angles(side, 8))
+    q, k = (rotate(jnp.broadcast_to(x, (1, side**2, 1, 8)), angles)[0, :, 0] for x in (q, k))
+    products = np.asarray(q @ k.T).reshape(side, side, side, side)
+    np.testing.assert_allclose(products[1, 2, 3, 5], products[2, 1, 4, 4], rtol=1e-5)
+    assert abs(products[1, 2, 3, 5] - products[1, 2, 3, 4]) > 1e-3
+    assert abs(products[1, 2, 3, 5] - products[1, 2, 2, 5]) > 1e-3
+
+
+def test_embeddings_of_places():
+    """Columns in the first half, rows in the second; sines, then cosines."""
+    table = sincos_2d(3, 8).reshape(3, 3, 8)
+    np.testing.assert_allclose(table[2, 1], [np.sin(1), np.sin(0.01), np.cos(1), np.cos(0.01),
+                                             np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02)], rtol=1e-6)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch": 3}, "patch: 3 does not divide the 8 pixels"),
+        ({"width": 18}, "width: must be divisible by 4"),
+        ({"heads": 3}, "width: must be divisible by 4 and by heads = 3"),
+        ({"positions": "rope", "heads": 8}, "positions: rope wants heads of a width divisible by 4, got 2"),
+        ({"depth": 0}, "depth: must be positive"),
+        ({"norm": "batch"}, "norm: "),
+        ({"remat": "some"}, "remat: "),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(InputError, match=f"networks.{message}"):
+        build("networks", {**TINY, **options}, shape=(8, 8, 1), num_classes=10)
+    with pytest.raises(InputError, match="shape: dit takes square images"):
+        build("networks", TINY, shape=(8, 4, 1))
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
+@pytest.mark.parametrize(("patch", "outputs"), [(2, 1), (4, 2)])
+def test_is_the_peers(patch, outputs):
+    """Output and gradient of diffusers' DiT at the same random weights."""
+    import diffusers
+    import torch
+
+    torch.manual_seed(0)
+    peer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4 * outputs, num_layers=3,
+        sample_size=8, patch_size=patch, num_embeds_ada_norm=10,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for value in peer.parameters():
+            value.normal_(std=0.3)
+        # One embedding is shared by all blocks, as in the paper's own code; the peer keeps a copy in each.
+        for block in peer.transformer_blocks[1:]:
+            block.norm1.emb.load_state_dict(peer.transformer_blocks[0].norm1.emb.state_dict())
+    spec = {**TINY, "patch": patch, "outputs": outputs, "last_frequency": True}
+    network = build("networks", spec, shape=(8, 8, 4), num_classes=10)
+    params = from_peer({name: value.numpy() for name, value in peer.state_dict().items()}, patch)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 4)).astype(np.float32)
+    t = np.array([3, 500, 999])
+    theirs = peer(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), torch.tensor(COND["label"])).sample
+    ours = network.apply(params, x, np.float32(t), COND)
+    theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * abs(theirs).max())
+
+
+def from_peer(state, patch):
+    """The peer's tensors under our names."""
+
+    def linear(name):
+        return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
+
+    def block(i):
+        name = f"transformer_blocks.{i}"
+        q, k, v = (linear(f"{name}.attn1.to_{part}") for part in "qkv")
+        return {
+            "modulation": linear(f"{name}.norm1.linear"),
+            "qkv": {key: np.concatenate([q[key], k[key], v[key]], axis=-1) for key in q},
+            "out": linear(f"{name}.attn1.to_out.0"),
+            "up": linear(f"{name}.ff.net.0.proj"),
+            "down": linear(f"{name}.ff.net.2"),
+        }
+
+    embedder = "transformer_blocks.0.norm1.emb"
+    kernel = state["pos_embed.proj.weight"]  # [D, C, p, p]
+    return {
+        "embed": {
+            "inner": linear(f"{embedder}.timestep_embedder.linear_1"),
+            "outer": linear(f"{embedder}.timestep_embedder.linear_2"),
+            "label": {"embedding": state[f"{embedder}.class_embedder.embedding_table.weight"]},
+        },
+        "patches_in": {
+            "kernel": kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0]),
+            "bias": state["pos_embed.proj.bias"],
+        },
+        "blocks": {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *(block(i) for i in range(3)))},
+        "modulation": linear("proj_out_1"),
+        "patches_out": linear("proj_out_2"),
+    }
