@@ -3,8 +3,8 @@
 Command:   python -m experiments.train --config=configs/digits_dit.py --workdir=runs/digits_dit
 Hardware:  two CPU cores, about six minutes.
 Expected:  python -m experiments.evaluate --workdir=runs/digits_dit
-           100 % of 1,000 samples at guidance 1.5 are read by an SVC as the digit asked for; the energy distance of 1,000
-           samples at guidance 1 is 1.4 times that of the training set. 1.9 M parameters.
+           100 % of 1,000 samples at guidance 1.5 are read by an SVC as the digit asked for; the energy distance of
+           1,000 samples at guidance 1 is 1.4 times that of the training set. 1.9 M parameters.
 """
 
 import ml_collections
