@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion.build import build, find
 from diffusion.types import InputError
-from experiments.drawing import PLACING
+from experiments.drawing import PLACING, WRAPPERS
 
 AXES = ("sampler", "grid", "steps", "evaluations", "guidance", "interval", "rescale", "threshold", "unroll")
 
@@ -48,7 +48,7 @@ def sections(config: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict
         if _value(text.partition(":")[0]) != text.partition(":")[0]:
             guidance["scale"] = _number(text, "--guidance")
         else:
-            around = {key: guidance[key] for key in ("interval", "rescale", "threshold") if key in guidance}
+            around = {key: guidance[key] for key in WRAPPERS if key in guidance}
             guidance = {**around, **part(text, "--guidance")}
     if "interval" in chosen:
         guidance["interval"] = _interval(chosen["interval"])
@@ -62,7 +62,7 @@ def sections(config: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict
 def _steps_for(sampler: Mapping[str, Any], evaluations: int) -> int:
     """The most steps that a sampler can take with so many evaluations of the denoiser."""
     keywords = {key: value for key, value in sampler.items() if key not in PLACING}
-    if keywords.get("variance") == "analytic":  # what it goes by is not measured yet, and change nothing here
+    if keywords.get("variance") == "analytic":  # not measured yet, and of no account here
         keywords["variance"] = "beta"
     solver = build("samplers", keywords, field="sampler")
     if solver.evaluations(1) is None:
