@@ -1,7 +1,10 @@
 """Embeddings of the noise label and of the condition."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from diffusion.types import Array, Cond
@@ -12,27 +15,50 @@ def sinusoidal(labels: Array, width: int, max_period: float = 10_000.0, last: bo
     (Vaswani et al. 2017, arXiv 1706.03762, section 3.5). The last frequency is reached only if asked for by `last`."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half) / (half - last))
-    angles = labels[:, None].astype(jnp.float32) * frequencies
+    return _waves(labels[:, None].astype(jnp.float32) * frequencies)
+
+
+def fourier(labels: Array, width: int, scale: float = 16.0) -> Array:
+    """Cosines and sines of `labels [B]` at `width / 2` normal frequencies of standard deviation `scale`: `[B, width]`
+    (Tancik et al. 2020, arXiv 2006.10739). The frequencies are no parameters; they are the same in every network."""
+    frequencies = scale * np.random.default_rng(0).standard_normal(width // 2, np.float32)
+    return _waves(2 * np.pi * labels[:, None].astype(jnp.float32) * frequencies)
+
+
+def _waves(angles: Array) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class ConditionEmbedding(nnx.Module):
     """What every block is told: the noise label and, if there are classes, the class; `[B, out_features]`.
 
-    Row `num_classes` of the table is the null embedding, used where `keep` is False. `last` is of `sinusoidal`.
+    Where `keep` is False the class is the null class, row `num_classes` of the table; without `null_class` there is no
+    such row and nothing is added.
+
+    Args:
+      width: of the noise label's `sinusoidal` or `fourier` features.
+      last: see `sinusoidal`.
     """
 
-    def __init__(self, width: int, out_features: int, num_classes: int, *, last: bool = False, dtype, rngs: nnx.Rngs):
-        self.width, self.num_classes, self.last = width, num_classes, last
+    def __init__(self, width: int, out_features: int, num_classes: int, *, kind: str = "sinusoidal",
+                 last: bool = False, null_class: bool = True, dtype, rngs: nnx.Rngs):  # fmt: skip
+        if kind == "fourier":
+            self.features = partial(fourier, width=width)
+        else:
+            self.features = partial(sinusoidal, width=width, last=last)
+        self.num_classes, self.null_class = num_classes, null_class
         self.inner = nnx.Linear(width, out_features, dtype=dtype, rngs=rngs)
         self.outer = nnx.Linear(out_features, out_features, dtype=dtype, rngs=rngs)
         if num_classes:
             init = nnx.initializers.normal(0.02)
-            self.label = nnx.Embed(num_classes + 1, out_features, embedding_init=init, dtype=dtype, rngs=rngs)
+            rows = num_classes + null_class
+            self.label = nnx.Embed(rows, out_features, embedding_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, c_noise: Array, cond: Cond) -> Array:
-        emb_BxD = self.outer(jax.nn.silu(self.inner(sinusoidal(c_noise, self.width, last=self.last))))
+        emb_BxD = self.outer(jax.nn.silu(self.inner(self.features(c_noise))))
         if self.num_classes:
-            label = cond["label"]
-            emb_BxD += self.label(jnp.where(cond.get("keep", True), label, self.num_classes))
+            label, keep = cond["label"], cond.get("keep", True)
+            if self.null_class:
+                return emb_BxD + self.label(jnp.where(keep, label, self.num_classes))
+            emb_BxD += jnp.where(jnp.reshape(keep, (-1, 1)), self.label(label), 0)
         return emb_BxD

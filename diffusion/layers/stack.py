@@ -11,16 +11,23 @@ from diffusion.types import Array
 Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
 
+def rematerialised(function: Callable, remat: Remat) -> Callable:
+    """`function` whose backward pass computes again nothing (`none`), all of it (`full`), or what a policy of
+    `jax.checkpoint_policies` does not save."""
+    if remat == "none":
+        return function
+    return jax.checkpoint(function, policy=None if remat == "full" else getattr(jax.checkpoint_policies, remat))
+
+
 class Stack(nnx.Module):
     """`depth` blocks of one shape, one after the other.
 
     Each parameter of all blocks is one array with a leading axis of `depth`.
 
     Args:
-      construct: builds one block from its random streams. Its call is `block(x, *args) -> x` of the same shape.
+      construct: builds one block from its random streams. Its call is `block(x, *own, *args) -> x` of the same shape.
       depth: how many.
-      remat: what the backward pass computes again: nothing (`none`), all of a block (`full`), or what a policy of
-        `jax.checkpoint_policies` does not save.
+      remat: of each block; see `rematerialised`.
     """
 
     def __init__(self, construct: Callable[[nnx.Rngs], nnx.Module], depth: int, remat: Remat, *, rngs: nnx.Rngs):
@@ -29,14 +36,25 @@ class Stack(nnx.Module):
         drawn = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(construct(nnx.Rngs(key)))))
         self.blocks = _as_params(drawn(jax.random.split(rngs.params(), depth)))
 
-    def __call__(self, x: Array, *args: Any) -> Array:
-        def block(x: Array, params: dict[str, Any]) -> tuple[Array, None]:
-            return nnx.merge(self.graphdef, nnx.State(params))(x, *args), None
+    def __call__(self, x: Array, *args: Any, own: tuple[Array, ...] = (), collect: bool = False) -> Any:
+        """x after the last block.
+
+        Args:
+          args: what all blocks are told.
+          own: what each block alone is told; arrays with a leading axis of `depth`.
+          collect: return x after each block as well, in one array with a leading axis of `depth`.
+        """
+
+        def block(x: Array, params_and_own: tuple[dict[str, Any], tuple[Array, ...]]) -> tuple[Array, Array | None]:
+            params, own = params_and_own
+            x = nnx.merge(self.graphdef, nnx.State(params))(x, *own, *args)
+            return x, x if collect else None
 
         if self.remat != "none":
             policy = None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
             block = jax.checkpoint(block, policy=policy)
-        return jax.lax.scan(block, x, nnx.to_pure_dict(nnx.state(self.blocks)))[0]
+        x, every = jax.lax.scan(block, x, (nnx.to_pure_dict(nnx.state(self.blocks)), own))
+        return (x, every) if collect else x
 
 
 def _as_params(tree: dict[str, Any]) -> nnx.Dict:

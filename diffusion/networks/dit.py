@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
 from diffusion.layers.norms import layer_norm
@@ -20,8 +21,8 @@ class Block(nnx.Module):
     """Attention and a perceptron, each around a norm that the condition scales and shifts and whose result it gates
     (adaLN-zero): the identity at initialisation."""
 
-    def __init__(self, *, width, heads, inner, norm, qk_norm, gated, dtype, rngs: nnx.Rngs):
-        self.heads, self.gated, self.dtype = heads, gated, dtype
+    def __init__(self, *, width, heads, inner, norm, qk_norm, gated, kernel, dtype, rngs: nnx.Rngs):
+        self.heads, self.gated, self.kernel, self.dtype = heads, gated, kernel, dtype
         kwargs = dict(kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
         self.norm = norm
         self.modulation = nnx.Linear(width, 6 * width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
@@ -46,7 +47,7 @@ class Block(nnx.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         if angles_NxF is not None:
             q, k = rotate(q, angles_NxF), rotate(k, angles_NxF)
-        return self.out(jax.nn.dot_product_attention(q, k, v).reshape(B, N, D))
+        return self.out(attend(q, k, v, kernel=self.kernel).reshape(B, N, D))
 
     def _perceive(self, h_BxNxD: Array) -> Array:
         h = self.up(h_BxNxD)
@@ -60,7 +61,7 @@ class DiT(nnx.Module):
     """x `[B, H, W, C]`, c_noise `[B]`, cond -> `[B, H, W, outputs * C]`, float32: patches, blocks, patches."""
 
     def __init__(self, *, size, channels, num_classes, patch, width, depth, heads, inner, positions, norm, qk_norm,
-                 gated, last_frequency, remat, outputs, dtype, rngs: nnx.Rngs):  # fmt: skip
+                 gated, last_frequency, kernel, remat, outputs, dtype, rngs: nnx.Rngs):  # fmt: skip
         self.patch, self.dtype, self.norm = patch, dtype, norm
         self.side, self.out_channels = size // patch, outputs * channels
         self.embed = ConditionEmbedding(FREQUENCIES, width, num_classes, last=last_frequency, dtype=dtype, rngs=rngs)
@@ -69,7 +70,7 @@ class DiT(nnx.Module):
         self.rotary, self.head_width, self.width = positions == "rope", width // heads, width
         self.blocks = Stack(
             lambda rngs: Block(width=width, heads=heads, inner=inner, norm=norm, qk_norm=qk_norm, gated=gated,
-                               dtype=dtype, rngs=rngs),
+                               kernel=kernel, dtype=dtype, rngs=rngs),
             depth, remat, rngs=rngs,
         )  # fmt: skip
         zeros = nnx.initializers.zeros
@@ -108,6 +109,7 @@ def make(
     qk_norm: bool = False,
     mlp: Literal["gelu", "swiglu"] = "gelu",
     last_frequency: bool = False,
+    kernel: Kernel = "auto",
     remat: Remat = "none",
     outputs: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -131,7 +133,8 @@ def make(
       mlp: `gelu`, or gated `swiglu` (Shazeer 2020, arXiv 2002.05202).
       last_frequency: the embedding of the noise label reaches its lowest frequency, 1 / 10,000. The paper's code
         stops one short of it; weights that were trained or converted for diffusers may want it.
-      remat: what of a block the backward pass computes again; see `layers.stack.Stack`.
+      kernel: how attention is computed; see `layers.attention.attend`.
+      remat: what of a block the backward pass computes again; see `layers.stack.rematerialised`.
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last layer are float32.
     """
@@ -158,5 +161,5 @@ def make(
     return functional(lambda rngs: DiT(
         size=shape[0], channels=shape[2], num_classes=num_classes, patch=patch, width=width, depth=depth, heads=heads,
         inner=inner, positions=positions, norm=norm, qk_norm=qk_norm, gated=mlp == "swiglu",
-        last_frequency=last_frequency, remat=remat, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
+        last_frequency=last_frequency, kernel=kernel, remat=remat, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
     ), outputs)  # fmt: skip

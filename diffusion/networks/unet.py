@@ -1,4 +1,18 @@
-"""The convolutional U-Net of DDPM (Ho et al. 2020) with the residual blocks of ADM (Dhariwal & Nichol 2021)."""
+"""The convolutional U-Net: DDPM's (Ho et al. 2020, arXiv 2006.11239), DDPM++ and NCSN++ (Song et al. 2021, arXiv
+2011.13456) and ADM's (Dhariwal & Nichol 2021, arXiv 2105.05233) by their options.
+
+| option | DDPM | DDPM++ | NCSN++ | ADM |
+|---|---|---|---|---|
+| scale_shift | False | False | False | True |
+| resample | conv | projected | projected | residual |
+| taps | (1, 1) | (1, 1) | (1, 3, 3, 1) | (1, 1) |
+| end_padding | True | | | |
+| input_skip | False | False | True | False |
+| rescale | False | True | True | False |
+| up_attention | every | last | last | every |
+| head_width | None | None | None | 64 |
+| embedding | sinusoidal | sinusoidal | fourier | sinusoidal |
+"""
 
 from typing import Literal
 
@@ -6,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion.layers.attention import SpatialAttention
+from diffusion.layers.attention import Kernel, SpatialAttention
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
-from diffusion.layers.norms import group_norm
-from diffusion.layers.residual import Downsample, ResidualBlock, Upsample, conv3x3
+from diffusion.layers.resample import MEAN, halve
+from diffusion.layers.residual import Downsample, ResidualBlock, Style, Upsample, conv3x3
+from diffusion.layers.stack import Remat, rematerialised
 from diffusion.types import Array, Cond, InputError, Network
 
 
@@ -21,64 +36,89 @@ class UNet(nnx.Module):
     more, takes them back in reverse, each joined to the channels of one block's input.
     """
 
-    def __init__(self, *, size, channels, num_classes, width, multipliers, blocks, attention, head_width, dropout,
-                 outputs, dtype, rngs: nnx.Rngs):  # fmt: skip
-        self.dtype = dtype
-        kwargs = dict(dtype=dtype, rngs=rngs)
-        emb_features = 4 * width
-        self.embed = ConditionEmbedding(width, emb_features, num_classes, **kwargs)
-        self.conv_in = conv3x3(channels, width, **kwargs)
+    def __init__(self, *, size, channels, num_classes, width, multipliers, blocks, attention, up_attention,
+                 middle_attention, head_width, resample, end_padding, input_skip, embedding, last_frequency, null_class,
+                 kernel, remat, outputs, style: Style, rngs: nnx.Rngs):  # fmt: skip
+        self.style, self.remat = style, remat
+        self.embed = ConditionEmbedding(
+            2 * width if embedding == "fourier" else width, style.emb_features, num_classes, kind=embedding,
+            last=last_frequency, null_class=null_class, dtype=style.dtype, rngs=rngs,
+        )  # fmt: skip
+        self.conv_in = conv3x3(channels, width, dtype=style.dtype, rngs=rngs)
 
-        def stage(in_channels: int, out_channels: int, resolution: int) -> nnx.Dict:
-            parts = {"residual": ResidualBlock(in_channels, out_channels, emb_features, dropout, **kwargs)}
-            if resolution in attention:
-                parts["attention"] = SpatialAttention(out_channels, head_width, **kwargs)
-            return nnx.Dict(parts)
+        def attend(channels: int) -> SpatialAttention:
+            return SpatialAttention(channels, channels // (head_width or channels), style, kernel=kernel, rngs=rngs)
 
-        kept, current = [width], width
-        down, up = {}, {}
+        def stage(in_channels: int, out_channels: int, attends: bool) -> nnx.Dict:
+            parts = {"residual": ResidualBlock(in_channels, out_channels, style, rngs=rngs)}
+            return nnx.Dict({**parts, "attention": attend(out_channels)} if attends else parts)
+
+        def resized(channels: int, to: Literal["halve", "double"]) -> nnx.Module:
+            if resample != "conv":
+                block = ResidualBlock(
+                    channels, channels, style, resample=to, projected=resample == "projected", rngs=rngs
+                )
+                return nnx.Dict({"residual": block})
+            if to == "halve":
+                return Downsample(channels, style, end_padding=end_padding, rngs=rngs)
+            return Upsample(channels, style, rngs=rngs)
+
+        kept, current, pyramid = [width], width, channels
+        down, up, inputs = {}, {}, {}
         for level, multiplier in enumerate(multipliers):
             for block in range(blocks):
-                down[f"{level}_{block}"] = stage(current, width * multiplier, size >> level)
+                down[f"{level}_{block}"] = stage(current, width * multiplier, size >> level in attention)
                 current = width * multiplier
                 kept.append(current)
             if level + 1 < len(multipliers):
-                down[f"{level}_down"] = Downsample(current, **kwargs)
+                down[f"{level}_down"] = resized(current, "halve")
                 kept.append(current)
+                if input_skip:
+                    inputs[f"{level}_down"] = conv3x3(pyramid, current, dtype=style.dtype, rngs=rngs)
+                    pyramid = current
         self.middle = nnx.Dict({
-            "first": ResidualBlock(current, current, emb_features, dropout, **kwargs),
-            "attention": SpatialAttention(current, head_width, **kwargs),
-            "second": ResidualBlock(current, current, emb_features, dropout, **kwargs),
+            "first": stage(current, current, middle_attention),
+            "second": stage(current, current, False),
         })  # fmt: skip
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for block in range(blocks + 1):
-                up[f"{level}_{block}"] = stage(current + kept.pop(), width * multiplier, size >> level)
+                attends = size >> level in attention and (up_attention == "every" or block == blocks)
+                up[f"{level}_{block}"] = stage(current + kept.pop(), width * multiplier, attends)
                 current = width * multiplier
             if level:
-                up[f"{level}_up"] = Upsample(current, **kwargs)
-        self.down, self.up = nnx.Dict(down), nnx.Dict(up)
+                up[f"{level}_up"] = resized(current, "double")
+        self.down, self.up, self.inputs = nnx.Dict(down), nnx.Dict(up), nnx.Dict(inputs)
         # Names in the order of the passes: the dicts themselves come back sorted from a checkpoint.
         self.down_names, self.up_names = tuple(down), tuple(up)
-        self.norm_out = group_norm(current, **kwargs)
+        self.norm_out = style.norm(current, rngs)
         self.conv_out = conv3x3(current, outputs * channels, zero=True, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
-        rngs = None if key is None else nnx.Rngs(dropout=key)
+        emb = self.embed(c_noise, cond)
 
         def run(stage: nnx.Module, x: Array) -> Array:
+            nonlocal key
             if not isinstance(stage, nnx.Dict):
                 return stage(x)
-            x = stage["residual"](x, emb, rngs)
-            return stage["attention"](x) if "attention" in stage else x
+            mine = None
+            if key is not None:
+                key, mine = jax.random.split(key)
 
-        emb = self.embed(c_noise, cond)
-        x = self.conv_in(x.astype(self.dtype))
+            def pass_through(x: Array, emb: Array, mine: Array | None) -> Array:
+                x = stage["residual"](x, emb, mine)
+                return stage["attention"](x) if "attention" in stage else x
+
+            return rematerialised(pass_through, self.remat)(x, emb, mine)
+
+        pyramid = x = x.astype(self.style.dtype)
+        x = self.conv_in(x)
         kept = [x]
         for name in self.down_names:
             x = run(self.down[name], x)
+            if name in self.inputs:
+                pyramid = x = self.style.add(x, self.inputs[name](halve(pyramid, self.style.taps)))
             kept.append(x)
-        x = self.middle["first"](x, emb, rngs)
-        x = self.middle["second"](self.middle["attention"](x), emb, rngs)
+        x = run(self.middle["second"], run(self.middle["first"], x))
         for name in self.up_names:
             if not name.endswith("up"):
                 x = jnp.concatenate([x, kept.pop()], axis=-1)
@@ -93,8 +133,23 @@ def make(
     multipliers: tuple[int, ...] = (1, 2, 2, 2),
     blocks: int = 2,
     attention: tuple[int, ...] = (16,),
-    head_width: int = 64,
+    up_attention: Literal["every", "last"] = "every",
+    middle_attention: bool = True,
+    head_width: int | None = 64,
+    scale_shift: bool = True,
+    resample: Literal["conv", "residual", "projected"] = "conv",
+    taps: tuple[int, ...] = MEAN,
+    end_padding: bool = False,
+    input_skip: bool = False,
+    rescale: bool = False,
+    embedding: Literal["sinusoidal", "fourier"] = "sinusoidal",
+    last_frequency: bool = False,
+    null_class: bool = True,
     dropout: float = 0.0,
+    groups: int | None = None,
+    epsilon: float = 1e-5,
+    kernel: Kernel = "auto",
+    remat: Remat = "none",
     outputs: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
@@ -106,17 +161,34 @@ def make(
       width: channels of the first level; must be even.
       multipliers: channels of each level, as multiples of `width`.
       blocks: residual blocks a level on the way down; one more on the way up.
-      attention: the resolutions at which every block is followed by self-attention; the middle always has it.
-      head_width: channels of an attention head; must divide the channels wherever there is attention.
+      attention: the resolutions at which blocks are followed by self-attention.
+      up_attention: after `every` block of such a level on the way up, or after the `last`; on the way down every one.
+      middle_attention: also between the two blocks of the middle.
+      head_width: channels of an attention head; must divide the channels wherever there is attention. None: one head.
+      scale_shift: the embedding scales and shifts a block's second norm; else it is added before it.
+      resample: by a strided `conv`, and one after nearest neighbours on the way up; or in a `residual` block, whose
+        input may be `projected` as well.
+      taps: the filter that halves and doubles, where no strided convolution does; see `layers.resample`.
+      end_padding: strided convolutions pad below and right alone, which published DDPM weights want.
+      input_skip: the halved input, convolved, is added after each halving.
+      rescale: sums of two are divided by sqrt(2).
+      embedding: of the noise label: `sinusoidal` for labels up to 1,000 or so, `fourier` for small ones (log sigma).
+      last_frequency: the sinusoidal embedding reaches its lowest frequency, 1 / 10,000, as DDPM's does and ADM's not.
+      null_class: the table of classes has a row for no class; without it, nothing is added for no class.
       dropout: rate inside the residual blocks, in [0, 1).
+      groups: of every group norm; None for 32, or fewer where they would have less than 4 channels.
+      epsilon: of the group norms.
+      kernel: how attention is computed; see `layers.attention.attend`.
+      remat: what of a block the backward pass computes again; see `layers.stack.rematerialised`.
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last convolution are float32.
     """
     if len(shape) != 3 or shape[0] != shape[1]:
         raise InputError("shape", f"unet takes square images (H, W, C), got {shape}; choose another network or data")
-    for name, value in (("width", width), ("blocks", blocks), ("head_width", head_width), ("outputs", outputs)):
-        if value < 1:
-            raise InputError(name, f"must be at least 1, got {value}")
+    numbers = {"width": width, "blocks": blocks, "outputs": outputs, "epsilon": epsilon}
+    for name, value in {**numbers, "head_width": head_width, "groups": groups}.items():
+        if value is not None and value <= 0:
+            raise InputError(name, f"must be positive, got {value}")
     if width % 2:
         raise InputError("width", f"must be even, got {width}")
     if not multipliers or min(multipliers) < 1:
@@ -124,17 +196,27 @@ def make(
     halvings = len(multipliers) - 1
     if shape[0] % (1 << halvings):
         raise InputError("multipliers", f"{shape[0]} pixels cannot be halved {halvings} times; use fewer levels")
+    if not taps or len(taps) % 2 or taps != taps[::-1] or sum(taps) == 0:
+        raise InputError("taps", f"must be a symmetric filter of an even number of weights, got {taps}")
     if not 0 <= dropout < 1:
         raise InputError("dropout", f"must be in [0, 1), got {dropout}")
     sizes = [shape[0] >> level for level in range(len(multipliers))]
     for resolution in attention:
         if resolution not in sizes:
             raise InputError("attention", f"no level has resolution {resolution}; the levels have {sizes}")
-    attended = {m for m, size in zip(multipliers, sizes, strict=True) if size in attention} | {multipliers[-1]}
+    attended = {m for m, size in zip(multipliers, sizes, strict=True) if size in attention}
+    attended |= {multipliers[-1]} if middle_attention else set()
     for channels in (width * m for m in sorted(attended)):
-        if channels % head_width:
+        if head_width and channels % head_width:
             raise InputError("head_width", f"{head_width} does not divide the {channels} channels that attend")
+    for channels in (width * m for m in multipliers):
+        if groups and channels % groups:
+            raise InputError("groups", f"{groups} do not divide the {channels} channels of a level")
+    style = Style(4 * width, dropout, scale_shift, rescale, taps, groups, epsilon, jnp.dtype(dtype))
     return functional(lambda rngs: UNet(
         size=shape[0], channels=shape[2], num_classes=num_classes, width=width, multipliers=multipliers, blocks=blocks,
-        attention=attention, head_width=head_width, dropout=dropout, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
+        attention=attention, up_attention=up_attention, middle_attention=middle_attention, head_width=head_width,
+        resample=resample, end_padding=end_padding, input_skip=input_skip, embedding=embedding,
+        last_frequency=last_frequency, null_class=null_class, kernel=kernel, remat=remat, outputs=outputs, style=style,
+        rngs=rngs,
     ), outputs)  # fmt: skip

@@ -1,0 +1,41 @@
+"""Halving and doubling of images `[B, H, W, C]` by a separable filter.
+
+A filter is a symmetric tuple of an even number of weights, of any scale: (1, 1) takes the mean of two by two pixels
+down and repeats them up; (1, 3, 3, 1) is the smoother one of StyleGAN2 and NCSN++ (Song et al. 2021, arXiv 2011.13456,
+appendix H). Doubling is the transpose of halving, times 4, so a constant image stays what it is.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.types import Array
+
+Taps = tuple[int, ...]
+MEAN: Taps = (1, 1)
+
+
+def halve(x: Array, taps: Taps) -> Array:
+    """`[B, H, W, C]` -> `[B, H / 2, W / 2, C]`."""
+    B, H, W, C = x.shape
+    if taps == MEAN:
+        return x.reshape(B, H // 2, 2, W // 2, 2, C).mean((2, 4))
+    pad = (len(taps) - 1) // 2
+    return _depthwise(x, taps, window_strides=(2, 2), padding=[(pad, pad)] * 2)
+
+
+def double(x: Array, taps: Taps) -> Array:
+    """`[B, H, W, C]` -> `[B, 2 H, 2 W, C]`."""
+    if taps == MEAN:  # what follows, without products
+        return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    pad = len(taps) - 1 - (len(taps) - 1) // 2
+    return 4 * _depthwise(x, taps, window_strides=(1, 1), padding=[(pad, pad)] * 2, lhs_dilation=(2, 2))
+
+
+def _depthwise(x: Array, taps: Taps, **kwargs) -> Array:
+    C = x.shape[-1]
+    weights = np.array(taps, np.float32) / np.sum(taps)
+    kernel = jnp.asarray(np.outer(weights, weights)[:, :, None, None].repeat(C, axis=3), x.dtype)
+    return jax.lax.conv_general_dilated(
+        x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=C, **kwargs
+    )
