@@ -27,7 +27,7 @@ LAYERS = [
         "likelihood",
     },
     {"objectives", "samplers", "guidance", "networks", "data"},
-    {"sample", "evaluation", "visualize", "distributed", "training", "checkpoint"},
+    {"sample", "macs", "evaluation", "visualize", "distributed", "training", "checkpoint", "interop"},
 ]
 FAMILIES = {"schedules", "objectives", "samplers", "networks", "data", "evaluation"}
 FILES = sorted((ROOT / "diffusion").rglob("*.py"))

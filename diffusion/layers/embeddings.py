@@ -10,12 +10,13 @@ from flax import nnx
 from diffusion.types import Array, Cond
 
 
-def sinusoidal(labels: Array, width: int, max_period: float = 10_000.0, last: bool = False) -> Array:
-    """Cosines and sines of `labels [B]` at `width / 2` geometric frequencies from 1 to 1 / max_period: `[B, width]`
+def sinusoidal(labels: Array, width: int, *, last: bool = False, sin_first: bool = False) -> Array:
+    """Cosines and sines of `labels [B]` at `width / 2` geometric frequencies from 1 to 1 / 10,000: `[B, width]`
     (Vaswani et al. 2017, arXiv 1706.03762, section 3.5). The last frequency is reached only if asked for by `last`."""
     half = width // 2
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half) / (half - last))
-    return _waves(labels[:, None].astype(jnp.float32) * frequencies)
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / (half - last))
+    waves = _waves(labels[:, None].astype(jnp.float32) * frequencies)
+    return jnp.roll(waves, half, axis=-1) if sin_first else waves
 
 
 def fourier(labels: Array, width: int, scale: float = 16.0) -> Array:
@@ -37,15 +38,16 @@ class ConditionEmbedding(nnx.Module):
 
     Args:
       width: of the noise label's `sinusoidal` or `fourier` features.
-      last: see `sinusoidal`.
+      last, sin_first: see `sinusoidal`.
     """
 
     def __init__(self, width: int, out_features: int, num_classes: int, *, kind: str = "sinusoidal",
-                 last: bool = False, null_class: bool = True, dtype, rngs: nnx.Rngs):  # fmt: skip
+                 last: bool = False, sin_first: bool = False, null_class: bool = True, dtype,
+                 rngs: nnx.Rngs):  # fmt: skip
         if kind == "fourier":
             self.features = partial(fourier, width=width)
         else:
-            self.features = partial(sinusoidal, width=width, last=last)
+            self.features = partial(sinusoidal, width=width, last=last, sin_first=sin_first)
         self.num_classes, self.null_class = num_classes, null_class
         self.inner = nnx.Linear(width, out_features, dtype=dtype, rngs=rngs)
         self.outer = nnx.Linear(out_features, out_features, dtype=dtype, rngs=rngs)

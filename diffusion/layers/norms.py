@@ -10,13 +10,17 @@ from diffusion.types import Array
 
 
 def group_norm(channels: int, groups: int | None = None, epsilon: float = 1e-5, *, dtype, rngs: nnx.Rngs):
-    """Group normalisation. `groups` None is 32 groups, or as many as divide both that and the channels, of at least 4
-    channels."""
-    if groups is None:
-        groups = math.gcd(32, channels)
-        while groups > 1 and channels // groups < 4:
-            groups //= 2
+    """Group normalisation; `groups` None is as many as `usual_groups` says."""
+    groups = usual_groups(channels) if groups is None else groups
     return nnx.GroupNorm(channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+
+def usual_groups(channels: int) -> int:
+    """32, or as many as divide both that and the channels, of at least 4 channels."""
+    groups = math.gcd(32, channels)
+    while groups > 1 and channels // groups < 4:
+        groups //= 2
+    return groups
 
 
 def layer_norm(x: Array, kind: Literal["layer", "rms"], epsilon: float = 1e-6) -> Array:

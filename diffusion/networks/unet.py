@@ -37,12 +37,12 @@ class UNet(nnx.Module):
     """
 
     def __init__(self, *, size, channels, num_classes, width, multipliers, blocks, attention, up_attention,
-                 middle_attention, head_width, resample, end_padding, input_skip, embedding, last_frequency, null_class,
-                 kernel, remat, outputs, style: Style, rngs: nnx.Rngs):  # fmt: skip
+                 middle_attention, head_width, resample, end_padding, input_skip, embedding, last_frequency, sin_first,
+                 null_class, kernel, remat, outputs, style: Style, rngs: nnx.Rngs):  # fmt: skip
         self.style, self.remat = style, remat
         self.embed = ConditionEmbedding(
             2 * width if embedding == "fourier" else width, style.emb_features, num_classes, kind=embedding,
-            last=last_frequency, null_class=null_class, dtype=style.dtype, rngs=rngs,
+            last=last_frequency, sin_first=sin_first, null_class=null_class, dtype=style.dtype, rngs=rngs,
         )  # fmt: skip
         self.conv_in = conv3x3(channels, width, dtype=style.dtype, rngs=rngs)
 
@@ -144,6 +144,7 @@ def make(
     rescale: bool = False,
     embedding: Literal["sinusoidal", "fourier"] = "sinusoidal",
     last_frequency: bool = False,
+    sin_first: bool = False,
     null_class: bool = True,
     dropout: float = 0.0,
     groups: int | None = None,
@@ -174,6 +175,7 @@ def make(
       rescale: sums of two are divided by sqrt(2).
       embedding: of the noise label: `sinusoidal` for labels up to 1,000 or so, `fourier` for small ones (log sigma).
       last_frequency: the sinusoidal embedding reaches its lowest frequency, 1 / 10,000, as DDPM's does and ADM's not.
+      sin_first: its sines stand before its cosines, which published DDPM weights want.
       null_class: the table of classes has a row for no class; without it, nothing is added for no class.
       dropout: rate inside the residual blocks, in [0, 1).
       groups: of every group norm; None for 32, or fewer where they would have less than 4 channels.
@@ -217,6 +219,6 @@ def make(
         size=shape[0], channels=shape[2], num_classes=num_classes, width=width, multipliers=multipliers, blocks=blocks,
         attention=attention, up_attention=up_attention, middle_attention=middle_attention, head_width=head_width,
         resample=resample, end_padding=end_padding, input_skip=input_skip, embedding=embedding,
-        last_frequency=last_frequency, null_class=null_class, kernel=kernel, remat=remat, outputs=outputs, style=style,
-        rngs=rngs,
+        last_frequency=last_frequency, sin_first=sin_first, null_class=null_class, kernel=kernel, remat=remat,
+        outputs=outputs, style=style, rngs=rngs,
     ), outputs)  # fmt: skip

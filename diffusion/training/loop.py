@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -140,20 +140,23 @@ def train(
 
     # Start, or go on. Nothing is written before the checkpoint is known to fit.
     found = Checkpoints(workdir, read_only=True)
-    start = found.latest() or 0
-    if start:
-        _check_same(found.meta(start), meta)
+    latest = found.latest()
+    start = latest or 0
+    if latest is not None:
         if start > options.steps:
             raise InputError("train.steps", f"is {options.steps}, but {workdir} is at step {start} already")
+        # Converted weights are at step 0 and have seen no data.
+        _check_same(found.meta(start), meta, ("network", "objective", "data") if start else ("network", "objective"))
         state, position = found.restore(start, abstract)
-        data.set_state(position)
+        if start:
+            data.set_state(position)
     found.close()
     previews = os.path.join(workdir, "previews")
     files.make_folder(workdir, "workdir")
     files.make_folder(previews, "workdir")
     with files.replace(os.path.join(workdir, "config.json")) as file:
         json.dump(meta["config"], file, indent=2)
-    if not start:
+    if latest is None:
         state = jax.jit(init, out_shardings=state_sharding)()
     overview = parameter_overview.get_parameter_overview(state.params)
     with files.replace(os.path.join(workdir, "parameters.txt")) as file:
@@ -161,7 +164,7 @@ def train(
     print(
         f"{parameter_overview.count_parameters(state.params):,} parameters ({workdir}/parameters.txt), "
         f"{mesh.size} device{'s' if mesh.size > 1 else ''}, {len(source):,} examples, "
-        + (f"going on from step {start:,}" if start else "from the start")
+        + ("from the start" if latest is None else f"going on from step {start:,}")
     )
 
     checkpoints = Checkpoints(workdir, keep=checkpoint.keep)
@@ -207,9 +210,9 @@ def train(
     return state
 
 
-def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """A run goes on with the network, objective and data it began with; the rest of a config may change."""
-    for part in ("network", "objective", "data"):
+def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """A run goes on with the parts it began with; the rest of a config may change."""
+    for part in parts:
         ours, theirs = (json.loads(json.dumps(m["config"][part])) for m in (meta, stored))
         if ours != theirs:
             field = next(f"{part}.{key}" for key in {**theirs, **ours} if ours.get(key) != theirs.get(key))

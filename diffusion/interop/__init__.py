@@ -1,0 +1,1 @@
+"""Reading and writing weights in the formats of other libraries. None of them is imported."""
