@@ -3,6 +3,8 @@
 python -m experiments.benchmark --suite=loop        the train loop against the jitted step it runs
 python -m experiments.benchmark --suite=sampling    the scan of each sampler against calls of the denoiser it makes, the
                                                     compiling of 1,000 steps against 10, and what recompiles
+python -m experiments.benchmark --suite=networks    our networks against the same ones in PyTorch: train steps, guided
+                                                    sampling, compiling (wants requirements-peers.txt; some minutes)
 """
 
 import json
@@ -22,10 +24,10 @@ from diffusion.training import ema, loop, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
 from diffusion.types import Network, Spec
-from experiments import cli
+from experiments import cli, peer_speed
 from experiments.drawing import Drawer
 
-SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "sampling"], "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "sampling", "networks"], "What to measure.")
 RUNS = flags.DEFINE_integer("runs", 5, "Runs of each side; the median counts.")
 
 SPEC = Spec(shape=(8, 8, 1), num_classes=10)
@@ -48,6 +50,9 @@ class Synthetic:
 
 
 def main() -> None:
+    if SUITE.value == "networks":
+        peer_speed.networks(RUNS.value)
+        return
     network = build(
         "networks",
         {"name": "unet", "width": 32, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 32},

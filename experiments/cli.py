@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from glob import glob
 
+import jax
 from absl import app, flags, logging
 
 from diffusion.training.loop import Diverged
@@ -18,6 +19,9 @@ from diffusion.types import InputError
 
 BAD_INPUT, DIVERGED = 2, 3
 
+COMPILED = flags.DEFINE_string(
+    "compiled", None, "Folder to keep compiled programs in, so that the next start need not compile them again."
+)
 flags.DEFINE_bool("debug", False, "Show the traceback behind an error.")
 
 
@@ -76,8 +80,17 @@ def _in_config(argv: list[str], error: Exception) -> Exception:
     return InputError(given, f"raised {type(error).__name__}: {error}")
 
 
+def keep_compiled(folder: str) -> None:
+    """Keeps every compiled program there, however fast it was compiled, and looks there first."""
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder) if "://" not in folder else folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def _guard(main: Callable[[], None]) -> None:
     try:
+        if COMPILED.value:
+            keep_compiled(COMPILED.value)
         main()
     except InputError as error:
         if flags.FLAGS.debug:

@@ -26,6 +26,8 @@ TINY = {
     "unet": {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention": (), "head_width": 4},
     "mlp": {"width": 8, "depth": 1},
     "dit": {"width": 8, "depth": 2, "heads": 2, "patch": 4},
+    "uvit": {"width": 8, "depth": 3, "heads": 2, "patch": 4},
+    "edm2": {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention": (), "head_width": 4},
 }
 PURE_NOISE = ("flow", "trig")  # schedules whose SNR at t = 1 is 0
 

@@ -4,9 +4,7 @@ A network takes the choice of the implementation as its keyword `kernel`.
 """
 
 import contextlib
-import contextvars
 import math
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -21,18 +19,13 @@ Kernel = Literal["auto", "xla", "cudnn", "chunked"]
 CHUNK = 256  # queries at a time, where they are taken in chunks
 LONG = 2**20  # products of queries and keys, for each head, from which `auto` takes them in chunks: 1,024 tokens
 
-_forward_mode = contextvars.ContextVar("forward_mode", default=False)
+_forward_mode = jax.make_user_context(False)  # a part of what `jax.jit` goes by: another value is traced anew
 
 
-@contextlib.contextmanager
-def forward_mode() -> Iterator[None]:
-    """Around the tracing of `jax.jvp` of a network: cuDNN's attention has no forward-mode derivative, and `auto` then
-    does not choose it."""
-    token = _forward_mode.set(True)
-    try:
-        yield
-    finally:
-        _forward_mode.reset(token)
+def forward_mode() -> contextlib.AbstractContextManager:
+    """Around a `jax.jvp` of a network: cuDNN's attention has no forward-mode derivative, and `auto` then does not
+    choose it."""
+    return _forward_mode(True)
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: Kernel = "auto") -> Array:
@@ -61,7 +54,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: K
 
 
 def _choose(q: Array, k: Array, mask: Array | None) -> Kernel:
-    if mask is None and not _forward_mode.get() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
+    if mask is None and not _forward_mode.value and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
         capability = _nvidia_capability()
         if capability >= (8, 0) and q.shape[-1] <= (256 if capability >= (9, 0) else 128):
             return "cudnn"
@@ -87,7 +80,7 @@ def _plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 def _heads_first(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """`attend` for `[B, heads, N, F]`."""
-    logits = jnp.einsum("bhnf,bhmf->bhnm", q / math.sqrt(q.shape[-1]), k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bhnf,bhmf->bhnm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
     return jnp.einsum("bhnm,bhmf->bhnf", jax.nn.softmax(logits).astype(v.dtype), v)

@@ -11,12 +11,13 @@ from diffusion.types import Array
 Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
 
-def rematerialised(function: Callable, remat: Remat) -> Callable:
+def rematerialised(function: Callable, remat: Remat, *, in_scan: bool = False) -> Callable:
     """`function` whose backward pass computes again nothing (`none`), all of it (`full`), or what a policy of
-    `jax.checkpoint_policies` does not save."""
+    `jax.checkpoint_policies` does not save. In the body of a scan XLA needs no barrier against undoing that."""
     if remat == "none":
         return function
-    return jax.checkpoint(function, policy=None if remat == "full" else getattr(jax.checkpoint_policies, remat))
+    policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
 
 
 class Stack(nnx.Module):
@@ -28,10 +29,13 @@ class Stack(nnx.Module):
       construct: builds one block from its random streams. Its call is `block(x, *own, *args) -> x` of the same shape.
       depth: how many.
       remat: of each block; see `rematerialised`.
+      unroll: blocks to an iteration of the scan: more compile longer, and may run faster.
     """
 
-    def __init__(self, construct: Callable[[nnx.Rngs], nnx.Module], depth: int, remat: Remat, *, rngs: nnx.Rngs):
-        self.remat = remat
+    def __init__(
+        self, construct: Callable[[nnx.Rngs], nnx.Module], depth: int, remat: Remat, unroll: int = 1, *, rngs: nnx.Rngs
+    ):
+        self.remat, self.unroll = remat, unroll
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(nnx.Rngs(0))))
         drawn = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(construct(nnx.Rngs(key)))))
         self.blocks = _as_params(drawn(jax.random.split(rngs.params(), depth)))
@@ -50,10 +54,9 @@ class Stack(nnx.Module):
             x = nnx.merge(self.graphdef, nnx.State(params))(x, *own, *args)
             return x, x if collect else None
 
-        if self.remat != "none":
-            policy = None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
-            block = jax.checkpoint(block, policy=policy)
-        x, every = jax.lax.scan(block, x, (nnx.to_pure_dict(nnx.state(self.blocks)), own))
+        block = rematerialised(block, self.remat, in_scan=True)
+        stacked = nnx.to_pure_dict(nnx.state(self.blocks))
+        x, every = jax.lax.scan(block, x, (stacked, own), unroll=self.unroll)
         return (x, every) if collect else x
 
 

@@ -61,7 +61,7 @@ class DiT(nnx.Module):
     """x `[B, H, W, C]`, c_noise `[B]`, cond -> `[B, H, W, outputs * C]`, float32: patches, blocks, patches."""
 
     def __init__(self, *, size, channels, num_classes, patch, width, depth, heads, inner, positions, norm, qk_norm,
-                 gated, last_frequency, kernel, remat, outputs, dtype, rngs: nnx.Rngs):  # fmt: skip
+                 gated, last_frequency, kernel, remat, unroll, outputs, dtype, rngs: nnx.Rngs):  # fmt: skip
         self.patch, self.dtype, self.norm = patch, dtype, norm
         self.side, self.out_channels = size // patch, outputs * channels
         self.embed = ConditionEmbedding(FREQUENCIES, width, num_classes, last=last_frequency, dtype=dtype, rngs=rngs)
@@ -71,7 +71,7 @@ class DiT(nnx.Module):
         self.blocks = Stack(
             lambda rngs: Block(width=width, heads=heads, inner=inner, norm=norm, qk_norm=qk_norm, gated=gated,
                                kernel=kernel, dtype=dtype, rngs=rngs),
-            depth, remat, rngs=rngs,
+            depth, remat, unroll, rngs=rngs,
         )  # fmt: skip
         zeros = nnx.initializers.zeros
         self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
@@ -111,6 +111,7 @@ def make(
     last_frequency: bool = False,
     kernel: Kernel = "auto",
     remat: Remat = "none",
+    unroll: int = 1,
     outputs: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
@@ -135,6 +136,7 @@ def make(
         stops one short of it; weights that were trained or converted for diffusers may want it.
       kernel: how attention is computed; see `layers.attention.attend`.
       remat: what of a block the backward pass computes again; see `layers.stack.rematerialised`.
+      unroll: blocks to an iteration of the scan over them.
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last layer are float32.
     """
@@ -146,6 +148,7 @@ def make(
         "depth": depth,
         "heads": heads,
         "outputs": outputs,
+        "unroll": unroll,
         "mlp_ratio": mlp_ratio,
     }
     for name, value in numbers.items():
@@ -161,5 +164,6 @@ def make(
     return functional(lambda rngs: DiT(
         size=shape[0], channels=shape[2], num_classes=num_classes, patch=patch, width=width, depth=depth, heads=heads,
         inner=inner, positions=positions, norm=norm, qk_norm=qk_norm, gated=mlp == "swiglu",
-        last_frequency=last_frequency, kernel=kernel, remat=remat, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
+        last_frequency=last_frequency, kernel=kernel, remat=remat, unroll=unroll, outputs=outputs,
+        dtype=jnp.dtype(dtype), rngs=rngs,
     ), outputs)  # fmt: skip

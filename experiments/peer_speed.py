@@ -1,0 +1,294 @@
+"""Our networks against the same networks in PyTorch (diffusers), with the same weights, in one process and in turn.
+
+`experiments.benchmark --suite=networks` is where it is started.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.build import build
+from diffusion.interop import diffusers as models
+from diffusion.macs import network_macs
+from diffusion.training import ema, optimizer
+from diffusion.training.state import init_state
+from diffusion.training.step import make_step
+from diffusion.types import InputError, Network, Spec
+from experiments.drawing import Drawer
+
+BATCH_SIZE, IMAGES, STEPS, SCALE = 8, 2, 50, 4.0
+LEARNING_RATE, DECAY = 1e-4, 0.999
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network that both have, for data of a spec."""
+
+    network: Mapping[str, Any]
+    spec: Spec
+
+    def build(self, **options: Any) -> Network:
+        keywords = {"shape": self.spec.shape, "num_classes": self.spec.num_classes}
+        return build("networks", {**self.network, **options}, **keywords)
+
+
+DIT_S = {"name": "dit", "patch": 2, "width": 384, "depth": 12, "heads": 6, "last_frequency": True}
+CIFAR = {"name": "unet", "head_width": None, "scale_shift": False, "end_padding": True, "last_frequency": True,
+         "sin_first": True, "epsilon": 1e-6}  # fmt: skip
+CASES = {
+    "DiT-S/2, 32x32x4": Case(DIT_S, Spec((32, 32, 4), 1000)),
+    "DDPM U-Net, 32x32x3": Case(CIFAR, Spec((32, 32, 3))),
+}
+OBJECTIVE = {"name": "ddpm", "parameterization": {"name": "eps", "c_noise": "index"}, "times": "discrete"}
+
+
+def networks(runs: int) -> None:
+    """Prints a table: a train step of each network, guided sampling, compiling."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError("--suite", "networks compares with PyTorch: pip install -r requirements-peers.txt") from None
+    torch.set_num_threads(os.cpu_count())
+    rate = matmul_rate()
+    print(f"matrix product, float32, {os.cpu_count()} threads: {rate / 1e9:.0f} GFLOP/s")
+    print(f"{'':34} {'ours':>9} {'theirs':>9}  ratio  of matmul   peak memory")
+    with tempfile.TemporaryDirectory() as folder:
+        for index, (name, case) in enumerate(CASES.items()):
+            path = os.path.join(folder, str(index))
+            params = random_params(case)
+            models.write(path, models.Model(case.network, case.spec, params))
+            sides = {"ours": our_step(case, params), "theirs": their_step(path)}
+            gap = disagreement(case, params, path)
+            work = 3 * 2 * BATCH_SIZE * network_macs(case.build(), case.spec.shape, case.spec.num_classes)
+            seconds = in_turn(sides, runs)
+            memory = {side: peak_memory(side, index, path) for side in sides}
+            line(f"train step, {name}", seconds, work / rate, memory)
+            print(f"{'':34} outputs differ by {gap:.1e}")
+        path, case = os.path.join(folder, "0"), CASES["DiT-S/2, 32x32x4"]
+        seconds = in_turn(guided_sampling(case, path), runs)
+        work = 2 * 2 * IMAGES * STEPS * network_macs(case.build(), case.spec.shape, case.spec.num_classes)
+        line(f"DDIM, {STEPS} steps, guided, DiT-S/2", seconds, work / rate)
+    compiling(runs)
+
+
+def line(
+    name: str, seconds: Mapping[str, list[float]], ideal: float, memory: Mapping[str, float] | None = None
+) -> None:
+    ours, theirs = (statistics.median(values) for values in seconds.values())
+    ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
+    peak = "" if memory is None else f"  {memory['ours']:.2f} GB, {memory['theirs']:.2f} GB"
+    print(f"{name:34} {ours:7.3f} s {theirs:7.3f} s {ratio:6.3f}   {ideal / ours:6.1%} {peak}", flush=True)
+
+
+def in_turn(sides: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
+    """Seconds of each call, after one that is not counted."""
+    seconds = {name: [] for name in sides}
+    for run in range(runs + 1):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            if run:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def matmul_rate(side: int = 2048) -> float:
+    """FLOP/s of a float32 matrix product."""
+    a = jnp.ones((side, side))
+    product = jax.jit(lambda a: a @ a)
+    return 2 * side**3 / min(in_turn({"": lambda: product(a).block_until_ready()}, 9)[""])
+
+
+def random_params(case: Case) -> Any:
+    """Weights with none at zero."""
+    rng = np.random.default_rng(0)
+    drawn = jax.jit(case.build().init)(jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.float32(leaf + 0.02 * rng.normal(size=leaf.shape)), drawn)
+
+
+def example(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """x `[B, H, W, C]` and labels `[B]`."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(BATCH_SIZE, *case.spec.shape)).astype(np.float32)
+    return x, np.arange(BATCH_SIZE) % max(case.spec.num_classes, 1)
+
+
+def our_step(case: Case, params: Any = None) -> Callable[[], None]:
+    """The train step as the training job runs it."""
+    network, objective = case.build(), build("objectives", OBJECTIVE)
+    opt = optimizer.make(steps=10**6, learning_rate=LEARNING_RATE, clip=None)
+    averages = ema.make(decays=(DECAY,), warmup=False)
+    state = jax.jit(lambda: init_state(objective, network, opt.transform, averages, jax.random.key(0)))()
+    if params is not None:
+        state = dataclasses.replace(state, params={"net": jax.tree.map(jnp.asarray, params)})
+    step = jax.jit(make_step(objective, network, opt, averages, seed=0), donate_argnums=0)
+    x, label = example(case)
+    batch = {"x": x, "cond": {"label": label} if case.spec.num_classes else {}}
+
+    def call() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(step(state, batch))
+
+    return call
+
+
+def load(path: str) -> Any:
+    """Their model of a folder."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+        kind = json.load(file)["_class_name"]
+    return getattr(diffusers, kind).from_pretrained(path)
+
+
+def their_step(path: str) -> Callable[[], None]:
+    """The same step in PyTorch: noise, loss, gradient, AdamW, one average."""
+    import torch
+    from diffusers import DDPMScheduler
+
+    model, scheduler = load(path).train(), DDPMScheduler()
+    average = copy.deepcopy(model).requires_grad_(False)
+    opt = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), weight_decay=1e-4)
+    config = model.config
+    case = Case(
+        {}, Spec((config.sample_size, config.sample_size, config.in_channels), config.get("num_embeds_ada_norm") or 0)
+    )
+    x, label = example(case)
+    x, labels = torch.tensor(x.transpose(0, 3, 1, 2)).contiguous(), [torch.tensor(label)] * bool(case.spec.num_classes)
+
+    def call() -> None:
+        t, eps = torch.randint(0, 1000, (len(x),)), torch.randn_like(x)
+        opt.zero_grad(set_to_none=True)
+        torch.nn.functional.mse_loss(model(scheduler.add_noise(x, eps, t), t, *labels).sample, eps).backward()
+        opt.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - DECAY)
+
+    return call
+
+
+def disagreement(case: Case, params: Any, path: str) -> float:
+    """The largest difference of their outputs, in units of the largest output."""
+    import torch
+
+    x, label = example(case)
+    t = np.linspace(0, 999, BATCH_SIZE).astype(np.int64)
+    classes = case.spec.num_classes
+    ours = jax.jit(case.build().apply)(params, x, np.float32(t), {"label": label} if classes else {})
+    with torch.no_grad():
+        model = load(path).eval()
+        args = [torch.tensor(label)] * bool(classes)
+        theirs = (
+            model(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), *args).sample.numpy().transpose(0, 2, 3, 1)
+        )
+    return float(abs(ours - theirs).max() / abs(theirs).max())
+
+
+def guided_sampling(case: Case, path: str) -> dict[str, Callable[[], Any]]:
+    """Ours as the sampling job runs it; theirs is their pipeline, with an autoencoder too small to count."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    from diffusion.distributed import mesh
+
+    drawer = Drawer(
+        case.build(), build("objectives", OBJECTIVE), case.spec, mesh.make(), cond_drop_rate=0.1,
+        sampler={"name": "ddim", "steps": STEPS, "grid": {"name": "leading"}},
+        guidance={"name": "cfg", "scale": SCALE},
+    )  # fmt: skip
+    params, labels = {"net": random_params(case)}, list(range(IMAGES))
+    pipe = DiTPipeline(load(path).eval(), AutoencoderKL(block_out_channels=(4,), norm_num_groups=1), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def theirs() -> None:
+        with torch.no_grad():
+            pipe(labels, guidance_scale=SCALE, num_inference_steps=STEPS, output_type="pt")
+
+    return {"ours": lambda: drawer(params, np.array(labels), IMAGES, seed=0, batch_size=IMAGES), "theirs": theirs}
+
+
+def peak_memory(side: str, index: int, path: str) -> float:
+    """GB that two train steps add to a process that has imported its library."""
+    code = f"from experiments import peer_speed; peer_speed.print_peak({side!r}, {index}, {path!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def print_peak(side: str, index: int, path: str) -> None:
+    """What `peak_memory` runs in a process of its own."""
+    if side == "theirs":
+        import diffusers
+        import torch  # noqa: F401
+
+        diffusers.DiTTransformer2DModel, diffusers.UNet2DModel  # noqa: B018 (imported when it is first asked for)
+    else:
+        jax.block_until_ready(jnp.ones(1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = our_step(list(CASES.values())[index]) if side == "ours" else their_step(path)
+    step()
+    step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9)
+
+
+def compiling(runs: int) -> None:
+    """The gradient of twelve blocks, scanned and unrolled; and the first train step, with nothing kept and with the
+    compilation kept on disk."""
+    case = CASES["DiT-S/2, 32x32x4"]
+    x, label = example(case)
+
+    def compile_gradient(unroll: int) -> Callable[[], Any]:
+        network = case.build(unroll=unroll)
+        shapes = jax.eval_shape(network.init, jax.random.key(0))
+
+        def loss(params, x, t, label):
+            return jnp.mean(network.apply(params, x, t, {"label": label}) ** 2)
+
+        def call() -> None:
+            jax.clear_caches()
+            jax.jit(jax.grad(loss)).lower(shapes, x, np.ones(BATCH_SIZE, np.float32), label).compile()
+
+        return call
+
+    seconds = in_turn({"scanned": compile_gradient(1), "unrolled": compile_gradient(12)}, min(runs, 3))
+    first, second = (statistics.median(values) for values in seconds.values())
+    print(
+        f"compile the gradient of 12 blocks: scanned {first:.2f} s, unrolled {second:.2f} s, ratio {second / first:.1f}"
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        code = f"""
+import time
+import jax
+from experiments import cli, peer_speed
+cli.keep_compiled({folder!r})
+step = peer_speed.our_step(peer_speed.CASES["DiT-S/2, 32x32x4"])
+start = time.perf_counter()
+step()
+first = time.perf_counter() - start
+start = time.perf_counter()
+step()
+print(first, time.perf_counter() - start)
+"""
+        pairs = []
+        for _ in range(2):
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            pairs.append([float(value) for value in done.stdout.split()])
+    (cold, _), (warm, plain) = pairs
+    print(
+        f"first train step: cold {cold:.2f} s, compiled before {warm:.2f} s, ratio {warm / cold:.2f}; "
+        f"a step {plain:.2f} s"
+    )

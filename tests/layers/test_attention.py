@@ -1,0 +1,150 @@
+"""Attention: what each implementation computes, what it costs, and which one is chosen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.layers import attention
+from diffusion.layers.attention import attend, forward_mode
+
+B, N, M, HEADS, F = 2, 11, 9, 3, 16
+KERNELS = ["auto", "xla", "chunked"]
+
+
+def draw(seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return tuple(rng.normal(size=(B, tokens, HEADS, F)).astype(dtype) for tokens in (N, M, M))
+
+
+Q, K, V = draw()
+MASK = np.arange(M) < np.array([[4], [7]])
+
+
+@pytest.fixture
+def chunks_of_4(monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK", 4)
+
+
+def by_hand(q, k, v, mask=None):
+    """Softmax attention in float64, one head at a time."""
+    q, k, v = (np.float64(part) for part in (q, k, v))
+    out = np.zeros(q.shape)
+    for b in range(len(q)):
+        for head in range(q.shape[2]):
+            weights = np.exp(q[b, :, head] @ k[b, :, head].T / np.sqrt(q.shape[-1]))
+            if mask is not None:
+                weights = weights * mask[b]
+            out[b, :, head] = weights / weights.sum(-1, keepdims=True) @ v[b, :, head]
+    return out
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "mask"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_is_softmax_attention(kernel, mask, chunks_of_4):
+    np.testing.assert_allclose(attend(Q, K, V, mask, kernel=kernel), by_hand(Q, K, V, mask), atol=2e-6)
+
+
+@pytest.mark.parametrize(("tokens", "mask"), [(8, None), (11, None), (11, MASK)], ids=["full", "partial", "mask"])
+def test_chunks_change_nothing(tokens, mask, chunks_of_4):
+    """Neither output nor gradients, whether or not the queries fill the last chunk."""
+
+    def run(kernel):
+        def loss(q, k, v):
+            out = attend(q, k, v, mask, kernel=kernel)
+            return jnp.sum(jnp.sin(out)), out
+
+        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(Q[:, :tokens], K, V)
+        return *gradients, out
+
+    for chunked, whole in zip(run("chunked"), run("xla"), strict=True):
+        assert chunked.shape == whole.shape and abs(whole).max() > 1e-2
+        np.testing.assert_allclose(chunked, whole, atol=2e-6)
+
+
+def test_chunks_take_less_memory():
+    """Less than a third of that for all products at once, forward and backward; `auto` knows."""
+    tokens = jax.ShapeDtypeStruct((1, 2048, 1, 8), jnp.float32)
+
+    def temporary(kernel, f):
+        compiled = jax.jit(f(lambda q, k, v: jnp.sum(attend(q, k, v, kernel=kernel)))).lower(tokens, tokens, tokens)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    for f in (lambda loss: loss, lambda loss: jax.grad(loss, argnums=(0, 1, 2))):
+        chunked, whole, auto = (temporary(kernel, f) for kernel in ("chunked", "xla", "auto"))
+        assert whole >= 2048**2 * 4
+        assert auto == chunked < whole / 3
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_forward_mode(kernel, chunks_of_4):
+    """The derivative along a direction is that of central differences."""
+    directions = draw(seed=1)
+    with forward_mode():
+        out, tangent = jax.jvp(lambda *qkv: attend(*qkv, MASK, kernel=kernel), (Q, K, V), directions)
+    ahead, behind = (
+        by_hand(*(part + h * direction for part, direction in zip((Q, K, V), directions, strict=True)), MASK)
+        for h in (1e-3, -1e-3)
+    )
+    np.testing.assert_allclose(out, by_hand(Q, K, V, MASK), atol=2e-6)
+    np.testing.assert_allclose(tangent, (ahead - behind) / 2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_masked_keys_have_no_influence(kernel, chunks_of_4):
+    other_k, other_v = (np.where(MASK[:, :, None, None], part, 100) for part in (K, V))
+    out = attend(Q, K, V, MASK, kernel=kernel)
+    np.testing.assert_array_equal(attend(Q, other_k, other_v, MASK, kernel=kernel), out)
+    assert abs(attend(Q, other_k, other_v, kernel=kernel) - out).max() > 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_softmax_of_bfloat16_is_float32(kernel, chunks_of_4):
+    """Logits near 40, which bfloat16 would round by up to 1/8 and so their exponentials by that part."""
+    q, k, v = (jnp.asarray(part, jnp.bfloat16) for part in (10 * Q, K, V))
+    out, wanted = attend(q, k, v, kernel=kernel), by_hand(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    assert abs(np.einsum("bnhf,bmhf->bhnm", np.float32(q), np.float32(k)) / F**0.5).max() > 30
+    np.testing.assert_allclose(np.float32(out), wanted, atol=2**-8 * abs(np.float32(v)).max())
+
+
+@pytest.mark.parametrize(
+    ("capability", "tokens", "width", "dtype", "wanted"),
+    [
+        ((9, 0), 64, 64, "bfloat16", "cudnn"),
+        ((9, 0), 64, 64, "float16", "cudnn"),
+        ((9, 0), 2048, 64, "bfloat16", "cudnn"),
+        ((9, 0), 64, 192, "bfloat16", "cudnn"),
+        ((9, 0), 64, 256, "bfloat16", "cudnn"),
+        ((9, 0), 64, 264, "bfloat16", "xla"),
+        ((8, 0), 64, 128, "bfloat16", "cudnn"),
+        ((8, 0), 64, 192, "bfloat16", "xla"),
+        ((7, 5), 64, 64, "bfloat16", "xla"),
+        ((9, 0), 64, 60, "bfloat16", "xla"),
+        ((9, 0), 64, 64, "float32", "xla"),
+        ((9, 0), 1024, 64, "float32", "chunked"),
+        ((), 64, 64, "bfloat16", "xla"),
+        ((), 1023, 64, "bfloat16", "xla"),
+        ((), 1024, 64, "bfloat16", "chunked"),
+    ],
+)
+def test_what_auto_chooses(capability, tokens, width, dtype, wanted, monkeypatch):
+    monkeypatch.setattr(attention, "_nvidia_capability", lambda: capability)
+    q = jax.ShapeDtypeStruct((1, tokens, 2, width), jnp.dtype(dtype))
+    assert attention._choose(q, q, None) == wanted
+    without_cudnn = "chunked" if tokens >= 1024 else "xla"
+    mask = jax.ShapeDtypeStruct((1, tokens), jnp.dtype(bool))
+    assert attention._choose(q, q, mask) == without_cudnn
+    with forward_mode():
+        assert attention._choose(q, q, None) == without_cudnn
+    assert attention._choose(q, q, None) == wanted
+
+
+def test_long_is_queries_times_keys():
+    q, k = (jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32) for tokens in (4096, 77))
+    assert attention._choose(q, k, None) == "xla"
+    assert attention._choose(q, q, None) == "chunked"
+
+
+def test_there_is_no_nvidia_gpu_here():
+    assert attention._nvidia_capability() == ()
