@@ -123,11 +123,13 @@ class Network:
       init: `init(key) -> params`.
       apply: of the form `Apply`.
       outputs: values that it gives for each channel of x: 1, or 2 if it has a second head (a learned variance).
+      project: what its parameters are brought back to after every optimizer step, and by `init`; None if they are free.
     """
 
     init: Callable[[Array], Params]
     apply: Apply
     outputs: int = 1
+    project: Callable[[Params], Params] | None = None
 
 
 class Objective(Protocol):

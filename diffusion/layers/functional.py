@@ -7,20 +7,26 @@ from flax import nnx
 from diffusion.types import Array, Cond, Network, Params
 
 
-def functional(construct: Callable[[nnx.Rngs], nnx.Module], outputs: int = 1) -> Network:
+def functional(
+    construct: Callable[[nnx.Rngs], nnx.Module],
+    outputs: int = 1,
+    *,
+    project: Callable[[Params], Params] | None = None,
+) -> Network:
     """Splits a module once.
 
     Args:
       construct: builds the module from its random streams. Its call is `module(x, c_noise, cond, key)`; its state must
         be parameters alone, with string keys (`nnx.Dict`, not lists).
-      outputs: see `Network`.
+      outputs, project: see `Network`.
     """
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(nnx.Rngs(0))))
 
     def init(key: Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(construct(nnx.Rngs(key))))
+        params = nnx.to_pure_dict(nnx.state(construct(nnx.Rngs(key))))
+        return params if project is None else project(params)
 
     def apply(params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array:
         return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key)
 
-    return Network(init, apply, outputs)
+    return Network(init, apply, outputs, project)

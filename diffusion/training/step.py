@@ -9,7 +9,7 @@ import optax
 from diffusion.training.ema import EMA
 from diffusion.training.optimizer import Optimizer
 from diffusion.training.state import TrainState, averaged, trainable
-from diffusion.types import Array, Batch, Network, Objective
+from diffusion.types import Array, Batch, Network, Objective, Params
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
@@ -61,13 +61,24 @@ def make_step(
         metrics = {"loss": jnp.mean(losses), **metrics, **seen}
 
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, learned)
-        learned = optax.apply_updates(learned, updates)
+        learned = _projected(optax.apply_updates(learned, updates), network, state.params)
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step))
         averages = ema.update(state.ema, learned, state.step)
         return TrainState(state.step + 1, {**state.params, **learned}, averages, opt_state, memory), metrics
 
     return step
+
+
+def _projected(learned: dict[str, Params], network: Network, params: dict[str, Params]) -> dict[str, Params]:
+    """The trained networks after a step, each that is a copy of the network (a critic may be) where `project` wants it;
+    what else an objective trains (VDM's schedule) is told from them by its names."""
+    if network.project is None:
+        return learned
+    names = jax.tree.structure(params["net"])
+    return {
+        name: network.project(value) if jax.tree.structure(value) == names else value for name, value in learned.items()
+    }
 
 
 def _split(batch: Batch, parts: int) -> Batch:

@@ -1,10 +1,14 @@
 """Every config says what it is and how to run it, and its parts fit together."""
 
+import dataclasses
 import importlib.util
 import inspect
 import pathlib
+import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from diffusion.build import build
@@ -14,7 +18,25 @@ from experiments import parts
 from experiments.drawing import Drawer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-ARGUMENTS = {"mixture": ("ddpm_eps", "ddpm_x0", "ddpm_v", "flow", "vdm"), "moons": ("independent", "exact", "sinkhorn")}
+ARGUMENTS = {
+    "cifar10_edm": ("ddpmpp", "ncsnpp"),
+    "imagenet256_dit": ("S/2", "B/2", "L/2", "XL/2"),
+    "imagenet256_sit": ("S/2", "B/4", "L/8", "XL/2"),
+    "mixture": ("ddpm_eps", "ddpm_x0", "ddpm_v", "flow", "vdm"),
+    "moons": ("independent", "exact", "sinkhorn"),
+}
+# Parameters in millions, as the papers say.
+PUBLISHED = {
+    ("cifar10_ddpm", ""): "35.7",
+    ("cifar10_edm", "ddpmpp"): "55.7",
+    ("cifar10_edm", "ncsnpp"): "56.4",
+    ("imagenet64_adm", ""): "295.9",
+    ("imagenet256_dit", "S/2"): "33",
+    ("imagenet256_dit", "B/2"): "130",
+    ("imagenet256_dit", "L/2"): "458",
+    ("imagenet256_dit", "XL/2"): "675",
+    ("imagenet256_sit", "XL/2"): "675",
+}
 CASES = [
     (path, argument) for path in sorted((ROOT / "configs").glob("*.py")) for argument in ARGUMENTS.get(path.stem, ("",))
 ]
@@ -27,22 +49,45 @@ def module_of(path):
     return module
 
 
+def with_data(config, doc, folder):
+    """The config; if its data is on disk, with a folder of two examples that are what its docstring says."""
+    if config["data"]["name"] != "npy":
+        return config
+    kind, sides = re.search(r"x.npy, (\w+) \[\d+, (\d+, \d+, \d+)\]", doc).groups()
+    np.save(folder / "x.npy", np.zeros((2, *map(int, sides.split(", "))), kind))
+    np.save(folder / "label.npy", np.arange(2))
+    for section in (config["data"], config["eval"]["data"]):
+        assert section["path"] in doc
+        section["path"] = str(folder)
+    return config
+
+
 @pytest.mark.parametrize(("path", "argument"), CASES, ids=lambda value: getattr(value, "stem", value))
-def test_parts_fit(path, argument):
+def test_parts_fit(path, argument, tmp_path):
     module = module_of(path)
     for word in ("Command:", "Hardware:", "Expected:", f"configs/{path.name}"):
         assert word in module.__doc__
     config = (module.get_config(argument) if argument else module.get_config()).to_dict()
     parts.check_sections(config)
+    config = with_data(config, module.__doc__, tmp_path)
     source, held_out = build("data", config["data"]), build("data", config["eval"]["data"])
     network, objective = parts.network_and_objective(config, source.spec)
     keywords = parts.training(config)
     key = jax.random.key(0)
+    shapes = jax.eval_shape(network.init, key)
+    if (path.stem, argument) in PUBLISHED:
+        published = PUBLISHED[path.stem, argument]
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6
+        assert f"{count:.{1 if '.' in published else 0}f}" == published
+    # Describing a large network takes seconds: once will do.
+    network = dataclasses.replace(network, init=lambda key: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
     jax.eval_shape(lambda: init_state(objective, network, keywords["optimizer"].transform, keywords["ema"], key))
-    Drawer(
+    drawer = Drawer(
         network, objective, source.spec, keywords["mesh"], sampler=config["sampler"], guidance=config["guidance"],
         cond_drop_rate=keywords["options"].cond_drop_rate,
     )  # fmt: skip
+    for stated in re.findall(r"([\d,]+)\s+evaluations", module.__doc__):
+        assert int(stated.replace(",", "")) == drawer.solver.evaluations(config["sampler"]["steps"])
     for name, options in config["eval"]["metrics"].items():
         make = importlib.import_module(f"diffusion.evaluation.{name}").make
         assert options.keys() <= inspect.signature(make).parameters.keys()
@@ -53,6 +98,17 @@ def test_no_argument_is_forgotten():
     for path in (ROOT / "configs").glob("*.py"):
         takes = bool(inspect.signature(module_of(path).get_config).parameters)
         assert takes == (path.stem in ARGUMENTS)
+    assert PUBLISHED.keys() <= {(path.stem, argument) for path, argument in CASES}
+
+
+@pytest.mark.parametrize("name", ["cifar10_edm", "imagenet256_dit", "imagenet256_sit"])
+def test_an_unknown_argument_is_told_the_choices(name):
+    get_config = module_of(ROOT / "configs" / f"{name}.py").get_config
+    with pytest.raises(LookupError, match="'M/3'; one of: ") as caught:
+        get_config("M/3")
+    choices = str(caught.value).partition("one of: ")[2].split(", ")
+    assert set(ARGUMENTS[name]) <= set(choices)
+    assert len({get_config(choice).to_json() for choice in choices}) == len(choices)
 
 
 def test_what_a_model_cannot_sample_is_refused_before_it_is_asked(digits, tiny_unet, ddpm, mesh_of):

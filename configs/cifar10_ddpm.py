@@ -1,0 +1,67 @@
+"""DDPM on CIFAR-10 without classes, as in Ho et al. 2020 (arXiv 2006.11239).
+
+Command:   python -m experiments.train --config=configs/cifar10_ddpm.py --workdir=runs/cifar10_ddpm
+Data:      data/cifar10/train/x.npy, uint8 [50000, 32, 32, 3], and data/cifar10/test/x.npy with 10,000 more; from the
+           rows of the set's pickles: np.save("x.npy", rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)).
+Hardware:  the paper's: a TPU v3-8, 10.6 hours (recalled).
+Expected:  FID 3.17 (recalled): 50,000 samples of the averaged parameters against the training set, 1,000 evaluations
+           each; without the average a rerun gives 12 to 14. 35.7 M parameters.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict({
+        "seed": 0,
+        "data": {"name": "npy", "path": "data/cifar10/train", "num_classes": 0, "flip": True},
+        "objective": {
+            "name": "ddpm",
+            "schedule": {"name": "vp", "betas": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_steps": 1000},
+            "parameterization": {"name": "eps", "c_noise": "index"},
+            "times": {"name": "discrete"},
+            "weighting": {"name": "simple"},
+        },
+        "network": {
+            "name": "unet",
+            "width": 128,
+            "multipliers": (1, 2, 2, 2),
+            "blocks": 2,
+            "attention": (16,),
+            "head_width": None,
+            "scale_shift": False,
+            "resample": "conv",
+            "end_padding": True,
+            "last_frequency": True,
+            "sin_first": True,
+            "epsilon": 1e-6,
+            "dropout": 0.1,
+            "dtype": "float32",
+        },
+        "optimizer": {
+            "name": "adam",
+            "learning_rate": 2e-4,
+            "schedule": "constant",
+            "warmup": 5000,
+            "clip": 1.0,
+        },
+        "ema": {"decays": (0.9999,), "warmup": False},
+        "train": {
+            "steps": 800_000,
+            "batch_size": 128,
+            "accumulate": 1,
+            "cond_drop_rate": 0.0,
+            "log_every": 100,
+            "preview_every": 10_000,
+            "prefetch": 8,
+        },
+        "checkpoint": {"every": 10_000, "keep": 3},
+        "sampler": {"name": "ancestral", "variance": "beta", "steps": 1000, "grid": {"name": "trailing"}},
+        "guidance": {"name": "cfg", "scale": 1.0, "threshold": {"limit": 1.0}},
+        "eval": {
+            "data": {"name": "npy", "path": "data/cifar10/test", "num_classes": 0},
+            "metrics": {},
+        },
+        "mesh": {"data": -1, "fsdp": 1, "model": 1},
+        "sharding": {"rules": ()},
+    })  # fmt: skip

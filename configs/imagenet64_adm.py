@@ -1,0 +1,67 @@
+"""ADM on ImageNet at 64x64 with classes, as in Dhariwal & Nichol 2021 (arXiv 2105.05233).
+
+Command:   python -m experiments.train --config=configs/imagenet64_adm.py --workdir=runs/imagenet64_adm
+Data:      data/imagenet64/train/x.npy, uint8 [1281167, 64, 64, 3], each image's middle square scaled down, and
+           label.npy, integers [1281167] from 0 to 999; the same of the 50,000 in data/imagenet64/validation.
+Hardware:  the paper's: V100s, about 900 days of one in half precision (recalled). bfloat16 stands in for it here.
+Expected:  FID 2.07: 50,000 samples of the averaged parameters against the training set, 250 evaluations each, without
+           guidance. 295.9 M parameters.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict({
+        "seed": 0,
+        "data": {"name": "npy", "path": "data/imagenet64/train", "num_classes": 1000, "flip": True},
+        "objective": {
+            "name": "ddpm",
+            "schedule": {"name": "vp", "betas": "cosine", "num_steps": 1000},
+            "parameterization": {"name": "eps", "c_noise": "index"},
+            "times": {"name": "discrete"},
+            "weighting": {"name": "simple"},
+            "learned_variance": True,
+        },
+        "network": {
+            "name": "unet",
+            "width": 192,
+            "multipliers": (1, 2, 3, 4),
+            "blocks": 3,
+            "attention": (32, 16, 8),
+            "head_width": 64,
+            "scale_shift": True,
+            "resample": "residual",
+            "null_class": False,
+            "dropout": 0.1,
+            "outputs": 2,
+            "dtype": "bfloat16",
+        },
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 3e-4,
+            "schedule": "constant",
+            "warmup": 0,
+            "clip": None,
+            "weight_decay": 0.0,
+        },
+        "ema": {"decays": (0.9999,), "warmup": False},
+        "train": {
+            "steps": 540_000,
+            "batch_size": 2048,
+            "accumulate": 1,
+            "cond_drop_rate": 0.0,
+            "log_every": 100,
+            "preview_every": 10_000,
+            "prefetch": 8,
+        },
+        "checkpoint": {"every": 5000, "keep": 3},
+        "sampler": {"name": "ancestral", "variance": "learned", "steps": 250, "grid": {"name": "linspace"}},
+        "guidance": {"name": "cfg", "scale": 1.0, "threshold": {"limit": 1.0}},
+        "eval": {
+            "data": {"name": "npy", "path": "data/imagenet64/validation", "num_classes": 1000},
+            "metrics": {},
+        },
+        "mesh": {"data": -1, "fsdp": 1, "model": 1},
+        "sharding": {"rules": ()},
+    })  # fmt: skip
