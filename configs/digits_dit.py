@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
             "norm": "rms",
             "qk_norm": True,
             "mlp": "swiglu",
-            "remat": "none",
+            "remat": "dots_with_no_batch_dims_saveable",
             "dtype": "float32",
         },
         "optimizer": {

@@ -45,7 +45,7 @@ def get_config(model: str = "XL/2") -> ml_collections.ConfigDict:
             "qk_norm": False,
             "mlp": "gelu",
             "last_frequency": False,  # True if it is to be converted for diffusers
-            "remat": "none",
+            "remat": "dots_with_no_batch_dims_saveable",
             "outputs": 2,
             "dtype": "float32",
         },

@@ -45,7 +45,7 @@ def get_config(model: str = "XL/2") -> ml_collections.ConfigDict:
             "norm": "layer",
             "qk_norm": False,
             "mlp": "gelu",
-            "remat": "none",
+            "remat": "dots_with_no_batch_dims_saveable",
             "outputs": 1,
             "dtype": "float32",
         },

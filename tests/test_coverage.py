@@ -7,6 +7,7 @@ turns at those. A sampler sees nothing but the denoiser and the schedule: `sampl
 every kind of schedule.
 """
 
+import dataclasses
 import itertools
 
 import jax
@@ -65,7 +66,7 @@ def networks(digits, mesh_of):
     for name in names("networks"):
         network = build("networks", {"name": name, **TINY.get(name, {})}, shape=digits.spec.shape, num_classes=10)
         params = jax.jit(network.init)(jax.random.key(0))
-        made[name] = type(network)(lambda key, params=params: params, jax.jit(network.apply), network.outputs)
+        made[name] = dataclasses.replace(network, init=lambda key, params=params: params, apply=jax.jit(network.apply))
     return made
 
 

@@ -110,7 +110,7 @@ def make(
     mlp: Literal["gelu", "swiglu"] = "gelu",
     last_frequency: bool = False,
     kernel: Kernel = "auto",
-    remat: Remat = "none",
+    remat: Remat = "dots_with_no_batch_dims_saveable",
     unroll: int = 1,
     outputs: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",

@@ -116,7 +116,7 @@ def make(
     time_mlp: bool = False,
     conv: bool = True,
     kernel: Kernel = "auto",
-    remat: Remat = "none",
+    remat: Remat = "dots_with_no_batch_dims_saveable",
     outputs: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
