@@ -56,6 +56,11 @@ class Spec:
     low: float = 0.0
     high: float = 255.0
 
+    @property
+    def is_image(self) -> bool:
+        """Whether an example is a picture of 8 bits a channel, and not points or an autoencoder's latents."""
+        return len(self.shape) == 3 and self.shape[-1] in (1, 3) and (self.low, self.high) != (-1.0, 1.0)
+
 
 @runtime_checkable
 class Source(Protocol):

@@ -42,8 +42,17 @@ def grid(images: np.ndarray, columns: int | None = None, *, min_side: int = 48, 
 
 
 def picture(x: np.ndarray, columns: int | None = None) -> Image.Image:
-    """Samples in [-1, 1]: images `[N, H, W, C]` side by side, the first 400; points `[N, 2]` as a cloud."""
-    return grid(to_uint8(x[:400]), columns) if x.ndim == 4 else cloud(x)
+    """Samples: images `[N, H, W, C]` in [-1, 1] side by side, the first 400; latents likewise, their channels in a row,
+    from -3 to 3; points `[N, 2]` as a cloud."""
+    return grid(_pixels(x[:400]), columns) if x.ndim == 4 else cloud(x)
+
+
+def _pixels(x: np.ndarray) -> np.ndarray:
+    """uint8 `[N, H, W, 1 or 3]`; of another number of channels `[N, H, C W, 1]`."""
+    num, height, width, channels = x.shape
+    if channels in (1, 3):
+        return to_uint8(x)
+    return to_uint8(np.moveaxis(x, 3, 2).reshape(num, height, channels * width, 1) / 3)
 
 
 def labelled(rows: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
@@ -52,7 +61,7 @@ def labelled(rows: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
     Args:
       rows: samples in [-1, 1], each `[N, H, W, C]` or points `[N, 2]`.
     """
-    pictures = [grid(to_uint8(x), len(x)) if x.ndim == 4 else cloud(x, side=240) for x in rows]
+    pictures = [grid(_pixels(x), len(x)) if x.ndim == 4 else cloud(x, side=240) for x in rows]
     font = ImageFont.load_default(14)
     margin = 12 + math.ceil(max(font.getlength(label) for label in labels))
     sheet = Image.new("RGB", (margin + pictures[0].width, sum(picture.height for picture in pictures)), "white")

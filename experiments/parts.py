@@ -113,7 +113,7 @@ class Run:
 
     def measured(self, metric: SampleMetric, x: np.ndarray, labels: np.ndarray | None) -> Mapping[str, float]:
         """A metric of samples; images as a viewer gets them, rounded to 8 bits."""
-        if len(self.spec.shape) == 3:
+        if self.spec.is_image:
             x = visualize.from_uint8(visualize.to_uint8(x))
         return metric(x, labels)
 

@@ -283,7 +283,7 @@ def compiling(runs: int) -> None:
     emb = jax.ShapeDtypeStruct((BATCH_SIZE, 384), jnp.float32)
 
     def compile_gradient(scanned: bool) -> Callable[[], Any]:
-        network = functional(lambda rngs: Chain(scanned, rngs))
+        network = functional(lambda rngs: Chain(scanned, rngs), (256, 384))
         shapes = jax.eval_shape(network.init, jax.random.key(0))
 
         def call() -> None:

@@ -43,6 +43,8 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 250, "Samples at a time; the sam
 OUT = flags.DEFINE_string("out", None, "Folder for samples.png and samples.npz. Default: WORKDIR/samples.")
 flags.mark_flags_as_required(["workdir"])
 
+MOST_COLUMNS = 50  # of a sheet with a column for each class
+
 
 def main() -> None:
     for name, value in (("num", NUM.value), ("batch_size", BATCH_SIZE.value)):
@@ -72,12 +74,13 @@ def main() -> None:
     with files.replace(path, "wb") as file:
         np.savez(
             file,
-            samples=visualize.to_uint8(x) if len(run.spec.shape) == 3 else x,
+            samples=visualize.to_uint8(x) if run.spec.is_image else x,
             labels=np.zeros(NUM.value, np.int32) if labels is None else labels,
             settings=np.array(json.dumps(settings)),
         )
     picture = os.path.join(out, "samples.png")
-    columns = run.spec.num_classes if labels is not None and LABELS.value is None else None
+    by_class = labels is not None and LABELS.value is None and run.spec.num_classes <= MOST_COLUMNS
+    columns = run.spec.num_classes if by_class else None
     visualize.save_png(visualize.picture(x, columns), picture)
     print(f"{NUM.value} samples: {picture} and {path}")
 

@@ -1,14 +1,31 @@
-"""From NNX modules to pure functions: the only place that splits and merges them."""
+"""From NNX modules to pure functions: the only place that splits and merges them, and where what a network is given is
+held against what it was built for."""
 
 from collections.abc import Callable
 
+import numpy as np
+from beartype.door import is_bearable
 from flax import nnx
+from jaxtyping import Bool, Float, Integer, Real, Shaped, jaxtyped
 
-from diffusion.types import Array, Cond, Network, Params
+from diffusion.types import Array, Cond, InputError, Network, Params
+
+Arrays = Array | np.ndarray
+# The axes of one example, by their number, and of the conditions that the house knows.
+AXES = {3: ("height", "width", "channels"), 4: ("frames", "height", "width", "channels")}
+CONDITIONS = {
+    "label": (Integer, "batch"),
+    "keep": (Bool, "batch"),
+    "r": (Float, "batch"),
+    "guidance": (Float, "batch"),
+    "text": (Float, "batch tokens features"),
+    "text_mask": (Bool, "batch tokens"),
+}
 
 
 def functional(
     construct: Callable[[nnx.Rngs], nnx.Module],
+    shape: tuple[int, ...],
     outputs: int = 1,
     *,
     project: Callable[[Params], Params] | None = None,
@@ -18,15 +35,51 @@ def functional(
     Args:
       construct: builds the module from its random streams. Its call is `module(x, c_noise, cond, key)`; its state must
         be parameters alone, with string keys (`nnx.Dict`, not lists).
+      shape: of one example.
       outputs, project: see `Network`.
+
+    Its `apply` raises InputError for an input of another kind or shape, naming the axis.
     """
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(nnx.Rngs(0))))
+    names = AXES.get(len(shape), [f"axis{number}" for number in range(1, len(shape) + 1)])
+    example = " ".join(["batch", *(f"{name}={size}" for name, size in zip(names, shape, strict=True))])
 
     def init(key: Array) -> Params:
         params = nnx.to_pure_dict(nnx.state(construct(nnx.Rngs(key))))
         return params if project is None else project(params)
 
     def apply(params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array:
+        wanted = {name: CONDITIONS.get(name, (Shaped, "batch ...")) for name in cond}
+        check({"x": x, "c_noise": c_noise, **cond}, {"x": (Float, example), "c_noise": (Real, "batch"), **wanted})
         return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key)
 
     return Network(init, apply, outputs, project)
+
+
+def check(arrays: dict[str, Array], wanted: dict[str, tuple[type, str]]) -> None:
+    """Holds arrays against their kinds and axes, of which those of one name must be of one size.
+
+    Raises:
+      InputError: names the array, and the axis where it is one.
+    """
+    sizes: dict[str, int] = {}  # as the arrays before had them
+    with jaxtyped("context"):
+        for name, array in arrays.items():
+            kind, axes = wanted[name]
+            if not is_bearable(array, kind[Arrays, axes]):
+                shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", type(array).__name__)
+                problem = f"is {dtype}{list(shape or ())}, not {kind.__name__}[{axes}]"
+                raise InputError(f"network.{name}", problem + _where(shape, axes.split(), sizes))
+            sizes |= zip((axis.partition("=")[0] for axis in axes.split()), array.shape, strict=False)
+
+
+def _where(shape: tuple[int, ...] | None, axes: list[str], sizes: dict[str, int]) -> str:
+    """Which axis is of the wrong size, in words."""
+    if shape is None or len(shape) != len(axes):
+        return ""
+    for number, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+        name, _, fixed = axis.partition("=")
+        right = int(fixed) if fixed else sizes.get(name, size)
+        if size != right:
+            return f": axis {number} ({name}) is {size} and must be {right}"
+    return ""

@@ -166,4 +166,4 @@ def make(
         inner=inner, positions=positions, norm=norm, qk_norm=qk_norm, gated=mlp == "swiglu",
         last_frequency=last_frequency, kernel=kernel, remat=remat, unroll=unroll, outputs=outputs,
         dtype=jnp.dtype(dtype), rngs=rngs,
-    ), outputs)  # fmt: skip
+    ), shape, outputs)  # fmt: skip

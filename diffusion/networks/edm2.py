@@ -233,4 +233,4 @@ def make(
         size=shape[0], channels=shape[2], num_classes=num_classes, width=width, multipliers=multipliers, blocks=blocks,
         attention=attention, head_width=head_width, dropout=dropout, bandwidth=bandwidth, kernel=kernel, remat=remat,
         outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs, **balances,
-    ), outputs, project=normalize_all)  # fmt: skip
+    ), shape, outputs, project=normalize_all)  # fmt: skip

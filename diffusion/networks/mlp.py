@@ -88,4 +88,4 @@ def make(
     return functional(lambda rngs: MLP(
         shape=shape, num_classes=num_classes, width=width, depth=depth, outputs=outputs, dtype=jnp.dtype(dtype),
         rngs=rngs,
-    ), outputs)  # fmt: skip
+    ), shape, outputs)  # fmt: skip

@@ -221,4 +221,4 @@ def make(
         resample=resample, end_padding=end_padding, input_skip=input_skip, embedding=embedding,
         last_frequency=last_frequency, sin_first=sin_first, null_class=null_class, kernel=kernel, remat=remat,
         outputs=outputs, style=style, rngs=rngs,
-    ), outputs)  # fmt: skip
+    ), shape, outputs)  # fmt: skip

@@ -156,4 +156,4 @@ def make(
         size=shape[0], channels=shape[2], num_classes=num_classes, patch=patch, width=width, depth=depth, heads=heads,
         inner=int(width * mlp_ratio), qkv_bias=qkv_bias, time_mlp=time_mlp, conv=conv, kernel=kernel, remat=remat,
         outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
-    ), outputs)  # fmt: skip
+    ), shape, outputs)  # fmt: skip
