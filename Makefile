@@ -1,6 +1,6 @@
 # make demo   train on real digits, draw samples, measure them
 # make test   the tests
-# make parity our samplers against the peers of requirements-peers.txt, live
+# make parity our samplers and networks against the peers of requirements-peers.txt, live
 # make orders the order of accuracy of every solver
 # make lint   ruff, check and format
 # Each sets up .venv by itself.

@@ -1,7 +1,5 @@
 """DiT: its sizes, its parts, and what its options change."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,17 +103,6 @@ def test_patches_are_squares_of_the_image():
     assert not difference.any()
 
 
-def test_remat_changes_nothing():
-    def gradient(remat):
-        network, params = tiny(remat=remat)
-        return jax.jit(jax.grad(lambda params: jnp.sum(network.apply(params, X, C_NOISE, COND) ** 2)))(params)
-
-    plain = gradient("none")
-    for remat in ("full", "dots_with_no_batch_dims_saveable"):
-        for a, b in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(plain), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-4 * abs(b).max())
-
-
 def test_depth_costs_no_code():
     def lines(depth):
         network = build("networks", {**TINY, "depth": depth}, shape=(8, 8, 1), num_classes=10)
@@ -161,71 +148,3 @@ def test_refusals(options, message):
         build("networks", {**TINY, **options}, shape=(8, 8, 1), num_classes=10)
     with pytest.raises(InputError, match="shape: dit takes square images"):
         build("networks", TINY, shape=(8, 4, 1))
-
-
-@pytest.mark.peers
-@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
-@pytest.mark.parametrize(("patch", "outputs"), [(2, 1), (4, 2)])
-def test_is_the_peers(patch, outputs):
-    """Output and gradient of diffusers' DiT at the same random weights."""
-    import diffusers
-    import torch
-
-    torch.manual_seed(0)
-    peer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4 * outputs, num_layers=3,
-        sample_size=8, patch_size=patch, num_embeds_ada_norm=10,
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        for value in peer.parameters():
-            value.normal_(std=0.3)
-        # One embedding is shared by all blocks, as in the paper's own code; the peer keeps a copy in each.
-        for block in peer.transformer_blocks[1:]:
-            block.norm1.emb.load_state_dict(peer.transformer_blocks[0].norm1.emb.state_dict())
-    spec = {**TINY, "patch": patch, "outputs": outputs, "last_frequency": True}
-    network = build("networks", spec, shape=(8, 8, 4), num_classes=10)
-    params = from_peer({name: value.numpy() for name, value in peer.state_dict().items()}, patch)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
-
-    x = np.random.default_rng(0).normal(size=(3, 8, 8, 4)).astype(np.float32)
-    t = np.array([3, 500, 999])
-    theirs = peer(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), torch.tensor(COND["label"])).sample
-    ours = network.apply(params, x, np.float32(t), COND)
-    theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(ours, theirs, atol=1e-4 * abs(theirs).max())
-
-
-def from_peer(state, patch):
-    """The peer's tensors under our names."""
-
-    def linear(name):
-        return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
-
-    def block(i):
-        name = f"transformer_blocks.{i}"
-        q, k, v = (linear(f"{name}.attn1.to_{part}") for part in "qkv")
-        return {
-            "modulation": linear(f"{name}.norm1.linear"),
-            "qkv": {key: np.concatenate([q[key], k[key], v[key]], axis=-1) for key in q},
-            "out": linear(f"{name}.attn1.to_out.0"),
-            "up": linear(f"{name}.ff.net.0.proj"),
-            "down": linear(f"{name}.ff.net.2"),
-        }
-
-    embedder = "transformer_blocks.0.norm1.emb"
-    kernel = state["pos_embed.proj.weight"]  # [D, C, p, p]
-    return {
-        "embed": {
-            "inner": linear(f"{embedder}.timestep_embedder.linear_1"),
-            "outer": linear(f"{embedder}.timestep_embedder.linear_2"),
-            "label": {"embedding": state[f"{embedder}.class_embedder.embedding_table.weight"]},
-        },
-        "patches_in": {
-            "kernel": kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0]),
-            "bias": state["pos_embed.proj.bias"],
-        },
-        "blocks": {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *(block(i) for i in range(3)))},
-        "modulation": linear("proj_out_1"),
-        "patches_out": linear("proj_out_2"),
-    }
