@@ -3,8 +3,8 @@ folders: what makes sense trains three steps and samples two on a mesh of device
 new file enrols itself; if it has limits, they belong in `refusal`.
 
 A network sees x, a number and the condition, whatever the parameterization and the schedule are, so those have two
-small networks in turn, and every network has every objective. A sampler sees nothing but the denoiser and the schedule: `samplers/test_every.py` has each of them on
-every kind of schedule.
+small networks in turn, and every network has every objective. A sampler sees nothing but the denoiser and the schedule:
+`samplers/test_every.py` has each of them on every kind of schedule.
 """
 
 import dataclasses

@@ -69,6 +69,62 @@ def test_bfloat16_computes_near_float32(digits, tiny_params, digits_batch):
     assert 1e-6 < gap < 0.05 * abs(outs[0]).max()
 
 
+SONG = {"name": "unet", "width": 8, "multipliers": (1, 2), "blocks": 2, "attention": (8,), "head_width": None,
+        "scale_shift": False, "resample": "projected", "rescale": True, "up_attention": "last",
+        "taps": (1, 3, 3, 1), "input_skip": True, "embedding": "fourier"}  # fmt: skip
+
+
+def random_net(spec, num_classes=0):
+    """A U-Net of 8x8x1 with nothing at zero."""
+    network = build("networks", spec, shape=(8, 8, 1), num_classes=num_classes)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    return network, jax.tree.map(lambda s: 0.2 * rng.normal(size=s.shape).astype(np.float32), shapes)
+
+
+def test_ncsnpp_has_its_parts():
+    network, params = random_net(SONG)
+    assert [name for name in params["up"] if "attention" in params["up"][name]] == ["0_2"]
+    assert [name for name in params["down"] if "attention" in params["down"][name]] == ["0_0", "0_1"]
+    assert params["inputs"]["0_down"]["kernel"].shape == (3, 3, 1, 8)
+    assert params["down"]["0_down"]["residual"]["skip"]["kernel"].shape == (8, 8)  # projected
+    x, c_noise = np.ones((2, 8, 8, 1), np.float32) * [[[[1.0]]], [[[2.0]]]], np.float32([0.5, -1])
+    apply = jax.jit(network.apply)
+    out = apply(params, np.float32(x), c_noise, {})
+    for path in (("inputs", "0_down", "kernel"), ("conv_in", "kernel")):
+        changed = jax.tree.map(lambda leaf: leaf, params)
+        changed[path[0]] = jax.tree.map(jnp.zeros_like, changed[path[0]])
+        assert abs(apply(changed, np.float32(x), c_noise, {}) - out).max() > 1e-3, path
+
+
+def test_rescaled_sums():
+    """At initialisation a block is its input, over sqrt(2)."""
+    from flax import nnx
+
+    from diffusion.layers.residual import ResidualBlock, Style
+
+    x, emb = np.random.default_rng(0).normal(size=(2, 8, 8, 8)).astype(np.float32), jnp.ones((2, 4))
+    for rescale, factor in ((False, 1), (True, 2**-0.5)):
+        block = ResidualBlock(8, 8, Style(4, rescale=rescale), rngs=nnx.Rngs(0))
+        np.testing.assert_allclose(block(x, emb, None), factor * x, rtol=1e-6)
+        halved = ResidualBlock(8, 8, Style(4, rescale=rescale), resample="halve", rngs=nnx.Rngs(0))
+        wanted = factor * x.reshape(2, 4, 2, 4, 2, 8).mean((2, 4))
+        np.testing.assert_allclose(halved(x, emb, None), wanted, atol=1e-6)
+
+
+def test_without_a_null_class_nothing_is_added():
+    spec = {"name": "unet", "width": 8, "multipliers": (1,), "blocks": 1, "attention": (), "head_width": 8,
+            "null_class": False}  # fmt: skip
+    network, params = random_net(spec, num_classes=3)
+    assert params["embed"]["label"]["embedding"].shape == (3, 32)
+    x, c_noise, label = np.ones((3, 8, 8, 1), np.float32), np.ones(3, np.float32), np.array([0, 1, 2])
+    out = network.apply(params, x, c_noise, {"label": label, "keep": np.array([True, False, False])})
+    params["embed"]["label"]["embedding"] *= 0
+    none = network.apply(params, x, c_noise, {"label": label})
+    np.testing.assert_allclose(out[1:], none[1:], atol=1e-5)
+    assert abs(out[0] - none[0]).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("keywords", "field"),
     [
@@ -81,6 +137,11 @@ def test_bfloat16_computes_near_float32(digits, tiny_params, digits_batch):
         ({"dropout": 1.0}, "dropout"),
         ({"dtype": "float16"}, "dtype"),
         ({"shape": (8, 4, 1)}, "shape"),
+        ({"taps": (1, 2, 1)}, "taps"),
+        ({"taps": (1, 2)}, "taps"),
+        ({"groups": 3}, "groups"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"up_attention": "first"}, "up_attention"),
     ],
 )
 def test_bad_options(keywords, field):
