@@ -132,10 +132,8 @@ def to_ours(pairs: Sequence[Pair], tensors: Tensors, shapes: Params) -> Params:
             if name not in tensors:
                 raise InputError(f"tensors.{name}", f"{list(like.shape)} is missing")
             if tensors[name].shape != like.shape:
-                there = list(tensors[name].shape)
-                raise InputError(
-                    "--from", f"tensor {name} is {there}, but this config.json makes it {list(like.shape)}"
-                )
+                there, wanted = list(tensors[name].shape), list(like.shape)
+                raise InputError(f"tensors.{name}", f"is {there}; by config.json it must be {wanted}")
         flat[pair.ours] = pair.join([tensors[name] for name in pair.theirs])
     assert flat.keys() == ours.keys(), "the table does not cover the network"
     return _nested(flat)

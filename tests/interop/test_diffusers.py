@@ -131,7 +131,7 @@ def test_a_unet_that_is_not_ours_is_refused(tmp_path, config, message):
     [
         (UNET | {"rescale": True}, "network.rescale: is True; diffusers' model has False alone"),
         (UNET | {"resample": "projected"}, "network.resample"),
-        (UNET | {"groups": None, "multipliers": (1, 4)}, r"network.groups: are \[4, 16\] in different layers"),
+        (UNET | {"groups": None, "multipliers": (1, 4)}, r"network.groups: are \[4, 8, 16, 32\] in different layers"),
         (DIT | {"positions": "rope"}, "network.positions"),
         (DIT | {"last_frequency": False}, "network.last_frequency"),
         ({"name": "mlp"}, "network.name: 'mlp' has no counterpart"),

@@ -227,7 +227,7 @@ def test_depth_costs_no_code():
 def test_bfloat16_computes_near_float32():
     (apply, params), (rough, _) = tiny(), tiny(dtype="bfloat16")
     out, other = (f(params, X, C_NOISE, COND) for f in (apply, rough))
-    assert 1e-4 < abs(other - out).max() / abs(out).max() < 0.05
+    assert 1e-4 < abs(other - out).max() / abs(out).max() < 0.1
 
 
 @pytest.mark.parametrize(
