@@ -269,7 +269,8 @@ class Chain(nnx.Module):
         else:
             self.blocks = nnx.Dict({f"{index:02}": block(rngs) for index in range(12)})
 
-    def __call__(self, x: jax.Array, emb: jax.Array, cond: Mapping, key: None) -> jax.Array:
+    def __call__(self, x: jax.Array, c_noise: jax.Array, cond: Mapping, key: None) -> jax.Array:
+        emb = c_noise[:, None] * jnp.ones(x.shape[2])
         if self.scanned:
             return self.blocks(x, emb, None)
         for name in self.blocks:
@@ -281,7 +282,7 @@ def compiling(runs: int) -> None:
     """The gradient of twelve blocks, scanned and one by one; and the first train step, with nothing kept and with the
     compilation kept on disk."""
     tokens = jax.ShapeDtypeStruct((BATCH_SIZE, 256, 384), jnp.float32)
-    emb = jax.ShapeDtypeStruct((BATCH_SIZE, 384), jnp.float32)
+    c_noise = jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.float32)
 
     def compile_gradient(scanned: bool) -> Callable[[], Any]:
         network = functional(lambda rngs: Chain(scanned, rngs), (256, 384))
@@ -290,7 +291,7 @@ def compiling(runs: int) -> None:
         def call() -> None:
             jax.clear_caches()
             jax.jit(jax.grad(lambda *args: jnp.mean(network.apply(*args, {}) ** 2))).lower(
-                shapes, tokens, emb
+                shapes, tokens, c_noise
             ).compile()
 
         return call

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.layers.keys import Keys
 from diffusion.layers.residual import Style
 from diffusion.types import Array
 
@@ -99,7 +100,7 @@ def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 class SpatialAttention(nnx.Module):
     """A residual attention block over all positions of `x [B, H, W, C]`; zero at initialisation."""
 
-    def __init__(self, channels: int, heads: int, style: Style, *, kernel: Kernel, rngs: nnx.Rngs):
+    def __init__(self, channels: int, heads: int, style: Style, *, kernel: Kernel, rngs: Keys):
         self.heads, self.style, self.kernel = heads, style, kernel
         kwargs = dict(dtype=style.dtype, rngs=rngs)
         self.norm = style.norm(channels, rngs)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion.layers.keys import Keys
 from diffusion.types import Array, Cond
 
 
@@ -43,7 +44,7 @@ class ConditionEmbedding(nnx.Module):
 
     def __init__(self, width: int, out_features: int, num_classes: int, *, kind: str = "sinusoidal",
                  last: bool = False, sin_first: bool = False, null_class: bool = True, dtype,
-                 rngs: nnx.Rngs):  # fmt: skip
+                 rngs: Keys):  # fmt: skip
         if kind == "fourier":
             self.features = partial(fourier, width=width)
         else:

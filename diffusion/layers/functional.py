@@ -3,11 +3,13 @@ held against what it was built for."""
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from beartype.door import is_bearable
 from flax import nnx
 from jaxtyping import Bool, Float, Integer, Real, Shaped, jaxtyped
 
+from diffusion.layers.keys import Keys
 from diffusion.types import Array, Cond, InputError, Network, Params
 
 Arrays = Array | np.ndarray
@@ -24,7 +26,7 @@ CONDITIONS = {
 
 
 def functional(
-    construct: Callable[[nnx.Rngs], nnx.Module],
+    construct: Callable[[Keys], nnx.Module],
     shape: tuple[int, ...],
     outputs: int = 1,
     *,
@@ -33,19 +35,19 @@ def functional(
     """Splits a module once.
 
     Args:
-      construct: builds the module from its random streams. Its call is `module(x, c_noise, cond, key)`; its state must
+      construct: builds the module from its random keys. Its call is `module(x, c_noise, cond, key)`; its state must
         be parameters alone, with string keys (`nnx.Dict`, not lists).
       shape: of one example.
       outputs, project: see `Network`.
 
     Its `apply` raises InputError for an input of another kind or shape, naming the axis.
     """
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(nnx.Rngs(0))))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
     names = AXES.get(len(shape), [f"axis{number}" for number in range(1, len(shape) + 1)])
     example = " ".join(["batch", *(f"{name}={size}" for name, size in zip(names, shape, strict=True))])
 
     def init(key: Array) -> Params:
-        params = nnx.to_pure_dict(nnx.state(construct(nnx.Rngs(key))))
+        params = nnx.to_pure_dict(nnx.state(construct(Keys(key))))
         return params if project is None else project(params)
 
     def apply(params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array:

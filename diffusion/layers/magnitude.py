@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion.layers.keys import Keys
 from diffusion.types import Array, Params
 
 EPSILON = 1e-4  # beside every RMS that is divided by
@@ -89,7 +90,7 @@ class MPLinear(nnx.Module):
 class MPConv(MPLinear):
     """x `[B, H, W, in]` -> `[B, H, W, out]`: a 3x3 convolution with zeros around the image, without bias."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, in_channels: int, out_channels: int, *, dtype: Any, rngs: Keys):
         super().__init__(in_channels, out_channels, window=(3, 3), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, gain: Array | float = 1.0) -> Array:

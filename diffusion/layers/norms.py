@@ -6,10 +6,11 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.layers.keys import Keys
 from diffusion.types import Array
 
 
-def group_norm(channels: int, groups: int | None = None, epsilon: float = 1e-5, *, dtype, rngs: nnx.Rngs):
+def group_norm(channels: int, groups: int | None = None, epsilon: float = 1e-5, *, dtype, rngs: Keys):
     """Group normalisation; `groups` None is as many as `usual_groups` says."""
     groups = usual_groups(channels) if groups is None else groups
     return nnx.GroupNorm(channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.layers.keys import Keys
 from diffusion.layers.norms import group_norm
 from diffusion.layers.resample import MEAN, Taps, double, halve
 from diffusion.types import Array
@@ -26,7 +27,7 @@ class Style:
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
 
-    def norm(self, channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    def norm(self, channels: int, rngs: Keys) -> nnx.GroupNorm:
         return group_norm(channels, self.groups, self.epsilon, dtype=self.dtype, rngs=rngs)
 
     def add(self, a: Array, b: Array) -> Array:
@@ -60,7 +61,7 @@ class ResidualBlock(nnx.Module):
         *,
         resample: Literal["halve", "double"] | None = None,
         projected: bool = False,
-        rngs: nnx.Rngs,
+        rngs: Keys,
     ):
         self.style = style
         self.resample = {"halve": halve, "double": double, None: None}[resample]
@@ -93,7 +94,7 @@ class ResidualBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Halves height and width by a strided convolution, padded all around, or (`end_padding`) below and right alone."""
 
-    def __init__(self, channels: int, style: Style, *, end_padding: bool = False, rngs: nnx.Rngs):
+    def __init__(self, channels: int, style: Style, *, end_padding: bool = False, rngs: Keys):
         padding = ((0, 1), (0, 1)) if end_padding else 1
         self.conv = conv3x3(channels, channels, strides=2, padding=padding, dtype=style.dtype, rngs=rngs)
 
@@ -104,7 +105,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Doubles height and width, then convolves."""
 
-    def __init__(self, channels: int, style: Style, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, style: Style, *, rngs: Keys):
         self.taps = style.taps
         self.conv = conv3x3(channels, channels, dtype=style.dtype, rngs=rngs)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
+from diffusion.layers.keys import Keys
 from diffusion.types import Array
 
 Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
@@ -26,18 +27,18 @@ class Stack(nnx.Module):
     Each parameter of all blocks is one array with a leading axis of `depth`.
 
     Args:
-      construct: builds one block from its random streams. Its call is `block(x, *own, *args) -> x` of the same shape.
+      construct: builds one block from its random keys. Its call is `block(x, *own, *args) -> x` of the same shape.
       depth: how many.
       remat: of each block; see `rematerialised`.
       unroll: blocks to an iteration of the scan: more compile longer, and may run faster.
     """
 
     def __init__(
-        self, construct: Callable[[nnx.Rngs], nnx.Module], depth: int, remat: Remat, unroll: int = 1, *, rngs: nnx.Rngs
+        self, construct: Callable[[Keys], nnx.Module], depth: int, remat: Remat, unroll: int = 1, *, rngs: Keys
     ):
         self.remat, self.unroll = remat, unroll
-        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(nnx.Rngs(0))))
-        drawn = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(construct(nnx.Rngs(key)))))
+        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
+        drawn = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(construct(Keys(key)))))
         self.blocks = _as_params(drawn(jax.random.split(rngs.params(), depth)))
 
     def __call__(self, x: Array, *args: Any, own: tuple[Array, ...] = (), collect: bool = False) -> Any:

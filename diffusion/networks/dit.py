@@ -9,6 +9,7 @@ from flax import nnx
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
+from diffusion.layers.keys import Keys
 from diffusion.layers.norms import layer_norm
 from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
 from diffusion.layers.stack import Remat, Stack
@@ -21,7 +22,7 @@ class Block(nnx.Module):
     """Attention and a perceptron, each around a norm that the condition scales and shifts and whose result it gates
     (adaLN-zero): the identity at initialisation."""
 
-    def __init__(self, *, width, heads, inner, norm, qk_norm, gated, kernel, dtype, rngs: nnx.Rngs):
+    def __init__(self, *, width, heads, inner, norm, qk_norm, gated, kernel, dtype, rngs: Keys):
         self.heads, self.gated, self.kernel, self.dtype = heads, gated, kernel, dtype
         kwargs = dict(kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
         self.norm = norm
@@ -61,7 +62,7 @@ class DiT(nnx.Module):
     """x `[B, H, W, C]`, c_noise `[B]`, cond -> `[B, H, W, outputs * C]`, float32: patches, blocks, patches."""
 
     def __init__(self, *, size, channels, num_classes, patch, width, depth, heads, inner, positions, norm, qk_norm,
-                 gated, last_frequency, kernel, remat, unroll, outputs, dtype, rngs: nnx.Rngs):  # fmt: skip
+                 gated, last_frequency, kernel, remat, unroll, outputs, dtype, rngs: Keys):  # fmt: skip
         self.patch, self.dtype, self.norm = patch, dtype, norm
         self.side, self.out_channels = size // patch, outputs * channels
         self.embed = ConditionEmbedding(FREQUENCIES, width, num_classes, last=last_frequency, dtype=dtype, rngs=rngs)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.functional import functional
+from diffusion.layers.keys import Keys
 from diffusion.layers.magnitude import (
     MPConv,
     MPLinear,
@@ -35,7 +36,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, in_channels, out_channels, emb_features, *, side: Literal["enc", "dec"], resample=None, heads=0,
-                 dropout, res_balance, attn_balance, kernel, dtype, rngs: nnx.Rngs):  # fmt: skip
+                 dropout, res_balance, attn_balance, kernel, dtype, rngs: Keys):  # fmt: skip
         self.side, self.resample, self.heads, self.kernel = side, resample, heads, kernel
         self.res_balance, self.attn_balance = res_balance, attn_balance
         kwargs = dict(dtype=dtype, rngs=rngs)
@@ -85,7 +86,7 @@ class EDM2(nnx.Module):
     """
 
     def __init__(self, *, size, channels, num_classes, width, multipliers, blocks, attention, head_width,
-                 concat_balance, bandwidth, remat, outputs, dtype, rngs: nnx.Rngs, **block):  # fmt: skip
+                 concat_balance, bandwidth, remat, outputs, dtype, rngs: Keys, **block):  # fmt: skip
         self.width, self.num_classes, self.bandwidth = width, num_classes, bandwidth
         self.concat_balance, self.remat, self.dtype = concat_balance, remat, dtype
         kwargs = dict(dtype=dtype, rngs=rngs)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
+from diffusion.layers.keys import Keys
 from diffusion.types import Array, Cond, InputError, Network
 
 
@@ -21,7 +22,7 @@ class MLP(nnx.Module):
     axis of `depth`, over which the pass scans.
     """
 
-    def __init__(self, *, shape, num_classes, width, depth, outputs, dtype, rngs: nnx.Rngs):
+    def __init__(self, *, shape, num_classes, width, depth, outputs, dtype, rngs: Keys):
         self.dtype, self.out_shape = dtype, (*shape[:-1], outputs * shape[-1])
         kwargs = dict(dtype=dtype, rngs=rngs)
         self.embed = ConditionEmbedding(width, width, num_classes, **kwargs)

@@ -23,6 +23,7 @@ from flax import nnx
 from diffusion.layers.attention import Kernel, SpatialAttention
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
+from diffusion.layers.keys import Keys
 from diffusion.layers.resample import MEAN, halve
 from diffusion.layers.residual import Downsample, ResidualBlock, Style, Upsample, conv3x3
 from diffusion.layers.stack import Remat, rematerialised
@@ -38,7 +39,7 @@ class UNet(nnx.Module):
 
     def __init__(self, *, size, channels, num_classes, width, multipliers, blocks, attention, up_attention,
                  middle_attention, head_width, resample, end_padding, input_skip, embedding, last_frequency, sin_first,
-                 null_class, kernel, remat, outputs, style: Style, rngs: nnx.Rngs):  # fmt: skip
+                 null_class, kernel, remat, outputs, style: Style, rngs: Keys):  # fmt: skip
         self.style, self.remat = style, remat
         self.embed = ConditionEmbedding(
             2 * width if embedding == "fourier" else width, style.emb_features, num_classes, kind=embedding,

@@ -9,6 +9,7 @@ from flax import nnx
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import sinusoidal
 from diffusion.layers.functional import functional
+from diffusion.layers.keys import Keys
 from diffusion.layers.stack import Remat, Stack
 from diffusion.types import Array, Cond, InputError, Network
 
@@ -21,7 +22,7 @@ class Block(nnx.Module):
     """Attention and a perceptron, each behind a norm and around which the input is added. `long_skip`: the tokens and
     those of an earlier block become the input by a linear map of both."""
 
-    def __init__(self, *, width, heads, inner, qkv_bias, long_skip, kernel, dtype, rngs: nnx.Rngs):
+    def __init__(self, *, width, heads, inner, qkv_bias, long_skip, kernel, dtype, rngs: Keys):
         self.heads, self.kernel, self.long_skip = heads, kernel, long_skip
         kwargs = dict(kernel_init=SMALL, dtype=dtype, rngs=rngs)
         if long_skip:
@@ -52,7 +53,7 @@ class UViT(nnx.Module):
     """
 
     def __init__(self, *, size, channels, num_classes, patch, width, depth, heads, inner, qkv_bias, time_mlp, conv,
-                 kernel, remat, outputs, dtype, rngs: nnx.Rngs):  # fmt: skip
+                 kernel, remat, outputs, dtype, rngs: Keys):  # fmt: skip
         self.patch, self.side, self.width, self.num_classes = patch, size // patch, width, num_classes
         self.time_mlp, self.conv, self.dtype = time_mlp, conv, dtype
         self.extras, out_channels = 1 + bool(num_classes), outputs * channels
