@@ -3,7 +3,7 @@
 python -m experiments.convert --from=DIR --to=runs/NAME     a UNet2DModel, a DiTTransformer2DModel or a pipeline of one
 python -m experiments.convert --from=runs/NAME --to=DIR     a run, to its pipeline (or to its model, if there is none)
 
-A run that comes of it can be sampled, and trained further by a config with the same network and objective.
+A run that comes of it can be sampled, and trained further by any config whose network has the same arrays.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -145,10 +145,10 @@ def train(
     if latest is not None:
         if start > options.steps:
             raise InputError("train.steps", f"is {options.steps}, but {workdir} is at step {start} already")
-        # Converted weights are at step 0 and have seen no data.
-        _check_same(found.meta(start), meta, ("network", "objective", "data") if start else ("network", "objective"))
-        state, position = found.restore(start, abstract)
         if start:
+            _check_same(found.meta(start), meta)
+        state, position = found.restore(start, abstract)
+        if start:  # converted weights are at step 0, and nothing began with them
             data.set_state(position)
     found.close()
     previews = os.path.join(workdir, "previews")
@@ -210,9 +210,9 @@ def train(
     return state
 
 
-def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any], parts: Sequence[str]) -> None:
-    """A run goes on with the parts it began with; the rest of a config may change."""
-    for part in parts:
+def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """A run goes on with the network, objective and data it began with; the rest of a config may change."""
+    for part in ("network", "objective", "data"):
         ours, theirs = (json.loads(json.dumps(m["config"][part])) for m in (meta, stored))
         if ours != theirs:
             field = next(f"{part}.{key}" for key in {**theirs, **ours} if ours.get(key) != theirs.get(key))

@@ -93,7 +93,7 @@ def test_evaluate_prints_and_writes(workdir):
 
 
 BAD_TRAIN = {
-    "missing file": (["--config=configs/none.py"], "--config: no file 'configs/none.py'; there are: configs/cifar10_ddpm.py"),
+    "missing file": (["--config=configs/none.py"], "--config: no file 'configs/none.py'; there are: configs/cifar10"),
     "no get_config": (["--config=experiments/__init__.py"], "--config: experiments/__init__.py has no get_config()"),
     "no config": (["--config="], "--config: no file"),
     "unknown key": (["--config.train.stepz=3"], "--config.train.stepz: the config has no 'stepz'; did you mean"),

@@ -74,6 +74,16 @@ def test_there_and_back(unet, tmp_path):
     for section in ("schedule", "parameterization"):
         assert first.config["objective"][section].items() <= second.config["objective"][section].items()
 
+    data = run.parent / "data"
+    paths = [f"--config.data.path={data}", f"--config.eval.data.path={data}", f"--workdir={back}"]
+    still = "--config.optimizer.learning_rate=1e-12"
+    done = job("train", *UNET.split(), *SHORT.split(), *paths, still, "--config.train.steps=1")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 0" in done.stdout
+    third = parts.open_run(str(back), "none")
+    assert third.step == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), third.params, first.params)
+
     refused = job("convert", f"--from={folder}", f"--to={back}")
     assert (refused.returncode, refused.stderr) == (2, f"error: --to: {back} is not empty; give a folder that is\n")
     absent = job("convert", f"--from={tmp_path / 'none'}", f"--to={tmp_path / 'to'}")
