@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.layers import refusals
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
@@ -141,20 +142,10 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last layer are float32.
     """
-    if len(shape) != 3 or shape[0] != shape[1]:
-        raise InputError("shape", f"dit takes square images (H, W, C), got {shape}; choose another network or data")
-    numbers = {
-        "patch": patch,
-        "width": width,
-        "depth": depth,
-        "heads": heads,
-        "outputs": outputs,
-        "unroll": unroll,
-        "mlp_ratio": mlp_ratio,
-    }
-    for name, value in numbers.items():
-        if value <= 0:
-            raise InputError(name, f"must be positive, got {value}")
+    refusals.not_square("dit", shape)
+    refusals.not_positive(
+        patch=patch, width=width, depth=depth, heads=heads, outputs=outputs, unroll=unroll, mlp_ratio=mlp_ratio
+    )
     if shape[0] % patch:
         raise InputError("patch", f"{patch} does not divide the {shape[0]} pixels of a side")
     if width % 4 or width % heads:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.layers import refusals
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
@@ -205,31 +206,14 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last convolution are float32.
     """
-    if len(shape) != 3 or shape[0] != shape[1]:
-        raise InputError("shape", f"edm2 takes square images (H, W, C), got {shape}; choose another network or data")
-    numbers = {"width": width, "blocks": blocks, "head_width": head_width, "bandwidth": bandwidth, "outputs": outputs}
-    for name, value in numbers.items():
-        if value <= 0:
-            raise InputError(name, f"must be positive, got {value}")
-    if not multipliers or min(multipliers) < 1:
-        raise InputError("multipliers", f"must be one or more positive numbers, got {multipliers}")
-    halvings = len(multipliers) - 1
-    if shape[0] % (1 << halvings):
-        raise InputError("multipliers", f"{shape[0]} pixels cannot be halved {halvings} times; use fewer levels")
-    if not 0 <= dropout < 1:
-        raise InputError("dropout", f"must be in [0, 1), got {dropout}")
+    refusals.not_square("edm2", shape)
+    refusals.not_positive(width=width, blocks=blocks, head_width=head_width, bandwidth=bandwidth, outputs=outputs)
+    refusals.no_rate(dropout=dropout)
+    refusals.bad_levels(shape[0], width, multipliers, attention, head_width)
     balances = {"res_balance": res_balance, "attn_balance": attn_balance, "concat_balance": concat_balance}
     for name, value in balances.items():
         if not 0 <= value <= 1:
             raise InputError(name, f"must be in [0, 1], got {value}")
-    sizes = [shape[0] >> level for level in range(len(multipliers))]
-    for resolution in attention:
-        if resolution not in sizes:
-            raise InputError("attention", f"no level has resolution {resolution}; the levels have {sizes}")
-    attended = {m for m, size in zip(multipliers, sizes, strict=True) if size in attention} | {multipliers[-1]}
-    for channels in (width * m for m in sorted(attended)):
-        if channels % head_width:
-            raise InputError("head_width", f"{head_width} does not divide the {channels} channels that attend")
     return functional(lambda rngs: EDM2(
         size=shape[0], channels=shape[2], num_classes=num_classes, width=width, multipliers=multipliers, blocks=blocks,
         attention=attention, head_width=head_width, dropout=dropout, bandwidth=bandwidth, kernel=kernel, remat=remat,

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.layers import refusals
 from diffusion.layers.attention import Kernel, SpatialAttention
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
@@ -186,32 +187,16 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last convolution are float32.
     """
-    if len(shape) != 3 or shape[0] != shape[1]:
-        raise InputError("shape", f"unet takes square images (H, W, C), got {shape}; choose another network or data")
-    numbers = {"width": width, "blocks": blocks, "outputs": outputs, "epsilon": epsilon}
-    for name, value in {**numbers, "head_width": head_width, "groups": groups}.items():
-        if value is not None and value <= 0:
-            raise InputError(name, f"must be positive, got {value}")
+    refusals.not_square("unet", shape)
+    refusals.not_positive(
+        width=width, blocks=blocks, outputs=outputs, epsilon=epsilon, head_width=head_width, groups=groups
+    )
+    refusals.no_rate(dropout=dropout)
     if width % 2:
         raise InputError("width", f"must be even, got {width}")
-    if not multipliers or min(multipliers) < 1:
-        raise InputError("multipliers", f"must be one or more positive numbers, got {multipliers}")
-    halvings = len(multipliers) - 1
-    if shape[0] % (1 << halvings):
-        raise InputError("multipliers", f"{shape[0]} pixels cannot be halved {halvings} times; use fewer levels")
+    refusals.bad_levels(shape[0], width, multipliers, attention, head_width, middle_attention=middle_attention)
     if not taps or len(taps) % 2 or taps != taps[::-1] or sum(taps) == 0:
         raise InputError("taps", f"must be a symmetric filter of an even number of weights, got {taps}")
-    if not 0 <= dropout < 1:
-        raise InputError("dropout", f"must be in [0, 1), got {dropout}")
-    sizes = [shape[0] >> level for level in range(len(multipliers))]
-    for resolution in attention:
-        if resolution not in sizes:
-            raise InputError("attention", f"no level has resolution {resolution}; the levels have {sizes}")
-    attended = {m for m, size in zip(multipliers, sizes, strict=True) if size in attention}
-    attended |= {multipliers[-1]} if middle_attention else set()
-    for channels in (width * m for m in sorted(attended)):
-        if head_width and channels % head_width:
-            raise InputError("head_width", f"{head_width} does not divide the {channels} channels that attend")
     for channels in (width * m for m in multipliers):
         if groups and channels % groups:
             raise InputError("groups", f"{groups} do not divide the {channels} channels of a level")

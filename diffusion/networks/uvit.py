@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.layers import refusals
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import sinusoidal
 from diffusion.layers.functional import functional
@@ -137,16 +138,12 @@ def make(
       time_mlp: whether the noise label's token goes through a perceptron of its own.
       conv: whether a 3x3 convolution follows on the image, over the borders of the patches.
       kernel: how attention is computed; see `layers.attention.attend`.
-      remat: what of a block the backward pass computes again; see `layers.stack.Stack`.
+      remat: what of a block the backward pass computes again; see `layers.stack.rematerialised`.
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and all after the blocks are float32.
     """
-    if len(shape) != 3 or shape[0] != shape[1]:
-        raise InputError("shape", f"uvit takes square images (H, W, C), got {shape}; choose another network or data")
-    numbers = {"patch": patch, "width": width, "heads": heads, "outputs": outputs, "mlp_ratio": mlp_ratio}
-    for name, value in numbers.items():
-        if value <= 0:
-            raise InputError(name, f"must be positive, got {value}")
+    refusals.not_square("uvit", shape)
+    refusals.not_positive(patch=patch, width=width, heads=heads, outputs=outputs, mlp_ratio=mlp_ratio)
     if depth < 3 or depth % 2 == 0:
         raise InputError("depth", f"must be odd, 3 or more: two halves and a block between them, got {depth}")
     if shape[0] % patch:

@@ -1,0 +1,45 @@
+"""What several networks refuse, in one line that names the option. Each raises InputError."""
+
+from collections.abc import Collection, Sequence
+
+from diffusion.types import InputError
+
+
+def not_square(network: str, shape: tuple[int, ...]) -> None:
+    if len(shape) != 3 or shape[0] != shape[1]:
+        problem = f"{network} takes square images (H, W, C), got {shape}; choose another network or data"
+        raise InputError("shape", problem)
+
+
+def not_positive(**numbers: float | None) -> None:
+    """None is an option that is not set."""
+    for name, value in numbers.items():
+        if value is not None and value <= 0:
+            raise InputError(name, f"must be positive, got {value}")
+
+
+def no_rate(**rates: float) -> None:
+    for name, value in rates.items():
+        if not 0 <= value < 1:
+            raise InputError(name, f"must be in [0, 1), got {value}")
+
+
+def bad_levels(
+    size: int, width: int, multipliers: Sequence[int], attention: Collection[int], head_width: int | None, *,
+    middle_attention: bool = True,
+) -> None:  # fmt: skip
+    """Of a U-Net: images that cannot be halved so often, attention where there is no level, heads that do not fit."""
+    if not multipliers or min(multipliers) < 1:
+        raise InputError("multipliers", f"must be one or more positive numbers, got {multipliers}")
+    halvings = len(multipliers) - 1
+    if size % (1 << halvings):
+        raise InputError("multipliers", f"{size} pixels cannot be halved {halvings} times; use fewer levels")
+    sizes = [size >> level for level in range(len(multipliers))]
+    for resolution in attention:
+        if resolution not in sizes:
+            raise InputError("attention", f"no level has resolution {resolution}; the levels have {sizes}")
+    attended = {m for m, size in zip(multipliers, sizes, strict=True) if size in attention}
+    attended |= {multipliers[-1]} if middle_attention else set()
+    for channels in (width * m for m in sorted(attended)):
+        if head_width and channels % head_width:
+            raise InputError("head_width", f"{head_width} does not divide the {channels} channels that attend")
