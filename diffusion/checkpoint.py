@@ -90,19 +90,17 @@ class Checkpoints:
         memory = optimizer.get("memory", abstract.memory)
         return TrainState(optimizer["step"], read.params, read.ema, optimizer["opt_state"], memory), read.data
 
-    def restore_params(self, step: int, learned: Mapping, fixed: Mapping, ema: str | None) -> dict[str, Any]:
+    def restore_params(self, step: int, learned: Mapping, ema: str | None) -> dict[str, Any]:
         """The dict of networks for sampling.
 
         Args:
-          learned, fixed: the trainable and the frozen networks, abstract, with the shardings wanted.
-          ema: the average that the trainable ones are read from, or None for the parameters themselves.
+          learned: the trainable networks, abstract, with the shardings wanted.
+          ema: the average that they are read from, or None for the parameters themselves.
         """
-        trees = {"params": {**learned, **fixed}} if ema is None else {"ema": {ema: learned}, "params": dict(fixed)}
-        trees = {name: tree for name, tree in trees.items() if tree}
-        self._compare(step, trees, partial=True)
-        read = self._read(step, **{name: _restore_args(tree) for name, tree in trees.items()})
-        averages = {} if ema is None else read["ema"][ema]
-        return {**(read["params"] if "params" in trees else {}), **averages}
+        name, tree = ("params", dict(learned)) if ema is None else ("ema", {ema: learned})
+        self._compare(step, {name: tree}, partial=True)
+        read = self._read(step, **{name: _restore_args(tree)})[name]
+        return read if ema is None else read[ema]
 
     def close(self) -> None:
         if self.manager is not None:

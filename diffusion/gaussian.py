@@ -36,9 +36,19 @@ class Gaussian:
         """Values for each channel that the network has to give."""
         return 1
 
-    def init(self, network: Network, key: Array) -> dict[str, Params]:
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The numbers that the network has to take beside the noise label (`Network.conditions`)."""
+        return ()
+
+    def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
         if network.outputs != self.outputs:
             raise InputError("network.outputs", f"is {network.outputs}, but the objective needs {self.outputs}")
+        for name in self.conditions:
+            if name not in network.conditions:
+                all_of_them = tuple(dict.fromkeys((*network.conditions, *self.conditions)))
+                raise InputError("network.conditions", f"lacks {name!r}, which the objective tells it; "
+                                 f"set network.conditions = {all_of_them}")  # fmt: skip
         return {"net": network.init(key)}
 
     def schedule_for(self, params: Mapping) -> Schedule:
@@ -46,6 +56,11 @@ class Gaussian:
 
     def memory(self) -> Mapping[str, Array]:
         return self.times.memory()
+
+    def prepare(
+        self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array
+    ) -> tuple[dict[str, Params], Mapping[str, Array]]:
+        return dict(params), memory
 
     def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> dict[str, Array]:
         """`t [B]`, the factor `weight [B]` that makes up for its law, and `eps [B, ...]`."""

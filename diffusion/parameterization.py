@@ -47,7 +47,7 @@ class Row:
 
 
 Parameterization = Callable[[Schedule, Array], Row]
-NoiseLabel = Literal["time", "index", "log_sigma"]
+NoiseLabel = Literal["time", "unit", "index", "log_sigma"]
 
 
 def eps(c_noise: NoiseLabel = "time") -> Parameterization:
@@ -166,10 +166,13 @@ def _coefficients(schedule: Schedule, t: Array) -> tuple[Array, Array, Array, Ar
 
 
 def _label(kind: NoiseLabel, schedule: Schedule, t: Array) -> Array:
-    """The number that tells the network the time: 1000 t; the index into the schedule's table (weights that were
+    """The number that tells the network the time: 1000 t; t itself, `unit`, for methods that differentiate the network
+    in t, whose derivative is then a thousand times less; the index into the schedule's table (weights that were
     trained on tables want exactly that); or EDM's log(sigma / alpha) / 4, infinite at both ends."""
     if kind == "time":
         return 1000.0 * t
+    if kind == "unit":
+        return t
     if kind == "log_sigma":
         return -schedule.log_snr(t) / 8
     if not hasattr(schedule, "num_steps"):

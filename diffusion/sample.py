@@ -11,8 +11,8 @@ from diffusion.types import Array, Cond, Denoised, Denoiser, InputError, Sampler
 
 
 def bind(denoise: Denoiser, cond: Cond) -> Denoiser:
-    """The condition fixed: what a sampler sees is `denoise(x, t)`."""
-    return lambda x, t: denoise(x, t, cond)
+    """The condition fixed: what a sampler sees is `denoise(x, t)`, to which it may add conditions of its own."""
+    return lambda x, t, **more: denoise(x, t, {**cond, **more})
 
 
 def prior(schedule: Schedule, t: Array, keys: Array, shape: tuple[int, ...]) -> Array:
@@ -91,8 +91,8 @@ def invert(
 
 
 def _with_one_x0(denoise: Denoiser) -> Denoiser:
-    def asked(x: Array, t: Array) -> Denoised:
-        denoised = denoise(x, t)
+    def asked(x: Array, t: Array, **more: Array) -> Denoised:
+        denoised = denoise(x, t, **more)
         if denoised.eps_x0 is not None:
             raise InputError(
                 "guidance.name", "cfg_pp takes the noise from elsewhere than x0: use ddim, euler or euler_ancestral"

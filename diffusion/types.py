@@ -9,7 +9,7 @@ Conventions held everywhere:
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import jax
 
@@ -85,17 +85,19 @@ class Denoised:
       conditional: E[x0 | x_t, cond] as the model gave it, where guidance has made something else of it.
       eps_x0: the x0 that the noise is read from, where that is not `x0` itself (CFG++). A solver that goes by x0 alone
         cannot follow it, and `sample.sample` refuses the pair.
-      is_end: x0 is where the ODE's path through x_t ends, as a consistency model gives it, and not the mean.
+      kind: what x0 is: the `mean`, as above; the `end` of the ODE's path through x_t, as a consistency model gives it;
+        or that of the straight `step` which leads to where the path is at time `cond["r"]`, as a flow map has it.
     """
 
     x0: Array
     log_variance: Array | None = None
     conditional: Array | None = None
     eps_x0: Array | None = None
-    is_end: bool = dataclasses.field(default=False, metadata={"static": True})
+    kind: Literal["mean", "end", "step"] = dataclasses.field(default="mean", metadata={"static": True})
 
 
-Denoiser = Callable[..., Denoised]  # denoise(x [B, ...], t [] or [B], cond) -> Denoised; `cond` is bound last
+# denoise(x [B, ...], t [] or [B], cond) -> Denoised; `cond` is bound last (`sample.bind`): denoise(x, t, **more_cond).
+Denoiser = Callable[..., Denoised]
 
 
 class Schedule(Protocol):
@@ -129,12 +131,14 @@ class Network:
       apply: of the form `Apply`.
       outputs: values that it gives for each channel of x: 1, or 2 if it has a second head (a learned variance).
       project: what its parameters are brought back to after every optimizer step, and by `init`; None if they are free.
+      conditions: the numbers, each `[B]`, that it takes in `cond` beside the noise label: `r`, `guidance`.
     """
 
     init: Callable[[Array], Params]
     apply: Apply
     outputs: int = 1
     project: Callable[[Params], Params] | None = None
+    conditions: tuple[str, ...] = ()
 
 
 class Objective(Protocol):
@@ -142,14 +146,20 @@ class Objective(Protocol):
 
     Attributes:
       schedule: the noise schedule that training and sampling share (a learned one: as it is before training).
-      frozen: names in the dict of networks that get neither optimizer state nor EMA.
+      frozen: names in the dict of networks that no gradient trains (a teacher, a target): they get neither optimizer
+        state nor EMA, and `denoiser` does without them.
     """
 
     schedule: Schedule
     frozen: tuple[str, ...]
 
-    def init(self, network: Network, key: Array) -> dict[str, Params]:
-        """The dict of networks, `{"net": ...}` and whatever else the method trains or reads."""
+    def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
+        """The dict of networks, `{"net": ...}` and whatever else the method trains or reads.
+
+        Args:
+          teacher: the dict of networks of the trained model that the objective was built with, if it was; without it
+            the shapes are right and the values are not.
+        """
         ...
 
     def schedule_for(self, params: Mapping) -> Schedule:
@@ -158,6 +168,13 @@ class Objective(Protocol):
 
     def memory(self) -> Mapping[str, Array]:
         """What the objective keeps from step to step beside its parameters, before the first; a part of the state."""
+        ...
+
+    def prepare(
+        self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array
+    ) -> tuple[dict[str, Params], Mapping[str, Array]]:
+        """What comes before a step: the dict of networks, with those that follow others and no gradient brought up to
+        date (a target, the teacher of the next round), and the memory."""
         ...
 
     def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> Mapping[str, Array]:

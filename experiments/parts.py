@@ -16,12 +16,14 @@ from jax.sharding import Mesh
 from diffusion import visualize
 from diffusion.build import build, call
 from diffusion.checkpoint import Checkpoints
+from diffusion.distillation import Teacher
 from diffusion.distributed import mesh as meshes
 from diffusion.distributed import sharding
 from diffusion.posterior import x0_errors
 from diffusion.sample import bind
 from diffusion.training import ema, optimizer
 from diffusion.training.loop import CheckpointOptions, Options
+from diffusion.training.state import trainable
 from diffusion.types import InputError, ModelMetric, Network, Objective, Params, SampleMetric, Spec
 from experiments.drawing import Drawer
 
@@ -48,10 +50,54 @@ def from_json(value: Any) -> Any:
     return tuple(from_json(item) for item in value) if isinstance(value, list) else value
 
 
-def network_and_objective(config: Mapping[str, Any], spec: Spec) -> tuple[Network, Objective]:
-    """The model of a config for data of a spec."""
+def network_and_objective(
+    config: Mapping[str, Any], spec: Spec, teacher: Teacher | None = None
+) -> tuple[Network, Objective]:
+    """The model of a config for data of a spec; `teacher` stands for the workdir that the objective names one by."""
     network = build("networks", config["network"], field="network", shape=spec.shape, num_classes=spec.num_classes)
-    return network, build("objectives", config["objective"], field="objective")
+    objective = {**config["objective"], "teacher": teacher} if teacher else config["objective"]
+    return network, build("objectives", objective, field="objective")
+
+
+def model_of(meta: Mapping[str, Any]) -> tuple[Network, Objective]:
+    """The model that a checkpoint's `meta` describes, its teacher and the teacher's own included."""
+    return network_and_objective(from_json(meta["config"]), _spec(meta), teacher_of(meta))
+
+
+def teacher_of(meta: Mapping[str, Any]) -> Teacher | None:
+    """The teacher of the model that a checkpoint's `meta` describes."""
+    if "teacher" not in meta:
+        return None
+    theirs = meta["teacher"]
+    return Teacher(*model_of(theirs), _spec(theirs), from_json(theirs["config"])["train"]["cond_drop_rate"])
+
+
+def _spec(meta: Mapping[str, Any]) -> Spec:
+    return Spec(**from_json(meta["spec"]))
+
+
+def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[str, Any], Mapping[str, Params] | None]:
+    """What a run of a config keeps with its checkpoints, and the parameters of the teacher that the objective names by
+    its workdir; None if it has none, or if the run has begun: then it has its own copy."""
+    meta = {"config": config, "spec": dataclasses.asdict(spec)}
+    where = config["objective"].get("teacher")
+    if where is None:
+        return meta, None
+    if not isinstance(where, str):
+        raise InputError("objective.teacher", f"must be the workdir of a trained model, got {where!r}")
+    begun = Checkpoints(workdir, read_only=True)
+    latest = begun.latest()
+    if latest:
+        stored = begun.meta(latest)
+        if "teacher" in stored:
+            return {**meta, "teacher": stored["teacher"]}, None
+    try:
+        run = open_run(where)
+    except InputError as error:
+        raise error.within("objective.teacher") from None
+    if run.spec != spec:
+        raise InputError("objective.teacher", f"{where} was trained on data of another kind: {run.spec}, not {spec}")
+    return {**meta, "teacher": {**run.meta, "step": run.step, "ema": run.ema}}, run.params
 
 
 def training(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,8 +121,9 @@ def _rules(rules: tuple[tuple[str, tuple], ...] = ()) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained model, read from its workdir alone."""
+    """A trained model, read from its workdir alone; `meta` is its checkpoint's."""
 
+    meta: Mapping[str, Any]
     config: Mapping[str, Any]
     spec: Spec
     step: int
@@ -157,20 +204,18 @@ def open_run(workdir: str, ema_name: str | None = None, step: int | None = None)
             "step", f"{workdir} holds no checkpoint of step {step}; there are: {', '.join(map(str, there))}"
         )
     meta = checkpoints.meta(step)
-    config, spec = from_json(meta["config"]), Spec(**from_json(meta["spec"]))
+    config, spec = from_json(meta["config"]), _spec(meta)
     averages = call(ema.make, config["ema"], field="ema").names
     ema_name = ema_name or averages[-1]
     if ema_name not in (*averages, "none"):
         raise InputError("ema", f"the run has no average {ema_name!r}; one of: {', '.join(averages)}, none")
     ema_name = None if ema_name == "none" else ema_name
-    network, objective = network_and_objective(config, spec)
+    network, objective = model_of(meta)
 
     mesh = meshes.make()
     shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                                               sharding=sharding.replicated(mesh)), shapes)  # fmt: skip
-    fixed = {name: net for name, net in abstract.items() if name in objective.frozen}
-    learned = {name: net for name, net in abstract.items() if name not in objective.frozen}
-    params = checkpoints.restore_params(step, learned, fixed, ema_name)
+    params = checkpoints.restore_params(step, trainable(abstract, objective), ema_name)
     checkpoints.close()
-    return Run(config, spec, step, ema_name, objective, network, params, mesh)
+    return Run(meta, config, spec, step, ema_name, objective, network, params, mesh)

@@ -3,8 +3,6 @@
 python -m experiments.train --config=configs/digits.py --workdir=runs/digits [--config.train.steps=200]
 """
 
-import dataclasses
-
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
@@ -28,7 +26,8 @@ def main() -> None:
     config = CONFIG.value.to_dict()
     parts.check_sections(config)
     source = build("data", config["data"], field="data")
-    network, objective = parts.network_and_objective(config, source.spec)
+    meta, teacher = parts.meta_of(config, source.spec, WORKDIR.value)
+    network, objective = parts.model_of(meta)
     keywords = parts.training(config)
     drawer = Drawer(
         network, objective, source.spec, keywords["mesh"],
@@ -41,7 +40,8 @@ def main() -> None:
         network=network,
         objective=objective,
         **keywords,
-        meta={"config": config, "spec": dataclasses.asdict(source.spec)},
+        meta=meta,
+        teacher=teacher,
         preview=lambda params: preview(drawer, params, source.spec),
     )
 

@@ -160,11 +160,11 @@ def test_a_model_of_the_paths_end_stays_one(name, t):
     """So that consistency models are guided too, also through an interval."""
 
     def end(x, t, cond):
-        return dataclasses.replace(model(x, t, cond), is_end=True)
+        return dataclasses.replace(model(x, t, cond), kind="end")
 
     guided = GUIDES[name](end, 2.0)
-    assert guided(X, t, COND).is_end
-    assert interval(guided, 0.3, 0.8, plain=end, schedule=FLOW)(X, t, COND).is_end
+    assert guided(X, t, COND).kind == "end"
+    assert interval(guided, 0.3, 0.8, plain=end, schedule=FLOW)(X, t, COND).kind == "end"
 
 
 def test_no_negative_condition_is_none():

@@ -25,6 +25,7 @@ LAYERS = [
         "multistep",
         "exponential",
         "likelihood",
+        "distillation",
     },
     {"objectives", "samplers", "guidance", "networks", "data"},
     {"sample", "macs", "evaluation", "visualize", "distributed", "training", "checkpoint", "interop"},

@@ -15,11 +15,11 @@ from diffusion.types import Array, Cond, InputError, Network, Params
 Arrays = Array | np.ndarray
 # The axes of one example, by their number, and of the conditions that the house knows.
 AXES = {3: ("height", "width", "channels"), 4: ("frames", "height", "width", "channels")}
+NUMBERS = ("r", "guidance")
 CONDITIONS = {
     "label": (Integer, "batch"),
     "keep": (Bool, "batch"),
-    "r": (Float, "batch"),
-    "guidance": (Float, "batch"),
+    **dict.fromkeys(NUMBERS, (Float, "batch")),
     "text": (Float, "batch tokens features"),
     "text_mask": (Bool, "batch tokens"),
 }
@@ -30,6 +30,7 @@ def functional(
     shape: tuple[int, ...],
     outputs: int = 1,
     *,
+    conditions: tuple[str, ...] = (),
     project: Callable[[Params], Params] | None = None,
 ) -> Network:
     """Splits a module once.
@@ -38,10 +39,13 @@ def functional(
       construct: builds the module from its random keys. Its call is `module(x, c_noise, cond, key)`; its state must
         be parameters alone, with string keys (`nnx.Dict`, not lists).
       shape: of one example.
-      outputs, project: see `Network`.
+      outputs, conditions, project: see `Network`.
 
     Its `apply` raises InputError for an input of another kind or shape, naming the axis.
     """
+    for name in conditions:
+        if name not in NUMBERS:
+            raise InputError("conditions", f"no {name!r}; any of: {', '.join(NUMBERS)}")
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
     names = AXES.get(len(shape), [f"axis{number}" for number in range(1, len(shape) + 1)])
     example = " ".join(["batch", *(f"{name}={size}" for name, size in zip(names, shape, strict=True))])
@@ -51,11 +55,15 @@ def functional(
         return params if project is None else project(params)
 
     def apply(params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array:
+        for name in NUMBERS:
+            if name in cond and name not in conditions:
+                raise InputError("network.conditions", f"lacks {name!r}, which the sampler, the guidance or the "
+                                 "objective tells it; train a network that has it")  # fmt: skip
         wanted = {name: CONDITIONS.get(name, (Shaped, "batch ...")) for name in cond}
         check({"x": x, "c_noise": c_noise, **cond}, {"x": (Float, example), "c_noise": (Real, "batch"), **wanted})
         return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key)
 
-    return Network(init, apply, outputs, project)
+    return Network(init, apply, outputs, project, conditions)
 
 
 def check(arrays: dict[str, Array], wanted: dict[str, tuple[type, str]]) -> None:

@@ -62,11 +62,13 @@ class Block(nnx.Module):
 class DiT(nnx.Module):
     """x `[B, H, W, C]`, c_noise `[B]`, cond -> `[B, H, W, outputs * C]`, float32: patches, blocks, patches."""
 
-    def __init__(self, *, size, channels, num_classes, patch, width, depth, heads, inner, positions, norm, qk_norm,
-                 gated, last_frequency, kernel, remat, unroll, outputs, dtype, rngs: Keys):  # fmt: skip
+    def __init__(self, *, size, channels, num_classes, conditions, patch, width, depth, heads, inner, positions, norm,
+                 qk_norm, gated, last_frequency, kernel, remat, unroll, outputs, dtype, rngs: Keys):  # fmt: skip
         self.patch, self.dtype, self.norm = patch, dtype, norm
         self.side, self.out_channels = size // patch, outputs * channels
-        self.embed = ConditionEmbedding(FREQUENCIES, width, num_classes, last=last_frequency, dtype=dtype, rngs=rngs)
+        self.embed = ConditionEmbedding(
+            FREQUENCIES, width, num_classes, conditions=conditions, last=last_frequency, dtype=dtype, rngs=rngs
+        )
         xavier = nnx.initializers.xavier_uniform()
         self.patches_in = nnx.Linear(patch**2 * channels, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.rotary, self.head_width, self.width = positions == "rope", width // heads, width
@@ -101,6 +103,7 @@ class DiT(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
+    conditions: tuple[str, ...] = (),
     patch: int = 2,
     width: int = 384,
     depth: int = 12,
@@ -123,6 +126,7 @@ def make(
     Args:
       shape: `(H, W, C)`, H = W, divisible by `patch`.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
+      conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
       patch: side of the square of pixels that becomes a token.
       width: of the tokens; divisible by 4, and by `heads`.
       depth: number of blocks; they are stacked and scanned.
@@ -154,8 +158,8 @@ def make(
         raise InputError("positions", f"rope wants heads of a width divisible by 4, got {width // heads}")
     inner = int(width * mlp_ratio * (2 / 3 if mlp == "swiglu" else 1))
     return functional(lambda rngs: DiT(
-        size=shape[0], channels=shape[2], num_classes=num_classes, patch=patch, width=width, depth=depth, heads=heads,
-        inner=inner, positions=positions, norm=norm, qk_norm=qk_norm, gated=mlp == "swiglu",
+        size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, patch=patch, width=width,
+        depth=depth, heads=heads, inner=inner, positions=positions, norm=norm, qk_norm=qk_norm, gated=mlp == "swiglu",
         last_frequency=last_frequency, kernel=kernel, remat=remat, unroll=unroll, outputs=outputs,
         dtype=jnp.dtype(dtype), rngs=rngs,
-    ), shape, outputs)  # fmt: skip
+    ), shape, outputs, conditions=conditions)  # fmt: skip

@@ -86,7 +86,7 @@ class EDM2(nnx.Module):
     where `keep` is False.
     """
 
-    def __init__(self, *, size, channels, num_classes, width, multipliers, blocks, attention, head_width,
+    def __init__(self, *, size, channels, num_classes, conditions, width, multipliers, blocks, attention, head_width,
                  concat_balance, bandwidth, remat, outputs, dtype, rngs: Keys, **block):  # fmt: skip
         self.width, self.num_classes, self.bandwidth = width, num_classes, bandwidth
         self.concat_balance, self.remat, self.dtype = concat_balance, remat, dtype
@@ -94,6 +94,9 @@ class EDM2(nnx.Module):
         emb_features = width * max(multipliers)
         self.emb_noise = MPLinear(width, emb_features, **kwargs)
         self.emb_label = MPLinear(num_classes + 1, emb_features, **kwargs) if num_classes else None
+        self.conditions = conditions
+        self.numbers = nnx.Dict({name: MPLinear(width, emb_features, **kwargs) for name in conditions})
+        self.number_gains = nnx.Dict({name: nnx.Param(jnp.zeros(())) for name in conditions})
         self.conv_in = MPConv(channels + 1, width, **kwargs)
 
         def stage(side, in_channels: int, out_channels: int, *, attends: bool = False, resample=None) -> Block:
@@ -154,6 +157,10 @@ class EDM2(nnx.Module):
 
     def _embed(self, c_noise: Array, cond: Cond) -> Array:
         emb_BxE = self.emb_noise(fourier_features(c_noise, self.width, self.bandwidth))
+        for name in self.conditions:
+            if name in cond:
+                features = fourier_features(cond[name], self.width, self.bandwidth)
+                emb_BxE += self.numbers[name](features, self.number_gains[name][...])
         if self.num_classes:
             index = jnp.where(cond.get("keep", True), cond["label"], self.num_classes)
             rows = self.num_classes + 1
@@ -165,6 +172,7 @@ class EDM2(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
+    conditions: tuple[str, ...] = (),
     width: int = 192,
     multipliers: tuple[int, ...] = (1, 2, 3, 4),
     blocks: int = 3,
@@ -191,6 +199,7 @@ def make(
     Args:
       shape: `(H, W, C)`, H = W, divisible by 2 once for every level but the last.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
+      conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
       width: channels of the first level.
       multipliers: channels of each level, as multiples of `width`; the embedding is as wide as the widest.
       blocks: residual blocks a level on the way down; one more on the way up.
@@ -215,7 +224,7 @@ def make(
         if not 0 <= value <= 1:
             raise InputError(name, f"must be in [0, 1], got {value}")
     return functional(lambda rngs: EDM2(
-        size=shape[0], channels=shape[2], num_classes=num_classes, width=width, multipliers=multipliers, blocks=blocks,
-        attention=attention, head_width=head_width, dropout=dropout, bandwidth=bandwidth, kernel=kernel, remat=remat,
-        outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs, **balances,
-    ), shape, outputs, project=normalize_all)  # fmt: skip
+        size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, width=width,
+        multipliers=multipliers, blocks=blocks, attention=attention, head_width=head_width, dropout=dropout,
+        bandwidth=bandwidth, kernel=kernel, remat=remat, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs, **balances,
+    ), shape, outputs, conditions=conditions, project=normalize_all)  # fmt: skip

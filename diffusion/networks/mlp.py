@@ -22,10 +22,10 @@ class MLP(nnx.Module):
     axis of `depth`, over which the pass scans.
     """
 
-    def __init__(self, *, shape, num_classes, width, depth, outputs, dtype, rngs: Keys):
+    def __init__(self, *, shape, num_classes, conditions, width, depth, outputs, dtype, rngs: Keys):
         self.dtype, self.out_shape = dtype, (*shape[:-1], outputs * shape[-1])
         kwargs = dict(dtype=dtype, rngs=rngs)
-        self.embed = ConditionEmbedding(width, width, num_classes, **kwargs)
+        self.embed = ConditionEmbedding(width, width, num_classes, conditions=conditions, **kwargs)
         self.linear_in = nnx.Linear(math.prod(shape), width, **kwargs)
         draw = nnx.initializers.lecun_normal(batch_axis=0)
 
@@ -64,6 +64,7 @@ class MLP(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
+    conditions: tuple[str, ...] = (),
     width: int = 128,
     depth: int = 3,
     outputs: int = 1,
@@ -74,6 +75,7 @@ def make(
     Args:
       shape: of one example; at least one axis.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
+      conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
       width: of the stream, the blocks and the embedding; must be even.
       depth: number of residual blocks.
       outputs: values for each entry of x's last axis: 2 for an objective with a learned variance.
@@ -87,6 +89,6 @@ def make(
     if width % 2:
         raise InputError("width", f"must be even, got {width}")
     return functional(lambda rngs: MLP(
-        shape=shape, num_classes=num_classes, width=width, depth=depth, outputs=outputs, dtype=jnp.dtype(dtype),
-        rngs=rngs,
-    ), shape, outputs)  # fmt: skip
+        shape=shape, num_classes=num_classes, conditions=conditions, width=width, depth=depth, outputs=outputs,
+        dtype=jnp.dtype(dtype), rngs=rngs,
+    ), shape, outputs, conditions=conditions)  # fmt: skip

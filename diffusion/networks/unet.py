@@ -38,13 +38,14 @@ class UNet(nnx.Module):
     more, takes them back in reverse, each joined to the channels of one block's input.
     """
 
-    def __init__(self, *, size, channels, num_classes, width, multipliers, blocks, attention, up_attention,
+    def __init__(self, *, size, channels, num_classes, conditions, width, multipliers, blocks, attention, up_attention,
                  middle_attention, head_width, resample, end_padding, input_skip, embedding, last_frequency, sin_first,
                  null_class, kernel, remat, outputs, style: Style, rngs: Keys):  # fmt: skip
         self.style, self.remat = style, remat
         self.embed = ConditionEmbedding(
-            2 * width if embedding == "fourier" else width, style.emb_features, num_classes, kind=embedding,
-            last=last_frequency, sin_first=sin_first, null_class=null_class, dtype=style.dtype, rngs=rngs,
+            2 * width if embedding == "fourier" else width, style.emb_features, num_classes, conditions=conditions,
+            kind=embedding, last=last_frequency, sin_first=sin_first, null_class=null_class, dtype=style.dtype,
+            rngs=rngs,
         )  # fmt: skip
         self.conv_in = conv3x3(channels, width, dtype=style.dtype, rngs=rngs)
 
@@ -131,6 +132,7 @@ class UNet(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
+    conditions: tuple[str, ...] = (),
     width: int = 128,
     multipliers: tuple[int, ...] = (1, 2, 2, 2),
     blocks: int = 2,
@@ -161,6 +163,7 @@ def make(
     Args:
       shape: `(H, W, C)`, H = W, divisible by 2 once for every level but the last.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
+      conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
       width: channels of the first level; must be even.
       multipliers: channels of each level, as multiples of `width`.
       blocks: residual blocks a level on the way down; one more on the way up.
@@ -202,9 +205,9 @@ def make(
             raise InputError("groups", f"{groups} do not divide the {channels} channels of a level")
     style = Style(4 * width, dropout, scale_shift, rescale, taps, groups, epsilon, jnp.dtype(dtype))
     return functional(lambda rngs: UNet(
-        size=shape[0], channels=shape[2], num_classes=num_classes, width=width, multipliers=multipliers, blocks=blocks,
-        attention=attention, up_attention=up_attention, middle_attention=middle_attention, head_width=head_width,
-        resample=resample, end_padding=end_padding, input_skip=input_skip, embedding=embedding,
+        size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, width=width,
+        multipliers=multipliers, blocks=blocks, attention=attention, up_attention=up_attention,
+        middle_attention=middle_attention, head_width=head_width, resample=resample, end_padding=end_padding, input_skip=input_skip, embedding=embedding,
         last_frequency=last_frequency, sin_first=sin_first, null_class=null_class, kernel=kernel, remat=remat,
         outputs=outputs, style=style, rngs=rngs,
-    ), shape, outputs)  # fmt: skip
+    ), shape, outputs, conditions=conditions)  # fmt: skip

@@ -8,7 +8,7 @@ from flax import nnx
 
 from diffusion.layers import refusals
 from diffusion.layers.attention import Kernel, attend
-from diffusion.layers.embeddings import sinusoidal
+from diffusion.layers.embeddings import Numbers, sinusoidal
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.stack import Remat, Stack
@@ -53,8 +53,8 @@ class UViT(nnx.Module):
     the table of classes is the null embedding, used where `keep` is False.
     """
 
-    def __init__(self, *, size, channels, num_classes, patch, width, depth, heads, inner, qkv_bias, time_mlp, conv,
-                 kernel, remat, outputs, dtype, rngs: Keys):  # fmt: skip
+    def __init__(self, *, size, channels, num_classes, conditions, patch, width, depth, heads, inner, qkv_bias,
+                 time_mlp, conv, kernel, remat, outputs, dtype, rngs: Keys):  # fmt: skip
         self.patch, self.side, self.width, self.num_classes = patch, size // patch, width, num_classes
         self.time_mlp, self.conv, self.dtype = time_mlp, conv, dtype
         self.extras, out_channels = 1 + bool(num_classes), outputs * channels
@@ -62,6 +62,7 @@ class UViT(nnx.Module):
         if time_mlp:
             self.time_inner = nnx.Linear(width, 4 * width, **kwargs)
             self.time_outer = nnx.Linear(4 * width, width, **kwargs)
+        self.numbers = Numbers(conditions, width, dtype=dtype, rngs=rngs)
         if num_classes:
             init = nnx.initializers.normal(1)  # as large as the sinusoids
             self.label = nnx.Embed(num_classes + 1, width, embedding_init=init, dtype=dtype, rngs=rngs)
@@ -100,6 +101,7 @@ class UViT(nnx.Module):
         time_BxD = sinusoidal(c_noise, self.width).astype(self.dtype)
         if self.time_mlp:
             time_BxD = self.time_outer(jax.nn.silu(self.time_inner(time_BxD)))
+        time_BxD = self.numbers(time_BxD, cond)
         if not self.num_classes:
             return [time_BxD[:, None]]
         label_BxD = self.label(jnp.where(cond.get("keep", True), cond["label"], self.num_classes))
@@ -109,6 +111,7 @@ class UViT(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
+    conditions: tuple[str, ...] = (),
     patch: int = 2,
     width: int = 512,
     depth: int = 13,
@@ -128,6 +131,7 @@ def make(
     Args:
       shape: `(H, W, C)`, H = W, divisible by `patch`.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
+      conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
       patch: side of the square of pixels that becomes a token.
       width: of the tokens; even, and divisible by `heads`.
       depth: number of blocks, odd: a first half, one in the middle, and a second half, whose blocks also take what the
@@ -151,7 +155,7 @@ def make(
     if width % 2 or width % heads:
         raise InputError("width", f"must be divisible by 2 and by heads = {heads}, got {width}")
     return functional(lambda rngs: UViT(
-        size=shape[0], channels=shape[2], num_classes=num_classes, patch=patch, width=width, depth=depth, heads=heads,
-        inner=int(width * mlp_ratio), qkv_bias=qkv_bias, time_mlp=time_mlp, conv=conv, kernel=kernel, remat=remat,
-        outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
-    ), shape, outputs)  # fmt: skip
+        size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, patch=patch, width=width,
+        depth=depth, heads=heads, inner=int(width * mlp_ratio), qkv_bias=qkv_bias, time_mlp=time_mlp, conv=conv,
+        kernel=kernel, remat=remat, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
+    ), shape, outputs, conditions=conditions)  # fmt: skip

@@ -20,7 +20,7 @@ class VDM(Gaussian):
 
     levels: int | None = None
 
-    def init(self, network: Network, key: Array) -> dict[str, Params]:
+    def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
         key_net, key_gamma = jax.random.split(key)
         return {**super().init(network, key_net), "gamma": self.schedule.init(key_gamma)}
 

@@ -18,7 +18,7 @@ class Consistency(OneStep):
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
         denoised = denoise(x, t)
-        if not denoised.is_end:
+        if denoised.kind != "end":
             raise InputError(
                 "sampler.name", "samples consistency models, and this model gives the mean of x0; use ddim or unipc"
             )

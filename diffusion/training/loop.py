@@ -95,6 +95,7 @@ def train(
     checkpoint: CheckpointOptions,
     seed: int,
     meta: Mapping[str, Any],
+    teacher: Mapping | None = None,
     preview: Callable[[Params], Image.Image] | None = None,
 ) -> TrainState:
     """Trains to `options.steps`, from the workdir's newest checkpoint if it has one.
@@ -102,6 +103,7 @@ def train(
     Args:
       workdir: for checkpoints, `metrics.jsonl` and `previews/`.
       meta: JSON-able, saved with every checkpoint.
+      teacher: the dict of networks that the objective's teacher has, for a run that begins; one that goes on has it.
       preview: averaged parameters -> a picture of samples, from the same noise each time.
 
     Raises:
@@ -118,10 +120,10 @@ def train(
         )
 
     # The state, described before it exists: every array's shape, dtype and place on the mesh.
-    def init() -> TrainState:
-        return init_state(objective, network, optimizer.transform, ema, jax.random.key(seed))
+    def init(teacher: Mapping | None) -> TrainState:
+        return init_state(objective, network, optimizer.transform, ema, jax.random.key(seed), teacher)
 
-    shapes = jax.eval_shape(init)
+    shapes = jax.eval_shape(init, teacher)
     state_sharding = sharding.of_state(shapes, mesh, rules)
     abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                             shapes, state_sharding)  # fmt: skip
@@ -157,7 +159,7 @@ def train(
     with files.replace(os.path.join(workdir, "config.json")) as file:
         json.dump(meta["config"], file, indent=2)
     if latest is None:
-        state = jax.jit(init, out_shardings=state_sharding)()
+        state = jax.jit(init, out_shardings=state_sharding)(teacher)
     overview = parameter_overview.get_parameter_overview(state.params)
     with files.replace(os.path.join(workdir, "parameters.txt")) as file:
         file.write(overview + "\n")

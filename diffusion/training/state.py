@@ -1,6 +1,7 @@
 """The train state: all that a step changes."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,10 +33,19 @@ class TrainState:
 
 
 def init_state(
-    objective: Objective, network: Network, transform: optax.GradientTransformation, ema: EMA, key: Array
+    objective: Objective,
+    network: Network,
+    transform: optax.GradientTransformation,
+    ema: EMA,
+    key: Array,
+    teacher: Mapping | None = None,
 ) -> TrainState:
-    """The state before the first step. Pure: `jax.jit` it with `out_shardings`, so that it is born in its place."""
-    params = objective.init(network, key)
+    """The state before the first step. Pure: `jax.jit` it with `out_shardings`, so that it is born in its place.
+
+    Args:
+      teacher: see `Objective.init`.
+    """
+    params = objective.init(network, key, teacher)
     learned = trainable(params, objective)
     return TrainState(jnp.zeros((), jnp.int32), params, ema.init(learned), transform.init(learned), objective.memory())
 

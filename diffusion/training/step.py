@@ -38,12 +38,14 @@ def make_step(
         key_keep, key_draw, key_net = jax.random.split(key, 3)
         keep = jax.random.uniform(key_keep, batch["x"].shape[:1]) >= cond_drop_rate
         batch = Batch(x=batch["x"], cond={**batch["cond"], "keep": keep})
-        batch["noise"] = objective.draw(batch, key_draw, state.step, state.memory)
-
-        learned, ema_params = trainable(state.params, objective), averaged(state, ema.names[-1])
+        prepared, memory = objective.prepare(
+            state.params, averaged(state, ema.names[-1]), batch, state.memory, jax.random.fold_in(key, 3), state.step
+        )
+        batch["noise"] = objective.draw(batch, key_draw, state.step, memory)
+        learned, ema_params = trainable(prepared, objective), {**prepared, **state.ema[ema.names[-1]]}
 
         def mean_loss(learned, micro, key):
-            params = {**state.params, **learned}
+            params = {**prepared, **learned}
             loss, metrics = objective.loss(network.apply, params, ema_params, micro, key, state.step)
             return jnp.mean(loss), (metrics, loss)
 
@@ -57,15 +59,15 @@ def make_step(
             keys = jax.random.split(key_net, accumulate)
             (metrics, grads), losses = _mean_over(gradient, _split(batch, accumulate), keys)
             losses = losses.swapaxes(0, 1).reshape(-1)  # as they stood before the split
-        memory, seen = objective.remember(state.memory, batch["noise"], losses)
+        memory, seen = objective.remember(memory, batch["noise"], losses)
         metrics = {"loss": jnp.mean(losses), **metrics, **seen}
 
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, learned)
-        learned = _projected(optax.apply_updates(learned, updates), network, state.params)
+        learned = _projected(optax.apply_updates(learned, updates), network, prepared)
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step))
         averages = ema.update(state.ema, learned, state.step)
-        return TrainState(state.step + 1, {**state.params, **learned}, averages, opt_state, memory), metrics
+        return TrainState(state.step + 1, {**prepared, **learned}, averages, opt_state, memory), metrics
 
     return step
 

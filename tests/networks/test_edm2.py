@@ -344,6 +344,9 @@ class Several:
     def memory(self):
         return {}
 
+    def prepare(self, params, ema_params, batch, memory, key, step):
+        return params, memory
+
     def draw(self, batch, key, step, memory):
         return {}
 

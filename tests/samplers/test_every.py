@@ -53,7 +53,7 @@ def optimal(schedule, *, end=False):
         alpha, sigma = (jnp.reshape(a, (-1, 1)) for a in (schedule.alpha(t), schedule.sigma(t)))
         total = alpha**2 * VALUES + sigma**2
         gains = jnp.sqrt(VALUES / total) if end else alpha * VALUES / total
-        return Denoised((MEAN + scaled(x - alpha * MEAN, gains)).astype(x.dtype), is_end=end)
+        return Denoised((MEAN + scaled(x - alpha * MEAN, gains)).astype(x.dtype), kind="end" if end else "mean")
 
     return denoise
 

@@ -30,7 +30,7 @@ def denoiser_of(case, schedule):
     def with_boundary(x, t):
         c_skip, c_out = lcm_scalings(t)
         x0 = denoise(x, t).x0
-        return Denoised(expand(c_out, x) * x0 + expand(c_skip, x) * x, is_end=True)
+        return Denoised(expand(c_out, x) * x0 + expand(c_skip, x) * x, kind="end")
 
     return with_boundary
 

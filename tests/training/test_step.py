@@ -18,11 +18,14 @@ class Linear:
 
     frozen: tuple[str, ...] = ()
 
-    def init(self, network, key):
+    def init(self, network, key, teacher=None):
         return {"net": network.init(key), "teacher": {"w": jnp.float32(5)}}
 
     def memory(self):
         return {"losses": jnp.zeros(16)}
+
+    def prepare(self, params, ema_params, batch, memory, key, step):
+        return params, memory
 
     def draw(self, batch, key, step, memory):
         return {"n": jax.random.normal(key, batch["x"].shape)}
