@@ -207,7 +207,7 @@ def make(
     return functional(lambda rngs: UNet(
         size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, width=width,
         multipliers=multipliers, blocks=blocks, attention=attention, up_attention=up_attention,
-        middle_attention=middle_attention, head_width=head_width, resample=resample, end_padding=end_padding, input_skip=input_skip, embedding=embedding,
-        last_frequency=last_frequency, sin_first=sin_first, null_class=null_class, kernel=kernel, remat=remat,
-        outputs=outputs, style=style, rngs=rngs,
+        middle_attention=middle_attention, head_width=head_width, resample=resample, end_padding=end_padding,
+        input_skip=input_skip, embedding=embedding, last_frequency=last_frequency, sin_first=sin_first,
+        null_class=null_class, kernel=kernel, remat=remat, outputs=outputs, style=style, rngs=rngs,
     ), shape, outputs, conditions=conditions)  # fmt: skip
