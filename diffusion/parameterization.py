@@ -112,9 +112,10 @@ def edm(sigma_data: float = 0.5, c_noise: NoiseLabel = "log_sigma") -> Parameter
 
     def row(schedule: Schedule, t: Array) -> Row:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        total = jnp.sqrt(sigma**2 + (sigma_data * alpha) ** 2)
+        power = sigma**2 + sigma_data**2 * alpha**2  # written so that c_skip is 1 at t = 0 bit for bit
+        total = jnp.sqrt(power)
         return Row(
-            c_skip=sigma_data**2 * alpha / total**2,
+            c_skip=sigma_data**2 * alpha / power,
             c_out=sigma_data * sigma / total,
             c_in=1 / total,
             c_noise=_label(c_noise, schedule, t),
@@ -128,18 +129,21 @@ def edm(sigma_data: float = 0.5, c_noise: NoiseLabel = "log_sigma") -> Parameter
 def consistency(
     sigma_data: float = 0.5, sigma_min: float = 0.002, c_noise: NoiseLabel = "log_sigma"
 ) -> Parameterization:
-    """EDM's preconditioning moved so that f(x, sigma_min) = x exactly, at sigma / alpha = sigma_min (Song et al. 2023,
-    arXiv 2303.01469, appendix C). As a denoiser's row it exists above `sigma_min`."""
+    """EDM's preconditioning moved so that f(x, sigma_min) = x exactly, at sigma / alpha = sigma_min and below (Song et
+    al. 2023, arXiv 2303.01469, appendix C); x / alpha where alpha is not 1. As a denoiser's row it exists above
+    `sigma_min`."""
     _check_sigma_data(sigma_data)
     if sigma_min < 0:
         raise InputError("sigma_min", f"must be at least 0, got {sigma_min}")
 
     def row(schedule: Schedule, t: Array) -> Row:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        above = sigma - sigma_min * alpha
+        above = jnp.maximum(sigma - sigma_min * alpha, 0)
         total = jnp.sqrt(sigma**2 + (sigma_data * alpha) ** 2)
         moved = above**2 + (sigma_data * alpha) ** 2
-        c_skip, c_out = sigma_data**2 * alpha / moved, sigma_data * above / total
+        # The quotient rounds, and at the boundary x is to come back bit for bit.
+        c_skip = jnp.where(above > 0, sigma_data**2 * alpha / moved, 1 / alpha)
+        c_out = sigma_data * above / total
         # The target is (x0 - c_skip x_t) / c_out with the common factors cancelled: 1 - c_skip alpha = above^2 / moved.
         return Row(
             c_skip,

@@ -72,10 +72,38 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Law:
     return Law(lambda schedule, key, n: jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,))))
 
 
-def log_normal(mean: float = -1.2, std: float = 1.2) -> Law:
-    """log(sigma / alpha) is normal, cut at the schedule's ends (Karras et al. 2022, arXiv 2206.00364, table 1)."""
+def log_normal(mean: float = -1.2, std: float = 1.2, sigma_min: float = 0.0, sigma_max: float = float("inf")) -> Law:
+    """log(sigma / alpha) is normal, cut at the schedule's ends (Karras et al. 2022, arXiv 2206.00364, table 1).
+
+    Args:
+      sigma_min, sigma_max: levels sigma / alpha that it does not leave: the normal is truncated there.
+    """
     _positive("std", std)
-    return Law(lambda schedule, key, n: schedule.time(-2 * (mean + std * jax.random.normal(key, (n,)))))
+    if not 0 <= sigma_min < sigma_max:
+        raise InputError("sigma_min", f"must be at least 0 and below sigma_max = {sigma_max}, got {sigma_min}")
+    low, high = ((math.log(s) - mean) / std if s > 0 else -math.inf for s in (sigma_min, sigma_max))
+
+    def times(schedule: Schedule, key: Array, n: int) -> Array:
+        cut = math.isfinite(low) or math.isfinite(high)
+        z = jax.random.truncated_normal(key, low, high, (n,)) if cut else jax.random.normal(key, (n,))
+        return schedule.time(-2 * (mean + std * z))
+
+    return Law(times)
+
+
+def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Law:
+    """The power 1 / rho of sigma / alpha is uniform between two levels: with `grids.karras`, every step of the grid is
+    as probable as any other (Song et al. 2023, arXiv 2303.01469, algorithm 3)."""
+    _positive("rho", rho)
+    if not 0 <= sigma_min < sigma_max:
+        raise InputError("sigma_min", f"must be at least 0 and below sigma_max = {sigma_max}, got {sigma_min}")
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+
+    def times(schedule: Schedule, key: Array, n: int) -> Array:
+        share = 1 - jax.random.uniform(key, (n,))
+        return schedule.time(-2 * rho * jnp.log(low + share * (high - low)))
+
+    return Law(times)
 
 
 def mode(scale: float = 1.29) -> Law:

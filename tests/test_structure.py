@@ -26,6 +26,7 @@ LAYERS = [
         "exponential",
         "likelihood",
         "distillation",
+        "curriculum",
     },
     {"objectives", "samplers", "guidance", "networks", "data"},
     {"sample", "macs", "evaluation", "visualize", "distributed", "training", "checkpoint", "interop"},
