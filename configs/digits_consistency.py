@@ -57,7 +57,7 @@ VARIANTS = {
 
 def get_config(variant: str = "ect") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; one of: {', '.join(VARIANTS)}")
+        raise LookupError(f"no variant {variant!r}; one of: {', '.join(VARIANTS)}")
     return ml_collections.ConfigDict({
         "seed": 0,
         "data": {"name": "digits", "split": "train"},
