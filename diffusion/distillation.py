@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.parameterization import Parameterization
 from diffusion.types import Array, Cond, Denoised, Denoiser, InputError, Network, Objective, Params, Schedule, Spec
 
 PROBES = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which two schedules are compared
@@ -63,6 +64,17 @@ def check_teacher(teacher: Teacher | None, schedule: Schedule) -> None:
     )
     if answer.kind != "mean":
         raise InputError("teacher", "is a few-step model itself; give one that predicts the mean of x0")
+
+
+def check_row(teacher: Teacher, schedule: Schedule, parameterization: Parameterization) -> None:
+    """Refuses a teacher whose network is given or gives something else than the student's (another parameterization or
+    noise label), so that its weights would be of no use there. The schedule is the same (`check_teacher`)."""
+    for t in map(jnp.float32, PROBES):
+        theirs = vars(teacher.objective.parameterization(schedule, t))
+        for name, ours in vars(parameterization(schedule, t)).items():
+            if not np.isclose(ours, theirs[name], rtol=1e-4, atol=1e-6):
+                raise InputError("teacher", f"has another parameterization: {name}({float(t):.1f}) is "
+                                 f"{theirs[name]:.4g} there and {ours:.4g} here; give both the same")  # fmt: skip
 
 
 def begin(student: Params, teacher: Params) -> Params:

@@ -1,8 +1,8 @@
 """Guidance, by name: each takes a denoiser and gives back a denoiser, so they nest: `rescale(cfg(denoise, 3.0), 0.7)`.
 Numbers may be traced arrays: changing them does not recompile.
 
-The first half makes one answer of two (`cfg`, `apg`, `cfg_zero`, `cfg_pp`, `autoguidance`), the second changes the
-answer of any denoiser (`rescale`, `interval`, `threshold`).
+The first half makes one answer of two (`cfg`, `apg`, `cfg_zero`, `cfg_pp`, `autoguidance`), or asks a model that has
+learned to be guided (`embedded`); the second changes the answer of any denoiser (`rescale`, `interval`, `threshold`).
 """
 
 import dataclasses
@@ -115,6 +115,20 @@ def autoguidance(denoise: Denoiser, scale: float | Array = 1.0, *, worse: Denois
         good, bad = denoise(x, t, cond), worse(x, t, cond)
         conditional = good.x0 if good.conditional is None else good.conditional
         return dataclasses.replace(good, x0=bad.x0 + scale * (good.x0 - bad.x0), conditional=conditional)
+
+    return guided
+
+
+def embedded(denoise: Denoiser, scale: float | Array = 1.0) -> Denoiser:
+    """Tells the network the scale and leaves the rest to it, at the cost of one evaluation: for a model that was
+    distilled from a guided one (Meng et al. 2023, arXiv 2210.03142), whose network has the condition `guidance`.
+
+    Args:
+      scale: as in `cfg`, within the range that the model was trained for.
+    """
+
+    def guided(x: Array, t: Array, cond: Cond) -> Denoised:
+        return denoise(x, t, {**cond, "guidance": jnp.full(x.shape[:1], scale, jnp.float32)})
 
     return guided
 

@@ -129,7 +129,7 @@ class Drawer:
         return np.concatenate(drawn)
 
     def _check_guidance(self, guidance: Mapping[str, Any]) -> None:
-        if is_plain(guidance) or guidance["name"] == "autoguidance":
+        if is_plain(guidance) or guidance["name"] in ("autoguidance", "embedded"):
             return
         field = "guidance.scale"
         if not self.spec.num_classes:
@@ -174,7 +174,7 @@ def _read_guidance(section: Mapping[str, Any]) -> tuple[Any, dict[str, dict], di
 
 
 def is_plain(section: Mapping[str, Any]) -> bool:
-    """Whether the guidance does nothing."""
+    """Whether the guidance does nothing; `embedded` tells the network a scale of 1 like any other."""
     return section["name"] in ("cfg", "apg", "autoguidance") and section.get("scale", 1.0) == 1.0
 
 

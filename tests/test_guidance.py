@@ -11,9 +11,10 @@ import pytest
 
 from diffusion.arrays import expand, normal
 from diffusion.build import build
-from diffusion.guidance import apg, autoguidance, cfg, cfg_pp, cfg_zero, interval, rescale, threshold
+from diffusion.guidance import apg, autoguidance, cfg, cfg_pp, cfg_zero, embedded, interval, rescale, threshold
 from diffusion.sample import bind, sample
-from diffusion.types import Denoised, InputError
+from diffusion.types import Denoised, InputError, Spec
+from experiments.drawing import Drawer, is_plain
 
 FLOW, VP = build("schedules", "flow"), build("schedules", "vp")
 X = np.random.default_rng(0).normal(size=(4, 3, 2)).astype(np.float32)
@@ -383,6 +384,53 @@ def test_autoguidance_asks_both_models_the_same():
     assert len(asked) == 2
 
 
+# embedded
+
+
+def told(x, t, cond):
+    """A model that has learned to be guided by the scale that it is told."""
+    return Denoised(X * expand(cond["guidance"] * cond["label"] * t, X))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5, np.float32([0.5, 1.0, 2.0, 4.0])], ids=["1", "2.5", "per-example"])
+def test_embedded_tells_the_scale_and_nothing_else(scale):
+    """Once, and at a scale of 1 too; what else was asked stays."""
+    x, t, cond = asked_by(lambda denoise: embedded(denoise, scale), {**COND, "text": X[:, 0]})
+    assert x is X and t == 0.35 and cond.keys() == {"label", "text", "guidance"}
+    assert cond["label"] is COND["label"] and cond["guidance"].dtype == np.float32
+    np.testing.assert_array_equal(cond["guidance"], np.broadcast_to(np.float32(scale), 4))
+
+
+def drawer(network, objective, cond_drop_rate, num_classes, mesh, scale):
+    return Drawer(network, objective, Spec((2,), num_classes), mesh, sampler={"name": "ddim", "steps": 2},
+                  guidance={"name": "embedded", "scale": scale}, cond_drop_rate=cond_drop_rate)  # fmt: skip
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_embedded_needs_no_classes_and_no_training_without_condition(num_classes, ddpm, mesh_of):
+    """And is no plain sampling at a scale of 1, which the network is told like any other."""
+    spec = {"name": "mlp", "width": 8, "depth": 1, "conditions": ("guidance",)}
+    inner = build("networks", spec, shape=(2,), num_classes=num_classes)
+    asked = []
+
+    def apply(params, x, c_noise, cond, *, key=None):
+        asked.append(sorted(cond))
+        return inner.apply(params, x, c_noise, cond, key=key)
+
+    network = dataclasses.replace(inner, apply=apply)
+    for scale in (1.0, 2.5):
+        assert not is_plain({"name": "embedded", "scale": scale})
+        drawer(network, ddpm, 0.0, num_classes, mesh_of(1, 1, 1), scale)
+    wanted = ["guidance", "label"] if num_classes else ["guidance"]
+    assert asked and all(names == wanted for names in asked)
+
+
+def test_embedded_is_refused_by_a_network_that_is_told_no_scale(ddpm, mesh_of):
+    network = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=(2,))
+    with pytest.raises(InputError, match=r"network\.conditions: lacks 'guidance'"):
+        drawer(network, ddpm, 0.1, 0, mesh_of(1, 1, 1), 1.0)
+
+
 # rescale
 
 
@@ -564,6 +612,7 @@ TRACED = {
     "cfg_zero": (GUIDES["cfg_zero"], [(2.0, 0.9), (5.0, 0.2)]),
     "cfg_pp": (cfg_pp, [(0.4,), (0.9,)]),
     "autoguidance": (GUIDES["autoguidance"], [(2.0,), (5.0,)]),
+    "embedded": (lambda _, scale: embedded(told, scale), [(2.0,), (5.0,)]),
     "rescale": (lambda _, factor: rescale(cfg(model, 5.0), factor), [(0.1,), (0.9,)]),
     "interval": (lambda _, low, high: interval(cfg(model, 5.0), low, high, **ON), [(0.2, 0.4), (0.4, 0.6)]),
     "interval in sigma": (

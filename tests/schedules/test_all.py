@@ -20,6 +20,7 @@ VARIANTS = [
     {"name": "flow"},
     {"name": "flow", "shift": 3.0},
     {"name": "trig"},
+    {"name": "trig", "sigma_data": 0.7},
     {"name": "learned"},
 ]
 INFINITE_AT_DATA = ("vp_sde", "ve")  # the derivative of sigma
@@ -48,7 +49,8 @@ def test_ends(schedule):
         assert np.isfinite([schedule.alpha(one), schedule.sigma(one)]).all()
         pure = schedule.alpha(jnp.float64(1)) < 1e-12
         if pure:
-            assert schedule.alpha(one) == 0 and schedule.sigma(one) == 1 and schedule.log_snr(one) == -jnp.inf
+            noise = dtype(getattr(schedule, "sigma_data", 1))
+            assert schedule.alpha(one) == 0 and schedule.sigma(one) == noise and schedule.log_snr(one) == -jnp.inf
 
 
 def test_log_snr_and_its_inverse(schedule):
@@ -80,8 +82,8 @@ def test_derivatives(schedule):
 
 def test_variance_is_preserved(schedule):
     if type(schedule).__name__ in ("VP", "VPSDE", "Trig", "Learned"):
-        t = jnp.linspace(0, 1, 99)
-        np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1, rtol=1e-12)
+        t, unit = jnp.linspace(0, 1, 99), getattr(schedule, "sigma_data", 1)
+        np.testing.assert_allclose(schedule.alpha(t) ** 2 + (schedule.sigma(t) / unit) ** 2, 1, rtol=1e-12)
 
 
 def test_formulas(x64):
@@ -99,6 +101,8 @@ def test_formulas(x64):
     np.testing.assert_allclose(values("edm"), (1, 24), rtol=1e-12)
     np.testing.assert_allclose(values({"name": "flow", "shift": 3.0}), (1 - 0.9 / 1.6, 0.9 / 1.6), rtol=1e-12)
     np.testing.assert_allclose(values("trig"), (np.cos(0.15 * np.pi), np.sin(0.15 * np.pi)), rtol=1e-12)
+    wide = values({"name": "trig", "sigma_data": 0.7})
+    np.testing.assert_allclose(wide, (np.cos(0.15 * np.pi), 0.7 * np.sin(0.15 * np.pi)), rtol=1e-12)
 
 
 def test_zero_terminal_snr_keeps_the_first_point(x64):
@@ -125,6 +129,7 @@ def test_zero_terminal_snr_keeps_the_first_point(x64):
         ({"name": "edm", "sigma_min": -1.0}, "sigma_min"),
         ({"name": "edm", "sigma_max": 0.001}, "sigma_max"),
         ({"name": "flow", "shift": 0.0}, "shift"),
+        ({"name": "trig", "sigma_data": 0.0}, "sigma_data"),
         ({"name": "learned", "gamma_max": -20.0}, "gamma_max"),
         ({"name": "learned", "hidden": 0}, "hidden"),
     ],
