@@ -9,9 +9,8 @@ import os
 import numpy as np
 from absl import flags
 
-from diffusion import files
-from diffusion.types import InputError, SampleMetric
-from experiments import choices, cli, parts
+from diffusion.types import SampleMetric
+from experiments import choices, cli, parts, tables
 
 WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of the runs.")
 OUT = flags.DEFINE_string("out", "docs/samplers.md", "The file that the table is written into.")
@@ -24,20 +23,11 @@ SAMPLERS = flags.DEFINE_list("samplers", [
 ], "The samplers, each as for experiments.sample.")  # fmt: skip
 flags.mark_flags_as_required(["workdirs"])
 
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-
 
 def main() -> None:
-    if not os.path.isfile(OUT.value):
-        raise InputError("--out", f"no file {OUT.value}; it must have the lines {BEGIN} and {END}")
-    with open(OUT.value, encoding="utf-8") as file:
-        head, begin, rest = file.read().partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise InputError("--out", f"{OUT.value} lacks the lines {BEGIN} and {END}")
-    tables = [table(parts.open_run(workdir), os.path.basename(os.path.normpath(workdir))) for workdir in WORKDIRS.value]
-    with files.replace(OUT.value) as file:
-        file.write("\n\n".join([head + BEGIN, *tables, END + tail]))
+    tables.around(OUT.value, "--out")
+    made = [table(parts.open_run(workdir), os.path.basename(os.path.normpath(workdir))) for workdir in WORKDIRS.value]
+    tables.insert(OUT.value, made, "--out")
     print(f"written: {OUT.value}")
 
 
@@ -46,7 +36,7 @@ def table(run: parts.Run, title: str) -> str:
     metrics = [metric for metric in run.metrics() if isinstance(metric, SampleMetric)]
     labels = np.arange(NUM.value) % run.spec.num_classes if run.spec.num_classes else None
     grid = run.config["sampler"].get("grid", {"name": "trailing"})["name"]
-    lines, names = [], []
+    rows, names = [], []
     for sampler in SAMPLERS.value:
         cells = []
         for count in EVALUATIONS.value:
@@ -56,15 +46,12 @@ def table(run: parts.Run, title: str) -> str:
             values = [next(iter(run.measured(metric, x, labels).items())) for metric in metrics]
             names = [name for name, _ in values]
             cells.append(" / ".join(f"{value:.3f}" for _, value in values))
-        lines.append(f"| `{sampler}` | {' | '.join(cells)} |")
-    columns = " | ".join(EVALUATIONS.value)
+        rows.append([f"`{sampler}`", *cells])
     return "\n".join([
         f"**{title}**, step {run.step}, average {run.ema}, grid `{grid}`, no guidance, {NUM.value} samples: "
         f"{' / '.join(names)} by evaluations of the model.",
         "",
-        f"| sampler | {columns} |",
-        f"|---|{'---|' * len(EVALUATIONS.value)}",
-        *lines,
+        tables.markdown(["sampler", *EVALUATIONS.value], rows),
     ])  # fmt: skip
 
 

@@ -1,0 +1,373 @@
+"""Runs measured against each other: the same noise, labels and yardstick, and nothing lost."""
+
+import csv
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion import visualize
+from diffusion.build import build
+from diffusion.training.loop import train
+from diffusion.types import InputError, SampleMetric
+from experiments import choices, comparison, parts, tables
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+TRAILING, NUM = {"name": "trailing"}, 48
+DDIM = {"name": "ddim", "eta": 0.5, "steps": 3, "grid": TRAILING}
+PNDM = {"name": "pndm", "steps": 4, "grid": TRAILING}  # five evaluations at least
+
+
+def config_of(objective, sampler, metrics, *splits):
+    return {
+        "seed": 0,
+        "data": {"name": "digits", "split": splits[0]},
+        "objective": objective,
+        "network": {"name": "mlp", "width": 8, "depth": 1},
+        "optimizer": {"name": "adam", "learning_rate": 1e-2, "warmup": 1},
+        "ema": {"decays": (0.5,)},
+        "train": {"steps": 4, "batch_size": 16},
+        "checkpoint": {},
+        "sampler": sampler,
+        "guidance": {"name": "cfg", "scale": 3.0},
+        "eval": {"data": {"name": "digits", "split": splits[1]}, "metrics": metrics},
+        "mesh": {},
+        "sharding": {"rules": ()},
+    }
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory, mesh_of):
+    """Two runs of four steps. The second would measure itself on other data, and by one metric of the first alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    metrics = {"energy_distance": {"num": 10, "guidance": 1.0}, "svc_accuracy": {"num": 10, "guidance": 3.0}}
+    flow = {"name": "flow_matching", "parameterization": {"name": "velocity"}}
+    configs = {
+        "flow": config_of(flow, DDIM, metrics, "train", "test"),
+        "noise": config_of({"name": "ddpm"}, PNDM, {"energy_distance": {}}, "test", "train"),
+    }
+    for name, config in configs.items():
+        source = build("data", config["data"])
+        meta, _ = parts.meta_of(config, source.spec, str(folder / name))
+        network, objective = parts.model_of(meta)
+        train(str(folder / name), source=source, network=network, objective=objective, meta=meta,
+              **{**parts.training(config), "mesh": mesh_of(1, 1, 1)})  # fmt: skip
+    return [str(folder / name) for name in configs]
+
+
+def compared(workdirs, nfe, out, **options):
+    """The rows of the table that it writes."""
+    comparison.compare(workdirs, nfe.split(","), out=str(out), **{"num": NUM, "seed": 3, **options})
+    return rows_of(out)
+
+
+def rows_of(out):
+    with open(out / "compare.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def written(workdirs, tmp_path_factory):
+    """What is written for both runs, and a file of the docs."""
+    folder = tmp_path_factory.mktemp("written")
+    (folder / "few.md").write_text(f"before\n\n{tables.BEGIN}\n\nan older table\n\n{tables.END}\n\nafter\n")
+    return folder, compared(workdirs, "5,1", folder / "out", docs=str(folder / "few.md"))
+
+
+def test_a_row_says_what_it_is_of(written):
+    """The sampler that cannot do with one evaluation has no row there."""
+    _, rows = written
+    wanted = [("flow", "flow_matching", "ddim:eta=0.5", "5", "5"), ("flow", "flow_matching", "ddim:eta=0.5", "1", "1"),
+              ("noise", "ddpm", "pndm", "5", "4")]  # fmt: skip
+    names = ("run", "objective", "sampler", "nfe", "steps")
+    assert [tuple(row[name] for name in names) for row in rows] == wanted
+    assert all((row["step"], row["ema"], row["grid"]) == ("4", "0.5", "trailing") for row in rows)
+    figures = ["energy_distance_ratio", "svc_accuracy", "svc_on_real"]
+    assert list(rows[0]) == ["run", "objective", "step", "ema", "sampler", "grid", "nfe", "steps", *figures, "seconds"]
+    assert all(float(row["seconds"]) > 0 for row in rows)
+
+
+def test_figures_are_those_of_the_first_runs_metrics(workdirs, written):
+    """Drawn and measured again, by hand: no guidance, whatever the config and the metric say."""
+    _, rows = written
+    metrics = [metric for metric in parts.open_run(workdirs[0]).metrics() if isinstance(metric, SampleMetric)]
+    labels = np.arange(NUM) % 10
+    for index, workdir, sampler in ((0, workdirs[0], {**DDIM, "steps": 5}), (2, workdirs[1], PNDM)):
+        run = parts.open_run(workdir)
+        x = run.drawer(sampler=sampler, guidance={"name": "cfg", "scale": 1.0})(run.params, labels, NUM, seed=3)
+        for metric in metrics:
+            for name, value in run.measured(metric, x, labels).items():
+                assert float(rows[index][name]) == pytest.approx(value, rel=1e-5), name
+
+
+def test_the_table_is_put_into_the_docs(written):
+    folder, rows = written
+    text = (folder / "few.md").read_text()
+    figures = [f"{float(row['energy_distance_ratio']):.3f} / {float(row['svc_accuracy']):.3f}" for row in rows]
+    assert (
+        text
+        == f"""before
+
+{tables.BEGIN}
+
+energy_distance_ratio / svc_accuracy by evaluations of the model; 48 samples, seed 3, no guidance.
+
+| run | 5 | 1 |
+|---|---|---|
+| `flow` | {figures[0]} | {figures[1]} |
+| `noise` | {figures[2]} |  |
+
+{tables.END}
+
+after
+"""
+    )
+
+
+def test_pictures(written):
+    folder, _ = written
+    assert sorted(os.listdir(folder)) == ["few.md", "few.png", "few_samples.png", "out"]
+    assert sorted(os.listdir(folder / "out")) == ["compare.csv", "compare.png", "compare_samples.png"]
+    for ending in (".png", "_samples.png"):
+        assert (folder / f"few{ending}").read_bytes() == (folder / f"out/compare{ending}").read_bytes()
+    pixels = np.asarray(Image.open(folder / "few.png"))
+    for color in ((31, 119, 180), (255, 127, 14)):  # of the first line and the second
+        assert (pixels == color).all(axis=-1).sum() > 50
+    width, height = Image.open(folder / "few_samples.png").size
+    assert width > 20 * 50 and height == 2 * (48 + 2 * 2)
+
+
+def test_the_same_noise_for_every_run(workdirs, tmp_path):
+    """A copy of a run gives the same figures, whatever the batches; another seed gives others. Runs whose folders have
+    one name go by their paths."""
+    copy = shutil.copytree(workdirs[0], tmp_path / "copy/flow")
+    first, second = compared([workdirs[0], str(copy)], "2", tmp_path / "out")
+    same = first.keys() - {"run", "seconds"}
+    assert (first["run"], second["run"]) == (workdirs[0], str(copy))
+    assert {name: first[name] for name in same} == {name: second[name] for name in same}
+    (batches,) = compared(workdirs[:1], "2", tmp_path / "batches", batch_size=16)
+    (other,) = compared(workdirs[:1], "2", tmp_path / "other", seed=4)
+    assert float(batches["energy_distance_ratio"]) == pytest.approx(float(first["energy_distance_ratio"]), rel=1e-4)
+    assert other["energy_distance_ratio"] != first["energy_distance_ratio"]
+
+
+def test_raw_parameters(workdirs, tmp_path):
+    averaged, raw = (compared(workdirs[:1], "1", tmp_path / str(ema), ema=ema)[0] for ema in (None, "none"))
+    assert (averaged["ema"], raw["ema"]) == ("0.5", "none")
+    assert averaged["energy_distance_ratio"] != raw["energy_distance_ratio"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "labels"),
+    [
+        ([0], ["flow, 2 evaluations", "flow, 1 evaluation"]),
+        ([1, 0], ["noise, 6 evaluations", "flow, 2 evaluations"]),
+    ],
+)
+def test_rows_of_the_contact_sheet(workdirs, tmp_path, monkeypatch, chosen, labels):
+    """All numbers of evaluations of one run, and the first that each of several can do."""
+    seen = []
+    real = visualize.labelled
+    monkeypatch.setattr(visualize, "labelled", lambda rows, labels: seen.append((rows, labels)) or real(rows, labels))
+    compared([workdirs[index] for index in chosen], "2,1" if len(chosen) == 1 else "2,6", tmp_path)
+    (rows, shown), *_ = seen
+    assert shown == labels
+    assert [x.shape for x in rows] == [(20, 8, 8, 1)] * 2
+
+
+def test_what_is_drawn_is_kept(workdirs, tmp_path, monkeypatch):
+    """Interrupted at the third cell: the first two are in the table, whole; the docs are as they were."""
+    calls = []
+    real = parts.Run.measured
+
+    def interrupted(run, metric, x, labels):
+        calls.append(metric)
+        if len(calls) > 4:  # two metrics a cell
+            raise KeyboardInterrupt
+        return real(run, metric, x, labels)
+
+    docs = tmp_path / "few.md"
+    docs.write_text(f"{tables.BEGIN}{tables.END}")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts.Run, "measured", interrupted)
+        compared(workdirs, "1,2,5", tmp_path / "out", docs=str(docs))
+    kept = rows_of(tmp_path / "out")
+    assert [(row["run"], row["nfe"]) for row in kept] == [("flow", "1"), ("flow", "2")]
+    assert os.listdir(tmp_path / "out") == ["compare.csv"] and docs.read_text() == f"{tables.BEGIN}{tables.END}"
+    whole = compared(workdirs, "1,2,5", tmp_path / "out", docs=str(docs))
+    assert [row["svc_accuracy"] for row in whole[:2]] == [row["svc_accuracy"] for row in kept] and len(whole) == 4
+
+
+def test_what_a_sampler_cannot_do_is_said(workdirs, tmp_path, capsys):
+    compared(workdirs[1:], "1,4,6", tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "noise, 1 evaluation: left out: --evaluations: one step of pndm takes 2, got 1"
+    assert said[1].startswith("noise, 4 evaluations: left out: sampler.steps: must be at least")
+    assert said[2].startswith("noise, 6 evaluations:  energy_distance_ratio ")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("embedded", "embedded"), ("apg", "cfg"), ("cfg", "cfg")])
+def test_guidance_is_one(workdirs, monkeypatch, name, kept):
+    """And what surrounds it is dropped; a model that is told its guidance is still told."""
+    run = parts.open_run(workdirs[0])
+    guidance = {"name": name, "scale": 3.0, "rescale": {"factor": 0.5}}
+    run = dataclasses.replace(run, config={**run.config, "guidance": guidance})
+    monkeypatch.setattr(parts.Run, "drawer", lambda run, **sections: sections)
+    (cell,) = comparison.plan({"flow": run}, [2])
+    assert cell.drawer == {"sampler": {**DDIM, "steps": 2}, "guidance": {"name": kept, "scale": 1.0}}
+
+
+REFUSED = {
+    "no run": ({"runs": "absent"}, "--runs: absent: workdir: absent does not exist"),
+    "empty runs": ({"runs": ""}, "--runs: is empty"),
+    "a run twice": ({"runs": "flow,noise,flow"}, "--runs: has flow more than once"),
+    "no average": ({"ema": "0.9"}, "--runs: flow: ema: the run has no average '0.9'"),
+    "zero": ({"nfe": "1,0"}, "--nfe: must be whole numbers of at least 1, as in 1,2,4,8,50; got '0'"),
+    "negative": ({"nfe": "-1"}, "--nfe: must be whole numbers"),
+    "no number": ({"nfe": "1,few"}, "--nfe: must be whole numbers of at least 1, as in 1,2,4,8,50; got 'few'"),
+    "empty number": ({"nfe": "1,"}, "--nfe: must be whole numbers of at least 1, as in 1,2,4,8,50; got ''"),
+    "a number twice": ({"nfe": "4,1,04"}, "--nfe: has 4 more than once"),
+    "too few for all": ({"runs": "noise", "nfe": "1,2"}, "--nfe: no run can be drawn with these: noise, 1 evaluation"),
+    "no docs": ({"docs": "absent.md"}, "--docs: no file absent.md; it must have the lines <!-- table -->"),
+    "no markers": ({"docs": "bare.md"}, "--docs: bare.md lacks the lines <!-- table -->"),
+    "markers in the wrong order": ({"docs": "upside_down.md"}, "--docs: upside_down.md lacks the lines"),
+    "no folder": ({"out": "bare.md/out"}, "--out: bare.md/out cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused(workdirs, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    for workdir in workdirs:
+        os.symlink(workdir, os.path.basename(workdir))
+    pathlib.Path("bare.md").write_text("no markers")
+    pathlib.Path("upside_down.md").write_text(f"{tables.END}{tables.BEGIN}")
+    there = sorted(os.listdir())
+    changed, message = REFUSED[case]
+    given = {"runs": "flow,noise", "nfe": "1,5", "out": "out", **changed}
+    lists = [list(filter(None, given.pop("runs").split(","))), given.pop("nfe").split(",")]
+    with pytest.raises(InputError) as error:
+        comparison.compare(*lists, **given)
+    assert str(error.value).startswith(message)
+    assert sorted(os.listdir()) == there
+
+
+def changed_config(run, **sections):
+    return dataclasses.replace(run, config={**run.config, **sections})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, run: dataclasses.replace(run, spec=dataclasses.replace(run.spec, num_classes=9))
+         if name == "noise" else run,
+         "--runs: noise was trained on data of another kind than flow: "),
+        (lambda name, run: changed_config(run, eval={"metrics": {"likelihood": {}}}) if name == "noise" else run,
+         "--runs: noise has none of the metrics of flow in its eval section: energy_distance, svc_accuracy"),
+        (lambda name, run: changed_config(run, eval={**run.config["eval"], "metrics": {"likelihood": {}}}),
+         "--runs: flow has no metric of samples in its eval section"),
+        (lambda name, run: changed_config(run, sampler={"name": "consistency", "steps": 1}),
+         "--runs: flow: sampler.name: samples consistency models"),
+    ],
+    ids=["another kind of data", "no metric in common", "no metric of samples", "an unsuitable sampler"],
+)  # fmt: skip
+def test_runs_that_cannot_be_compared(workdirs, tmp_path, monkeypatch, change, message):
+    def opened(workdir, ema):
+        return change(os.path.basename(workdir), parts.open_run(workdir, ema))
+
+    monkeypatch.setattr(comparison, "open_run", opened)
+    with pytest.raises(InputError) as error:
+        comparison.compare(workdirs, ["5"], out=str(tmp_path / "out"))
+    assert str(error.value).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_of_the_plot():
+    """Each is the run's own figures, in the order of evaluations, on axes that show where they are."""
+    rows = [{"run": run, "nfe": nfe, "energy_distance_ratio": nfe * scale, "other": -scale / nfe}
+            for run, scale in (("a", 1.3), ("b", 1.1)) for nfe in (4, 1, 2) if (run, nfe) != ("b", 1)]  # fmt: skip
+    figure = comparison.plot(rows, ["energy_distance_ratio", "other"])
+    ratio, other = figure.axes
+    assert (ratio.get_yscale(), other.get_yscale()) == ("log", "linear")
+    assert [line.get_xydata().tolist() for line in ratio.get_lines()] == [
+        [[1, 1.3], [2, 2.6], [4, 5.2]], [[2, 2.2], [4, 4.4]]
+    ]  # fmt: skip
+    assert other.get_lines()[1].get_xydata().tolist() == [[2, -0.55], [4, -0.275]]
+    for panel in figure.axes:
+        assert [text.get_text() for text in panel.get_xticklabels()] == ["1", "2", "4"]
+        step = np.diff(panel.transData.transform([(x, 2) for x in (1, 2, 4)])[:, 0])
+        assert step[0] == pytest.approx(step[1])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_what_is_not_finite_has_no_point():
+    rows = [{"run": run, "nfe": nfe, "energy_distance_ratio": value}
+            for run, nfe, value in (("a", 1, np.inf), ("a", 2, 3.0), ("b", 1, np.nan))]  # fmt: skip
+    for some, points in ((rows, [[[2, 3.0]], []]), (rows[:1], [[]])):
+        figure = comparison.plot(some, ["energy_distance_ratio"])
+        comparison.drawn(figure)
+        assert [line.get_xydata().tolist() for line in figure.axes[0].get_lines()] == points
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.1, 1.4), (3, 9), (1.2, 40), (1, 1e5)])
+def test_a_logarithmic_axis_has_its_numbers(low, high):
+    rows = [{"run": "a", "nfe": 1, "energy_distance_ratio": low}, {"run": "a", "nfe": 2, "energy_distance_ratio": high}]
+    figure = comparison.plot(rows, ["energy_distance_ratio"])
+    comparison.drawn(figure)
+    (panel,) = figure.axes
+    bottom, top = panel.get_ylim()
+    shown = [text for text in panel.get_yticklabels() if bottom <= text.get_position()[1] <= top]
+    assert len(shown) >= 3
+    assert any(text.get_position()[1] ** 2 < bottom * top for text in shown)  # below the middle, too
+    for text in shown:
+        assert float(text.get_text()) == pytest.approx(text.get_position()[1])
+
+
+def test_the_legend_of_many_runs_fits():
+    rows = [{"run": f"a run of a long name, {run}", "nfe": nfe, "f": run * nfe} for run in range(40) for nfe in (1, 2)]
+    figure = comparison.plot(rows, ["f"])
+    pixels = np.asarray(comparison.drawn(figure))
+    legend, panel = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+    assert legend.y0 >= 0 and legend.x1 <= pixels.shape[1] and legend.x0 >= panel.x1
+    looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()}
+    assert len(looks) == 40
+
+
+@pytest.mark.parametrize("text", ["ddim", "heun:churn=40:s_noise=1.003", "given:times=(1, 0.5, 0)", "lms:flag=True"])
+def test_parts_are_spelt_as_they_are_read(text):
+    assert comparison.spell(choices.part(text, "--sampler")) == text
+
+
+def job(name, *flags):
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", f"experiments.{name}", *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_job(workdirs, tmp_path):
+    flags = f"--runs={','.join(workdirs)} --nfe=1 --num=20 --seed=2 --ema=none --out={tmp_path}".split()
+    done = job("compare", *flags)
+    assert done.returncode == 0, done.stderr
+    assert [(row["run"], row["nfe"], row["ema"]) for row in rows_of(tmp_path)] == [("flow", "1", "none")]
+    assert "flow, 1 evaluation 20/20 (100 %)" in done.stderr
+    done = job("compare", *flags, "--num=0")
+    assert (done.returncode, done.stderr) == (2, "error: --num: must be at least 1, got 0\n")
+
+
+def test_the_job_of_samplers_writes_its_table_the_same_way(workdirs, tmp_path):
+    docs = tmp_path / "samplers.md"
+    docs.write_text(f"before {tables.BEGIN} {tables.END} after")
+    done = job("sampler_table", f"--workdirs={workdirs[0]}", f"--out={docs}", "--num=20", "--samplers=heun",
+               "--evaluations=1,3")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, title, head, *rows, after = filter(None, docs.read_text().splitlines())
+    assert (before, after) == (f"before {tables.BEGIN}", f"{tables.END} after")
+    assert title.endswith("20 samples: energy_distance_ratio / svc_accuracy by evaluations of the model.")
+    assert (head, rows[0]) == ("| sampler | 1 | 3 |", "|---|---|---|") and len(rows) == 2
+    assert rows[1].startswith("| `heun` | ") and rows[1].count(" / ") == 2
