@@ -1,0 +1,243 @@
+"""Progressive distillation of an exact teacher: what two of its DDIM steps do is worked out by hand."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.analytic import Mixture
+from diffusion.build import build
+from diffusion.distillation import Teacher
+from diffusion.solver import first_order
+from diffusion.training import ema, optimizer
+from diffusion.training.state import init_state
+from diffusion.training.step import make_step
+from diffusion.types import Denoised, InputError, Network, Spec
+
+DATA = Mixture(means=[[0.6, -0.2], [-0.5, 0.3]], stds=[0.3, 0.2], weights=[0.4, 0.6])
+COSINE = {"name": "vp", "betas": "cosine"}
+ZERO_SNR = {"name": "vp", "betas": "linear", "zero_terminal_snr": True}
+PATHS = [(COSINE, "v"), (ZERO_SNR, "v"), ("flow", "velocity"), ({"name": "edm"}, {"name": "edm", "c_noise": "time"})]
+
+
+def exact(schedule, parameterization):
+    """A teacher that knows the data; `shift` is added to its output."""
+    objective = build("objectives", {"name": "ddpm", "schedule": schedule, "parameterization": parameterization})
+
+    def net(params, scaled, c_noise, cond, *, key=None):
+        t = c_noise / 1000
+        row, alpha, sigma = objective.parameterization(objective.schedule, t), *at(objective.schedule, t)
+        x_t = scaled / row.c_in[:, None]
+        return row.from_x0(DATA.denoise(x_t, alpha, sigma), x_t, alpha, sigma) + params["shift"]
+
+    return Teacher(Network(lambda key: {"shift": jnp.zeros(2)}, net), objective, Spec((2,)))
+
+
+def at(schedule, t):
+    return schedule.alpha(t), schedule.sigma(t)
+
+
+def made(schedule=COSINE, parameterization="v", *, teacher=None, **options):
+    spec = {"name": "progressive_distillation", "start_steps": 4, "round_steps": 10, **options}
+    teacher = teacher or exact(schedule, parameterization)
+    spec |= {"schedule": schedule, "parameterization": parameterization, "teacher": teacher}
+    return build("objectives", spec, field="objective")
+
+
+def ddim(schedule, x, x0, t, s):
+    """Song, Meng & Ermon 2021, eq. 12, as it stands there."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+        (np.asarray(coefficient)[:, None] for coefficient in at(schedule, time)) for time in (t, s)
+    )
+    return alpha_s * x0 + sigma_s * (x - alpha_t * x0) / sigma_t
+
+
+def two_steps(schedule, x, t, steps):
+    """Where two half steps of the exact teacher lead, and when they are there."""
+    middle, s = np.maximum(t - 0.5 / steps, 0), np.maximum(t - 1 / steps, 0)
+    x_m = ddim(schedule, x, DATA.denoise(x, *at(schedule, t)), t, middle)
+    on = np.where(middle > 0, middle, 1)  # at 0 there is nothing left to do
+    x_s = ddim(schedule, x_m, DATA.denoise(x_m, *at(schedule, on)), on, s)
+    return np.where((middle > 0)[:, None], x_s, x_m), s
+
+
+@pytest.mark.parametrize(("schedule", "parameterization"), PATHS)
+def test_target_leads_where_two_steps_of_the_teacher_do(x64, schedule, parameterization):
+    """At t = 1, whatever its SNR, in between, in the last step to the data, and, all times trained, nearer to it."""
+    objective = made(schedule, parameterization, continuous=True)
+    t = np.array([1.0, 0.75, 0.6, 0.25, 0.13, 0.125, 0.1, 1e-3])
+    x = np.random.default_rng(0).normal(size=(8, 2)) * np.asarray(objective.schedule.sigma(t))[:, None]
+    x0 = objective.target({"teacher": {"net": {"shift": 0.0}}}, x, t, {}, jnp.int32(0))
+    wanted, s = two_steps(objective.schedule, x, t, 4)
+    np.testing.assert_allclose(ddim(objective.schedule, x, x0, t, s), wanted, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(x0[3:], wanted[3:], rtol=1e-12, atol=1e-13)  # these arrive at the data
+
+
+@pytest.mark.parametrize(("schedule", "parameterization"), PATHS)
+def test_loss_is_zero_for_who_does_two_steps_in_one(x64, schedule, parameterization):
+    """And for others the error of their output, weighted with max(SNR, 1) on that of x0."""
+    objective = made(schedule, parameterization)
+    path = objective.schedule
+    step = jnp.int32(10)  # the second round, of two steps
+
+    def student(params, scaled, c_noise, cond, *, key=None):
+        t = c_noise / 1000
+        row, alpha, sigma = objective.parameterization(path, t), *at(path, t)
+        x = scaled / row.c_in[:, None]
+        x_s, s = two_steps(path, x, np.asarray(t), 2)
+        share = (path.sigma(s) / sigma)[:, None]
+        x0 = (x_s - share * x) / (path.alpha(s)[:, None] - share * alpha[:, None])
+        return row.from_x0(x0, x, alpha, sigma) + params["shift"]
+
+    def params(shift):
+        return {"net": {"shift": shift}, "teacher": {"net": {"shift": 0.0}}}
+
+    batch = {"x": DATA.sample(jax.random.key(0), 8), "cond": {}}
+    batch["noise"] = objective.draw(batch, jax.random.key(1), step, {})
+    loss, metrics = objective.loss(student, params(0.0), {}, batch, None, step)
+    assert jnp.max(loss) < 1e-20 and metrics["student_steps"] == 2
+    t = batch["noise"]["t"]
+    off, _ = objective.loss(student, params(0.5), {}, batch, None, step)
+    weight = jnp.maximum(jnp.exp(path.log_snr(t)), 1) * objective.parameterization(path, t).c_out ** 2
+    np.testing.assert_allclose(off, 0.25 * weight, rtol=1e-9)
+
+    x = path.sigma(jnp.ones(8))[:, None] * jax.random.normal(jax.random.key(2), (8, 2))
+    denoised = objective.denoiser(student, params(0.0))(x, jnp.float64(1), {})
+    landed = first_order(path, x, denoised, jnp.float64(1), jnp.float64(0.5))
+    np.testing.assert_allclose(landed, two_steps(path, x, np.ones(8), 2)[0], rtol=1e-11, atol=1e-12)
+
+
+def test_rounds_follow_from_the_step():
+    objective = made(start_steps=12, end_steps=3)
+    listed = {0: 12, 1: 12, 9: 12, 10: 6, 19: 6, 20: 3, 29: 3, 30: 3, 10_000: 3}
+    assert {step: int(jax.jit(objective.student_steps)(step)) for step in listed} == listed
+    assert objective.rounds == 3
+
+
+def test_times_are_those_of_the_round():
+    """Each of i / N as often as any other; if all are trained, evenly on (0, 1] in every round."""
+    batch = {"x": jnp.zeros((24, 2)), "cond": {}}
+    for step, steps in ((0, 12), (10, 6), (25, 3)):
+        t = made(start_steps=12, end_steps=3).draw(batch, jax.random.key(step), jnp.int32(step), {})["t"]
+        values, counts = np.unique(np.asarray(t), return_counts=True)
+        np.testing.assert_allclose(values, np.arange(1, steps + 1) / steps, rtol=1e-6)
+        assert (counts == 24 // steps).all() and t.max() == 1
+        t = made(start_steps=12, end_steps=3, continuous=True).draw(batch, jax.random.key(step), jnp.int32(step), {})[
+            "t"
+        ]
+        np.testing.assert_allclose(np.diff(np.sort(t)), 1 / 24, rtol=1e-4)
+        assert t.min() > 0 and t.max() <= 1
+
+
+def test_average_becomes_teacher_and_student_where_a_round_begins_and_nowhere_else():
+    objective = made()  # rounds begin at 0, 10, 20
+    prepare = jax.jit(lambda step: objective.prepare(params, average, {}, {}, jax.random.key(0), step)[0])
+    params = {"net": {"shift": 1.0}, "teacher": {"net": {"shift": 2.0}, "other": 4.0}}
+    average = {"net": {"shift": 3.0}}
+    for step in (0, 1, 9, 10, 11, 19, 20, 21, 29, 30, 31, 40, 100):
+        prepared = prepare(step)
+        found = [float(prepared["net"]["shift"]), float(prepared["teacher"]["net"]["shift"])]
+        assert found == ([3, 3] if step in (10, 20) else [1, 2]), step
+        assert prepared["teacher"]["other"] == 4
+
+
+def test_student_begins_as_its_teacher():
+    objective, given = made(), {"net": {"shift": jnp.array([1.0, 2.0])}}
+    params = objective.init(objective.teacher.network, jax.random.key(0), given)
+    assert (params["net"]["shift"] == given["net"]["shift"]).all() and params["teacher"].keys() == {"net"}
+    assert params["net"]["shift"] is not params["teacher"]["net"]["shift"]
+    told = Network(lambda key: {"shift": jnp.zeros(2), "number": jnp.zeros(2)}, None, conditions=("r",))
+    with pytest.raises(InputError, match=r"^network.conditions: "):
+        objective.init(told, jax.random.key(0), given)
+
+
+@pytest.mark.parametrize(("schedule", "parameterization"), PATHS[:3])
+def test_gradients_are_finite_everywhere_and_none_for_the_teacher(schedule, parameterization):
+    objective = made(schedule, parameterization, continuous=True)
+    t = jnp.array([1.0, 1 - 1e-6, 0.5, 0.25, 0.125, 1e-3, 2e-7])
+    eps = jax.random.normal(jax.random.key(0), (7, 2))
+    batch = {"x": DATA.sample(jax.random.key(1), 7), "cond": {}}
+    batch["noise"] = {"t": t, "weight": jnp.ones(7), "eps": eps}
+
+    def loss(params, step):
+        return objective.loss(objective.teacher.network.apply, params, {}, batch, None, step)[0]
+
+    params = {"net": {"shift": jnp.full(2, 0.1)}, "teacher": {"net": {"shift": jnp.zeros(2)}}}
+    for step in (0, 10, 20):
+        jacobian = jax.jacobian(loss)(params, step)
+        assert np.isfinite(loss(params, step)).all() and np.isfinite(jacobian["net"]["shift"]).all()
+        assert (jacobian["net"]["shift"] != 0).any(axis=1).all()
+        assert (jacobian["teacher"]["net"]["shift"] == 0).all()
+
+
+def test_interrupted_run_goes_on_bit_for_bit():
+    """Over the beginning of a round, with everything built anew from what a checkpoint has."""
+    network = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=(2,))
+    batches = [{"x": DATA.sample(jax.random.key(i), 8), "cond": {}} for i in range(7)]
+
+    def parts():
+        teacher = Teacher(network, exact(COSINE, "v").objective, Spec((2,)))
+        objective, opt = made(teacher=teacher, round_steps=2), optimizer.make(steps=6, cycles=3, learning_rate=0.1)
+        return objective, network, opt, ema.make(decays=(0.5,))
+
+    def run(step, state, batches):
+        teachers = []
+        for batch in batches:
+            state, metrics = step(state, batch)
+            assert np.isfinite(metrics["loss"])
+            teachers.append(np.asarray(state.params["teacher"]["net"]["linear_out"]["bias"]))
+        return state, teachers
+
+    objective, _, opt, averages = parts()
+    state = init_state(objective, network, opt.transform, averages, jax.random.key(0))
+    step = jax.jit(make_step(*parts(), seed=0))
+    whole, teachers = run(step, state, batches)
+    changed = [bool((a != b).any()) for a, b in itertools.pairwise(teachers)]
+    assert changed == [False, True, False, True, False, False]
+
+    half, _ = run(step, state, batches[:3])
+    kept = jax.tree.map(np.array, half)
+    again, _ = run(jax.jit(make_step(*parts(), seed=0)), jax.tree.map(jnp.asarray, kept), batches[3:])
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
+
+
+class FewStep:
+    """A teacher that is a consistency model."""
+
+    frozen, schedule = (), build("schedules", COSINE)
+
+    def init(self, network, key, teacher=None):
+        return {}
+
+    def denoiser(self, net, params):
+        return lambda x, t, cond: Denoised(x, kind="end")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start_steps": 6}, r"objective.start_steps: must be end_steps = 1 times a power of two, got 6"),
+        ({"start_steps": 2, "end_steps": 4}, r"objective.start_steps: must be end_steps = 4 times"),
+        ({"start_steps": 0}, r"objective.start_steps: "),
+        ({"end_steps": 0}, r"objective.end_steps: must be at least 1"),
+        ({"round_steps": 0}, r"objective.round_steps: must be at least 1"),
+        ({"teacher": exact("flow", "v")}, r"objective.teacher: has another schedule"),
+        ({"teacher": exact(COSINE, "x0")}, r"objective.teacher: has another parameterization"),
+        ({"teacher": exact(COSINE, {"name": "v", "c_noise": "index"})}, r"has another parameterization: c_noise"),
+        (
+            {"teacher": Teacher(Network(None, None), FewStep(), Spec((2,)))},
+            r"objective.teacher: is a few-step model itself",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        made(**options)
+
+
+def test_teacher_is_asked_for():
+    spec = {"name": "progressive_distillation", "start_steps": 4, "round_steps": 10}
+    with pytest.raises(InputError, match=r"objective.teacher: is missing: the workdir of a trained model"):
+        build("objectives", spec, field="objective")
