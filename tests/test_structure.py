@@ -26,6 +26,7 @@ LAYERS = [
         "exponential",
         "likelihood",
         "distillation",
+        "flow_map",
         "curriculum",
     },
     {"objectives", "samplers", "guidance", "networks", "data"},

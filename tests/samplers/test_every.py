@@ -47,13 +47,20 @@ def scaled(x, gains):
 
 
 def optimal(schedule, *, end=False):
-    """E[x0 | x_t], or where the ODE's path through x_t ends."""
+    """E[x0 | x_t], or where the ODE's path through x_t ends, or by what straight step it is at r."""
 
-    def denoise(x, t):
+    def at(t):
         alpha, sigma = (jnp.reshape(a, (-1, 1)) for a in (schedule.alpha(t), schedule.sigma(t)))
-        total = alpha**2 * VALUES + sigma**2
-        gains = jnp.sqrt(VALUES / total) if end else alpha * VALUES / total
-        return Denoised((MEAN + scaled(x - alpha * MEAN, gains)).astype(x.dtype), kind="end" if end else "mean")
+        return alpha, sigma, alpha**2 * VALUES + sigma**2
+
+    def denoise(x, t, r=None):
+        alpha, sigma, total = at(t)
+        gains, kind = (jnp.sqrt(VALUES / total), "end") if end else (alpha * VALUES / total, "mean")
+        if r is not None:
+            alpha_r, sigma_r, total_r = at(r)
+            gains = (jnp.sqrt(total_r / total) - sigma_r / sigma) / (alpha_r - alpha * sigma_r / sigma)
+            kind = "step"
+        return Denoised((MEAN + scaled(x - alpha * MEAN, gains)).astype(x.dtype), kind=kind)
 
     return denoise
 
