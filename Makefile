@@ -33,7 +33,7 @@ demo: $(VENV)/base
 	$(BIN)/python -m experiments.evaluate --workdir=$(WORKDIR)
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 parity: $(VENV)/peers
 	$(BIN)/python -m pytest -m peers

@@ -3,7 +3,8 @@
 
 Command:   python -m experiments.train --config=configs/cifar10_consistency.py:ict --workdir=runs/cifar10_ict
            cd and ect begin with the model of configs/cifar10_edm.py:ncsnpp in runs/cifar10_edm
-Data:      as in configs/cifar10_edm.py.
+Data:      data/cifar10/train/x.npy, uint8 [50000, 32, 32, 3], and data/cifar10/test/x.npy with 10,000 more, as in
+           configs/cifar10_edm.py.
 Hardware:  the papers': 8 A100 for ct and cd; one GPU for ect (recalled).
 Expected:  FID of 50,000 samples of the averaged parameters against the training set, in one step and in two: ct 8.70
            and 5.83 (recalled), cd 3.55 and 2.93, ict 2.83 and 2.46 (recalled; a deeper network 2.51 and 2.24), ect 3.60

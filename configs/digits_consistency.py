@@ -10,16 +10,17 @@ Expected:  python -m experiments.evaluate --workdir=runs/digits_VARIANT
 
 import ml_collections
 
+STEPS = {"ct": 2500, "ict": 2500, "ect": 3000, "cd": 1200, "cd_beside": 2500}
 VARIANTS = {
     "ct": {
-        "curriculum": {"name": "square_root", "steps": 3000, "start": 2, "end": 80, "decay": 0.95},
+        "curriculum": {"name": "square_root", "steps": STEPS["ct"], "start": 2, "end": 80, "decay": 0.95},
         "times": {"name": "karras"},
         "weighting": "one",
         "metric": "l2",
         "target": "average",
     },
     "ict": {
-        "curriculum": {"name": "doubling", "steps": 3000, "start": 10, "end": 160},
+        "curriculum": {"name": "doubling", "steps": STEPS["ict"], "start": 10, "end": 160},
         "times": {"name": "log_normal", "mean": -0.8, "std": 1.6, "sigma_min": 0.002, "sigma_max": 80.0},
     },
     "ect": {
@@ -88,7 +89,7 @@ def get_config(variant: str = "ect") -> ml_collections.ConfigDict:
         },
         "ema": {"decays": (0.99, 0.998), "warmup": True},
         "train": {
-            "steps": 3000,
+            "steps": STEPS[variant],
             "batch_size": 128,
             "accumulate": 1,
             "cond_drop_rate": 0.0,

@@ -50,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
         },
         "ema": {"decays": (0.99, 0.998), "warmup": True},
         "train": {
-            "steps": 3000,
+            "steps": 1500,
             "batch_size": 128,
             "accumulate": 1,
             "cond_drop_rate": 0.0,

@@ -12,7 +12,7 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    start_steps, rounds, round_steps = 16, 5, 500
+    start_steps, rounds, round_steps = 16, 5, 400
     return ml_collections.ConfigDict({
         "seed": 0,
         "data": {"name": "digits", "split": "train"},

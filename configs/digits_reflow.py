@@ -15,7 +15,7 @@ import ml_collections
 def get_config(variant: str = "reflow") -> ml_collections.ConfigDict:
     if variant not in ("reflow", "distill"):
         raise LookupError(f"no variant {variant!r}; one of: reflow, distill")
-    distill, round_steps = variant == "distill", 1500
+    distill, round_steps = variant == "distill", 1000
     cycles = 2 if distill else 1
     return ml_collections.ConfigDict({
         "seed": 0,

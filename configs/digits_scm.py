@@ -14,6 +14,7 @@ VARIANTS = {
     "sct": {"teacher": None, "warmup": 1000},
     "scd": {"teacher": "runs/digits_trig", "warmup": 300},
 }
+STEPS = {"sct": 2500, "scd": 2000}
 
 
 def get_config(variant: str = "scd") -> ml_collections.ConfigDict:
@@ -53,7 +54,7 @@ def get_config(variant: str = "scd") -> ml_collections.ConfigDict:
         },
         "ema": {"decays": (0.99, 0.998), "warmup": True},
         "train": {
-            "steps": 3000,
+            "steps": STEPS[variant],
             "batch_size": 128,
             "accumulate": 1,
             "cond_drop_rate": 0.0,

@@ -4,7 +4,8 @@
 Command:   python -m experiments.train --config=configs/imagenet64_consistency.py:ict --workdir=runs/imagenet64_ict
            cd and ect begin with a model of this network on EDM's path, in runs/imagenet64_edm: imagenet64_adm.py
            with the objective of configs/cifar10_edm.py and network.outputs = 1
-Data:      as in configs/imagenet64_adm.py.
+Data:      data/imagenet64/train/x.npy, uint8 [1281167, 64, 64, 3], and label.npy; the same of the 50,000 in
+           data/imagenet64/validation, as in configs/imagenet64_adm.py.
 Hardware:  the papers': 64 A100 for ct and cd (recalled).
 Expected:  FID of 50,000 samples of the averaged parameters against the training set, in one step and in two: ct 13.0
            and 11.1, cd 6.20 and 4.70, ict 4.02 and 3.20 (all recalled). ect's figures are for EDM2's networks: 4.05 and

@@ -3,7 +3,8 @@ folders: what makes sense trains three steps and samples two on a mesh of device
 new file enrols itself; if it has limits, they belong in `refusal`.
 
 A network sees x, a number and the condition, whatever the parameterization and the schedule are, so those have two
-small networks in turn, and every network has every objective. A sampler sees nothing but the denoiser and the schedule:
+small networks in turn, and every network has every objective. Few-step methods with a path and a row of their own, or
+their teacher's, are there with every network. A sampler sees nothing but the denoiser and the schedule:
 `samplers/test_every.py` has each of them on every kind of schedule.
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from diffusion.build import build, names
+from diffusion.distillation import Teacher
 from diffusion.distributed import sharding
 from diffusion.sample import bind, prior, sample
 from diffusion.training import ema, optimizer
@@ -30,6 +32,16 @@ TINY = {
     "uvit": {"width": 8, "depth": 3, "heads": 2, "patch": 4},
     "edm2": {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention": (), "head_width": 4},
 }
+# What an objective wants beside its defaults; `teacher` stands for one that fits it.
+OPTIONS = {
+    "consistency": {"curriculum": {"name": "fixed", "points": 4}, "sigma_min": 0.0},
+    "continuous_consistency": {},
+    "latent_consistency": {"teacher": "eps", "schedule": {"name": "vp", "num_steps": 1000}},
+    "mean_flow": {},
+    "progressive_distillation": {"teacher": "v", "start_steps": 4, "round_steps": 1, "schedule": "trig"},
+    "reflow": {"teacher": "velocity", "round_steps": 2, "pool": 8, "every": 1, "ode_steps": 2, "schedule": "flow"},
+    "shortcut": {},
+}
 PURE_NOISE = ("flow", "trig")  # schedules whose SNR at t = 1 is 0
 
 
@@ -41,6 +53,10 @@ def refusal(objective, parameterization, schedule):
         return "objective.parameterization"
     if objective == "vdm" and parameterization == "velocity":
         return "objective.parameterization.name"
+    if objective == "consistency" and parameterization in ("x0", "score"):  # at t = 0 their x0 is not x
+        return "objective.parameterization"
+    if objective == "consistency" and parameterization == "velocity" and schedule in ("ve", "vp_sde"):
+        return "objective.parameterization"  # no velocity there
     return None
 
 
@@ -50,42 +66,57 @@ OBJECTIVES, NETWORKS = names("objectives"), names("networks")
 def combinations():
     """Objective, network, parameterization, schedule."""
     turns = itertools.cycle(("mlp", "dit"))
+    paths = [name for name in OBJECTIVES if name not in OPTIONS or name == "consistency"]
     for objective, parameterization, schedule in itertools.product(
-        OBJECTIVES, names("parameterization"), names("schedules")
+        paths, names("parameterization"), names("schedules")
     ):
         refused = refusal(objective, parameterization, schedule)
         yield objective, NETWORKS[0] if refused else next(turns), parameterization, schedule
     for objective, network in itertools.product(OBJECTIVES, NETWORKS):
-        yield objective, network, "x0", "learned" if objective == "vdm" else "trig"
+        own = (None, None) if objective in OPTIONS else ("x0", "learned" if objective == "vdm" else "trig")
+        yield objective, network, *own
 
 
 @pytest.fixture(scope="module")
 def networks(digits, mesh_of):
-    """Each network with its pass compiled once, whatever is built around it, and its parameters."""
+    """Each network with its pass compiled once, whatever is built around it, and its parameters; the second of each is
+    told the numbers that few-step methods tell it."""
     made = {}
-    for name in names("networks"):
-        network = build("networks", {"name": name, **TINY.get(name, {})}, shape=digits.spec.shape, num_classes=10)
+    for name, told in itertools.product(names("networks"), ((), ("r", "guidance"))):
+        spec = {"name": name, **TINY.get(name, {}), "conditions": told}
+        network = build("networks", spec, shape=digits.spec.shape, num_classes=10)
         params = jax.jit(network.init)(jax.random.key(0))
-        made[name] = dataclasses.replace(network, init=lambda key, params=params: params, apply=jax.jit(network.apply))
+        made[name, bool(told)] = dataclasses.replace(
+            network, init=lambda key, params=params: params, apply=jax.jit(network.apply)
+        )
     return made
 
 
-@pytest.mark.parametrize("combination", sorted(set(combinations())), ids="-".join)
-def test_trains_and_samples_or_is_refused(combination, networks, digits_batch, mesh_of):
+def spec_of(objective, parameterization, schedule, network, data):
+    """The config of an objective, with its teacher where it wants one."""
+    options = {"name": objective, **OPTIONS.get(objective, {})}
+    if parameterization is not None:
+        options |= {"schedule": schedule, "parameterization": {"name": parameterization, "c_noise": "time"}}
+        options["times"] = "uniform"
+    if "teacher" in options:
+        theirs = {"name": "ddpm", "schedule": options["schedule"], "parameterization": options["teacher"]}
+        options["parameterization"] = options["teacher"]
+        options["teacher"] = Teacher(network, build("objectives", theirs), data, 0.1)
+    return options
+
+
+@pytest.mark.parametrize("combination", sorted(set(combinations()), key=str), ids=lambda c: "-".join(filter(None, c)))
+def test_trains_and_samples_or_is_refused(combination, networks, digits, digits_batch, mesh_of):
     objective, network, parameterization, schedule = combination
-    spec = {
-        "name": objective,
-        "schedule": schedule,
-        "parameterization": {"name": parameterization, "c_noise": "time"},
-        "times": "uniform",
-    }
+    network = networks[network, objective in ("mean_flow", "shortcut", "latent_consistency")]
+    spec = spec_of(objective, parameterization, schedule, network, digits.spec)
     field = refusal(objective, parameterization, schedule)
     if field:
         with pytest.raises(InputError, match=f"^{field}: .{{10}}"):
             build("objectives", spec, field="objective")
         return
 
-    objective, network = build("objectives", spec, field="objective"), networks[network]
+    objective = build("objectives", spec, field="objective")
     mesh = mesh_of(2, 1, 1)
     opt, averages = optimizer.make(steps=3, name="sgd", learning_rate=1e-4), ema.make(decays=(0.5,))
     state = init_state(objective, network, opt.transform, averages, jax.random.key(0))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion.build import build
+from diffusion.distillation import Teacher
 from diffusion.training.state import init_state
 from diffusion.types import InputError
 from experiments import parts
@@ -19,7 +20,18 @@ from experiments.drawing import Drawer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 ARGUMENTS = {
+    "cifar10_consistency": ("ict", "cd"),
     "cifar10_edm": ("ddpmpp", "ncsnpp"),
+    "cifar10_progressive": ("teacher", "1"),
+    "cifar10_reflow": ("distill",),
+    "cifar10_scm": ("sct", "scd"),
+    "digits_consistency": ("ct", "ict", "ect", "cd", "cd_beside"),
+    "digits_reflow": ("reflow", "distill"),
+    "digits_scm": ("sct", "scd"),
+    "imagenet64_consistency": ("ect",),
+    "imagenet64_progressive": ("1",),
+    "imagenet64_scm": ("scd",),
+    "imagenet256_mean_flow": ("S/2",),
     "imagenet256_dit": ("S/2", "B/2", "L/2", "XL/2"),
     "imagenet256_sit": ("S/2", "B/4", "L/8", "XL/2"),
     "mixture": ("ddpm_eps", "ddpm_x0", "ddpm_v", "flow", "vdm"),
@@ -62,6 +74,24 @@ def with_data(config, doc, folder):
     return config
 
 
+def teacher_of(config, spec):
+    """What stands in for the trained model that the config names."""
+    objective = config["objective"]
+    if objective.get("teacher") is None:
+        return None
+    sigma_data = objective.get("sigma_data", 1.0)  # of sCM, which has a path and a row of its own
+    theirs = {
+        "schedule": objective.get("schedule", {"name": "trig", "sigma_data": sigma_data}),
+        "parameterization": objective.get(
+            "parameterization", {"name": "edm", "sigma_data": sigma_data, "c_noise": objective.get("c_noise")}
+        ),
+    }
+    network = build(
+        "networks", {**config["network"], "conditions": ()}, shape=spec.shape, num_classes=spec.num_classes
+    )
+    return Teacher(network, build("objectives", {"name": "ddpm", **theirs}), spec, 0.1)
+
+
 @pytest.mark.parametrize(("path", "argument"), CASES, ids=lambda value: getattr(value, "stem", value))
 def test_parts_fit(path, argument, tmp_path):
     module = module_of(path)
@@ -71,7 +101,7 @@ def test_parts_fit(path, argument, tmp_path):
     parts.check_sections(config)
     config = with_data(config, module.__doc__, tmp_path)
     source, held_out = build("data", config["data"]), build("data", config["eval"]["data"])
-    network, objective = parts.network_and_objective(config, source.spec)
+    network, objective = parts.network_and_objective(config, source.spec, teacher_of(config, source.spec))
     keywords = parts.training(config)
     key = jax.random.key(0)
     shapes = jax.eval_shape(network.init, key)
