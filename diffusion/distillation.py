@@ -88,8 +88,8 @@ def begin(student: Params, teacher: Params) -> Params:
     for path in sorted(ours.keys() | theirs.keys()):
         here, there = (_spell(arrays.get(path)) for arrays in (ours, theirs))
         if here != there and not (path not in theirs and "number" in path):
-            raise InputError("teacher", f"has another network: {path} is {there} there and {here} here; give the "
-                             "student the network section of the teacher's config")  # fmt: skip
+            raise InputError("objective.teacher", f"has another network: {path} is {there} there and {here} here; give "
+                             "the student the network section of the teacher's config")  # fmt: skip
     return jax.tree.map_with_path(lambda path, leaf: theirs.get(_name(path), leaf), student)
 
 

@@ -86,9 +86,7 @@ def teacher_of(config, spec):
             "parameterization", {"name": "edm", "sigma_data": sigma_data, "c_noise": objective.get("c_noise")}
         ),
     }
-    network = build(
-        "networks", {**config["network"], "conditions": ()}, shape=spec.shape, num_classes=spec.num_classes
-    )
+    network = build("networks", {**config["network"], "conditions": ()}, shape=spec.shape, num_classes=spec.num_classes)
     return Teacher(network, build("objectives", {"name": "ddpm", **theirs}), spec, 0.1)
 
 
