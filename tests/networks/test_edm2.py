@@ -337,7 +337,7 @@ class Several:
 
     frozen: tuple[str, ...] = ("teacher",)
 
-    def init(self, network, key):
+    def init(self, network, key, teacher=None):
         return {"net": network.init(key), "critic": {"w": jnp.ones(2)}, "teacher": {"w": jnp.full(2, 5.0)},
                 "gamma": {"ends": jnp.full(2, 3.0)}}  # fmt: skip
 

@@ -93,6 +93,17 @@ def test_order_of_the_solvers(x64, solver, least, most):
     assert least < np.log2(errors[0] / errors[1]) < most
 
 
+@pytest.fixture(scope="module")
+def mlp(digits):
+    return build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=digits.spec.shape, num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def mlp_params(mlp):
+    """With nothing left at zero."""
+    return {"net": jax.tree.map(lambda leaf: leaf + 0.1, jax.jit(mlp.init)(jax.random.key(0)))}
+
+
 BOUNDARIES = [
     (EDM, ROW, LOWEST),
     (EDM, {"name": "consistency", "sigma_data": 0.7, "sigma_min": 0.01}, 0.01),
@@ -105,10 +116,10 @@ BOUNDARIES = [
 
 
 @pytest.mark.parametrize(("schedule", "row", "sigma_min"), BOUNDARIES, ids=str)
-def test_boundary_is_exact_bit_for_bit(schedule, row, sigma_min, tiny_unet, tiny_params, digits_batch):
+def test_boundary_is_exact_bit_for_bit(schedule, row, sigma_min, mlp, mlp_params, digits_batch):
     objective = made(schedule=schedule, parameterization=row, sigma_min=sigma_min, curriculum=RATIO)
     x, t = digits_batch["x"] + 0.123, jnp.full(16, objective.t_min)
-    denoise = jax.jit(lambda x, t: objective.denoiser(tiny_unet.apply, tiny_params)(x, t, digits_batch["cond"]))
+    denoise = jax.jit(lambda x, t: objective.denoiser(mlp.apply, mlp_params)(x, t, digits_batch["cond"]))
     answer = denoise(x, t)
     assert answer.kind == "end"
     np.testing.assert_array_equal(answer.x0, x)
@@ -148,18 +159,18 @@ def test_trained_on_a_gaussian_it_is_the_closed_form(spec):
     assert float(jnp.sqrt(jnp.mean((got - the_end(x, level)) ** 2))) < 0.06
 
 
-def test_no_gradient_into_target_teacher_or_average(tiny_unet, tiny_params, digits_batch):
-    teacher = Teacher(tiny_unet, build("objectives", {"name": "ddpm", "schedule": EDM, "parameterization": "edm"}),
+def test_no_gradient_into_target_teacher_or_average(mlp, mlp_params, digits_batch):
+    teacher = Teacher(mlp, build("objectives", {"name": "ddpm", "schedule": EDM, "parameterization": "edm"}),
                       Spec((8, 8, 1), 10), 0.1)  # fmt: skip
     options = {"solver": "heun", "teacher": teacher, "guidance": 2.0}
     averaged, own = made(**options, target="average"), made(**options)
-    params = {"net": tiny_params["net"], "target": jax.tree.map(lambda p: 0.9 * p, tiny_params["net"]),
-              "teacher": tiny_params}  # fmt: skip
+    params = {"net": mlp_params["net"], "target": jax.tree.map(lambda p: 0.9 * p, mlp_params["net"]),
+              "teacher": mlp_params}  # fmt: skip
     noise = averaged.draw(digits_batch, jax.random.key(0), jnp.int32(0), {})
     batch = {**digits_batch, "noise": noise}
 
     def loss(objective):
-        return lambda params, ema: objective.loss(tiny_unet.apply, params, ema, batch, None, jnp.int32(0))[0].mean()
+        return lambda params, ema: objective.loss(mlp.apply, params, ema, batch, None, jnp.int32(0))[0].mean()
 
     grads, of_average = jax.jit(jax.grad(loss(averaged), argnums=(0, 1)))(params, params)
     sizes = {name: float(optax.global_norm(grads[name])) for name in grads}
@@ -170,26 +181,26 @@ def test_no_gradient_into_target_teacher_or_average(tiny_unet, tiny_params, digi
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), live, held(params["net"]))
 
 
-def test_teacher_beside_learns_from_its_own_loss_alone(tiny_unet, tiny_params, digits_batch):
+def test_teacher_beside_learns_from_its_own_loss_alone(mlp, mlp_params, digits_batch):
     beside = {"name": "ddpm", "parameterization": "edm", "times": "log_normal", "weighting": "edm"}
     objective = made(solver="ddim", beside=beside)
     assert objective.frozen == ()
-    init = jax.eval_shape(lambda: objective.init(tiny_unet, jax.random.key(0)))
+    init = jax.eval_shape(lambda: objective.init(mlp, jax.random.key(0)))
     assert init.keys() == {"net", "teacher"} and init["teacher"].keys() == {"net"}
-    params = {"net": tiny_params["net"], "teacher": tiny_params}
-    worse = {**params, "teacher": jax.tree.map(lambda p: 1.5 * p, tiny_params)}
+    params = {"net": mlp_params["net"], "teacher": mlp_params}
+    worse = {**params, "teacher": jax.tree.map(lambda p: 1.5 * p, mlp_params)}
     noise = objective.draw(digits_batch, jax.random.key(0), jnp.int32(0), {})
     batch = {**digits_batch, "noise": noise}
 
     def total(params, ema):
-        return objective.loss(tiny_unet.apply, params, ema, batch, None, jnp.int32(0))[0].mean()
+        return objective.loss(mlp.apply, params, ema, batch, None, jnp.int32(0))[0].mean()
 
     def alone(teacher):
         own = {**batch, "noise": noise["beside"]}
-        return objective.beside.loss(tiny_unet.apply, teacher, teacher, own, None, jnp.int32(0))[0].mean()
+        return objective.beside.loss(mlp.apply, teacher, teacher, own, None, jnp.int32(0))[0].mean()
 
     grads, of_average = jax.jit(jax.grad(total, argnums=(0, 1)))(params, params)
-    expected = jax.jit(jax.grad(alone))(tiny_params)
+    expected = jax.jit(jax.grad(alone))(mlp_params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads["teacher"], expected)
     assert optax.global_norm(of_average) == 0
     # The solver follows the teacher's average, not the teacher.
