@@ -14,7 +14,7 @@ VARIANTS = {
     "sct": {"teacher": None, "warmup": 1000},
     "scd": {"teacher": "runs/digits_trig", "warmup": 300},
 }
-STEPS = {"sct": 2500, "scd": 2000}
+STEPS = {"sct": 2000, "scd": 2000}
 
 
 def get_config(variant: str = "scd") -> ml_collections.ConfigDict:
