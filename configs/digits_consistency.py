@@ -10,7 +10,7 @@ Expected:  python -m experiments.evaluate --workdir=runs/digits_VARIANT
 
 import ml_collections
 
-STEPS = {"ct": 2500, "ict": 2500, "ect": 3000, "cd": 1200, "cd_beside": 2500}
+STEPS = {"ct": 2000, "ict": 2500, "ect": 3000, "cd": 1200, "cd_beside": 2500}
 VARIANTS = {
     "ct": {
         "curriculum": {"name": "square_root", "steps": STEPS["ct"], "start": 2, "end": 80, "decay": 0.95},
