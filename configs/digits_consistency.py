@@ -13,7 +13,7 @@ import ml_collections
 STEPS = {"ct": 2000, "ict": 2500, "ect": 3000, "cd": 1200, "cd_beside": 2500}
 VARIANTS = {
     "ct": {
-        "curriculum": {"name": "square_root", "steps": STEPS["ct"], "start": 2, "end": 80, "decay": 0.95},
+        "curriculum": {"name": "square_root", "steps": STEPS["ct"], "start": 2, "end": 18, "decay": 0.5},
         "times": {"name": "karras"},
         "weighting": "one",
         "metric": "l2",

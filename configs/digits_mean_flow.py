@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
             "schedule": {"name": "flow", "shift": 1.0},
             "c_noise": "unit",
             "times": {"name": "logit_normal", "mean": -0.4, "std": 1.0},
-            "different": 0.75,
+            "different": 0.25,
             "power": 1.0,
             "constant": 1e-3,
             "guidance": 1.0,
