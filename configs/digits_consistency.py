@@ -5,7 +5,7 @@ Command:   python -m experiments.train --config=configs/digits_edm.py --workdir=
            python -m experiments.train --config=configs/digits_consistency.py:VARIANT --workdir=runs/digits_VARIANT
 Hardware:  two CPU cores, about six minutes.
 Expected:  python -m experiments.evaluate --workdir=runs/digits_VARIANT
-           docs/few_step.md has the figures of all variants.
+           docs/few_step.md has the figures of all variants but cd_beside, which is not measured.
 """
 
 import ml_collections

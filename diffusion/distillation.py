@@ -78,8 +78,9 @@ def check_row(teacher: Teacher, schedule: Schedule, parameterization: Parameteri
 
 
 def begin(student: Params, teacher: Params) -> Params:
-    """The student's network with the teacher's weights. It may have more in it only for the numbers that it is told and
-    the teacher is not, which add nothing at the beginning.
+    """The student's network with copies of the teacher's weights: the train state is donated, and one buffer cannot be
+    given away twice. It may have more in it only for the numbers that it is told and the teacher is not, which add
+    nothing at the beginning.
 
     Raises:
       InputError: the two networks differ.
@@ -90,7 +91,7 @@ def begin(student: Params, teacher: Params) -> Params:
         if here != there and not (path not in theirs and "number" in path):
             raise InputError("objective.teacher", f"has another network: {path} is {there} there and {here} here; give "
                              "the student the network section of the teacher's config")  # fmt: skip
-    return jax.tree.map_with_path(lambda path, leaf: theirs.get(_name(path), leaf), student)
+    return jax.tree.map_with_path(lambda path, leaf: jnp.array(theirs.get(_name(path), leaf)), student)
 
 
 def _name(path: tuple) -> str:

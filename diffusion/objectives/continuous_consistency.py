@@ -44,8 +44,7 @@ class ContinuousConsistency(Gaussian):
             params["weight"] = {"kernel": jnp.zeros(FEATURES)}
         if self.teacher is not None:
             teacher = self.teacher.init(key) if teacher is None else teacher
-            # A copy: the state is donated, and one buffer cannot be given away twice.
-            params["net"] = jax.tree.map(jnp.array, begin(params["net"], teacher["net"]))
+            params["net"] = begin(params["net"], teacher["net"])
             if "teacher" in self.frozen:
                 params["teacher"] = teacher
         return params

@@ -40,8 +40,7 @@ class LatentConsistency(Gaussian):
         params = super().init(network, key)
         teacher = self.teacher.init(key) if teacher is None else teacher
         net = begin(params["net"], teacher["net"])
-        # Copies: the state is donated, and one buffer cannot be given away twice.
-        return {"net": jax.tree.map(jnp.array, net), "target": jax.tree.map(jnp.array, net), "teacher": teacher}
+        return {"net": net, "target": jax.tree.map(jnp.array, net), "teacher": teacher}
 
     def prepare(
         self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array

@@ -53,8 +53,7 @@ class Rounds(Gaussian):
         if jax.tree.structure(net) != jax.tree.structure(teacher["net"]):
             raise InputError("network.conditions", "tells the student numbers that its teacher is not told; remove "
                              "them, for the student becomes a teacher itself")  # fmt: skip
-        # A copy: the state is donated, and one buffer cannot be given away twice.
-        return {"net": jax.tree.map(jnp.array, net), "teacher": dict(teacher)}
+        return {"net": net, "teacher": dict(teacher)}
 
     def prepare(
         self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array
