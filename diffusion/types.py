@@ -32,6 +32,9 @@ class InputError(ValueError):
     def within(self, parent: str) -> "InputError":
         return InputError(f"{parent}.{self.field}", self.problem)
 
+    def __reduce__(self):
+        return InputError, (self.field, self.problem)  # it crosses from a data worker's process
+
 
 class Batch(TypedDict):
     """One batch of examples."""
@@ -39,6 +42,7 @@ class Batch(TypedDict):
     x: Array  # [B, ...] data in [-1, 1]
     cond: Cond  # conditions, each [B, ...]
     noise: NotRequired[Mapping[str, Array]]  # what `Objective.draw` drew, each [B, ...]
+    skipped: NotRequired[Array]  # [B] bool, another example stands in for one that cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +53,14 @@ class Spec:
       shape: of one example `x`, without the batch axis.
       num_classes: labels are `0 .. num_classes - 1`; 0 means that there are none.
       low, high: the values that -1 and 1 stand for in the raw data.
+      captions: whether an example has one, in English.
     """
 
     shape: tuple[int, ...]
     num_classes: int = 0
     low: float = 0.0
     high: float = 255.0
+    captions: bool = False
 
     @property
     def is_image(self) -> bool:
@@ -64,7 +70,15 @@ class Spec:
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples: dicts of numpy arrays without a batch axis, `{"x": ..., "cond": {...}}`."""
+    """Random access to examples: dicts of numpy arrays without a batch axis, `{"x": ..., "cond": {...}}`, with a string
+    `caption` where `spec.captions` says so.
+
+    `source[index]` has nothing random in it. These a source may have beside it:
+      draw(index, rng: np.random.Generator): the example as training sees it, with its random crop and flip.
+      class_names: a tuple of `spec.num_classes` strings.
+      buckets: `[len]` integers; examples of one number have one shape of `x`, and a batch is of one number.
+      stages: pairs of a name and a function, which one after the other make `source[index]` of `index`.
+    """
 
     spec: Spec
 

@@ -73,6 +73,43 @@ def labelled(rows: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
     return sheet
 
 
+def captioned(examples: Sequence[np.ndarray], texts: Sequence[str], *, min_side: int = 96) -> Image.Image:
+    """A sheet of single examples, each with its text below it.
+
+    Args:
+      examples: in [-1, 1], `[H, W, C]`, or videos `[T, H, W, C]`, whose frames stand in a row; or points `[2]`, which
+        make one cloud. They need not be of one size.
+    """
+    if examples[0].ndim == 1:
+        return cloud(np.stack(examples))
+    font = ImageFont.load_default(12)
+    cells = [grid(_pixels(x if x.ndim == 4 else x[None]), len(x) if x.ndim == 4 else 1, min_side=min_side)
+             for x in examples]  # fmt: skip
+    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
+    lines = [_wrapped(text, font, width - 4) for text in texts]
+    height += 14 * max(map(len, lines)) + 6
+    columns = max(1, min(len(cells), 1200 // width))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(cells) / columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (cell, text) in enumerate(zip(cells, lines, strict=True)):
+        left, top = index % columns * width, index // columns * height
+        sheet.paste(cell, (left, top))
+        draw.multiline_text((left + 3, top + cell.height), "\n".join(text), fill="black", font=font, spacing=2)
+    return sheet
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Its words in lines of no more than a width in pixels, where a word is not wider itself."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
 def cloud(points: np.ndarray, *, side: int = 480, extent: float = 1.5) -> Image.Image:
     """How many of the points `[N, 2]` lie in each of 120 x 120 cells of the square [-extent, extent]^2, the darker the
     more."""

@@ -5,6 +5,7 @@ python -m experiments.benchmark --suite=sampling    the scan of each sampler aga
                                                     compiling of 1,000 steps against 10, and what recompiles
 python -m experiments.benchmark --suite=networks    our networks against the same ones in PyTorch: train steps, guided
                                                     sampling, compiling (wants requirements-peers.txt; some minutes)
+python -m experiments.benchmark --suite=data        reading images, against PyTorch's loader; training fed by them
 """
 
 import json
@@ -24,10 +25,10 @@ from diffusion.training import ema, loop, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
 from diffusion.types import Network, Spec
-from experiments import cli, peer_speed
+from experiments import cli, data_speed, peer_speed
 from experiments.drawing import Drawer
 
-SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "sampling", "networks"], "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "sampling", "networks", "data"], "What to measure.")
 RUNS = flags.DEFINE_integer("runs", 5, "Runs of each side; the median counts.")
 
 SPEC = Spec(shape=(8, 8, 1), num_classes=10)
@@ -52,6 +53,9 @@ class Synthetic:
 def main() -> None:
     if SUITE.value == "networks":
         peer_speed.networks(RUNS.value)
+        return
+    if SUITE.value == "data":
+        data_speed.data(RUNS.value)
         return
     network = build(
         "networks",

@@ -5,6 +5,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -131,8 +132,8 @@ def example(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return x, np.arange(BATCH_SIZE) % max(case.spec.num_classes, 1)
 
 
-def our_step(case: Case, params: Any = None) -> Callable[[], None]:
-    """The train step as the training job runs it."""
+def our_step(case: Case, params: Any = None, batches: Iterator[Mapping] | None = None) -> Callable[[], None]:
+    """The train step as the training job runs it, on batches of `BATCH_SIZE`, or on one of its own."""
     network, objective = case.build(), build("objectives", OBJECTIVE)
     opt = optimizer.make(steps=10**6, learning_rate=LEARNING_RATE, clip=None)
     averages = ema.make(decays=(DECAY,), warmup=False)
@@ -142,10 +143,11 @@ def our_step(case: Case, params: Any = None) -> Callable[[], None]:
     step = jax.jit(make_step(objective, network, opt, averages, seed=0), donate_argnums=0)
     x, label = example(case)
     batch = {"x": x, "cond": {"label": label} if case.spec.num_classes else {}}
+    batches = batches or itertools.repeat(batch)
 
     def call() -> None:
         nonlocal state
-        state, _ = jax.block_until_ready(step(state, batch))
+        state, _ = jax.block_until_ready(step(state, next(batches)))
 
     return call
 

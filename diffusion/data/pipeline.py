@@ -1,32 +1,104 @@
 """From a source to an endless stream of batches: shuffled, sharded over processes, its position saveable."""
 
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
 import grain
+import numpy as np
+from absl import flags
 
-from diffusion.types import Source
+from diffusion.types import InputError, Source
 
-PREFETCH_THREADS = 4
+THREADS = 4  # that read batches ahead, where no worker processes do
 
 
-def batches(
-    source: Source, *, batch_size: int, seed: int, process: int = 0, processes: int = 1, prefetch: int = 8
-) -> grain.DatasetIterator:
-    """An iterator over this process's part of the batches.
+class Batches:
+    """An iterator over this process's parts of the batches, `{"x": [b, ...], "cond": {...}}` in numpy, b examples of
+    `batch_size` over all processes; `caption` and `skipped [b]` beside them where the source has them.
 
-    Every epoch is a new order of all examples, which follows from the seed alone; batches run across the ends of
-    epochs. Process p of P takes examples p, p + P, ... of that order, so all processes together see what one would.
-    `get_state()` and `set_state()` of the iterator hold the position.
+    Every epoch is a new order of all examples, which follows from the seed alone, and so does what is random in an
+    example; batches run across the ends of epochs. Process p of P takes examples p, p + P, ... of that order, so all
+    processes together see what one would, and worker processes change nothing. A source with `buckets` has an order for
+    each; a batch is of one bucket, and each bucket has batches in proportion to its examples.
+
+    The position is how many examples all processes together have had, so a run may go on with another number of
+    processes or workers and, without buckets, another batch size.
 
     Args:
       source: examples by index.
       batch_size: examples a batch over all processes; divisible by `processes`.
-      seed: of the order.
+      seed: of the order and of what is random in examples.
       process, processes: this process and their number.
-      prefetch: batches read ahead by threads.
+      workers: processes that read; 0 reads in threads of this one, which suits what needs little work.
+      prefetch: batches read ahead, by each worker.
+      position: a `position()` to go on from.
 
-    Returns:
-      An iterator of `{"x": [b, ...], "cond": {...}}`, numpy, b = batch_size / processes.
+    Raises:
+      InputError: the position is one in other data. A batch may raise what its source does.
     """
-    order = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    mine = order[process::processes].batch(batch_size // processes, drop_remainder=True)
-    options = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=prefetch)
-    return iter(mine.to_iter_dataset(options))
+
+    def __init__(
+        self, source: Source, *, batch_size: int, seed: int, process: int = 0, processes: int = 1, workers: int = 0,
+        prefetch: int = 8, position: Mapping[str, int] | None = None,
+    ):  # fmt: skip
+        if not 0 <= seed < 2**32:
+            raise InputError("seed", f"must be from 0 to 2^32 - 1, got {seed}")
+        self.size, self.batch_size = len(source), batch_size
+        buckets = getattr(source, "buckets", None)
+        self.examples = 0 if position is None else self._begin(position, divides=buckets is not None)
+        share = batch_size // processes
+        if buckets is None:
+            order = _examples(source, grain.MapDataset.range(self.size), seed)
+            mine = order[self.examples :][process::processes].batch(share, drop_remainder=True)
+        else:
+            numbers, counts = np.unique(buckets, return_counts=True)
+            orders = [
+                _examples(source, grain.MapDataset.source(np.flatnonzero(buckets == number)), seed + int(number))
+                for number in numbers
+            ]
+            streams = [order[process::processes].batch(share, drop_remainder=True) for order in orders]
+            mine = grain.MapDataset.mix(streams, counts.tolist())[self.examples // batch_size :]
+        read = mine.to_iter_dataset(
+            grain.ReadOptions(num_threads=1 if workers else THREADS, prefetch_buffer_size=prefetch)
+        )
+        if workers:
+            if not flags.FLAGS.is_parsed():  # grain has flags of its own, which a notebook does not parse
+                flags.FLAGS.mark_as_parsed()
+            read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
+        self.iterator = iter(read)
+        self._finalize = weakref.finalize(self, self.iterator.close)  # at the latest when the interpreter ends
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        try:
+            batch = next(self.iterator)
+        except InputError as error:
+            raise InputError(error.field, error.problem) from error  # grain has added to its message
+        self.examples += self.batch_size
+        return batch
+
+    def position(self) -> dict[str, int]:
+        """Where the next batch begins, JSON-able and the same in all processes."""
+        return {"examples": self.examples, "size": self.size}
+
+    def close(self) -> None:
+        """Ends the threads and worker processes."""
+        self._finalize()
+
+    def _begin(self, position: Mapping[str, int], divides: bool) -> int:
+        if position["size"] != self.size:
+            raise InputError("data", f"has {self.size:,} examples, but the run began with {position['size']:,}; give "
+                             "it the same data, or begin anew in another --workdir")  # fmt: skip
+        if divides and position["examples"] % self.batch_size:
+            raise InputError("train.batch_size", f"{self.batch_size} does not divide the {position['examples']:,} "
+                             "examples that the run has had; batches of several sizes keep their number")  # fmt: skip
+        return position["examples"]
+
+
+def _examples(source: Source, numbers: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """An endless stream of a source's examples of some numbers, each epoch in an order of its own."""
+    order = numbers.seed(seed).shuffle().repeat(None)
+    return order.random_map(source.draw) if hasattr(source, "draw") else order.map(source.__getitem__)

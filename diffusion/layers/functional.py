@@ -30,6 +30,7 @@ def functional(
     shape: tuple[int, ...],
     outputs: int = 1,
     *,
+    multiple: int | None = None,
     conditions: tuple[str, ...] = (),
     project: Callable[[Params], Params] | None = None,
 ) -> Network:
@@ -39,6 +40,7 @@ def functional(
       construct: builds the module from its random keys. Its call is `module(x, c_noise, cond, key)`; its state must
         be parameters alone, with string keys (`nnx.Dict`, not lists).
       shape: of one example.
+      multiple: if given, heights and widths may be others than `shape`'s, if they are multiples of this.
       outputs, conditions, project: see `Network`.
 
     Its `apply` raises InputError for an input of another kind or shape, naming the axis.
@@ -48,7 +50,9 @@ def functional(
             raise InputError("conditions", f"no {name!r}; any of: {', '.join(NUMBERS)}")
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
     names = AXES.get(len(shape), [f"axis{number}" for number in range(1, len(shape) + 1)])
-    example = " ".join(["batch", *(f"{name}={size}" for name, size in zip(names, shape, strict=True))])
+    free = () if multiple is None else ("height", "width")
+    axes = (name if name in free else f"{name}={size}" for name, size in zip(names, shape, strict=True))
+    example = " ".join(["batch", *axes])
 
     def init(key: Array) -> Params:
         params = nnx.to_pure_dict(nnx.state(construct(Keys(key))))
@@ -61,6 +65,10 @@ def functional(
                                  "objective tells it; train a network that has it")  # fmt: skip
         wanted = {name: CONDITIONS.get(name, (Shaped, "batch ...")) for name in cond}
         check({"x": x, "c_noise": c_noise, **cond}, {"x": (Float, example), "c_noise": (Real, "batch"), **wanted})
+        if multiple and (x.shape[-3] % multiple or x.shape[-2] % multiple):
+            raise InputError(
+                "network.x", f"is {x.shape[-3]} x {x.shape[-2]}; this network wants multiples of {multiple}"
+            )
         return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key)
 
     return Network(init, apply, outputs, project, conditions)

@@ -161,7 +161,8 @@ def make(
     """A U-Net for images of `shape` (from the data's spec).
 
     Args:
-      shape: `(H, W, C)`, H = W, divisible by 2 once for every level but the last.
+      shape: `(H, W, C)`, H = W, divisible by 2 once for every level but the last; it says which levels attend, and the
+        network takes images of other such sizes too.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
       conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
       width: channels of the first level; must be even.
@@ -210,4 +211,4 @@ def make(
         middle_attention=middle_attention, head_width=head_width, resample=resample, end_padding=end_padding,
         input_skip=input_skip, embedding=embedding, last_frequency=last_frequency, sin_first=sin_first,
         null_class=null_class, kernel=kernel, remat=remat, outputs=outputs, style=style, rngs=rngs,
-    ), shape, outputs, conditions=conditions)  # fmt: skip
+    ), shape, outputs, multiple=2 ** (len(multipliers) - 1), conditions=conditions)  # fmt: skip

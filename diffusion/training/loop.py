@@ -25,6 +25,9 @@ from diffusion.training.step import make_step
 from diffusion.types import InputError, Network, Objective, Params, Source
 
 
+PLACES = ("path", "data_dir", "index", "on_error")  # keywords of sources that say nothing of what the examples are
+
+
 class Diverged(Exception):
     """The loss is no longer a number."""
 
@@ -41,6 +44,7 @@ class Options:
       log_every: steps between lines of metrics.
       preview_every: steps between sample grids; 0 for none.
       prefetch: batches read ahead.
+      workers: processes that read the data; 0 for what needs little work, read in threads.
     """
 
     steps: int
@@ -50,13 +54,15 @@ class Options:
     log_every: int = 50
     preview_every: int = 0
     prefetch: int = 8
+    workers: int = 0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "prefetch"):
             if getattr(self, name) < 1:
                 raise InputError(name, f"must be at least 1, got {getattr(self, name)}")
-        if self.preview_every < 0:
-            raise InputError("preview_every", f"must be at least 0, got {self.preview_every}")
+        for name in ("preview_every", "workers"):
+            if getattr(self, name) < 0:
+                raise InputError(name, f"must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.cond_drop_rate < 1:
             raise InputError("cond_drop_rate", f"must be in [0, 1), got {self.cond_drop_rate}")
         if self.batch_size % self.accumulate:
@@ -110,6 +116,8 @@ def train(
       InputError: the mesh does not divide the batch, or the workdir's checkpoint does not fit.
       Diverged: a loss was not finite; the last checkpoint stays.
     """
+    if source.spec.captions:
+        raise InputError("data.captions", "no network reads captions yet; set it False to train without")
     shards = sharding.batch_shards(mesh)
     if options.batch_size % (shards * options.accumulate):
         micro = f" in {options.accumulate} micro-batches" if options.accumulate > 1 else ""
@@ -135,24 +143,23 @@ def train(
         out_shardings=(state_sharding, sharding.replicated(mesh)),
         donate_argnums=0,
     )  # fmt: skip
-    data = pipeline.batches(
-        source, batch_size=options.batch_size, seed=seed, process=jax.process_index(), processes=jax.process_count(),
-        prefetch=options.prefetch,
-    )  # fmt: skip
 
     # Start, or go on. Nothing is written before the checkpoint is known to fit.
     found = Checkpoints(workdir, read_only=True)
     latest = found.latest()
-    start = latest or 0
+    start, position = latest or 0, {}
     if latest is not None:
         if start > options.steps:
             raise InputError("train.steps", f"is {options.steps}, but {workdir} is at step {start} already")
         if start:
             _check_same(found.meta(start), meta)
-        state, position = found.restore(start, abstract)
-        if start:  # converted weights are at step 0, and nothing began with them
-            data.set_state(position)
+        state, position = found.restore(start, abstract)  # converted weights, at step 0, have no position
     found.close()
+    skipped = position.get("skipped", 0)
+    data = pipeline.Batches(
+        source, batch_size=options.batch_size, seed=seed, process=jax.process_index(), processes=jax.process_count(),
+        workers=options.workers, prefetch=options.prefetch, position=position or None,
+    )  # fmt: skip
     previews = os.path.join(workdir, "previews")
     files.make_folder(workdir, "workdir")
     files.make_folder(previews, "workdir")
@@ -174,7 +181,11 @@ def train(
     progress = Progress("train", options.steps, done=start, weight=options.batch_size)
 
     def report(step: int, metrics: Mapping[str, jax.Array]) -> None:
+        nonlocal skipped
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if "skipped" in values:  # of this step, here of the whole run
+            skipped += round(values["skipped"])
+            values["skipped"] = skipped
         # Not every metric exists at every step: there may be no example in a bin of noise levels.
         values = {name: value for name, value in values.items() if name == "loss" or math.isfinite(value)}
         if not math.isfinite(values["loss"]):
@@ -200,12 +211,13 @@ def train(
                 waiting = None
             if save:
                 # Before the next batch is drawn, so the position that is saved is the next step's.
-                checkpoints.save(step, state, data.get_state(), meta)
+                checkpoints.save(step, state, {**data.position(), "skipped": skipped}, meta)
             if show:
                 sheet = preview(averaged(state, ema.names[-1]))
                 visualize.save_png(sheet, os.path.join(previews, f"step_{step:07d}.png"))
         checkpoints.wait()
     finally:
+        data.close()
         progress.close()
         writer.close()
         checkpoints.close()
@@ -213,9 +225,14 @@ def train(
 
 
 def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """A run goes on with the network, objective and data it began with; the rest of a config may change."""
+    """A run goes on with the network, objective and data it began with; the rest of a config may change, and where the
+    data lie."""
     for part in ("network", "objective", "data"):
         ours, theirs = (json.loads(json.dumps(m["config"][part])) for m in (meta, stored))
+        if part == "data":
+            ours, theirs = (
+                {key: value for key, value in section.items() if key not in PLACES} for section in (ours, theirs)
+            )
         if ours != theirs:
             field = next(f"{part}.{key}" for key in {**theirs, **ours} if ours.get(key) != theirs.get(key))
             key = field.partition(".")[2]

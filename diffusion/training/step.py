@@ -37,6 +37,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key_keep, key_draw, key_net = jax.random.split(key, 3)
         keep = jax.random.uniform(key_keep, batch["x"].shape[:1]) >= cond_drop_rate
+        skipped = batch.get("skipped")
         batch = Batch(x=batch["x"], cond={**batch["cond"], "keep": keep})
         prepared, memory = objective.prepare(
             state.params, averaged(state, ema.names[-1]), batch, state.memory, jax.random.fold_in(key, 3), state.step
@@ -61,6 +62,8 @@ def make_step(
             losses = losses.swapaxes(0, 1).reshape(-1)  # as they stood before the split
         memory, seen = objective.remember(memory, batch["noise"], losses)
         metrics = {"loss": jnp.mean(losses), **metrics, **seen}
+        if skipped is not None:
+            metrics["skipped"] = jnp.sum(skipped)
 
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, learned)
         learned = _projected(optax.apply_updates(learned, updates), network, prepared)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from diffusion.build import build
-from diffusion.data.pipeline import batches
+from diffusion.data.pipeline import Batches
 from diffusion.types import InputError, Source, Spec
 
 IMAGES = np.random.default_rng(0).integers(256, size=(4, 6, 6, 3), dtype=np.uint8)
@@ -78,7 +78,7 @@ def test_nothing_is_read_before_it_is_asked_for(saved):
 
 def test_in_the_pipeline(saved):
     source = npy(saved(IMAGES, LABELS), num_classes=3, flip=True)
-    batch = next(batches(source, batch_size=8, seed=0))
+    batch = next(Batches(source, batch_size=8, seed=0))
     assert jax.tree.map(np.shape, batch) == {"x": (8, 6, 6, 3), "cond": {"label": (8,)}}
     assert {x.tobytes() for x in batch["x"]} == {example["x"].tobytes() for example in source}
     assert sorted(batch["cond"]["label"]) == sorted([*LABELS, *LABELS])

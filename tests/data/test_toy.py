@@ -4,7 +4,7 @@ import pytest
 import sklearn.datasets
 
 from diffusion.build import build
-from diffusion.data.pipeline import batches
+from diffusion.data.pipeline import Batches
 from diffusion.types import InputError
 
 KINDS = ("gaussian", "mixture", "checkerboard", "moons", "spiral")
@@ -29,7 +29,7 @@ def test_examples(kind):
     example = source[7]
     assert example["x"].shape == (2,) and example["x"].dtype == np.float32
     assert set(example["cond"]) == ({"label"} if kind == "mixture" else set())
-    batch = next(batches(source, batch_size=10, seed=0))
+    batch = next(Batches(source, batch_size=10, seed=0))
     assert batch["x"].shape == (10, 2) and set(batch["cond"]) == set(example["cond"])
 
 

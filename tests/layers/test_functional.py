@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.build import build
 from diffusion.types import InputError
 
 GOOD = {"x": np.zeros((3, 8, 8, 1), np.float32), "c_noise": np.zeros(3, np.float32), "label": np.zeros(3, np.int32)}
@@ -15,10 +16,10 @@ GOOD = {"x": np.zeros((3, 8, 8, 1), np.float32), "c_noise": np.zeros(3, np.float
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": np.zeros((3, 8, 4, 1), np.float32)},
-         "network.x: is float32[3, 8, 4, 1], not Float[batch height=8 width=8 channels=1]: "
-         "axis 2 (width) is 4 and must be 8"),
-        ({"x": np.zeros((3, 1, 8, 8), np.float32)}, "axis 1 (height) is 1 and must be 8"),
+        ({"x": np.zeros((3, 8, 5, 1), np.float32)}, "network.x: is 8 x 5; this network wants multiples of 2"),
+        ({"x": np.zeros((3, 1, 8, 8), np.float32)},
+         "network.x: is float32[3, 1, 8, 8], not Float[batch height width channels=1]: "
+         "axis 3 (channels) is 8 and must be 1"),
         ({"x": np.zeros((8, 8, 1), np.float32)}, "network.x: is float32[8, 8, 1], not Float"),
         ({"x": np.zeros((3, 8, 8, 1), np.uint8)}, "network.x: is uint8[3, 8, 8, 1], not Float"),
         ({"c_noise": np.zeros(2, np.float32)},
@@ -38,6 +39,20 @@ def test_a_wrong_input_is_named(change, message, tiny_unet):
     params = jax.eval_shape(tiny_unet.init, jax.random.key(0))
     with pytest.raises(InputError, match=re.escape(message)):
         jax.eval_shape(tiny_unet.apply, params, *(jnp.asarray(given[n]) for n in ("x", "c_noise")), cond)
+
+
+def test_a_network_of_one_size_takes_no_other():
+    dit = build("networks", {"name": "dit", "patch": 2, "width": 8, "depth": 1, "heads": 2}, shape=(8, 8, 1))
+    params = jax.eval_shape(dit.init, jax.random.key(0))
+    message = "not Float[batch height=8 width=8 channels=1]: axis 2 (width) is 4 and must be 8"
+    with pytest.raises(InputError, match=re.escape(message)):
+        jax.eval_shape(dit.apply, params, np.zeros((3, 8, 4, 1), np.float32), GOOD["c_noise"], {})
+
+
+def test_a_network_of_other_sizes_answers_in_them(tiny_unet):
+    params = jax.eval_shape(tiny_unet.init, jax.random.key(0))
+    x = np.zeros((3, 6, 12, 1), np.float32)
+    assert jax.eval_shape(tiny_unet.apply, params, x, GOOD["c_noise"], {"label": GOOD["label"]}).shape == x.shape
 
 
 def test_what_is_right_passes(tiny_unet):

@@ -1,0 +1,148 @@
+"""Our own records: written from any source, read back as they were."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from diffusion.build import build
+from diffusion.data import array_record
+from diffusion.types import InputError, Spec
+
+RNG = np.random.default_rng(0)
+
+
+class Examples:
+    """Images of 8 bits with what a source may have."""
+
+    spec = Spec((4, 6, 3), num_classes=3, captions=True)
+    class_names = ("a", "b", "ç")
+
+    def __init__(self, size=7, skipped=()):
+        self.pixels, self.skipped = RNG.integers(0, 256, (size, 4, 6, 3), np.uint8), skipped
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        x = self.pixels[index] / np.float32(127.5) - np.float32(1)
+        example = {"x": x, "cond": {"label": np.int32(index % 3)}, "caption": f"naïve {index}" * (index % 2)}
+        return {**example, "skipped": np.bool_(index in self.skipped)}
+
+
+def write(source, out):
+    return array_record.write(source, (source[index] for index in range(len(source))), str(out))
+
+
+def read(path, **keywords):
+    return build("data", {"name": "array_record", "path": str(path), **keywords})
+
+
+def test_read_back_as_written(tmp_path):
+    source = Examples()
+    assert write(source, tmp_path / "set") == 7
+    found = read(tmp_path / "set", captions=True)
+    assert found.spec == source.spec and len(found) == 7 and found.class_names == source.class_names
+    for index in range(7):
+        example, expected = found[index], source[index]
+        np.testing.assert_array_equal(example["x"], expected["x"])
+        assert example["x"].dtype == np.float32 and example["x"].flags.writeable
+        assert example["cond"]["label"] == expected["cond"]["label"] and example["cond"]["label"].dtype == np.int32
+        assert example["caption"] == expected["caption"]
+
+
+def test_what_is_not_asked_for_is_left_out(tmp_path):
+    write(Examples(), tmp_path / "set")
+    found = read(tmp_path / "set", labels=False)
+    assert found[1].keys() == {"x", "cond"} and found[1]["cond"] == {} and found.spec == Spec((4, 6, 3))
+    np.testing.assert_array_equal(found[3]["x"], read(tmp_path / "set")[3]["x"])
+
+
+@pytest.mark.parametrize("name", ["digits", "toy"])
+def test_other_numbers_are_kept_as_they_are(tmp_path, name):
+    source = build("data", {"name": name, **({"size": 50} if name == "toy" else {})})
+    write(source, tmp_path / "set")
+    found = read(tmp_path / "set")
+    assert found.spec == source.spec
+    for index in (0, 3, len(source) - 1):
+        np.testing.assert_array_equal(found[index]["x"], source[index]["x"])
+
+
+def test_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(array_record, "SHARD_BYTES", 3 * 4 * 6 * 3)
+    source = Examples()
+    write(source, tmp_path / "set")
+    assert sorted(os.listdir(tmp_path / "set")) == [f"0000{n}.array_record" for n in range(3)] + ["info.json"]
+    found = read(tmp_path / "set")
+    for index in range(7):
+        np.testing.assert_array_equal(found[index]["x"], source[index]["x"])
+
+
+def test_skipped_examples_are_left_out(tmp_path):
+    source = Examples(skipped=(0, 4))
+    assert write(source, tmp_path / "set") == 5
+    found = read(tmp_path / "set")
+    np.testing.assert_array_equal([e["x"] for e in found], [source[index]["x"] for index in (1, 2, 3, 5, 6)])
+
+
+def test_mirrored_in_training_alone(tmp_path):
+    source = Examples()
+    write(source, tmp_path / "set")
+    found, plain = read(tmp_path / "set", flip=True), source[2]["x"]
+    np.testing.assert_array_equal(found[2]["x"], plain)
+    drawn = [found.draw(2, np.random.default_rng(seed))["x"] for seed in range(200)]
+    mirrored = [np.array_equal(x, plain[:, ::-1]) for x in drawn]
+    assert 70 < sum(mirrored) < 130 and all(m or np.array_equal(x, plain) for m, x in zip(mirrored, drawn, strict=True))
+    np.testing.assert_array_equal(read(tmp_path / "set").draw(2, np.random.default_rng(0))["x"], plain)
+
+
+def test_a_worker_can_read(tmp_path):
+    write(Examples(), tmp_path / "set")
+    found = read(tmp_path / "set")
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(found))[5]["x"], found[5]["x"])
+    with pytest.raises(IndexError, match="there are 7 examples, no number -1"):
+        found[-1]
+
+
+def test_there_whole_or_not_at_all(tmp_path):
+    class Breaks(Examples):
+        def __getitem__(self, index):
+            if index == 3:
+                raise InputError("data", "broken")
+            return super().__getitem__(index)
+
+    with pytest.raises(InputError, match="broken"):
+        write(Breaks(), tmp_path / "set")
+    assert os.listdir(tmp_path) == []
+    write(Examples(), tmp_path / "set")
+    with pytest.raises(InputError, match=r"--out: .*set is there already"):
+        write(Examples(), tmp_path / "set")
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"data.path: .*set is no prepared set; write one: python -m experiments.prep"):
+        read(tmp_path / "set")
+    write(Examples(), tmp_path / "set")
+    info = tmp_path / "set" / "info.json"
+    stored = json.loads(info.read_text())
+    info.write_text(json.dumps({**stored, "count": 9}))
+    with pytest.raises(InputError, match=r"data.path: .* has 7 examples of 9; copy all of it"):
+        read(tmp_path / "set")
+    info.write_text(json.dumps({**stored, "format": 2}))
+    with pytest.raises(InputError, match=r"data.path: .* has format 2; this code reads 1; prepare it anew"):
+        read(tmp_path / "set")
+    info.write_text(json.dumps({**stored, "captions": False}))
+    with pytest.raises(InputError, match=r"data.captions: .* has none; prepare it anew with data.captions=True"):
+        read(tmp_path / "set", captions=True)
+    info.write_text("[]")
+    with pytest.raises(InputError, match=r"data.path: .* is no prepared set"):
+        read(tmp_path / "set")
+
+
+def test_several_sizes_are_refused(tmp_path):
+    source = Examples()
+    source.buckets = np.zeros(7, np.int32)
+    with pytest.raises(InputError, match="data.size: is several"):
+        write(source, tmp_path / "set")
