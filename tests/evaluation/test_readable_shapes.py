@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from diffusion.build import build
+from diffusion.types import InputError, SampleMetric
+
+
+def of(name, **keywords):
+    source = build("data", {"name": name, **keywords})
+    real = {"train": source, "held_out": build("data", {"name": name, "split": "test", **keywords})}
+    x = np.stack([source[index]["x"] for index in range(300)])
+    return build("evaluation", "readable_shapes", **real), x
+
+
+@pytest.fixture(scope="module", params=["shapes", "moving_shapes"])
+def case(request):
+    return of(request.param)
+
+
+def noisy(x, std):
+    return x + std * np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+
+
+def test_the_data_is_readable(case):
+    metric, x = case
+    assert isinstance(metric, SampleMetric)
+    values = metric(x, None)
+    assert values["readable_shapes"] == 1 and values["shapes_off"] == 0
+    assert values["shape_count_distance"] < 0.1
+    values = metric(noisy(x, 0.15), None)
+    assert values["readable_shapes"] == 1 and abs(values["shapes_off"] - 0.16) < 0.01
+
+
+def test_what_is_no_picture_of_the_data_is_not(case):
+    metric, x = case
+    assert metric(noisy(x, 0.3), None)["readable_shapes"] == 0
+    assert metric((x + x[::-1]) / 2, None)["readable_shapes"] < 0.1
+    black = metric(np.full_like(x, -1), None)
+    assert (black["readable_shapes"], black["shape_count_distance"]) == (0, 1)
+    assert metric(np.full_like(x, np.nan), None)["readable_shapes"] == 0
+
+
+def test_one_bad_ninth_is_enough(case):
+    """Noise in the last frame's last corner alone: the whole sample's mean does not show it."""
+    metric, x = case
+    spoilt = x.copy()
+    last = spoilt if x.ndim == 4 else spoilt[:, -1]
+    last[:, 22:, 22:] = noisy(last, 0.4)[:, 22:, 22:]
+    assert np.sqrt(((spoilt - x) ** 2).mean()) < 0.15
+    assert metric(spoilt, None)["readable_shapes"] < 0.05
+
+
+def test_blurred_and_cut_shapes():
+    metric, x = of("shapes", max_things=1)
+    assert metric(gaussian_filter(x, (0, 0.5, 0.5, 0)), None)["readable_shapes"] > 0.99
+    cut = x.copy()
+    for image in cut:
+        rows = np.nonzero((image > -1).any(axis=(1, 2)))[0]
+        image[: (rows[0] + rows[-1] + 1) // 2] = -1
+    assert metric(cut, None)["readable_shapes"] < 0.35
+
+
+def test_more_things_than_the_data_has():
+    metric, _ = of("shapes")
+    crowd = build("data", {"name": "shapes", "max_things": 9})
+    x = np.stack([crowd[index]["x"] for index in range(300)])
+    few = np.array([len(crowd.things(index)) <= 3 for index in range(300)])
+    values = metric(x, None)
+    assert values["readable_shapes"] == few.mean() and abs(values["shape_count_distance"] - 2 / 3) < 0.1
+
+
+def test_samples_are_read_in_chunks():
+    metric, x = of("shapes")
+    many = np.concatenate([x, np.full_like(x[:100], -1)])
+    assert metric(many, None)["readable_shapes"] == 0.75
+
+
+@pytest.mark.parametrize(("options", "field"), [({"num": 0}, "num"), ({"limit": 0.0}, "limit")])
+def test_bad_options(options, field):
+    source = build("data", "shapes")
+    with pytest.raises(InputError, match=f"evaluation.{field}: "):
+        build("evaluation", {"name": "readable_shapes", **options}, train=source, held_out=source)
+
+
+def test_data_that_cannot_be_read_is_refused(digits):
+    with pytest.raises(InputError, match=r"evaluation.name: .*shapes or moving_shapes"):
+        build("evaluation", "readable_shapes", train=digits, held_out=digits)
