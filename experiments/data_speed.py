@@ -24,6 +24,8 @@ from experiments import peer_speed
 SIDE, SIZE, FILES, QUALITY = 512, 64, 512, 90
 BATCH_SIZE, BATCHES, WORKERS, PREFETCH = 64, 40, 2, 2
 NETWORK, STEPS = "DDPM U-Net, 32x32x3", 3
+MANY, TOPS = 200_000, 200
+TINY = b"not read here"
 
 
 def data(runs: int) -> None:
@@ -59,6 +61,7 @@ def data(runs: int) -> None:
             print(f"{workers} workers: ours / PyTorch's {ratio(read, peer):.2f}, "
                   f"array_record / folder {ratio(record, read):.1f}")  # fmt: skip
         training(photographs, runs)
+        indexing(os.path.join(folder, "many"))
 
 
 def ratio(first: Sequence[float], second: Sequence[float]) -> float:
@@ -146,3 +149,29 @@ def training(photographs: str, runs: int) -> None:
     for name in streams:
         share = ratio(seconds[name], seconds["synthetic"])
         print(f"a train step of {NETWORK} fed by {name} / on one batch: {share:.3f}")
+
+
+def indexing(folder: str) -> None:
+    """What the list of many small files costs to make, to start from and to hold."""
+    for top in range(TOPS):
+        os.makedirs(os.path.join(folder, f"class {top:03}"))
+        for number in range(MANY // TOPS):
+            with open(os.path.join(folder, f"class {top:03}", f"image {number:05}.png"), "wb") as file:
+                file.write(TINY)
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        source = build("data", {"name": "folder", "path": folder, "size": 8})
+        seconds.append(time.perf_counter() - begin)
+    before = resident()
+    for index in range(len(source)):
+        source.index.path(index), source.index.labels[index]
+    each = (resident() - before) / len(source)
+    print(f"{len(source):,} files: listed in {seconds[0]:.1f} s, started from the list in {seconds[1]:.2f} s, "
+          f"{each:.0f} bytes of memory each once all are touched")  # fmt: skip
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

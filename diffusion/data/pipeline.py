@@ -1,7 +1,9 @@
 """From a source to an endless stream of batches: shuffled, sharded over processes, its position saveable."""
 
+import os
 import weakref
 from collections.abc import Mapping
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -65,6 +67,7 @@ class Batches:
         if workers:
             if not flags.FLAGS.is_parsed():  # grain has flags of its own, which a notebook does not parse
                 flags.FLAGS.mark_as_parsed()
+            _start_tracker()
             read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
         self.iterator = iter(read)
         self._finalize = weakref.finalize(self, self.iterator.close)  # at the latest when the interpreter ends
@@ -102,3 +105,16 @@ def _examples(source: Source, numbers: grain.MapDataset, seed: int) -> grain.Map
     """An endless stream of a source's examples of some numbers, each epoch in an order of its own."""
     order = numbers.seed(seed).shuffle().repeat(None)
     return order.random_map(source.draw) if hasattr(source, "draw") else order.map(source.__getitem__)
+
+
+def _start_tracker() -> None:
+    """Starts the process that frees what others leave in shared memory, and stays silent when it does: batches that were
+    on their way when a run ended are left to it."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker" + (f",{before}" if before else "")
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if before:
+            os.environ["PYTHONWARNINGS"] = before

@@ -144,5 +144,5 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_several_sizes_are_refused(tmp_path):
     source = Examples()
     source.buckets = np.zeros(7, np.int32)
-    with pytest.raises(InputError, match="data.size: is several"):
+    with pytest.raises(InputError, match=r"data.size: is several"):
         write(source, tmp_path / "set")

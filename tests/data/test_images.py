@@ -204,5 +204,5 @@ def test_a_strip_that_would_be_enormous_is_not_resized():
 def test_sizes_of_configs():
     assert images.check("size", 64) == (64, 64) and images.check("size", (32, 48)) == (32, 48)
     for size in (0, (8, -1), 20_000):
-        with pytest.raises(InputError, match="^size: must be at least 1"):
+        with pytest.raises(InputError, match=r"^size: must be at least 1"):
             images.check("size", size)

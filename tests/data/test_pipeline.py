@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import signal
 
@@ -143,7 +144,7 @@ def test_going_on_with_another_number_of_processes(source, before, after):
         for p in range(after)
     ]
     for step, together in enumerate(zip(*parts, strict=True)):
-        assert sorted(sum(together, [])) == sorted(one[11 + step])
+        assert sorted(itertools.chain(*together)) == sorted(one[11 + step])
 
 
 def test_going_on_with_another_batch_size():
@@ -179,7 +180,7 @@ def test_buckets():
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_what_a_source_raises_arrives(workers):
     stream = Batches(Numbers(20, fails=13), batch_size=4, seed=0, workers=workers)
-    with pytest.raises(InputError, match="^data: number 13$") as caught:
+    with pytest.raises(InputError, match=r"^data: number 13$") as caught:
         take(stream, 6)
     assert caught.value.field == "data"
     stream.close()

@@ -83,6 +83,6 @@ def test_batches_of_several_sizes(run, tmp_path, folder):
 
 
 def test_captions_without_a_reader_are_refused(run, tmp_path, folder):
-    with pytest.raises(InputError, match="^data.captions: no network reads captions yet"):
+    with pytest.raises(InputError, match=r"^data.captions: no network reads captions yet"):
         run(tmp_path / "run", 1, folder, captions=True)
     assert not (tmp_path / "run").exists()
