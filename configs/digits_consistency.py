@@ -96,6 +96,7 @@ def get_config(variant: str = "ect") -> ml_collections.ConfigDict:
             "log_every": 50,
             "preview_every": 1000,
             "prefetch": 8,
+            "workers": 0,
         },
         "checkpoint": {"every": 1000, "keep": 2},
         "sampler": {

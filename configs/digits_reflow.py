@@ -64,6 +64,7 @@ def get_config(variant: str = "reflow") -> ml_collections.ConfigDict:
             "log_every": 50,
             "preview_every": 500,
             "prefetch": 8,
+            "workers": 0,
         },
         "checkpoint": {"every": 500, "keep": 2},
         "sampler": {"name": "euler", "steps": 1, "grid": {"name": "trailing"}},

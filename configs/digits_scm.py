@@ -61,6 +61,7 @@ def get_config(variant: str = "scd") -> ml_collections.ConfigDict:
             "log_every": 50,
             "preview_every": 1000,
             "prefetch": 8,
+            "workers": 0,
         },
         "checkpoint": {"every": 1000, "keep": 2},
         "sampler": {"name": "consistency", "sigma_min": 0.0, "steps": 2, "grid": {"name": "trailing"}},

@@ -66,6 +66,7 @@ def get_config(model: str = "XL/2") -> ml_collections.ConfigDict:
             "log_every": 100,
             "preview_every": 10_000,
             "prefetch": 8,
+            "workers": 0,
         },
         "checkpoint": {"every": 10_000, "keep": 3},
         "sampler": {"name": "ancestral", "variance": "learned", "steps": 250, "grid": {"name": "linspace"}},

@@ -4,8 +4,8 @@
 Command:   python -m experiments.train --config=configs/imagenet64_consistency.py:ict --workdir=runs/imagenet64_ict
            cd and ect begin with a model of this network on EDM's path, in runs/imagenet64_edm: imagenet64_adm.py
            with the objective of configs/cifar10_edm.py and network.outputs = 1
-Data:      data/imagenet64/train/x.npy, uint8 [1281167, 64, 64, 3], and label.npy; the same of the 50,000 in
-           data/imagenet64/validation, as in configs/imagenet64_adm.py.
+Data:      python -m experiments.prepare --config=configs/imagenet64_consistency.py
+           1,281,167 and 50,000 images, as in configs/imagenet64_adm.py.
 Hardware:  the papers': 64 A100 for ct and cd (recalled).
 Expected:  FID of 50,000 samples of the averaged parameters against the training set, in one step and in two: ct 13.0
            and 11.1, cd 6.20 and 4.70, ict 4.02 and 3.20 (all recalled). ect's figures are for EDM2's networks: 4.05 and
@@ -75,9 +75,11 @@ def get_config(variant: str = "ict") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
         raise LookupError(f"no variant {variant!r}; one of: {', '.join(VARIANTS)}")
     chosen = VARIANTS[variant]
+    folder = ml_collections.config_dict.placeholder(str)  # given by --config.data.data_dir; otherwise TFDS' own
+    data = {"name": "tfds", "dataset": "imagenet_resized/64x64", "data_dir": folder}
     return ml_collections.ConfigDict({
         "seed": 0,
-        "data": {"name": "npy", "path": "data/imagenet64/train", "num_classes": 1000, "flip": True},
+        "data": {**data, "split": "train", "flip": True},
         "objective": {
             "name": "consistency",
             "schedule": {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0},
@@ -113,6 +115,7 @@ def get_config(variant: str = "ict") -> ml_collections.ConfigDict:
             "log_every": 100,
             "preview_every": 10_000,
             "prefetch": 8,
+            "workers": 0,
         },
         "checkpoint": {"every": 5000, "keep": 3},
         "sampler": {
@@ -123,7 +126,7 @@ def get_config(variant: str = "ict") -> ml_collections.ConfigDict:
         },
         "guidance": {"name": "cfg", "scale": 1.0},
         "eval": {
-            "data": {"name": "npy", "path": "data/imagenet64/validation", "num_classes": 1000},
+            "data": {**data, "split": "validation"},
             "metrics": {},
         },
         "mesh": {"data": -1, "fsdp": 1, "model": 1},

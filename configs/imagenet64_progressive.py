@@ -4,8 +4,8 @@ DDIM steps to a few.
 Command:   python -m experiments.train --config=configs/imagenet64_progressive.py:teacher --workdir=runs/imagenet64_v
            python -m experiments.train --config=configs/imagenet64_progressive.py:4 --workdir=runs/imagenet64_prog_4
            the argument is `teacher`, the model that is distilled, or the number of steps to end with: 8, 4, 2 or 1
-Data:      data/imagenet64/train/x.npy, uint8 [1281167, 64, 64, 3], each image's middle square scaled down, and
-           label.npy, integers [1281167] from 0 to 999; the same of the 50,000 in data/imagenet64/validation.
+Data:      python -m experiments.prepare --config=configs/imagenet64_progressive.py
+           1,281,167 and 50,000 images, as in configs/imagenet64_adm.py.
 Hardware:  the paper's: 64 TPU chips (recalled). bfloat16 is ours.
 Expected:  FID of 50,000 samples of the averaged parameters against the training set, without guidance: 6.77 in 4 steps,
            8.95 in 2 and 15.39 in one (recalled, as Song et al. 2023, arXiv 2303.01469, table 2, quotes them). The paper
@@ -46,9 +46,11 @@ def get_config(run: str = "4") -> ml_collections.ConfigDict:
         "continuous": False,
         "teacher": "runs/imagenet64_v",
     }
+    folder = ml_collections.config_dict.placeholder(str)  # given by --config.data.data_dir; otherwise TFDS' own
+    data = {"name": "tfds", "dataset": "imagenet_resized/64x64", "data_dir": folder}
     return ml_collections.ConfigDict({
         "seed": 0,
-        "data": {"name": "npy", "path": "data/imagenet64/train", "num_classes": 1000, "flip": True},
+        "data": {**data, "split": "train", "flip": True},
         "objective": teacher if trains_teacher else student,
         "network": {
             "name": "unet",
@@ -80,12 +82,13 @@ def get_config(run: str = "4") -> ml_collections.ConfigDict:
             "log_every": 100,
             "preview_every": 10_000,
             "prefetch": 8,
+            "workers": 0,
         },
         "checkpoint": {"every": 5000, "keep": 3},
         "sampler": {"name": "ddim", "eta": 0.0, "steps": sampling_steps, "grid": {"name": "trailing"}},
         "guidance": {"name": "cfg", "scale": 1.0},
         "eval": {
-            "data": {"name": "npy", "path": "data/imagenet64/validation", "num_classes": 1000},
+            "data": {**data, "split": "validation"},
             "metrics": {},
         },
         "mesh": {"data": -1, "fsdp": 1, "model": 1},

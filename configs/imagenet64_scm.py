@@ -4,8 +4,8 @@ EDM2's network of the smallest of the paper's sizes, S.
 Command:   python -m experiments.train --config=configs/imagenet64_scm.py:teacher --workdir=runs/imagenet64_trig
            python -m experiments.train --config=configs/imagenet64_scm.py:VARIANT --workdir=runs/imagenet64_VARIANT
            VARIANT is `sct`, consistency training that begins with the teacher's weights, or `scd`, distillation
-Data:      data/imagenet64/train/x.npy, uint8 [1281167, 64, 64, 3], each image's middle square scaled down, and
-           label.npy, integers [1281167] from 0 to 999; the same of the 50,000 in data/imagenet64/validation.
+Data:      python -m experiments.prepare --config=configs/imagenet64_scm.py
+           1,281,167 and 50,000 images, as in configs/imagenet64_adm.py.
 Hardware:  32 GPUs of 80 GB; the paper does not say.
 Expected:  FID of 50,000 samples of the averaged parameters against the training set, without guidance, in one step and
            in two, the second of them from theta = 1.1: 3.23 and 2.05 for sct, 2.97 and 2.07 for scd (recalled); the
@@ -48,9 +48,11 @@ def get_config(variant: str = "sct") -> ml_collections.ConfigDict:
     # theta = 1.1 is t = 0.7003.
     two_steps = {"name": "consistency", "sigma_min": 0.0, "steps": 2}
     two_steps["grid"] = {"name": "given", "times": (1.0, 0.7003, 0.0)}
+    folder = ml_collections.config_dict.placeholder(str)  # given by --config.data.data_dir; otherwise TFDS' own
+    data = {"name": "tfds", "dataset": "imagenet_resized/64x64", "data_dir": folder}
     return ml_collections.ConfigDict({
         "seed": 0,
-        "data": {"name": "npy", "path": "data/imagenet64/train", "num_classes": 1000, "flip": True},
+        "data": {**data, "split": "train", "flip": True},
         "objective": teacher if trains_teacher else student,
         "network": {
             "name": "edm2",
@@ -80,12 +82,13 @@ def get_config(variant: str = "sct") -> ml_collections.ConfigDict:
             "log_every": 100,
             "preview_every": 10_000,
             "prefetch": 8,
+            "workers": 0,
         },
         "checkpoint": {"every": 5000, "keep": 3},
         "sampler": heun if trains_teacher else two_steps,
         "guidance": {"name": "cfg", "scale": 1.0},
         "eval": {
-            "data": {"name": "npy", "path": "data/imagenet64/validation", "num_classes": 1000},
+            "data": {**data, "split": "validation"},
             "metrics": {},
         },
         "mesh": {"data": -1, "fsdp": 1, "model": 1},

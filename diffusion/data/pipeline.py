@@ -1,8 +1,9 @@
 """From a source to an endless stream of batches: shuffled, sharded over processes, its position saveable."""
 
+import contextlib
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -61,25 +62,15 @@ class Batches:
             ]
             streams = [order[process::processes].batch(share, drop_remainder=True) for order in orders]
             mine = grain.MapDataset.mix(streams, counts.tolist())[self.examples // batch_size :]
-        read = mine.to_iter_dataset(
-            grain.ReadOptions(num_threads=1 if workers else THREADS, prefetch_buffer_size=prefetch)
-        )
-        if workers:
-            if not flags.FLAGS.is_parsed():  # grain has flags of its own, which a notebook does not parse
-                flags.FLAGS.mark_as_parsed()
-            _start_tracker()
-            read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
-        self.iterator = iter(read)
+        self.iterator = _read_ahead(mine, workers, prefetch)
         self._finalize = weakref.finalize(self, self.iterator.close)  # at the latest when the interpreter ends
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> dict[str, Any]:
-        try:
+        with _as_raised():
             batch = next(self.iterator)
-        except InputError as error:
-            raise InputError(error.field, error.problem) from error  # grain has added to its message
         self.examples += self.batch_size
         return batch
 
@@ -101,6 +92,36 @@ class Batches:
         return position["examples"]
 
 
+def in_order(source: Source, num: int, *, workers: int = 0, prefetch: int = 64) -> Iterator[dict[str, Any]]:
+    """The first `num` examples, each once, read ahead as `Batches` does."""
+    stream = _read_ahead(grain.MapDataset.range(num).map(source.__getitem__), workers, prefetch)
+    try:
+        with _as_raised():
+            yield from stream
+    finally:
+        stream.close()
+
+
+@contextlib.contextmanager
+def _as_raised() -> Iterator[None]:
+    """A source's errors without what grain adds to their message."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error.field, error.problem) from error
+
+
+def _read_ahead(dataset: grain.MapDataset, workers: int, prefetch: int) -> grain.DatasetIterator:
+    threads = 1 if workers else THREADS
+    read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain has flags of its own, which a notebook does not parse
+            flags.FLAGS.mark_as_parsed()
+        _start_tracker()
+        read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
+    return iter(read)
+
+
 def _examples(source: Source, numbers: grain.MapDataset, seed: int) -> grain.MapDataset:
     """An endless stream of a source's examples of some numbers, each epoch in an order of its own."""
     order = numbers.seed(seed).shuffle().repeat(None)
@@ -108,8 +129,8 @@ def _examples(source: Source, numbers: grain.MapDataset, seed: int) -> grain.Map
 
 
 def _start_tracker() -> None:
-    """Starts the process that frees what others leave in shared memory, and stays silent when it does: batches that were
-    on their way when a run ended are left to it."""
+    """Starts the process that frees what others leave in shared memory, and keeps it silent when it does: batches that
+    were on their way when a run ended are left to it."""
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker" + (f",{before}" if before else "")
     try:

@@ -24,7 +24,6 @@ from diffusion.training.state import TrainState, averaged, init_state
 from diffusion.training.step import make_step
 from diffusion.types import InputError, Network, Objective, Params, Source
 
-
 PLACES = ("path", "data_dir", "index", "on_error")  # keywords of sources that say nothing of what the examples are
 
 

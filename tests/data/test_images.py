@@ -66,6 +66,11 @@ def test_nothing_is_random_without_a_generator():
     np.testing.assert_array_equal(transform(image), Transform((32, 32))(image))
 
 
+def test_the_middle_is_the_middle_in_training_too():
+    image = noise(80, 50)
+    np.testing.assert_array_equal(Transform((32, 32))(image, np.random.default_rng(0)), Transform((32, 32))(image))
+
+
 def test_random_crops_go_everywhere_and_zoom():
     """In a picture of its own coordinates, the corner and the width of each crop can be read."""
     rows, columns = np.mgrid[0:128, 0:128]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from diffusion.build import build
 from diffusion.distillation import Teacher
@@ -61,8 +62,10 @@ def module_of(path):
     return module
 
 
-def with_data(config, doc, folder):
-    """The config; if its data is on disk, with a folder of two examples that are what its docstring says."""
+def with_data(config, path, doc, folder):
+    """The config; if its data are arrays on disk, with a folder of two examples that are what its docstring says."""
+    if config["data"]["name"] == "tfds":
+        assert f"experiments.prepare --config=configs/{path.name}\n" in doc.replace("    (", "\n")
     if config["data"]["name"] != "npy":
         return config
     kind, sides = re.search(r"x.npy, (\w+) \[\d+, (\d+, \d+, \d+)\]", doc).groups()
@@ -97,8 +100,9 @@ def test_parts_fit(path, argument, tmp_path):
         assert word in module.__doc__
     config = (module.get_config(argument) if argument else module.get_config()).to_dict()
     parts.check_sections(config)
-    config = with_data(config, module.__doc__, tmp_path)
-    source, held_out = build("data", config["data"]), build("data", config["eval"]["data"])
+    config = with_data(config, path, module.__doc__, tmp_path)
+    with tfds.testing.mock_data(num_examples=2):
+        source, held_out = build("data", config["data"]), build("data", config["eval"]["data"])
     network, objective = parts.network_and_objective(config, source.spec, teacher_of(config, source.spec))
     keywords = parts.training(config)
     key = jax.random.key(0)

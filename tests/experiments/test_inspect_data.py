@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from tests.experiments.test_jobs import job
 
 from diffusion import visualize
+from tests.experiments.test_jobs import job
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def folder(tmp_path):
     return root
 
 
-CONFIG = '''
+CONFIG = """
 from ml_collections import ConfigDict
 from configs import digits
 
@@ -30,7 +30,7 @@ def get_config():
     config.data = ConfigDict({{"name": "folder", "path": {path!r}, "size": 8, "on_error": "raise"}})
     config.train.batch_size = 4
     return config
-'''
+"""
 
 
 @pytest.fixture

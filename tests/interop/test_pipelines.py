@@ -33,6 +33,12 @@ def job(name, *flags):
     )
 
 
+def reading(folder, classes=0):
+    """Flags that put a folder of arrays in the place of a config's data."""
+    section = {"name": "npy", "path": str(folder), "num_classes": classes}
+    return [f"--config.data={section}", f"--config.eval.data={section}"]
+
+
 def trained_and_converted(tmp_path, flags, x, classes=0):
     """A run of three steps on x, and what the job makes of it."""
     data = tmp_path / "data"
@@ -40,7 +46,7 @@ def trained_and_converted(tmp_path, flags, x, classes=0):
     np.save(data / "x.npy", x)
     np.save(data / "label.npy", np.arange(len(x)) % max(classes, 1))
     run, folder = tmp_path / "run", tmp_path / "folder"
-    paths = [f"--config.data.path={data}", f"--config.eval.data.path={data}", f"--workdir={run}"]
+    paths = [*reading(data, classes), f"--workdir={run}"]
     for done in (
         job("train", *flags.split(), *SHORT.split(), *paths),
         job("convert", f"--from={run}", f"--to={folder}"),
@@ -75,7 +81,7 @@ def test_there_and_back(unet, tmp_path):
         assert first.config["objective"][section].items() <= second.config["objective"][section].items()
 
     data = run.parent / "data"
-    paths = [f"--config.data.path={data}", f"--config.eval.data.path={data}", f"--workdir={back}"]
+    paths = [*reading(data), f"--workdir={back}"]
     still = "--config.optimizer.learning_rate=1e-12"
     done = job("train", *UNET.split(), *SHORT.split(), *paths, still, "--config.train.steps=1")
     assert done.returncode == 0, done.stderr
