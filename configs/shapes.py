@@ -12,7 +12,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({
         "seed": 0,
-        "data": {"name": "shapes", "split": "train", "size": 32},
+        "data": {"name": "shapes", "split": "train", "size": 32, "captions": False},
         "objective": {
             "name": "flow_matching",
             "schedule": {"name": "flow", "shift": 1.0},

@@ -170,10 +170,10 @@ def test_each_image_has_the_size_of_the_nearest_ratio(tmp_path):
     turned[0x0112] = 6
     save(tmp_path / "all" / "e.jpg", size=(100, 50), exif=turned)  # shown upright: 50 x 100
     (tmp_path / "all" / "f.png").write_bytes(b"")
-    source = make(tmp_path, size=((8, 8), (8, 16), (16, 8)), on_error="skip")
-    assert source.buckets.tolist() == [1, 2, 0, 1, 2, 0]
+    source = make(tmp_path, size=((8, 16), (8, 8), (16, 8)), on_error="skip")
+    assert source.buckets.tolist() == [0, 2, 1, 0, 2, 0]
     assert [source[index]["x"].shape[:2] for index in range(5)] == [(8, 16), (16, 8), (8, 8), (8, 16), (16, 8)]
-    assert source[5]["x"].shape == (8, 8, 3) and source[5]["skipped"]  # c's, the only other of its bucket
+    assert source[5]["x"].shape == (8, 16, 3) and source[5]["skipped"]  # a's, the next of its bucket
 
 
 def test_the_list_is_kept(tree, monkeypatch):

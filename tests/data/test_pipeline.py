@@ -104,6 +104,12 @@ def test_twice_the_same(source, uninterrupted):
     assert len(set(uninterrupted)) == LONG
 
 
+def test_what_is_random_is_drawn_anew_every_epoch():
+    stream = Batches(Numbers(12, noisy=True), batch_size=12, seed=0)
+    epochs = np.concatenate([np.sort(next(stream)["x"], axis=0) for _ in range(3)], axis=1) % 1
+    assert (np.ptp(epochs, axis=1) > 0).all() and len(np.unique(epochs)) > 30
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_change_nothing(source, uninterrupted, workers):
     """Neither from the start nor going on from another number of them."""
