@@ -3,7 +3,7 @@
 Command:   python -m experiments.train --config=configs/shapes.py --workdir=runs/shapes
 Hardware:  two CPU cores, about fifteen minutes.
 Expected:  python -m experiments.evaluate --workdir=runs/shapes
-           readable_shapes 0.39: the share of 1,000 samples close to a picture that the data could have; shapes_off 0.21.
+           readable_shapes 0.39, the share of 1,000 samples close to a picture that the data may have; shapes_off 0.21
 """
 
 import ml_collections
