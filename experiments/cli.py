@@ -1,6 +1,7 @@
 """What all jobs share at the command line: flags, one-line errors and exit codes.
 
-Exit codes: 0 done, 2 bad config or input, 3 diverged. `--debug` shows the traceback behind an error.
+Exit codes: 0 done, 2 bad config or input, 3 diverged, 70 stuck, 75 preempted and saved: start it again. `--debug` shows
+the traceback behind an error.
 """
 
 import contextlib
@@ -14,10 +15,11 @@ from glob import glob
 import jax
 from absl import app, flags, logging
 
-from diffusion.training.loop import Diverged
+from diffusion.training.guards import Diverged
+from diffusion.training.preemption import Preempted
 from diffusion.types import InputError
 
-BAD_INPUT, DIVERGED = 2, 3
+BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75
 
 # On a CPU, XLA's older convolutions differentiate faster than those of YNNPACK, which it prefers: a U-Net's train step
 # takes 0.85 of the time. XLA ends the process at a flag that it does not know, so this is for the versions that do.
@@ -106,6 +108,9 @@ def _guard(main: Callable[[], None]) -> None:
         if flags.FLAGS.debug:
             raise
         _fail(error, DIVERGED)
+    except Preempted as error:
+        print(error, file=sys.stderr)
+        sys.exit(PREEMPTED)
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -86,11 +86,9 @@ def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[s
     if not isinstance(where, str):
         raise InputError("objective.teacher", f"must be the workdir of a trained model, got {where!r}")
     begun = Checkpoints(workdir, read_only=True)
-    latest = begun.latest()
-    if latest:
-        stored = begun.meta(latest)
-        if "teacher" in stored:
-            return {**meta, "teacher": stored["teacher"]}, None
+    latest, stored, _ = begun.newest_sound(begun.meta)
+    if latest and "teacher" in stored:
+        return {**meta, "teacher": stored["teacher"]}, None
     try:
         run = open_run(where)
     except InputError as error:
@@ -198,24 +196,27 @@ def open_run(workdir: str, ema_name: str | None = None, step: int | None = None)
     if not there:
         problem = "holds no checkpoint" if os.path.isdir(workdir) else "does not exist"
         raise InputError("workdir", f"{workdir} {problem}; train one: python -m experiments.train --workdir={workdir}")
-    step = there[-1] if step is None else step
-    if step not in there:
+    if step is not None and step not in there:
         raise InputError(
             "step", f"{workdir} holds no checkpoint of step {step}; there are: {', '.join(map(str, there))}"
         )
-    meta = checkpoints.meta(step)
-    config, spec = from_json(meta["config"]), _spec(meta)
-    averages = call(ema.make, config["ema"], field="ema").names
-    ema_name = ema_name or averages[-1]
-    if ema_name not in (*averages, "none"):
-        raise InputError("ema", f"the run has no average {ema_name!r}; one of: {', '.join(averages)}, none")
-    ema_name = None if ema_name == "none" else ema_name
-    network, objective = model_of(meta)
 
-    mesh = meshes.make()
-    shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                                                              sharding=sharding.replicated(mesh)), shapes)  # fmt: skip
-    params = checkpoints.restore_params(step, trainable(abstract, objective), ema_name)
+    def read(step: int) -> Run:
+        meta = checkpoints.meta(step)
+        config, spec = from_json(meta["config"]), _spec(meta)
+        averages = call(ema.make, config["ema"], field="ema").names
+        name = ema_name or averages[-1]
+        if name not in (*averages, "none"):
+            raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(averages)}, none")
+        name = None if name == "none" else name
+        network, objective = model_of(meta)
+        mesh = meshes.make()
+        shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
+        place = sharding.replicated(mesh)
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+        params = checkpoints.restore_params(step, trainable(abstract, objective), name)
+        return Run(meta, config, spec, step, name, objective, network, params, mesh)
+
+    run = checkpoints.newest_sound(read)[1] if step is None else read(step)
     checkpoints.close()
-    return Run(meta, config, spec, step, ema_name, objective, network, params, mesh)
+    return run

@@ -1,10 +1,13 @@
 """The train loop, from top to bottom."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,22 +16,23 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from diffusion import files, visualize
-from diffusion.checkpoint import Checkpoints
+from diffusion.checkpoint import Checkpoints, Retention
 from diffusion.data import pipeline
 from diffusion.distributed import sharding
 from diffusion.progress import Progress
 from diffusion.training.ema import EMA
+from diffusion.training.goodput import Goodput
+from diffusion.training.guards import DUMP, Diverged, Guard, dump
 from diffusion.training.metrics import MetricWriter
 from diffusion.training.optimizer import Optimizer
+from diffusion.training.preemption import Preempted, Preemption
 from diffusion.training.state import TrainState, averaged, init_state
 from diffusion.training.step import make_step
+from diffusion.training.watchdog import Watchdog
 from diffusion.types import InputError, Network, Objective, Params, Source
 
+FIRST = 10  # times as long as another step the first may take, which is compiled
 PLACES = ("path", "data_dir", "index", "on_error")  # keywords of sources that say nothing of what the examples are
-
-
-class Diverged(Exception):
-    """The loss is no longer a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,13 @@ class Options:
       preview_every: steps between sample grids; 0 for none.
       prefetch: batches read ahead.
       workers: processes that read the data; 0 for what needs little work, read in threads.
+      patience: bad steps in a row that end the run; a step is bad, and changes nothing, if its loss or its gradient is
+        no finite number.
+      spike: a loss above so many times the running mean is bad too; None for no such limit.
+      rollbacks: how often the run goes back to its newest checkpoint, and on with data not seen yet, before bad steps
+        end it.
+      stuck_after: minutes without a step that end the run, with the stacks of all threads; 0 for no such watch. The
+        first step, which is compiled, has ten times as long.
     """
 
     steps: int
@@ -54,14 +65,19 @@ class Options:
     preview_every: int = 0
     prefetch: int = 8
     workers: int = 0
+    patience: int = 10
+    spike: float | None = None
+    rollbacks: int = 0
+    stuck_after: float = 10.0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "prefetch"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "prefetch", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(name, f"must be at least 1, got {getattr(self, name)}")
-        for name in ("preview_every", "workers"):
+        for name in ("preview_every", "workers", "rollbacks", "stuck_after"):
             if getattr(self, name) < 0:
                 raise InputError(name, f"must be at least 0, got {getattr(self, name)}")
+        Guard(self.spike)
         if not 0 <= self.cond_drop_rate < 1:
             raise InputError("cond_drop_rate", f"must be in [0, 1), got {self.cond_drop_rate}")
         if self.batch_size % self.accumulate:
@@ -70,19 +86,26 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointOptions:
-    """When to save.
+    """When to save, and what to keep.
 
     Attributes:
       every: steps between checkpoints; the last step is always saved.
+      minutes: save after so many as well; None for no such clock.
       keep: how many of the newest to keep.
+      keep_every: keep those of steps divisible by it for good.
+      keep_best: name of a metric; keep the checkpoint at which it was the lowest.
     """
 
     every: int = 1000
+    minutes: float | None = None
     keep: int = 3
+    keep_every: int | None = None
+    keep_best: str | None = None
 
     def __post_init__(self):
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
+        for name in ("every", "minutes", "keep", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and (value <= 0 if name == "minutes" else value < 1):
                 raise InputError(name, f"must be at least 1, got {getattr(self, name)}")
 
 
@@ -113,7 +136,8 @@ def train(
 
     Raises:
       InputError: the mesh does not divide the batch, or the workdir's checkpoint does not fit.
-      Diverged: a loss was not finite; the last checkpoint stays.
+      Diverged: too many steps in a row were bad; the last checkpoint stays.
+      Preempted: it was told to stop, and is saved.
     """
     if source.spec.captions:
         raise InputError("data.captions", "no network reads captions yet; set it False to train without")
@@ -137,24 +161,26 @@ def train(
     batch_sharding = sharding.by_example(mesh)
     train_step = jax.jit(
         make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=options.cond_drop_rate,
-                  accumulate=options.accumulate),
+                  accumulate=options.accumulate, guard=Guard(options.spike)),
         in_shardings=(state_sharding, batch_sharding),
         out_shardings=(state_sharding, sharding.replicated(mesh)),
         donate_argnums=0,
     )  # fmt: skip
 
     # Start, or go on. Nothing is written before the checkpoint is known to fit.
+    def restore(step: int) -> tuple[TrainState, dict]:
+        if step > options.steps:
+            raise InputError("train.steps", f"is {options.steps}, but {workdir} is at step {step} already")
+        if step:
+            _check_same(found.meta(step), meta)
+        return found.restore(step, abstract)
+
+    began = time.monotonic()
     found = Checkpoints(workdir, read_only=True)
-    latest = found.latest()
-    start, position = latest or 0, {}
-    if latest is not None:
-        if start > options.steps:
-            raise InputError("train.steps", f"is {options.steps}, but {workdir} is at step {start} already")
-        if start:
-            _check_same(found.meta(start), meta)
-        state, position = found.restore(start, abstract)  # converted weights, at step 0, have no position
+    latest, restored, damaged = found.newest_sound(restore)
     found.close()
-    skipped = position.get("skipped", 0)
+    state, position = restored or (None, {})  # converted weights, at step 0, have no position either
+    start, skipped = latest or 0, position.get("skipped", 0)
     data = pipeline.Batches(
         source, batch_size=options.batch_size, seed=seed, process=jax.process_index(), processes=jax.process_count(),
         workers=options.workers, prefetch=options.prefetch, position=position or None,
@@ -169,58 +195,115 @@ def train(
     overview = parameter_overview.get_parameter_overview(state.params)
     with files.replace(os.path.join(workdir, "parameters.txt")) as file:
         file.write(overview + "\n")
+    retention = Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best)
+    checkpoints = Checkpoints(workdir, retention=retention)
+    for step in damaged:
+        print(f"warning: step {step} is kept in {checkpoints.set_aside(step)}", file=sys.stderr)
     print(
         f"{parameter_overview.count_parameters(state.params):,} parameters ({workdir}/parameters.txt), "
         f"{mesh.size} device{'s' if mesh.size > 1 else ''}, {len(source):,} examples, "
         + ("from the start" if latest is None else f"going on from step {start:,}")
     )
 
-    checkpoints = Checkpoints(workdir, keep=checkpoint.keep)
     writer = MetricWriter(workdir, start)
+    meter = Goodput(workdir, start, since=began)
     progress = Progress("train", options.steps, done=start, weight=options.batch_size)
+    values = {}  # of the last step that was reported
 
-    def report(step: int, metrics: Mapping[str, jax.Array]) -> None:
-        nonlocal skipped
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    def report(step: int, end: int, metrics: Mapping[str, Any]) -> None:
+        nonlocal skipped, values
+        metrics = jax.device_get(metrics)
+        norms, in_row = metrics.pop("norms"), int(metrics.pop("in_row"))
+        values = {name: float(value) for name, value in metrics.items()}
         if "skipped" in values:  # of this step, here of the whole run
             skipped += round(values["skipped"])
             values["skipped"] = skipped
-        # Not every metric exists at every step: there may be no example in a bin of noise levels.
-        values = {name: value for name, value in values.items() if name == "loss" or math.isfinite(value)}
-        if not math.isfinite(values["loss"]):
-            raise Diverged(f"the loss of step {step} is {values['loss']}; the last checkpoint is untouched")
-        if step % options.log_every == 0 or step == options.steps:
-            writer.write(step, {**values, "images_per_second": progress.rate() * options.batch_size})
+        if in_row >= options.patience:
+            examples = {"seed": seed, "examples": [end - options.batch_size, end]}
+            with _writing(workdir):
+                dump(workdir, step, {**examples, **values, "gradient_norms": norms})
+            raise Diverged(f"{in_row} steps in a row were bad, the last is {step}, of loss {values['loss']}; the last "
+                           f"checkpoint is untouched; see {workdir}/{DUMP}")  # fmt: skip
         progress.update(step, loss=values["loss"])
+        # Not every metric exists at every step: there may be no example in a bin of noise levels.
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        if step % options.log_every == 0 or step == options.steps:
+            with _writing(workdir):
+                writer.write(step, {**values, "images_per_second": progress.rate() * options.batch_size})
+                meter.write(step)
 
-    try:
-        waiting = None
-        for step in range(start + 1, options.steps + 1):
-            batch = sharding.to_global(next(data), batch_sharding)
-            state, metrics = train_step(state, batch)
-            # The device works on this step while the host reads the one before.
-            if waiting:
-                report(*waiting)
-            waiting = (step, metrics)
-            last = step == options.steps
-            save = last or step % checkpoint.every == 0
-            show = preview is not None and options.preview_every and (last or step % options.preview_every == 0)
-            if save or show:
-                report(*waiting)
-                waiting = None
-            if save:
-                # Before the next batch is drawn, so the position that is saved is the next step's.
-                checkpoints.save(step, state, {**data.position(), "skipped": skipped}, meta)
-            if show:
-                sheet = preview(averaged(state, ema.names[-1]))
-                visualize.save_png(sheet, os.path.join(previews, f"step_{step:07d}.png"))
-        checkpoints.wait()
-    finally:
-        data.close()
-        progress.close()
-        writer.close()
-        checkpoints.close()
+    watchdog = Watchdog(60 * options.stuck_after, os.path.join(workdir, "stuck.txt"))
+    with watchdog, Preemption() as preemption:
+        try:
+            step, waiting, stopping, rollbacks, saved_at = start, None, False, 0, time.monotonic()
+            while step < options.steps and not stopping:
+                step += 1
+                watchdog.beat(f"the data of step {step}")
+                with meter.spent("data"):
+                    batch = next(data)
+                    if waiting and not waiting[-1]["loss"].is_ready():
+                        meter.count_as("step")  # the device was not kept waiting
+                first = step == start + 1
+                watchdog.beat(f"step {step}", FIRST * watchdog.limit if first else None)
+                with meter.spent("compile" if first else "step"):
+                    state, metrics = train_step(state, sharding.to_global(batch, batch_sharding))
+                    # The device works on this step while the host reads the one before.
+                    previous, waiting = waiting, (step, data.position()["examples"], metrics)
+                    stopping = preemption.requested
+                    late = checkpoint.minutes and time.monotonic() - saved_at > 60 * checkpoint.minutes
+                    save = step == options.steps or step % checkpoint.every == 0 or stopping or late
+                    show = (preview is not None and options.preview_every
+                            and (step == options.steps or step % options.preview_every == 0))  # fmt: skip
+                    try:
+                        if previous:
+                            report(*previous)
+                        if save or show:
+                            report(*waiting)
+                            waiting = None
+                    except Diverged:
+                        checkpoints.wait()
+                        newest = checkpoints.latest()
+                        if rollbacks == options.rollbacks or newest is None:
+                            raise
+                        rollbacks += 1
+                        print(f"warning: back to step {newest:,}, and on with other data", file=sys.stderr)
+                        (state, _), step, waiting = checkpoints.restore(newest, abstract), newest, None
+                        writer.cut(step)
+                        continue
+                checkpoints.check()
+                if save:
+                    watchdog.beat(f"the save of step {step}")
+                    # Before the next batch is drawn, so the position that is saved is the next step's.
+                    with meter.spent("checkpoint"):
+                        checkpoints.save(step, state, {**data.position(), "skipped": skipped}, meta, values)
+                    saved_at = time.monotonic()
+                if show:
+                    watchdog.beat(f"the preview of step {step}", FIRST * watchdog.limit)
+                    with meter.spent("preview"), _writing(workdir):
+                        sheet = preview(averaged(state, ema.names[-1]))
+                        visualize.save_png(sheet, os.path.join(previews, f"step_{step:07d}.png"))
+            watchdog.beat("the last save")
+            with meter.spent("checkpoint"):
+                checkpoints.wait()
+        finally:
+            data.close()
+            progress.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been told of
+                meter.write(step)
+                writer.close()
+            checkpoints.close()
+    if step < options.steps:
+        raise Preempted(f"stopped at step {step:,}, and saved; start it again to go on")
     return state
+
+
+@contextlib.contextmanager
+def _writing(workdir: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = f"{workdir} cannot be written: {error.strerror or error}; its checkpoints are untouched"
+        raise InputError("workdir", problem) from error
 
 
 def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:

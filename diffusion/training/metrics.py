@@ -28,6 +28,12 @@ class MetricWriter:
         if self.board is not None:
             self.board.write_scalars(step, values)
 
+    def cut(self, step: int) -> None:
+        """Takes back the lines of later steps."""
+        self.file.close()
+        _cut_after(self.path, step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
     def close(self) -> None:
         self.file.close()
         if self.board is not None:

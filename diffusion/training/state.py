@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusion.training import guards
 from diffusion.training.ema import EMA
 from diffusion.types import Array, Network, Objective, Params
 
@@ -23,6 +24,7 @@ class TrainState:
       ema: name of the average -> its copy of the trainable networks.
       opt_state: optax's, for the trainable networks.
       memory: what the objective keeps beside its parameters (`Objective.memory`).
+      guard: the counters of bad steps.
     """
 
     step: Array
@@ -30,6 +32,7 @@ class TrainState:
     ema: dict[str, dict[str, Params]]
     opt_state: Any
     memory: Any
+    guard: dict[str, Array]
 
 
 def init_state(
@@ -47,7 +50,10 @@ def init_state(
     """
     params = objective.init(network, key, teacher)
     learned = trainable(params, objective)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema.init(learned), transform.init(learned), objective.memory())
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, ema=ema.init(learned), opt_state=transform.init(learned),
+        memory=objective.memory(), guard=guards.counters(),
+    )  # fmt: skip
 
 
 def trainable(params: dict[str, Params], objective: Objective) -> dict[str, Params]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from diffusion.training.ema import EMA
+from diffusion.training.guards import Guard, choose
 from diffusion.training.optimizer import Optimizer
 from diffusion.training.state import TrainState, averaged, trainable
 from diffusion.types import Array, Batch, Network, Objective, Params
@@ -23,6 +24,7 @@ def make_step(
     seed: int,
     cond_drop_rate: float = 0.0,
     accumulate: int = 1,
+    guard: Guard | None = None,
 ) -> Step:
     """The step as a pure function, to be jitted with the state donated.
 
@@ -31,7 +33,11 @@ def make_step(
       cond_drop_rate: share of the examples whose condition is dropped (`keep` False).
       accumulate: micro-batches that the gradient is averaged over, one after the other; B must be divisible by it.
         Everything random is drawn for the whole batch, so only a network's dropout depends on it.
+      guard: judges the step; by default for finite numbers alone. A bad one changes nothing that is learned, averaged
+        or remembered; what `prepare` makes of the step's number alone happens all the same, and the number counts on.
     """
+
+    guard = guard or Guard()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -60,19 +66,32 @@ def make_step(
             keys = jax.random.split(key_net, accumulate)
             (metrics, grads), losses = _mean_over(gradient, _split(batch, accumulate), keys)
             losses = losses.swapaxes(0, 1).reshape(-1)  # as they stood before the split
-        memory, seen = objective.remember(memory, batch["noise"], losses)
+        remembered, seen = objective.remember(memory, batch["noise"], losses)
         metrics = {"loss": jnp.mean(losses), **metrics, **seen}
         if skipped is not None:
             metrics["skipped"] = jnp.sum(skipped)
 
+        norms = _norms(grads)
+        metrics["grad_norm"] = optax.global_norm(norms)
+        metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step - state.guard["bad"]))
+        sound, counters = guard.judge(state.guard, metrics["loss"], metrics["grad_norm"])
+        metrics |= {"bad_steps": counters["bad"], "in_row": counters["in_row"], "norms": norms}
+
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, learned)
-        learned = _projected(optax.apply_updates(learned, updates), network, prepared)
-        metrics["grad_norm"] = optax.global_norm(grads)
-        metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step))
-        averages = ema.update(state.ema, learned, state.step)
-        return TrainState(state.step + 1, {**prepared, **learned}, averages, opt_state, memory), metrics
+        updated = _projected(optax.apply_updates(learned, updates), network, prepared)
+        averages = ema.update(state.ema, updated, state.step)
+        updated, averages, opt_state, memory = choose(
+            sound, (updated, averages, opt_state, remembered), (learned, state.ema, state.opt_state, memory)
+        )
+        return TrainState(state.step + 1, {**prepared, **updated}, averages, opt_state, memory, counters), metrics
 
     return step
+
+
+def _norms(grads: dict[str, Params]) -> dict[str, Array]:
+    """The gradient's norm in each module at the top of each network."""
+    modules = {f"{name}/{top}": module for name, network in grads.items() for top, module in network.items()}
+    return {name: optax.global_norm(module) for name, module in modules.items()}
 
 
 def _projected(learned: dict[str, Params], network: Network, params: dict[str, Params]) -> dict[str, Params]:

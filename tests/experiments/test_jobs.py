@@ -213,13 +213,13 @@ def test_sample_refuses_a_workdir_without_a_checkpoint(workdir, tmp_path, kind):
             if path.is_file() and path.name != "commit_success.txt":
                 path.write_bytes(b"?")
     done = job("sample", f"--workdir={run}")
-    expected = {"absent": "does not exist", "empty": "holds no checkpoint", "damaged": "cannot be read"}[kind]
+    expected = {"absent": "does not exist", "empty": "holds no checkpoint", "damaged": "is damaged"}[kind]
     assert "workdir: " in one_line(done) and expected in done.stderr
     assert not (run / "samples").exists()
     if kind == "damaged":
         before = sorted(path for path in run.rglob("*"))
         done = job("train", *TINY, f"--workdir={run}")
-        assert "cannot be read" in one_line(done) and sorted(path for path in run.rglob("*")) == before
+        assert "is damaged" in one_line(done) and sorted(path for path in run.rglob("*")) == before
 
 
 def test_points_in_the_plane(tmp_path):

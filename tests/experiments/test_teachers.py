@@ -130,7 +130,7 @@ REFUSED = {
         "objective.teacher: .*was trained on data of another kind",
     ),
     "half written": (
-        ("digits_consistency", "cd"), {"teacher": "broken"}, "objective.teacher.workdir: .*cannot be read; move it",
+        ("digits_consistency", "cd"), {"teacher": "broken"}, "objective.teacher.workdir: .* is damaged .*no other",
     ),
     "no second time": (("digits_mean_flow",), {"network": {"conditions": ()}}, "network.conditions: lacks 'r'"),
     "no told guidance": (

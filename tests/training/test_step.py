@@ -99,8 +99,8 @@ def test_accumulation_changes_nothing(accumulate):
     (_, parts), (metrics,) = run(cond_drop_rate=0.3, accumulate=accumulate)
     np.testing.assert_allclose(parts.params["net"]["w"], whole.params["net"]["w"], rtol=1e-6)
     np.testing.assert_allclose(parts.memory["losses"], whole.memory["losses"], rtol=1e-6)
-    for name in expected:
-        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+    assert metrics.keys() == expected.keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, expected)
 
 
 def test_condition_is_dropped_at_the_rate():
