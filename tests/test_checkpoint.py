@@ -137,6 +137,23 @@ def test_a_damaged_checkpoint_is_set_aside(saved):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("call", ["save", "check_for_errors", "wait_until_finished"])
+def test_a_save_that_fails_is_one_line(saved, monkeypatch, call):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(str(saved))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.manager, call, fail)
+        with pytest.raises(
+            InputError, match=r"^workdir: .* cannot be saved \(.*No space left.*\); those before it are"
+        ):
+            checkpoints.save(4, state(), {}, META)
+            checkpoints.check()
+    checkpoints.close()
+    assert Checkpoints(str(saved), read_only=True).meta(3) == META
+
+
 def test_other_formats_are_refused(saved, monkeypatch):
     monkeypatch.setattr("diffusion.checkpoint.FORMAT", 99)
     with pytest.raises(InputError, match="has format 2; this code reads 99"):

@@ -105,8 +105,8 @@ class CheckpointOptions:
     def __post_init__(self):
         for name in ("every", "minutes", "keep", "keep_every"):
             value = getattr(self, name)
-            if value is not None and (value <= 0 if name == "minutes" else value < 1):
-                raise InputError(name, f"must be at least 1, got {getattr(self, name)}")
+            if value is not None and value <= 0:
+                raise InputError(name, f"must be above 0, got {value}")
 
 
 def train(
@@ -208,10 +208,10 @@ def train(
     writer = MetricWriter(workdir, start)
     meter = Goodput(workdir, start, since=began)
     progress = Progress("train", options.steps, done=start, weight=options.batch_size)
-    values = {}  # of the last step that was reported
+    known = {}  # the last finite value of each metric, for what is kept as the best; infinity before there is one
 
     def report(step: int, end: int, metrics: Mapping[str, Any]) -> None:
-        nonlocal skipped, values
+        nonlocal skipped
         metrics = jax.device_get(metrics)
         norms, in_row = metrics.pop("norms"), int(metrics.pop("in_row"))
         values = {name: float(value) for name, value in metrics.items()}
@@ -226,10 +226,11 @@ def train(
                            f"checkpoint is untouched; see {workdir}/{DUMP}")  # fmt: skip
         progress.update(step, loss=values["loss"])
         # Not every metric exists at every step: there may be no example in a bin of noise levels.
-        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        known.update({**dict.fromkeys(values.keys() - known.keys(), math.inf), **finite})
         if step % options.log_every == 0 or step == options.steps:
             with _writing(workdir):
-                writer.write(step, {**values, "images_per_second": progress.rate() * options.batch_size})
+                writer.write(step, {**finite, "images_per_second": progress.rate() * options.batch_size})
                 meter.write(step)
 
     watchdog = Watchdog(60 * options.stuck_after, os.path.join(workdir, "stuck.txt"))
@@ -275,7 +276,7 @@ def train(
                     watchdog.beat(f"the save of step {step}")
                     # Before the next batch is drawn, so the position that is saved is the next step's.
                     with meter.spent("checkpoint"):
-                        checkpoints.save(step, state, {**data.position(), "skipped": skipped}, meta, values)
+                        checkpoints.save(step, state, {**data.position(), "skipped": skipped}, meta, known)
                     saved_at = time.monotonic()
                 if show:
                     watchdog.beat(f"the preview of step {step}", FIRST * watchdog.limit)

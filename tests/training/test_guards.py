@@ -136,12 +136,12 @@ class Damaged:
 
 @pytest.fixture
 def run(tiny_unet, digits, mesh_of):
-    def train(workdir, *, source=digits, network=tiny_unet, steps=12, every=2, **options):
+    def train(workdir, *, source=digits, network=tiny_unet, steps=12, every=2, keep_best=None, **options):
         return loop.train(
             str(workdir), source=source, network=network, objective=build("objectives", "ddpm"),
             optimizer=optimizer.make(steps=steps, learning_rate=1e-2), ema=ema.make(), mesh=mesh_of(1, 1, 1),
             options=loop.Options(steps=steps, batch_size=16, log_every=1, **options),
-            checkpoint=loop.CheckpointOptions(every=every), seed=0,
+            checkpoint=loop.CheckpointOptions(every=every, keep_best=keep_best), seed=0,
             meta={"config": {"network": {}, "objective": {}, "data": {}}},
         )  # fmt: skip
 
@@ -154,7 +154,7 @@ def lines(workdir):
 
 def test_bad_steps_are_counted(run, tmp_path, digits):
     """One of four in every epoch; a restart counts on."""
-    run(tmp_path, source=Damaged(digits), steps=6)
+    run(tmp_path, source=Damaged(digits), steps=6, every=1, keep_best="loss")  # which a bad step has none of
     state = run(tmp_path, source=Damaged(digits))
     found = lines(tmp_path)
     bad = [line for line in found if "loss" not in line]

@@ -72,6 +72,21 @@ def test_restart_ends_bit_for_bit_the_same(run, tmp_path, hashes):
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == STEPS
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(run, tmp_path, capsys):
+    whole = leaves(run(tmp_path / "whole"))
+    run(tmp_path / "run", steps=6)
+    about = tmp_path / "run/checkpoints/6/about/metadata"
+    about.write_bytes(about.read_bytes()[:-9])
+    resumed = leaves(run(tmp_path / "run"))
+    for path in whole:
+        np.testing.assert_array_equal(resumed[path], whole[path], err_msg=path)
+    told = capsys.readouterr()
+    assert "checkpoints/6 is damaged" in told.err and "going on from step 3" in told.out
+    assert (tmp_path / "run/damaged/6/about/metadata").exists() and losses(tmp_path / "run") == losses(
+        tmp_path / "whole"
+    )
+
+
 def test_a_finished_run_is_left_alone(run, tmp_path, hashes):
     state = leaves(run(tmp_path, steps=3))
     hashes.clear()
