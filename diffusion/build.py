@@ -8,6 +8,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 import types
 import typing
@@ -20,6 +21,7 @@ from beartype.door import is_bearable
 from diffusion.types import Array, InputError
 
 _NUMBERS = BeartypeConf(is_pep484_tower=True)  # an int will do where a float is asked for
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, (2 - 2.0**-23) * 2.0**127  # of int32 and float32, in which JAX computes
 
 
 def build(family: str, spec: str | Mapping[str, Any], *, field: str | None = None, **given: Any) -> Any:
@@ -48,8 +50,8 @@ def build(family: str, spec: str | Mapping[str, Any], *, field: str | None = Non
 
 def find(family: str, name: str, *, field: str) -> Callable[..., Any]:
     """The callable that makes part `name` of a family. Raises InputError with all names if there is none."""
-    if name not in names(family):
-        raise InputError(field, f"no {name!r} in {family}{_nearest(name, names(family))}")
+    if not isinstance(name, str) or name not in names(family):
+        raise InputError(field, f"no {name!r} in {family}{_nearest(str(name), names(family))}")
     module = importlib.import_module(f"diffusion.{family}")
     if hasattr(module, "__path__"):
         return importlib.import_module(f"diffusion.{family}.{name}").make
@@ -85,7 +87,8 @@ def check(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str, 
       later: parameters that will be given when it is called.
 
     Raises:
-      InputError: an unknown, ill-typed or missing keyword.
+      InputError: an unknown, ill-typed or missing keyword, or a number that JAX does not have: NaN, one beyond int32 or
+        float32, or infinity where the keyword is not infinite by default.
     """
     parameters = inspect.signature(make).parameters
     named = [key for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD and key not in later]
@@ -95,14 +98,40 @@ def check(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str, 
             if len(named) + len(later) < len(parameters):  # it takes any keyword
                 continue
             raise InputError(f"{field}.{key}", f"{where} takes no {key!r}{_nearest(key, named)}")
+        _check_numbers(value, f"{field}.{key}", by_default=parameters[key].default)
         wanted = parameters[key].annotation
         if wanted is inspect.Parameter.empty or isinstance(wanted, str):
             continue
-        if not is_bearable(value, wanted, conf=_NUMBERS) or (isinstance(value, bool) and wanted in (int, float)):
+        if not _is_a(value, wanted):
             raise InputError(f"{field}.{key}", f"{where} wants {_spell(wanted)}, got {value!r}")
     for key in named:
         if key not in keywords and parameters[key].default is inspect.Parameter.empty:
             raise InputError(f"{field}.{key}", f"is missing; {where} needs it")
+
+
+def _is_a(value: Any, wanted: Any) -> bool:
+    """Whether a value has a type, with all its items: beartype looks at one of them, drawn at random."""
+    kinds = typing.get_args(wanted)
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return any(_is_a(value, kind) for kind in kinds)
+    if typing.get_origin(wanted) is tuple and kinds[-1] is ...:
+        return isinstance(value, tuple) and all(_is_a(item, kinds[0]) for item in value)
+    if typing.get_origin(wanted) is tuple and kinds:
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+    return is_bearable(value, wanted, conf=_NUMBERS) and not (isinstance(value, bool) and wanted in (int, float))
+
+
+def _check_numbers(value: Any, field: str, by_default: Any) -> None:
+    """Those in a tuple as well; in a section they are the part's that is built of it."""
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            _check_numbers(item, field, by_default)
+    if not isinstance(value, (int, float)) or (isinstance(by_default, float) and value == by_default == math.inf):
+        return
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise InputError(field, f"must be at most {LARGEST_INT:,} in size, got {value}")
+    if not abs(value) <= LARGEST_FLOAT:  # nor is NaN
+        raise InputError(field, f"must be a finite number, in float32, got {value}")
 
 
 def _has_make(module: str) -> bool:

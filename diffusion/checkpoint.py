@@ -22,6 +22,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from diffusion import files
+from diffusion.distributed import multihost
 from diffusion.distributed.sharding import path_name
 from diffusion.training.state import TrainState
 from diffusion.types import Array, InputError
@@ -63,7 +65,7 @@ class Checkpoints:
         self.workdir = epath.Path(workdir)
         self.retention, self.manager = retention, None
         folder = self.workdir / "checkpoints"
-        if read_only and not folder.is_dir():
+        if read_only and not multihost.agreed(folder.is_dir()):
             return
         policies = [preservation.LatestN(retention.newest)]
         if retention.every:
@@ -78,7 +80,11 @@ class Checkpoints:
         )  # fmt: skip
         handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("params", "ema", "optimizer")}
         handlers["about"] = ocp.JsonCheckpointHandler()
-        self.manager = ocp.CheckpointManager(_absolute(folder), options=options, item_handlers=handlers)
+        try:
+            self.manager = ocp.CheckpointManager(_absolute(folder), options=options, item_handlers=handlers)
+        except (ValueError, TypeError, KeyError) as error:  # it reads each checkpoint's _CHECKPOINT_METADATA
+            problem = f"{folder} has a checkpoint whose metadata is damaged ({_reason(error)}); move it away"
+            raise InputError("workdir", problem) from error
 
     def latest(self) -> int | None:
         """The newest committed step, or None."""
@@ -192,10 +198,13 @@ class Checkpoints:
     def set_aside(self, step: int) -> str:
         """Moves a checkpoint out of the way, and returns where it is now."""
         aside = self.workdir / DAMAGED
-        aside.mkdir(parents=True, exist_ok=True)
         names = (f"{step}_{number}" if number else f"{step}" for number in itertools.count())
         target = next(aside / name for name in names if not (aside / name).exists())
-        (self.workdir / "checkpoints" / str(step)).rename(target)
+        multihost.wait_for_all("setting aside")
+        if files.writes():
+            aside.mkdir(parents=True, exist_ok=True)
+            (self.workdir / "checkpoints" / str(step)).rename(target)
+        multihost.wait_for_all("set aside")
         if self.manager is not None:
             self.manager.reload()
         return str(target)
@@ -217,8 +226,11 @@ class Checkpoints:
             about = dict(self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about)
             if about.pop("sha256", None) != _hash(about):
                 raise ValueError("its description is not the one that was saved")
-        if about["format"] != FORMAT:
-            raise InputError("workdir", f"{self._at(step)} has format {about['format']}; this code reads {FORMAT}")
+        if about.get("format") != FORMAT:
+            raise InputError("workdir", f"{self._at(step)} has format {about.get('format')}; this code reads {FORMAT}")
+        unsound = _unsound(about)
+        if unsound:
+            raise Damaged("workdir", f"{self._at(step)} is damaged (its description has no sound {unsound!r})")
         return about
 
     def _read(self, step: int, about: Mapping, trees: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
@@ -273,6 +285,31 @@ def _restore_args(tree: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(
         item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
     )
+
+
+def _unsound(about: Mapping) -> str | None:
+    """The first part of a description that is not of the kind that is saved: whoever can write it can make its hash."""
+
+    def is_array(kind: Any) -> bool:
+        match kind:
+            case [list(shape), str(), int()]:
+                return all(isinstance(size, int) for size in shape)
+        return False
+
+    def is_count(number: Any) -> bool:
+        return isinstance(number, int) and number >= 0
+
+    def is_section(value: Any) -> bool:
+        return isinstance(value, dict)
+
+    for name, item in (("meta", is_section), ("position", is_count), ("arrays", is_array)):
+        part = about.get(name)
+        if not isinstance(part, dict) or not all(map(item, part.values())):
+            return name
+    config, position = about["meta"].get("config", {}), about["position"]
+    if not all(map(is_section, (value for name, value in config.items() if name != "seed"))):
+        return "meta"
+    return None if not position or {"examples", "size"} <= position.keys() else "position"
 
 
 def _hash(about: Mapping) -> str:

@@ -1,10 +1,13 @@
 """One line that says how far long work has come."""
 
 import collections
+import io
 import itertools
 import statistics
 import sys
 import time
+
+from diffusion import files
 
 
 class Progress:
@@ -21,7 +24,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, *, done: int = 0, weight: int = 1, stream=None):
         self.title, self.total, self.weight = title, total, weight
-        self.stream = stream or sys.stderr
+        self.stream = stream or (sys.stderr if files.writes() else io.StringIO())
         self.live = self.stream.isatty()
         self.interval = 0.2 if self.live else 30.0
         self.marks = collections.deque([(time.monotonic(), done)], maxlen=32)

@@ -1,25 +1,32 @@
 """What all jobs share at the command line: flags, one-line errors and exit codes.
 
-Exit codes: 0 done, 2 bad config or input, 3 diverged, 70 stuck, 75 preempted and saved: start it again. `--debug` shows
-the traceback behind an error.
+Exit codes: 0 done, 2 bad config or input, 3 diverged, 70 stuck, 75 preempted and saved: start it again, 130 interrupted
+where there is nothing to save. `--debug` shows the traceback behind an error.
 """
 
 import contextlib
 import io
+import logging as std_logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from glob import glob
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 
+from diffusion import files
+from diffusion.distributed import multihost
 from diffusion.training.guards import Diverged
-from diffusion.training.preemption import Preempted
+from diffusion.training.preemption import STOPPED, Preempted
+from diffusion.training.watchdog import STUCK
 from diffusion.types import InputError
 
-BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75
+BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
+LOST = "Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED"  # what a collective operation says that another process has left
 
 # On a CPU, XLA's older convolutions differentiate faster than those of YNNPACK, which it prefers: a U-Net's train step
 # takes 0.85 of the time. XLA ends the process at a flag that it does not know, so this is for the versions that do.
@@ -30,12 +37,20 @@ if (0, 10) <= jax.__version_info__ < (0, 13):
 COMPILED = flags.DEFINE_string(
     "compiled", None, "Folder to keep compiled programs in, so that the next start need not compile them again."
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where several processes do the job together; each is told the three."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.")
 flags.DEFINE_bool("debug", False, "Show the traceback behind an error.")
 
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs `main`, which takes no arguments."""
     logging.set_verbosity(logging.FATAL)  # Orbax logs what is raised as well
+    # Where one array of a checkpoint cannot be read, the reads of the others fail after Orbax has told of it.
+    sys.unraisablehook = lambda what: sys.__unraisablehook__(what) if "--debug" in sys.argv else None
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     app.run(lambda _: _guard(main), flags_parser=_parse)
 
 
@@ -45,7 +60,7 @@ def _parse(argv: list[str]) -> list[str]:
         with contextlib.redirect_stderr(io.StringIO()):  # config_flags prints a traceback of its own
             rest = flags.FLAGS(argv)
         if len(rest) > 1:
-            raise InputError(rest[1], "is no flag; flags are given as --name=value")
+            raise InputError(rest[1] or "''", "is no flag; flags are given as --name=value")
         return rest
     except Exception as error:  # a config file runs while it is parsed, and may raise anything
         if "--debug" in argv:
@@ -99,6 +114,7 @@ def _guard(main: Callable[[], None]) -> None:
     try:
         if COMPILED.value:
             keep_compiled(COMPILED.value)
+        _join()
         main()
     except InputError as error:
         if flags.FLAGS.debug:
@@ -110,9 +126,39 @@ def _guard(main: Callable[[], None]) -> None:
         _fail(error, DIVERGED)
     except Preempted as error:
         print(error, file=sys.stderr)
-        sys.exit(PREEMPTED)
+        sys.exit(STOPPED)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        _leave(INTERRUPTED)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError) and re.search(LOST, str(error)) and not flags.FLAGS.debug:
+            _fail(f"lost another process ({error}); start all of them again", STUCK)
+        traceback.print_exc()
+        _leave(1)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _join() -> None:
+    """Joins the other processes, if there are any; those that do not write files do not tell of them either."""
+    given = {"--coordinator": COORDINATOR, "--num_processes": NUM_PROCESSES, "--process_id": PROCESS_ID}
+    missing = [name for name, flag in given.items() if flag.value is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        raise InputError(missing[0], f"is missing; {', '.join(given)} go together")
+    multihost.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if not files.writes():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _fail(error: Exception | str, code: int) -> NoReturn:
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # any other exit waits for the other processes, which wait for this one
     sys.exit(code)

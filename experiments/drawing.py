@@ -20,6 +20,7 @@ from diffusion.progress import Progress
 from diffusion.types import Array, Denoiser, InputError, Network, Objective, Params, Schedule, Spec
 
 PLACING = ("steps", "grid", "unroll")  # the sampler section's own keywords; all others are the sampler's
+MOST_STEPS, MOST_SAMPLES = 10**5, 10**7  # beyond which a number is a slip, and its arrays would fill the memory
 WRAPPERS = ("rescale", "interval", "threshold")  # from inside out: what is guided, where, and in which range
 
 
@@ -53,6 +54,9 @@ class Drawer:
         self.times = _times(objective.schedule, **placing)
         unroll = placing.get("unroll", 1)
         worse_params = None if worse is None else worse[2]
+        if worse is None and self.guided and guidance["name"] == "autoguidance":
+            raise InputError("guidance.name", "autoguidance reads another run, and training does not; train with cfg, "
+                             "and sample with --guidance=autoguidance:...")  # fmt: skip
 
         def denoiser(params: Params, worse_params: Params, schedule: Schedule, numbers: Mapping) -> Denoiser:
             denoise = plain = objective.denoiser(network.apply, params)
@@ -76,7 +80,9 @@ class Drawer:
             return sample.sample(denoise, schedule, self.solver, x, times, keys, unroll=unroll)
 
         self._shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
-        self._draw, self._worse, self._compiled = jax.jit(draw), worse_params, {}
+        # Every process has all samples.
+        self._draw = jax.jit(draw, out_shardings=sharding.replicated(mesh))
+        self._worse, self._compiled = worse_params, {}
         self._trace()
 
     def retuned(self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any]) -> "Drawer":
@@ -110,7 +116,7 @@ class Drawer:
         place = sharding.by_example(self.mesh)
 
         def draw(keys: Array, cond: Mapping[str, np.ndarray]) -> Array:
-            keys, cond = jax.device_put((keys, cond), place)
+            keys, cond = sharding.spread((keys, cond), place)
             args = params, self._worse, keys, cond, self.times, self.numbers
             size = len(self.times), batch_size
             if size not in self._compiled:
@@ -173,6 +179,23 @@ def _read_guidance(section: Mapping[str, Any]) -> tuple[Any, dict[str, dict], di
     return guide, static, numbers
 
 
+def check_numbers(*, seed: int, **counts: int) -> None:
+    """Refuses what the flags of these names cannot be."""
+    if not 0 <= seed < 2**32:
+        raise InputError("--seed", f"must be from 0 to 2^32 - 1, got {seed}")
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"--{name}", f"must be at least 1, got {count}")
+        at_most(MOST_SAMPLES, count, f"--{name}")
+
+
+def at_most(most: int, number: int, field: str) -> int:
+    """The number. Raises InputError naming `field` if it is larger."""
+    if number > most:
+        raise InputError(field, f"must be at most {most:,}, got {number}")
+    return number
+
+
 def is_plain(section: Mapping[str, Any]) -> bool:
     """Whether the guidance does nothing; `embedded` tells the network a scale of 1 like any other."""
     return section["name"] in ("cfg", "apg", "autoguidance") and section.get("scale", 1.0) == 1.0
@@ -201,6 +224,7 @@ def _times(
     for name, value in (("steps", steps), ("unroll", unroll)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"sampler.{name}", f"must be an integer of at least 1, got {value}")
+        at_most(MOST_STEPS, value, f"sampler.{name}")
     options = {"name": grid} if isinstance(grid, str) else dict(grid)
     make = find("grids", options.pop("name", ""), field="sampler.grid")
     check(make, options, field="sampler.grid", later=("schedule", "steps"))

@@ -1,8 +1,13 @@
 """Trains the model of a config, or goes on with the workdir's.
 
-python -m experiments.train --config=configs/digits.py --workdir=runs/digits [--config.train.steps=200]
+python -m experiments.train --config=configs/digits.py --workdir=runs/digits [--config.train.steps=200] [--check]
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
@@ -10,13 +15,20 @@ from PIL import Image
 
 from diffusion import visualize
 from diffusion.build import build
+from diffusion.distributed import sharding
+from diffusion.training import preemption
 from diffusion.training.loop import train
-from diffusion.types import Params, Spec
+from diffusion.training.state import init_state
+from diffusion.training.step import make_step
+from diffusion.types import InputError, Network, Objective, Params, Source, Spec
 from experiments import cli, parts
 from experiments.drawing import Drawer
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, previews.")
+CHECK = flags.DEFINE_bool(
+    "check", False, "Build and trace all that the run needs, say what it would train, and write nothing."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
@@ -34,6 +46,9 @@ def main() -> None:
         sampler=config["sampler"], guidance=config["guidance"], cond_drop_rate=keywords["options"].cond_drop_rate,
     )  # fmt: skip
 
+    if CHECK.value:
+        print(f"{WORKDIR.value}: {checked(source, network, objective, teacher, **keywords)}; nothing written")
+        return
     train(
         WORKDIR.value,
         source=source,
@@ -46,6 +61,44 @@ def main() -> None:
     )
 
 
+def checked(
+    source: Source, network: Network, objective: Objective, teacher: Mapping | None, **keywords: Any
+) -> str:
+    """What a run would train, in a line, once its state and a whole step are traced: nothing is computed or compiled,
+    and no array of the model exists. What is in the workdir already is not looked at.
+
+    Args:
+      keywords: as `parts.training` gives them.
+
+    Raises:
+      InputError: what the step, or the mesh, cannot do.
+    """
+    options, optimizer, ema, mesh = (keywords[name] for name in ("options", "optimizer", "ema", "mesh"))
+    state = jax.eval_shape(
+        lambda teacher: init_state(
+            objective, network, optimizer.transform, ema, jax.random.key(keywords["seed"]), teacher
+        ),
+        teacher,
+    )
+    sharding.of_state(state, mesh, keywords["rules"])
+    shards = sharding.batch_shards(mesh) * options.accumulate
+    if options.batch_size % shards:
+        raise InputError("train.batch_size", f"{options.batch_size} examples are not a multiple of {shards}, which the "
+                         "mesh and train.accumulate split them into")  # fmt: skip
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((options.batch_size, *np.shape(leaf)), np.asarray(leaf).dtype), source[0]
+    )
+    step = make_step(
+        objective, network, optimizer, ema, seed=keywords["seed"], cond_drop_rate=options.cond_drop_rate,
+        accumulate=options.accumulate,
+    )  # fmt: skip
+    jax.eval_shape(step, state, batch)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
+    return (f"{count:,} parameters on {devices}, {options.steps:,} steps of {options.batch_size:,} of the "
+            f"{len(source):,} examples")  # fmt: skip
+
+
 def preview(drawer: Drawer, params: Params, spec: Spec) -> Image.Image:
     """A grid of fixed seed, the classes in columns: what differs between two of them is the training."""
     num = PREVIEW_ROWS * PREVIEW_COLUMNS if len(spec.shape) == 3 else PREVIEW_POINTS
@@ -54,4 +107,5 @@ def preview(drawer: Drawer, params: Params, spec: Spec) -> Image.Image:
 
 
 if __name__ == "__main__":
+    preemption.stop_at_once()
     cli.run(main)

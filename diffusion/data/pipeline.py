@@ -21,9 +21,9 @@ class Batches:
     `batch_size` over all processes; `caption` and `skipped [b]` beside them where the source has them.
 
     Every epoch is a new order of all examples, which follows from the seed alone, and so does what is random in an
-    example; batches run across the ends of epochs. Process p of P takes examples p, p + P, ... of that order, so all
-    processes together see what one would, and worker processes change nothing. A source with `buckets` has an order for
-    each; a batch is of one bucket, and each bucket has batches in proportion to its examples.
+    example; batches run across the ends of epochs. Process p has the p-th part of every batch, so the batches of all
+    processes together are those of one, row by row, and worker processes change nothing. A source with `buckets` has an
+    order for each; a batch is of one bucket, and each bucket has batches in proportion to its examples.
 
     The position is how many examples all processes together have had, so a run may go on with another number of
     processes or workers and, without buckets, another batch size.
@@ -53,14 +53,14 @@ class Batches:
         share = batch_size // processes
         if buckets is None:
             order = _examples(source, grain.MapDataset.range(self.size), seed)
-            mine = order[self.examples :][process::processes].batch(share, drop_remainder=True)
+            mine = order[self.examples :].batch(share, drop_remainder=True)[process::processes]
         else:
             numbers, counts = np.unique(buckets, return_counts=True)
             orders = [
                 _examples(source, grain.MapDataset.source(np.flatnonzero(buckets == number)), seed + int(number))
                 for number in numbers
             ]
-            streams = [order[process::processes].batch(share, drop_remainder=True) for order in orders]
+            streams = [order.batch(share, drop_remainder=True)[process::processes] for order in orders]
             mine = grain.MapDataset.mix(streams, counts.tolist())[self.examples // batch_size :]
         self.iterator = _read_ahead(mine, workers, prefetch)
         self._finalize = weakref.finalize(self, self.iterator.close)  # at the latest when the interpreter ends

@@ -20,6 +20,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
+from diffusion import files
 from diffusion.types import InputError
 
 FILE = "goodput.jsonl"
@@ -36,12 +39,11 @@ class Goodput:
     """
 
     def __init__(self, workdir: str, start: int, *, since: float | None = None):
-        self.path = os.path.join(workdir, FILE)
+        self.lines = files.Lines(os.path.join(workdir, FILE))
         self.attempt = secrets.token_hex(4)
         self._open = ["start"]  # spans, the innermost last; below them what is in none
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._mark = time.monotonic() if since is None else since
-        _end_line(self.path)
         self.write(start)
 
     @contextlib.contextmanager
@@ -69,9 +71,11 @@ class Goodput:
         self._count()
         seconds = {kind: round(value, 6) for kind, value in self._seconds.items() if value}
         line = {"attempt": self.attempt, "step": step, "seconds": seconds, "time": round(time.time(), 3)}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.lines.add(json.dumps(line))
         self._seconds = dict.fromkeys(KINDS, 0.0)
+
+    def close(self) -> None:
+        self.lines.close()
 
     def _count(self) -> None:
         now = time.monotonic()
@@ -122,29 +126,19 @@ def summary(workdir: str) -> dict[str, Any]:
     }
 
 
-def _end_line(path: str) -> None:
-    """A line that a kill cut short stays the only one that is damaged."""
-    if os.path.exists(path):
-        with open(path, "rb+") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    file.write(b"\n")
-
-
 def _read(workdir: str) -> dict[str, list[dict]]:
     """The lines of each attempt, both in order; damaged ones are left out."""
     path = os.path.join(workdir, FILE)
-    if not os.path.isdir(workdir):
+    if not epath.Path(workdir).is_dir():
         raise InputError("workdir", f"{workdir} does not exist")
-    if not os.path.exists(path):
+    if not epath.Path(path).exists():
         raise InputError("workdir", f"{workdir} has no {FILE}; training writes it")
     attempts = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for text in file:
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                attempts.setdefault(line["attempt"], []).append(line)
+    for text in epath.Path(path).read_bytes().decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            line = json.loads(text)
+            math.fsum((line["step"], line["time"], *line["seconds"].values()))  # all are numbers
+            attempts.setdefault(str(line["attempt"]), []).append(line)
     if not attempts:
         raise InputError("workdir", f"{path} has no whole line; training writes the first when it starts")
     return attempts

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 from PIL import Image
@@ -31,6 +32,7 @@ from diffusion.training.step import make_step
 from diffusion.training.watchdog import Watchdog
 from diffusion.types import InputError, Network, Objective, Params, Source
 
+SAVE, STOP = 1, 2  # what a process may wish that all do
 FIRST = 10  # times as long as another step the first may take, which is compiled
 PLACES = ("path", "data_dir", "index", "on_error")  # keywords of sources that say nothing of what the examples are
 
@@ -214,6 +216,7 @@ def train(
         nonlocal skipped
         metrics = jax.device_get(metrics)
         norms, in_row = metrics.pop("norms"), int(metrics.pop("in_row"))
+        metrics.pop("wish", None)
         values = {name: float(value) for name, value in metrics.items()}
         if "skipped" in values:  # of this step, here of the whole run
             skipped += round(values["skipped"])
@@ -233,26 +236,32 @@ def train(
                 writer.write(step, {**finite, "images_per_second": progress.rate() * options.batch_size})
                 meter.write(step)
 
+    def own_wish() -> int:
+        late = checkpoint.minutes and time.monotonic() - saved_at > 60 * checkpoint.minutes
+        return STOP if preemption.requested else SAVE if late else 0
+
+    alone = jax.process_count() == 1
     watchdog = Watchdog(60 * options.stuck_after, os.path.join(workdir, "stuck.txt"))
     with watchdog, Preemption() as preemption:
         try:
-            step, waiting, stopping, rollbacks, saved_at = start, None, False, 0, time.monotonic()
-            while step < options.steps and not stopping:
+            step, waiting, wish, rollbacks, saved_at = start, None, 0, 0, time.monotonic()
+            while step < options.steps and wish < STOP:
                 step += 1
                 watchdog.beat(f"the data of step {step}")
                 with meter.spent("data"):
                     batch = next(data)
                     if waiting and not waiting[-1]["loss"].is_ready():
                         meter.count_as("step")  # the device was not kept waiting
+                if not alone:  # all save the same step: what one wishes goes through the step, and comes back to all
+                    batch["wish"] = np.full(batch["x"].shape[0], own_wish(), np.int32)
                 first = step == start + 1
                 watchdog.beat(f"step {step}", FIRST * watchdog.limit if first else None)
                 with meter.spent("compile" if first else "step"):
                     state, metrics = train_step(state, sharding.to_global(batch, batch_sharding))
                     # The device works on this step while the host reads the one before.
                     previous, waiting = waiting, (step, data.position()["examples"], metrics)
-                    stopping = preemption.requested
-                    late = checkpoint.minutes and time.monotonic() - saved_at > 60 * checkpoint.minutes
-                    save = step == options.steps or step % checkpoint.every == 0 or stopping or late
+                    wish = own_wish() if alone else int(previous[-1]["wish"]) if previous else 0
+                    save = step == options.steps or step % checkpoint.every == 0 or wish
                     show = (preview is not None and options.preview_every
                             and (step == options.steps or step % options.preview_every == 0))  # fmt: skip
                     try:
@@ -291,6 +300,7 @@ def train(
             progress.close()
             with contextlib.suppress(OSError):  # of a full disk, which has been told of
                 meter.write(step)
+                meter.close()
                 writer.close()
             checkpoints.close()
     if step < options.steps:
@@ -311,7 +321,7 @@ def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """A run goes on with the network, objective and data it began with; the rest of a config may change, and where the
     data lie."""
     for part in ("network", "objective", "data"):
-        ours, theirs = (json.loads(json.dumps(m["config"][part])) for m in (meta, stored))
+        ours, theirs = (json.loads(json.dumps(m["config"].get(part, {}))) for m in (meta, stored))
         if part == "data":
             ours, theirs = (
                 {key: value for key, value in section.items() if key not in PLACES} for section in (ours, theirs)

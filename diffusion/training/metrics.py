@@ -1,6 +1,7 @@
 """Where the numbers of a run go: a JSONL file always, TensorBoard where it is installed."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 
@@ -17,37 +18,30 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str, step: int):
-        self.path = os.path.join(workdir, "metrics.jsonl")
-        _cut_after(self.path, step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self.board = _tensorboard(workdir)
+        self.lines = files.Lines(os.path.join(workdir, "metrics.jsonl"))
+        self.cut(step)
+        self.board = _tensorboard(workdir) if files.writes() else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        self.lines.add(json.dumps({"step": step, **values}))
         if self.board is not None:
             self.board.write_scalars(step, values)
 
     def cut(self, step: int) -> None:
-        """Takes back the lines of later steps."""
-        self.file.close()
-        _cut_after(self.path, step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        """Takes back the lines of later steps, and such as are damaged."""
+        self.lines.keep(lambda line: _step_of(line) <= step)
 
     def close(self) -> None:
-        self.file.close()
+        self.lines.close()
         if self.board is not None:
             self.board.close()
 
 
-def _cut_after(path: str, step: int) -> None:
-    if not os.path.exists(path):
-        return
-    with open(path, encoding="utf-8") as lines:
-        # A line without its end was cut by a kill.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with files.replace(path) as file:
-        file.writelines(kept)
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 def _tensorboard(workdir: str):

@@ -7,10 +7,24 @@ import threading
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOPPED = 75  # the exit code of a job that is to be started again
 
 
 class Preempted(Exception):
     """The run was told to stop, and is saved."""
+
+
+def stop_at_once() -> None:
+    """From now on, outside of a `Preemption`, SIGTERM and SIGINT end the process with exit code 75: before the first step
+    and after the last there is nothing to save."""
+    for number in SIGNALS:
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    os.write(sys.stderr.fileno(), f"{name}: stopped outside of training; start it again to go on\n".encode())
+    os._exit(STOPPED)
 
 
 class Preemption:

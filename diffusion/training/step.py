@@ -43,7 +43,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key_keep, key_draw, key_net = jax.random.split(key, 3)
         keep = jax.random.uniform(key_keep, batch["x"].shape[:1]) >= cond_drop_rate
-        skipped = batch.get("skipped")
+        skipped, wish = batch.get("skipped"), batch.get("wish")
         batch = Batch(x=batch["x"], cond={**batch["cond"], "keep": keep})
         prepared, memory = objective.prepare(
             state.params, averaged(state, ema.names[-1]), batch, state.memory, jax.random.fold_in(key, 3), state.step
@@ -70,6 +70,8 @@ def make_step(
         metrics = {"loss": jnp.mean(losses), **metrics, **seen}
         if skipped is not None:
             metrics["skipped"] = jnp.sum(skipped)
+        if wish is not None:
+            metrics["wish"] = jnp.max(wish)
 
         norms = _norms(grads)
         metrics["grad_norm"] = optax.global_norm(norms)

@@ -110,13 +110,12 @@ def test_what_is_random_is_drawn_anew_every_epoch():
     assert (np.ptp(epochs, axis=1) > 0).all() and len(np.unique(epochs)) > 30
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_change_nothing(source, uninterrupted, workers):
+def test_worker_processes_change_nothing(source, uninterrupted):
     """Neither from the start nor going on from another number of them."""
-    stream = Batches(source, batch_size=BATCH_SIZE, seed=3, workers=workers)
+    stream = Batches(source, batch_size=BATCH_SIZE, seed=3, workers=2)
     assert hashes(stream, LONG) == uninterrupted
     stream.close()
-    stream = Batches(source, batch_size=BATCH_SIZE, seed=3, workers=workers, position=position(source, 37))
+    stream = Batches(source, batch_size=BATCH_SIZE, seed=3, workers=1, position=position(source, 37))
     assert hashes(stream, 20) == uninterrupted[37:57]
     stream.close()
 
@@ -137,7 +136,7 @@ def test_processes_together_see_what_one_sees(source):
     one = take(Batches(source, batch_size=BATCH_SIZE, seed=4), 40)
     two = [take(Batches(source, batch_size=BATCH_SIZE, seed=4, process=p, processes=2), 40) for p in (0, 1)]
     for step in range(40):
-        assert sorted(two[0][step] + two[1][step]) == sorted(one[step])
+        assert two[0][step] + two[1][step] == one[step]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 1), (3, 2)])
@@ -150,7 +149,7 @@ def test_going_on_with_another_number_of_processes(source, before, after):
         for p in range(after)
     ]
     for step, together in enumerate(zip(*parts, strict=True)):
-        assert sorted(itertools.chain(*together)) == sorted(one[11 + step])
+        assert list(itertools.chain(*together)) == one[11 + step]
 
 
 def test_going_on_with_another_batch_size():

@@ -1,0 +1,116 @@
+"""A training small enough to be killed a hundred times, that notes down what it does:
+`--config=tests/chaos/config.py:NAME`, with the name of a case below.
+
+Into the folder NOTES: `batches.P`, a line of step and hash for each batch of process P; `doing.P`, what it is at, last
+line last; `state.npz`, all arrays of the last checkpoint.
+"""
+
+import hashlib
+import os
+import runpy
+import time
+
+import jax
+import ml_collections
+import numpy as np
+
+from diffusion.checkpoint import Checkpoints
+from diffusion.data.digits import Digits
+from diffusion.distributed import sharding
+from diffusion.training.watchdog import Watchdog
+
+VP, TRIG, FLOW = {"name": "vp", "num_steps": 1000}, {"name": "trig"}, {"name": "flow"}
+CURRICULUM = {"name": "square_root", "steps": 40, "start": 2, "end": 9}
+TEACHERS = {
+    "eps": {"name": "ddpm", "schedule": VP, "parameterization": {"name": "eps"}},
+    "v": {"name": "ddpm", "schedule": TRIG, "parameterization": {"name": "v"}},
+    "velocity": {"name": "ddpm", "schedule": FLOW, "parameterization": {"name": "velocity"}},
+}
+
+
+def taught(name, teacher, **options):
+    like = {key: TEACHERS[teacher][key] for key in ("schedule", "parameterization")}
+    return {"name": name, **like, "teacher": teacher, **options}
+
+
+CASES = {
+    "ddpm": {"name": "ddpm", "times": {"name": "importance", "bins": 4, "history": 2}},
+    "flow_matching": {"name": "flow_matching"},
+    "vdm": {"name": "vdm"},
+    "consistency": {"name": "consistency", "curriculum": CURRICULUM, "target": "average", "sigma_min": 0.002},
+    "continuous_consistency": {"name": "continuous_consistency", "warmup": 10},
+    "latent_consistency": taught("latent_consistency", "eps"),
+    "mean_flow": {"name": "mean_flow"},
+    "progressive_distillation": taught("progressive_distillation", "v", start_steps=4, round_steps=15),
+    "reflow": taught("reflow", "velocity", round_steps=20, rounds=2, pool=32, every=4, ode_steps=2),
+    "shortcut": {"name": "shortcut"},
+}
+STEPS, EVERY = 60, 6
+
+
+def get_config(name: str) -> ml_collections.ConfigDict:
+    config = runpy.run_path("configs/digits.py")["get_config"]()
+    config.objective = {**CASES, **TEACHERS}[name]
+    config.network = {"name": "mlp", "width": 8, "depth": 1}
+    if name in ("mean_flow", "shortcut", "latent_consistency"):
+        config.network.conditions = ("r", "guidance")
+    config.optimizer.warmup = 1
+    config.train.update(
+        steps=2 if name in TEACHERS else STEPS,
+        batch_size=16,
+        log_every=1,
+        preview_every=0,
+        prefetch=1,
+        stuck_after=10.0,
+    )
+    config.checkpoint.every = EVERY
+    if "NOTES" in os.environ:
+        take_notes(os.environ["NOTES"])
+    return config
+
+
+def take_notes(folder: str) -> None:
+    at, rank = {"step": 0}, os.environ["RANK"]
+
+    def note(name: str, text: str) -> None:
+        with open(os.path.join(folder, f"{name}.{rank}"), "a") as file:
+            file.write(text + "\n")
+
+    def before(owner, name, what) -> None:
+        original = getattr(owner, name)
+
+        def noted(*args, **keywords):
+            what(*args)
+            return original(*args, **keywords)
+
+        setattr(owner, name, noted)
+
+    def beat(watchdog, text, *_) -> None:
+        if text.startswith("step "):
+            at["step"] = int(text.split()[1])
+            time.sleep(PACE)
+        note("doing", text)
+
+    def to_global(batch, _) -> None:
+        digest = hashlib.sha256(batch["x"].tobytes() + batch["cond"]["label"].tobytes())
+        note("batches", f"{at['step']} {digest.hexdigest()}")
+
+    def save(checkpoints, step, state, *_) -> None:
+        if step == STEPS and rank == "0":
+            leaves = jax.tree.leaves_with_path(state)
+            np.savez(os.path.join(folder, "state.npz"), **{sharding.path_name(path): leaf for path, leaf in leaves})
+
+    def read(*_) -> None:
+        if at["step"] >= HANGS:
+            time.sleep(3600)
+
+    before(Digits, "__getitem__", read)
+    before(Watchdog, "beat", beat)
+    note("doing", "the start")
+    before(sharding, "to_global", to_global)
+    before(Checkpoints, "save", save)
+    before(Checkpoints, "restore", lambda *_: note("doing", "the restore"))
+
+
+HANGS = int(os.environ.get("HANGS", 10**9))  # step from which on the data do not come
+PACE = float(os.environ.get("PACE", 0))  # seconds more to a step

@@ -1,0 +1,104 @@
+"""Starts trainings of `tests/chaos/config.py` as whoever runs them does, and reads what they leave behind."""
+
+import collections
+import json
+import os
+import pathlib
+import random
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from tests.chaos.config import CASES
+
+ROOT = pathlib.Path(__file__).parents[2]
+LIMIT = 90  # seconds that no start may take
+
+
+class Training:
+    """The processes of one start."""
+
+    def __init__(self, case, workdir, processes, *, compiled, teachers=None, pace=0.0, hangs=10**9, flags=()):
+        notes = workdir.parent / f"{workdir.name}_notes"
+        notes.mkdir(exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "experiments.train", f"--config=tests/chaos/config.py:{case}",
+                   f"--workdir={workdir}", f"--compiled={compiled}", *flags]  # fmt: skip
+        if CASES.get(case, {}).get("teacher"):
+            command.append(f"--config.objective.teacher={teachers}/{CASES[case]['teacher']}")
+        environment = {
+            **os.environ,
+            "JAX_NUM_CPU_DEVICES": "1",
+            "NOTES": str(notes),
+            "PACE": str(pace),
+            "HANGS": str(hangs),
+        }
+        self.workdir, self.notes, self.logs, self.processes = workdir, notes, [], []
+        for rank in range(processes):
+            together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={rank}"]
+            self.logs.append(notes / f"log.{rank}")
+            (notes / f"doing.{rank}").unlink(missing_ok=True)
+            with open(self.logs[-1], "w") as log:
+                self.processes.append(subprocess.Popen(
+                    [*command, *(together if processes > 1 else [])], cwd=ROOT, env={**environment, "RANK": str(rank)},
+                    stdout=log, stderr=subprocess.STDOUT,
+                ))  # fmt: skip
+
+    def done(self):
+        """What the first process has begun with, in order; nothing before it has read the config."""
+        path = self.notes / "doing.0"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def doing(self):
+        return (self.done() or ["the start"])[-1]
+
+    def running(self):
+        return any(process.poll() is None for process in self.processes)
+
+    def until(self, condition):
+        """Whether a condition came before the end."""
+        began = time.monotonic()
+        while self.running() and not condition():
+            assert time.monotonic() - began < LIMIT, self.told()
+            time.sleep(0.005)
+        return self.running()
+
+    def until_doing(self, what):
+        """Whether it has begun with that before the end."""
+        return self.until(lambda: any(line.startswith(what) for line in self.done()))
+
+    def kill(self):
+        for process in random.sample(self.processes, len(self.processes)):
+            process.kill()
+            process.wait()
+
+    def wait(self):
+        self.until(lambda: False)
+        return [process.returncode for process in self.processes]
+
+    def told(self):
+        return "\n".join(log.read_text() for log in self.logs)
+
+
+def committed(workdir):
+    folder = workdir / "checkpoints"
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=None)
+
+
+def outcome(workdir):
+    """All that a run leaves behind: its arrays, its metrics by step, the hash of each step's batch by process."""
+    notes = workdir.parent / f"{workdir.name}_notes"
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in metrics:
+        del line["images_per_second"]
+    batches = collections.defaultdict(set)
+    for path in notes.glob("batches.*"):
+        for line in path.read_text().splitlines():
+            step, digest = line.split()
+            batches[path.name, int(step)].add(digest)
+    return dict(np.load(notes / "state.npz")), metrics, dict(batches)
