@@ -2,6 +2,7 @@
 first process alone, where a job has several."""
 
 import contextlib
+import errno
 import os
 import tempfile
 import time
@@ -38,6 +39,15 @@ def make_folder(path: str, field: str) -> str:
         raise InputError(field, f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def is_folder(path: str | os.PathLike, field: str) -> bool:
+    """Whether there is such a folder. Raises InputError naming `field` if it cannot be known."""
+    try:
+        return epath.Path(path).is_dir()
+    except Exception as error:  # each kind of storage raises its own
+        missing = "; pip install gcsfs" if isinstance(error, ImportError) else ""
+        raise InputError(field, f"{path} cannot be reached: {error}{missing}") from error
+
+
 @contextlib.contextmanager
 def replace(path: str, mode: str = "w") -> Iterator[IO]:
     """Opens a file that takes the place of `path` at the end, unless something was raised."""
@@ -69,6 +79,9 @@ class Lines:
 
     Args:
       path: of the file, which may exist.
+
+    Raises:
+      OSError: from every method, as writing does; also where the file was removed meanwhile.
     """
 
     def __init__(self, path: str):
@@ -91,6 +104,8 @@ class Lines:
 
     def add(self, line: str) -> None:
         if self._file is not None:
+            if not os.fstat(self._file.fileno()).st_nlink:  # or it would grow where nobody can see it
+                raise FileNotFoundError(errno.ENOENT, "was removed", self.path)
             self._file.write(line + "\n")
             self._file.flush()
             return

@@ -6,6 +6,7 @@ python -m experiments.benchmark --suite=sampling    the scan of each sampler aga
 python -m experiments.benchmark --suite=networks    our networks against the same ones in PyTorch: train steps, guided
                                                     sampling, compiling (wants requirements-peers.txt; some minutes)
 python -m experiments.benchmark --suite=data        reading images, against PyTorch's loader; training fed by them
+python -m experiments.benchmark --suite=reliability what guard, watchdog, meter and checkpoints cost a training
 """
 
 import json
@@ -25,10 +26,10 @@ from diffusion.training import ema, loop, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
 from diffusion.types import Network, Spec
-from experiments import cli, data_speed, peer_speed
+from experiments import cli, data_speed, peer_speed, reliability_speed
 from experiments.drawing import Drawer
 
-SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "sampling", "networks", "data"], "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "sampling", "networks", "data", "reliability"], "What to measure.")
 RUNS = flags.DEFINE_integer("runs", 5, "Runs of each side; the median counts.")
 
 SPEC = Spec(shape=(8, 8, 1), num_classes=10)
@@ -56,6 +57,9 @@ def main() -> None:
         return
     if SUITE.value == "data":
         data_speed.data(RUNS.value)
+        return
+    if SUITE.value == "reliability":
+        reliability_speed.reliability(RUNS.value)
         return
     network = build(
         "networks",

@@ -1,9 +1,11 @@
 """From a source to an endless stream of batches: shuffled, sharded over processes, its position saveable."""
 
 import contextlib
+import multiprocessing
 import os
+import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -83,8 +85,8 @@ class Batches:
         self._finalize()
 
     def _begin(self, position: Mapping[str, int], divides: bool) -> int:
-        if position["size"] != self.size:
-            raise InputError("data", f"has {self.size:,} examples, but the run began with {position['size']:,}; give "
+        if position.get("size") != self.size:
+            raise InputError("data", f"has {self.size:,} examples, but the run began with {position.get('size', 0):,}; give "
                              "it the same data, or begin anew in another --workdir")  # fmt: skip
         if divides and position["examples"] % self.batch_size:
             raise InputError("train.batch_size", f"{self.batch_size} does not divide the {position['examples']:,} "
@@ -94,7 +96,7 @@ class Batches:
 
 def in_order(source: Source, num: int, *, workers: int = 0, prefetch: int = 64) -> Iterator[dict[str, Any]]:
     """The first `num` examples, each once, read ahead as `Batches` does."""
-    stream = _read_ahead(grain.MapDataset.range(num).map(source.__getitem__), workers, prefetch)
+    stream = _read_ahead(grain.MapDataset.range(num).map(_Reader(source.__getitem__)), workers, prefetch)
     try:
         with _as_raised():
             yield from stream
@@ -125,7 +127,35 @@ def _read_ahead(dataset: grain.MapDataset, workers: int, prefetch: int) -> grain
 def _examples(source: Source, numbers: grain.MapDataset, seed: int) -> grain.MapDataset:
     """An endless stream of a source's examples of some numbers, each epoch in an order of its own."""
     order = numbers.seed(seed).shuffle().repeat(None)
-    return order.random_map(source.draw) if hasattr(source, "draw") else order.map(source.__getitem__)
+    if hasattr(source, "draw"):
+        return order.random_map(_Reader(source.draw))
+    return order.map(_Reader(source.__getitem__))
+
+
+class _Reader:
+    """A source's function, which makes a process that it is sent to end when the one that sent it does: a worker would
+    outlive a training that was killed, and keep its memory."""
+
+    def __init__(self, read: Callable):
+        self.read = read
+
+    def __call__(self, *args: Any) -> Any:
+        return self.read(*args)
+
+    def __reduce__(self) -> tuple:
+        return _arrived, (self.read,)
+
+
+def _arrived(read: Callable) -> _Reader:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), name="end with the parent", daemon=True).start()
+    return _Reader(read)
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _start_tracker() -> None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from diffusion import files, visualize
+from diffusion.build import at_most
 from diffusion.checkpoint import Checkpoints, Retention
 from diffusion.data import pipeline
 from diffusion.distributed import sharding
@@ -56,7 +57,7 @@ class Options:
       rollbacks: how often the run goes back to its newest checkpoint, and on with data not seen yet, before bad steps
         end it.
       stuck_after: minutes without a step that end the run, with the stacks of all threads; 0 for no such watch. The
-        first step, which is compiled, has ten times as long.
+        first step, which is compiled, saves and previews have ten times as long.
     """
 
     steps: int
@@ -76,6 +77,8 @@ class Options:
         for name in ("steps", "batch_size", "accumulate", "log_every", "prefetch", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(name, f"must be at least 1, got {getattr(self, name)}")
+        for name, most in (("batch_size", 10**7), ("prefetch", 10**4), ("workers", 10**4)):
+            at_most(most, getattr(self, name), name)
         for name in ("preview_every", "workers", "rollbacks", "stuck_after"):
             if getattr(self, name) < 0:
                 raise InputError(name, f"must be at least 0, got {getattr(self, name)}")
@@ -190,12 +193,12 @@ def train(
     previews = os.path.join(workdir, "previews")
     files.make_folder(workdir, "workdir")
     files.make_folder(previews, "workdir")
-    with files.replace(os.path.join(workdir, "config.json")) as file:
+    with _writing(workdir), files.replace(os.path.join(workdir, "config.json")) as file:
         json.dump(meta["config"], file, indent=2)
     if latest is None:
         state = jax.jit(init, out_shardings=state_sharding)(teacher)
     overview = parameter_overview.get_parameter_overview(state.params)
-    with files.replace(os.path.join(workdir, "parameters.txt")) as file:
+    with _writing(workdir), files.replace(os.path.join(workdir, "parameters.txt")) as file:
         file.write(overview + "\n")
     retention = Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best)
     checkpoints = Checkpoints(workdir, retention=retention)
@@ -207,8 +210,9 @@ def train(
         + ("from the start" if latest is None else f"going on from step {start:,}")
     )
 
-    writer = MetricWriter(workdir, start)
-    meter = Goodput(workdir, start, since=began)
+    with _writing(workdir):
+        writer = MetricWriter(workdir, start)
+        meter = Goodput(workdir, start, since=began)
     progress = Progress("train", options.steps, done=start, weight=options.batch_size)
     known = {}  # the last finite value of each metric, for what is kept as the best; infinity before there is one
 
@@ -282,7 +286,7 @@ def train(
                         continue
                 checkpoints.check()
                 if save:
-                    watchdog.beat(f"the save of step {step}")
+                    watchdog.beat(f"the save of step {step}", FIRST * watchdog.limit)
                     # Before the next batch is drawn, so the position that is saved is the next step's.
                     with meter.spent("checkpoint"):
                         checkpoints.save(step, state, {**data.position(), "skipped": skipped}, meta, known)
@@ -292,7 +296,7 @@ def train(
                     with meter.spent("preview"), _writing(workdir):
                         sheet = preview(averaged(state, ema.names[-1]))
                         visualize.save_png(sheet, os.path.join(previews, f"step_{step:07d}.png"))
-            watchdog.beat("the last save")
+            watchdog.beat("the last save", FIRST * watchdog.limit)
             with meter.spent("checkpoint"):
                 checkpoints.wait()
         finally:
@@ -313,15 +317,16 @@ def _writing(workdir: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"{workdir} cannot be written: {error.strerror or error}; its checkpoints are untouched"
-        raise InputError("workdir", problem) from error
+        problem = f"{workdir} cannot be written: {error.strerror or error}"
+        there = "" if isinstance(error, FileNotFoundError) else "; its checkpoints are untouched"
+        raise InputError("workdir", problem + there) from error
 
 
 def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """A run goes on with the network, objective and data it began with; the rest of a config may change, and where the
     data lie."""
     for part in ("network", "objective", "data"):
-        ours, theirs = (json.loads(json.dumps(m["config"].get(part, {}))) for m in (meta, stored))
+        ours, theirs = (json.loads(json.dumps(m.get("config", {}).get(part, {}))) for m in (meta, stored))
         if part == "data":
             ours, theirs = (
                 {key: value for key, value in section.items() if key not in PLACES} for section in (ours, theirs)

@@ -39,7 +39,7 @@ class MetricWriter:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError):
         return math.inf
 

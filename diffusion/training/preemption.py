@@ -15,8 +15,8 @@ class Preempted(Exception):
 
 
 def stop_at_once() -> None:
-    """From now on, outside of a `Preemption`, SIGTERM and SIGINT end the process with exit code 75: before the first step
-    and after the last there is nothing to save."""
+    """From now on, outside of a `Preemption`, SIGTERM and SIGINT end the process with exit code 75: before the first
+    step and after the last there is nothing to save."""
     for number in SIGNALS:
         signal.signal(number, _stop)
 

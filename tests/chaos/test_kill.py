@@ -17,7 +17,7 @@ from tests.chaos.config import CASES, EVERY, STEPS
 from tests.chaos.conftest import FULL
 from tests.chaos.training import committed, outcome
 
-SOME = [("ddpm", 1), ("consistency", 2)]
+SOME = [("ddpm", 1), ("flow_matching", 2)]
 ALL = list(itertools.product(CASES, (1, 2)))
 MOMENTS = ("at any time", "in a save", "in the restore", "in a step")
 
@@ -52,7 +52,7 @@ def test_killed_again_and_again(case, processes, start, tmp_path):
     assert len(expected[1]) == STEPS and len(expected[2]) == processes * STEPS
 
     workdir, kills, at = tmp_path / "killed", 0, collections.Counter()
-    goal = FULL or 3
+    goal = FULL or 4 - processes
     while True:
         known = committed(workdir)
         training = start(case, workdir, processes, pace=0.02)

@@ -18,26 +18,32 @@ ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = 90  # seconds that no start may take
 
 
-class Training:
-    """The processes of one start."""
+def notes_of(workdir):
+    """Where a training of a workdir takes its notes: not on the same disk, if that has one of its own."""
+    return workdir.parents[1] / f"{workdir.parent.name}_{workdir.name}_notes"
 
-    def __init__(self, case, workdir, processes, *, compiled, teachers=None, pace=0.0, hangs=10**9, flags=()):
-        notes = workdir.parent / f"{workdir.name}_notes"
+
+class Training:
+    """The processes of one start.
+
+    Args:
+      case: a name in `tests/chaos/config.py`.
+      before: the command that starts each process.
+      settings: `pace`, `hangs` and `clock`, as the end of that file has them.
+    """
+
+    def __init__(self, case, workdir, processes, *, compiled, teachers=None, flags=(), before=(), **settings):
+        notes = notes_of(workdir)
         notes.mkdir(exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "experiments.train", f"--config=tests/chaos/config.py:{case}",
+        command = [*before, sys.executable, "-m", "experiments.train", f"--config=tests/chaos/config.py:{case}",
                    f"--workdir={workdir}", f"--compiled={compiled}", *flags]  # fmt: skip
         if CASES.get(case, {}).get("teacher"):
             command.append(f"--config.objective.teacher={teachers}/{CASES[case]['teacher']}")
-        environment = {
-            **os.environ,
-            "JAX_NUM_CPU_DEVICES": "1",
-            "NOTES": str(notes),
-            "PACE": str(pace),
-            "HANGS": str(hangs),
-        }
+        settings = {name.upper(): str(value) for name, value in {"notes": notes, **settings}.items()}
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", **settings}
         self.workdir, self.notes, self.logs, self.processes = workdir, notes, [], []
         for rank in range(processes):
             together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={rank}"]
@@ -92,7 +98,7 @@ def committed(workdir):
 
 def outcome(workdir):
     """All that a run leaves behind: its arrays, its metrics by step, the hash of each step's batch by process."""
-    notes = workdir.parent / f"{workdir.name}_notes"
+    notes = notes_of(workdir)
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for line in metrics:
         del line["images_per_second"]

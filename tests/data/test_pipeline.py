@@ -5,6 +5,9 @@ import hashlib
 import itertools
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -213,3 +216,26 @@ def test_digits_splits_do_not_meet():
     train, test = (build("data", {"name": "digits", "split": split}) for split in ("train", "test"))
     counts = {image.tobytes() for image in train.images}
     assert sum(image.tobytes() in counts for image in test.images) == 0
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    program = (
+        "import multiprocessing, os, signal\n"
+        "from tests.data.test_pipeline import Numbers\n"
+        "from diffusion.data.pipeline import Batches\n"
+        "if __name__ == '__main__':\n"
+        "    stream = Batches(Numbers(20), batch_size=4, seed=0, workers=1)\n"
+        "    next(stream)\n"
+        "    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, tmp_path / "program.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (worker,) = (int(pid) for pid in done.stdout.split())
+    until = time.monotonic() + 20
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{worker}")
