@@ -164,6 +164,10 @@ def train(
     abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                             shapes, state_sharding)  # fmt: skip
     batch_sharding = sharding.by_example(mesh)
+    whole = sharding.replicated_arrays(shapes, state_sharding) if mesh.shape["fsdp"] > 1 else {}
+    if whole:
+        print(f"warning: every device has all {sum(whole.values()) / 2**20:,.0f} MiB of {', '.join(whole)}: no "
+              f"dimension divides; choose another mesh.fsdp, or split them by sharding.rules", file=sys.stderr)  # fmt: skip
     train_step = jax.jit(
         make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=options.cond_drop_rate,
                   accumulate=options.accumulate, guard=Guard(options.spike)),
@@ -186,8 +190,9 @@ def train(
     found.close()
     state, position = restored or (None, {})  # converted weights, at step 0, have no position either
     start, skipped = latest or 0, position.get("skipped", 0)
+    part, parts = sharding.part_of_process(batch_sharding, options.batch_size, jax.process_index())
     data = pipeline.Batches(
-        source, batch_size=options.batch_size, seed=seed, process=jax.process_index(), processes=jax.process_count(),
+        source, batch_size=options.batch_size, seed=seed, process=part, processes=parts,
         workers=options.workers, prefetch=options.prefetch, position=position or None,
     )  # fmt: skip
     previews = os.path.join(workdir, "previews")

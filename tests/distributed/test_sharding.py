@@ -1,3 +1,6 @@
+import itertools
+import math
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -62,3 +65,78 @@ def test_mesh_fills_one_axis():
 def test_bad_meshes(sizes, field):
     with pytest.raises(InputError, match=f"^{field}: "):
         mesh.make(**sizes)
+
+
+class Part:
+    """A device that is nowhere, of a slice of a pod."""
+
+    def __init__(self, number, per_slice):
+        self.id, self.slice_index, self.process_index = number, number // per_slice, 0
+        self.platform, self.device_kind = "cpu", "cpu"
+
+
+def parts(count, slices=1):
+    return [Part(number, count // slices) for number in range(count)]
+
+
+WIDTHS = {
+    (1152, 1152): {"fsdp": 128, "fsdp_rest": 4},  # DiT-XL
+    (28, 1152, 3456): {"fsdp": 128, "fsdp_rest": 4},
+    (28, 1152, 4608): {4608: 512},
+    (28, 6912): {"fsdp": 128, "fsdp_rest": 4},
+}
+
+
+def shard_of(place, shape):
+    sizes = [math.prod(place.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+             for axes in place.spec]  # fmt: skip
+    return tuple(size // part for size, part in itertools.zip_longest(shape, sizes, fillvalue=1))
+
+
+@pytest.mark.parametrize("shape", WIDTHS)
+def test_512_parts_of_what_128_divide(shape):
+    made = mesh.make(fsdp=512, devices=parts(512))
+    assert dict(made.shape) == {"data": 1, "fsdp": 128, "fsdp_rest": 4, "model": 1}
+    assert sharding.batch_shards(made) == 512
+    place = sharding.of_state(jax.ShapeDtypeStruct(shape, "float32"), made)
+    assert math.prod(shard_of(place, shape)) == math.prod(shape) // 512
+
+
+def test_an_fsdp_of_two_axes_in_a_rule():
+    made = mesh.make(fsdp=256, model=2, devices=parts(512))
+    kernel = jax.ShapeDtypeStruct((1024, 64), "float32")
+    assert sharding.of_state(kernel, made, (("", ("fsdp", "model")),)).spec == P(("fsdp", "fsdp_rest"), ("model",))
+    with pytest.raises(InputError, match=r"rules\[0\]: splits two dimensions over 'fsdp'"):
+        sharding.of_state(kernel, made, (("", ("fsdp", "fsdp")),))
+
+
+def test_data_runs_over_the_slices_of_a_pod_first():
+    made = mesh.make(data=4, fsdp=2, devices=parts(8, slices=2))
+    assert [[device.slice_index for device in row.flat] for row in made.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(InputError, match="data: must be a multiple of the 2 slices there are, got 1"):
+        mesh.make(data=1, fsdp=8, devices=parts(8, slices=2))
+
+
+def test_which_part_of_a_batch_a_process_reads():
+    def part(devices, process, **sizes):
+        made = mesh.make(**sizes, devices=devices)
+        return sharding.part_of_process(sharding.by_example(made), 16, process)
+
+    four = parts(8)
+    for device in four:
+        device.process_index = device.id // 2
+    assert [part(four, process, data=8) for process in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert [part(four, process, data=2, model=4) for process in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [part(four, process, data=2, fsdp=2, model=2) for process in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert part(four[:2], 0, fsdp=2) == (0, 1)
+
+
+def test_a_rule_that_matches_nothing_and_arrays_that_stay_whole(mesh_of, capsys):
+    made = mesh_of(1, 4, 1)
+    odd = {"odd": jax.ShapeDtypeStruct((1021, 1021), "float32"), "small": jax.ShapeDtypeStruct((3,), "float32")}
+    placed = sharding.of_state(odd, made, (("odd", (None, None)), ("od", ("fsdp",)), ("x+y", ("fsdp",))))
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"warning: sharding.rules[{index}], {pattern!r}, is the first to match no array"
+                    for index, pattern in ((1, "od"), (2, "x+y"))]  # fmt: skip
+    assert sharding.replicated_arrays(odd, placed) == {"odd": 4 * 1021**2}
+    assert not sharding.replicated_arrays(odd, sharding.of_state(odd, mesh_of(1, 1, 1)))
