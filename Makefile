@@ -1,6 +1,8 @@
 # make demo   train on real digits, draw samples, measure them
 # make test   the tests
+# make slow   full matrices of what the tests have representative cases of
 # make parity our samplers and networks against the peers of requirements-peers.txt, live
+# make chaos  trainings killed a hundred times, stopped, stuck, out of disk: half an hour
 # make orders the order of accuracy of every solver
 # make lint   ruff, check and format
 # Each sets up .venv by itself.
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/digits
 TRAIN_FLAGS ?=
 
-.PHONY: demo test parity orders lint clean
+.PHONY: demo test slow parity chaos orders lint clean
 
 $(VENV)/base: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; give another by PYTHON=...") if sys.version_info < (3, 11) else None'
@@ -33,10 +35,16 @@ demo: $(VENV)/base
 	$(BIN)/python -m experiments.evaluate --workdir=$(WORKDIR)
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+slow: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not peers"
 
 parity: $(VENV)/peers
 	$(BIN)/python -m pytest -m peers
+
+chaos: $(VENV)/dev
+	CHAOS=5 $(BIN)/python -m pytest -s -m "slow or not slow" tests/chaos
 
 orders: $(VENV)/base
 	$(BIN)/python -m experiments.orders

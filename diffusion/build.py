@@ -72,10 +72,14 @@ def names(family: str) -> list[str]:
 
 
 def call(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str) -> Any:
-    """`make(**keywords)` once they pass `check`; what it refuses itself is named under `field`."""
+    """`make(**keywords)` once they pass `check`, with a float for an integer where it wants one; what it refuses itself
+    is named under `field`."""
     check(make, keywords, field=field)
+    parameters = inspect.signature(make).parameters
+    floats = {key: float(value) for key, value in keywords.items()
+              if type(value) is int and key in parameters and _wants_float(parameters[key].annotation)}  # fmt: skip
     try:
-        return make(**keywords)
+        return make(**{**keywords, **floats})
     except InputError as error:
         raise error.within(field) from None
 
@@ -109,6 +113,13 @@ def check(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str, 
             raise InputError(f"{field}.{key}", f"is missing; {where} needs it")
 
 
+def at_most(most: int, number: int, field: str) -> int:
+    """The number. Raises InputError naming `field` if it is larger: what is a slip, and would fill the memory."""
+    if number > most:
+        raise InputError(field, f"must be at most {most:,}, got {number}")
+    return number
+
+
 def _is_a(value: Any, wanted: Any) -> bool:
     """Whether a value has a type, with all its items: beartype looks at one of them, drawn at random."""
     kinds = typing.get_args(wanted)
@@ -119,6 +130,12 @@ def _is_a(value: Any, wanted: Any) -> bool:
     if typing.get_origin(wanted) is tuple and kinds:
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
     return is_bearable(value, wanted, conf=_NUMBERS) and not (isinstance(value, bool) and wanted in (int, float))
+
+
+def _wants_float(annotation: Any) -> bool:
+    # The square of an integer may be beyond int32, where that of a float is not beyond float32.
+    kinds = typing.get_args(annotation) or (annotation,)
+    return float in kinds and int not in kinds
 
 
 def _check_numbers(value: Any, field: str, by_default: Any) -> None:

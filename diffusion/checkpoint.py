@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -65,7 +66,7 @@ class Checkpoints:
         self.workdir = epath.Path(workdir)
         self.retention, self.manager = retention, None
         folder = self.workdir / "checkpoints"
-        if read_only and not multihost.agreed(folder.is_dir()):
+        if read_only and not multihost.agreed(files.is_folder(folder, "workdir")):
             return
         policies = [preservation.LatestN(retention.newest)]
         if retention.every:
@@ -115,6 +116,9 @@ class Checkpoints:
         best = self.retention.best
         if best and best not in (metrics or {}):
             raise InputError("checkpoint.best", f"the run has no metric {best!r}; one of: {', '.join(metrics or {})}")
+        folder = str(self.manager.directory)
+        if not files.is_remote(folder) and not os.path.isdir(folder):
+            raise InputError("workdir", f"{folder} was removed while the run was writing to it")  # and comes not back
         with self._saving():
             self.manager.save(step, args=ocp.args.Composite(**items), metrics={best: metrics[best]} if best else None)
 
@@ -210,8 +214,10 @@ class Checkpoints:
         return str(target)
 
     def close(self) -> None:
+        """Ends the last save, and raises what goes wrong with it."""
         if self.manager is not None:
-            self.manager.close()
+            with self._saving():
+                self.manager.close()
 
     def _at(self, step: int) -> str:
         return str(self.workdir / "checkpoints" / str(step))
@@ -309,7 +315,7 @@ def _unsound(about: Mapping) -> str | None:
     config, position = about["meta"].get("config", {}), about["position"]
     if not all(map(is_section, (value for name, value in config.items() if name != "seed"))):
         return "meta"
-    return None if not position or {"examples", "size"} <= position.keys() else "position"
+    return None if not position or "examples" in position else "position"
 
 
 def _hash(about: Mapping) -> str:
@@ -349,7 +355,9 @@ def _digest(x: Array) -> Array:
 
 
 def _reason(error: Exception) -> str:
-    return (next(iter(str(error).splitlines()), "") or type(error).__name__)[:160]
+    """The first line of what it says, without the middle if that is long: what is wrong stands at an end."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"
 
 
 def _spell(kind: tuple | None) -> str:

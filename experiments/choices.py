@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion.build import build, find
+from diffusion.build import at_most, build, find
 from diffusion.types import InputError
-from experiments.drawing import PLACING, WRAPPERS
+from experiments.drawing import MOST_STEPS, PLACING, WRAPPERS
 
 AXES = ("sampler", "grid", "steps", "evaluations", "guidance", "interval", "rescale", "threshold", "unroll")
 
@@ -90,9 +90,14 @@ def _number(text: str, field: str) -> float:
 
 
 def _whole(text: str, field: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not is_whole(text) or int(text) < 1:
         raise InputError(field, f"must be a whole number of at least 1, got {text}")
-    return int(text)
+    return at_most(MOST_STEPS, int(text), field)
+
+
+def is_whole(text: str) -> bool:
+    """Whether it is a whole number, and one short enough that Python would read it."""
+    return text.strip().isdecimal() and len(text) < 1000
 
 
 def _value(text: str) -> Any:

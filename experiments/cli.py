@@ -34,6 +34,9 @@ CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 if (0, 10) <= jax.__version_info__ < (0, 13):
     os.environ["XLA_FLAGS"] = f"{CONVOLUTIONS} {os.environ.get('XLA_FLAGS', '')}"  # a flag given later wins
 
+# Atomic additions in no order, and algorithms chosen by how fast they were just now, make a GPU's sums differ.
+DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+
 COMPILED = flags.DEFINE_string(
     "compiled", None, "Folder to keep compiled programs in, so that the next start need not compile them again."
 )
@@ -42,6 +45,9 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.")
+DETERMINISTIC = flags.DEFINE_bool(
+    "deterministic", False, "The same bits from every start on a GPU, too, where that is slower; a CPU needs no flag."
+)
 flags.DEFINE_bool("debug", False, "Show the traceback behind an error.")
 
 
@@ -51,7 +57,19 @@ def run(main: Callable[[], None]) -> None:
     # Where one array of a checkpoint cannot be read, the reads of the others fail after Orbax has told of it.
     sys.unraisablehook = lambda what: sys.__unraisablehook__(what) if "--debug" in sys.argv else None
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
-    app.run(lambda _: _guard(main), flags_parser=_parse)
+    try:
+        app.run(lambda _: _guard(main), flags_parser=_parse)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not code or main.__module__ != "__main__":
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        # Any other exit waits: for threads of Orbax, ten minutes after a save that failed; for the other processes of
+        # the job, which wait for this one.
+        os._exit(code)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -112,6 +130,8 @@ def keep_compiled(folder: str) -> None:
 
 def _guard(main: Callable[[], None]) -> None:
     try:
+        if DETERMINISTIC.value:
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}"
         if COMPILED.value:
             keep_compiled(COMPILED.value)
         _join()
@@ -129,14 +149,12 @@ def _guard(main: Callable[[], None]) -> None:
         sys.exit(STOPPED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        _leave(INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except Exception as error:
-        if not jax.distributed.is_initialized():
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and re.search(LOST, str(error))
+        if not (lost and jax.distributed.is_initialized()) or flags.FLAGS.debug:
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError) and re.search(LOST, str(error)) and not flags.FLAGS.debug:
-            _fail(f"lost another process ({error}); start all of them again", STUCK)
-        traceback.print_exc()
-        _leave(1)
+        _fail(f"lost another process ({error}); start all of them again", STUCK)
 
 
 def _join() -> None:
@@ -154,11 +172,4 @@ def _join() -> None:
 
 def _fail(error: Exception | str, code: int) -> NoReturn:
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    _leave(code)
-
-
-def _leave(code: int) -> NoReturn:
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(code)  # any other exit waits for the other processes, which wait for this one
     sys.exit(code)

@@ -11,9 +11,9 @@ few_step_samples.png.
 
 from absl import flags
 
-from diffusion.types import InputError
 from experiments import cli
 from experiments.comparison import compare
+from experiments.drawing import check_numbers
 
 RUNS = flags.DEFINE_list("runs", None, "Folders of the runs, trained on data of one kind.")
 NFE = flags.DEFINE_list("nfe", ["1", "2", "4", "8", "50"], "Evaluations of the model for each sample.")
@@ -27,9 +27,7 @@ flags.mark_flags_as_required(["runs"])
 
 
 def main() -> None:
-    for name, value in (("num", NUM.value), ("batch_size", BATCH_SIZE.value)):
-        if value < 1:
-            raise InputError(f"--{name}", f"must be at least 1, got {value}")
+    check_numbers(seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
     compare(RUNS.value, NFE.value, out=OUT.value, docs=DOCS.value, num=NUM.value, seed=SEED.value,
             batch_size=BATCH_SIZE.value, ema=EMA.value)  # fmt: skip
 

@@ -13,10 +13,11 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from diffusion import files, visualize
+from diffusion.build import at_most
 from diffusion.types import InputError, SampleMetric
 from experiments import tables
-from experiments.choices import sections
-from experiments.drawing import PLACING, Drawer
+from experiments.choices import is_whole, sections
+from experiments.drawing import MOST_STEPS, PLACING, Drawer
 from experiments.parts import Run, open_run
 from experiments.sweep import write_table
 
@@ -123,9 +124,9 @@ def compare(
 def whole_numbers(texts: Sequence[str]) -> list[int]:
     """`["1", "8"]` -> `[1, 8]`."""
     for text in texts:
-        if not text.strip().isdecimal() or int(text) < 1:
+        if not is_whole(text) or int(text) < 1:
             raise InputError("--nfe", f"must be whole numbers of at least 1, as in 1,2,4,8,50; got {text!r}")
-    counts = [int(text) for text in texts]
+    counts = [at_most(MOST_STEPS, int(text), "--nfe") for text in texts]
     for count in counts:
         if counts.count(count) > 1:
             raise InputError("--nfe", f"has {count} more than once")

@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 
 from diffusion import guidance as guidances
 from diffusion import sample
-from diffusion.build import build, check, find
+from diffusion.build import at_most, build, check, find
 from diffusion.distributed import sharding
 from diffusion.progress import Progress
 from diffusion.types import Array, Denoiser, InputError, Network, Objective, Params, Schedule, Spec
 
 PLACING = ("steps", "grid", "unroll")  # the sampler section's own keywords; all others are the sampler's
-MOST_STEPS, MOST_SAMPLES = 10**5, 10**7  # beyond which a number is a slip, and its arrays would fill the memory
+MOST_STEPS, MOST_SAMPLES = 10**5, 10**7
 WRAPPERS = ("rescale", "interval", "threshold")  # from inside out: what is guided, where, and in which range
 
 
@@ -187,13 +187,6 @@ def check_numbers(*, seed: int, **counts: int) -> None:
         if count < 1:
             raise InputError(f"--{name}", f"must be at least 1, got {count}")
         at_most(MOST_SAMPLES, count, f"--{name}")
-
-
-def at_most(most: int, number: int, field: str) -> int:
-    """The number. Raises InputError naming `field` if it is larger."""
-    if number > most:
-        raise InputError(field, f"must be at most {most:,}, got {number}")
-    return number
 
 
 def is_plain(section: Mapping[str, Any]) -> bool:

@@ -11,8 +11,9 @@ import numpy as np
 from absl import flags
 
 from diffusion import files
-from diffusion.types import InputError, SampleMetric
+from diffusion.types import SampleMetric
 from experiments import cli, parts
+from experiments.drawing import check_numbers
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the sampler. Default: the config's.")
@@ -23,8 +24,7 @@ flags.mark_flags_as_required(["workdir"])
 
 
 def main() -> None:
-    if BATCH_SIZE.value < 1:
-        raise InputError("--batch_size", f"must be at least 1, got {BATCH_SIZE.value}")
+    check_numbers(seed=SEED.value, batch_size=BATCH_SIZE.value)
     run = parts.open_run(WORKDIR.value, EMA.value)
     sampler = dict(run.config["sampler"])
     if STEPS.value is not None:

@@ -21,6 +21,7 @@ from diffusion.distributed import sharding
 from diffusion.progress import Progress
 from diffusion.types import InputError, Source
 from experiments import cli, parts
+from experiments.drawing import check_numbers
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().", lock_config=True)
 OUT = flags.DEFINE_string("out", "data.png", "The sheet of examples.")
@@ -35,13 +36,12 @@ LISTED = 10
 
 
 def main() -> None:
-    if NUM.value < 1:
-        raise InputError("--num", f"must be at least 1, got {NUM.value}")
+    check_numbers(seed=0, num=NUM.value)
     config = CONFIG.value.to_dict()
     parts.check_sections(config)
-    files.make_folder(os.path.dirname(os.path.abspath(OUT.value)), "--out")
     keywords = parts.training(config)
     source = build("data", config["data"], field="data")
+    files.make_folder(os.path.dirname(os.path.abspath(OUT.value)), "--out")
     options = keywords["options"]
 
     def batches() -> Batches:

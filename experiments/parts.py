@@ -4,6 +4,7 @@ A config here is a plain dict, with tuples for lists, as `ConfigDict.to_dict()` 
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion import visualize
-from diffusion.build import build, call
+from diffusion.build import at_most, build, call, check, find
 from diffusion.checkpoint import Checkpoints
 from diffusion.distillation import Teacher
 from diffusion.distributed import mesh as meshes
@@ -25,7 +26,7 @@ from diffusion.training import ema, optimizer
 from diffusion.training.loop import CheckpointOptions, Options
 from diffusion.training.state import trainable
 from diffusion.types import InputError, ModelMetric, Network, Objective, Params, SampleMetric, Spec
-from experiments.drawing import Drawer
+from experiments.drawing import MOST_SAMPLES, Drawer
 
 SECTIONS = ("seed", "data", "objective", "network", "optimizer", "ema", "train", "checkpoint", "sampler", "guidance",
             "eval", "mesh", "sharding")  # fmt: skip
@@ -41,6 +42,21 @@ def check_sections(config: Mapping[str, Any]) -> None:
             raise InputError(f"config.{name}", "is missing")
         if not isinstance(config[name], int if name == "seed" else Mapping):
             raise InputError(f"config.{name}", f"must be {'an integer' if name == 'seed' else 'a section'}")
+    if not 0 <= config["seed"] < 2**32:
+        raise InputError("config.seed", f"must be from 0 to 2^32 - 1, got {config['seed']}")
+    section = call(_eval, config["eval"], field="eval")
+    for name, options in section["metrics"].items():
+        field = f"eval.metrics.{name}"
+        metric = find("evaluation", name, field="eval.metrics")
+        if not isinstance(options, Mapping):
+            raise InputError(field, f"must be a section, as {{'num': 1000}}, got {options!r}")
+        check(metric, options, field=field, later=("train", "held_out"))
+        at_most(MOST_SAMPLES, options.get("num", 0), f"{field}.num")
+
+
+def _eval(data: Mapping[str, Any], metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `eval` section: held-out `data`, and the keywords of each metric by its name."""
+    return {"data": data, "metrics": metrics}
 
 
 def from_json(value: Any) -> Any:
@@ -61,7 +77,7 @@ def network_and_objective(
 
 def model_of(meta: Mapping[str, Any]) -> tuple[Network, Objective]:
     """The model that a checkpoint's `meta` describes, its teacher and the teacher's own included."""
-    return network_and_objective(from_json(meta["config"]), _spec(meta), teacher_of(meta))
+    return network_and_objective(*config_and_spec(meta), teacher_of(meta))
 
 
 def teacher_of(meta: Mapping[str, Any]) -> Teacher | None:
@@ -69,11 +85,30 @@ def teacher_of(meta: Mapping[str, Any]) -> Teacher | None:
     if "teacher" not in meta:
         return None
     theirs = meta["teacher"]
-    return Teacher(*model_of(theirs), _spec(theirs), from_json(theirs["config"])["train"]["cond_drop_rate"])
+    config, spec = config_and_spec(theirs)
+    return Teacher(*model_of(theirs), spec, cond_drop_rate(config))
 
 
-def _spec(meta: Mapping[str, Any]) -> Spec:
-    return Spec(**from_json(meta["spec"]))
+def config_and_spec(meta: Any) -> tuple[dict[str, Any], Spec]:
+    """The config that a checkpoint's `meta` holds, and what its data are. Raises InputError if it is no such thing."""
+    if not isinstance(meta, Mapping) or not {"config", "spec"} <= meta.keys():
+        raise InputError("workdir", "its checkpoint does not say what was trained; train anew in another workdir")
+    config, spec = from_json(meta["config"]), from_json(meta["spec"])
+    for name, section in (("config", config), ("spec", spec)):
+        if not isinstance(section, Mapping):
+            raise InputError(name, f"must be a section, got {section!r}")
+    check_sections(config)
+    found = call(Spec, spec, field="spec")
+    if not found.shape or min(found.shape) < 1 or found.num_classes < 0:
+        raise InputError("spec", f"describes no data: {found}")
+    at_most(10**8, math.prod(found.shape), "spec.shape")
+    at_most(10**7, found.num_classes, "spec.num_classes")
+    return config, found
+
+
+def cond_drop_rate(config: Mapping[str, Any]) -> float:
+    """The share of examples that a model was trained on without their condition."""
+    return call(Options, config["train"], field="train").cond_drop_rate
 
 
 def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[str, Any], Mapping[str, Params] | None]:
@@ -140,7 +175,7 @@ class Run:
             worse = self._worse(guidance.get("worse"))
         return Drawer(
             self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
-            cond_drop_rate=self.config["train"].get("cond_drop_rate", Options.cond_drop_rate),
+            cond_drop_rate=cond_drop_rate(self.config),
             always_guided=always_guided,
         )  # fmt: skip
 
@@ -203,7 +238,7 @@ def open_run(workdir: str, ema_name: str | None = None, step: int | None = None)
 
     def read(step: int) -> Run:
         meta = checkpoints.meta(step)
-        config, spec = from_json(meta["config"]), _spec(meta)
+        config, spec = config_and_spec(meta)
         averages = call(ema.make, config["ema"], field="ema").names
         name = ema_name or averages[-1]
         if name not in (*averages, "none"):

@@ -16,6 +16,7 @@ from absl import flags
 from diffusion import files, visualize
 from diffusion.types import InputError, SampleMetric
 from experiments import choices, cli, parts
+from experiments.drawing import check_numbers
 from experiments.sweep import sweep
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -47,9 +48,7 @@ MOST_COLUMNS = 50  # of a sheet with a column for each class
 
 
 def main() -> None:
-    for name, value in (("num", NUM.value), ("batch_size", BATCH_SIZE.value)):
-        if value < 1:
-            raise InputError(f"--{name}", f"must be at least 1, got {value}")
+    check_numbers(seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
     run = parts.open_run(WORKDIR.value, EMA.value)
     labels = classes(LABELS.value, NUM.value, run.spec.num_classes)
     chosen = {name: flag.value for name, flag in CHOICES.items() if flag.value is not None}
@@ -94,7 +93,7 @@ def classes(given: list[str] | None, num: int, num_classes: int) -> np.ndarray |
     if given is None:
         return np.arange(num, dtype=np.int32) % num_classes
     for label in given:
-        if not label.strip().isdecimal() or not int(label) < num_classes:
+        if not choices.is_whole(label) or not int(label) < num_classes:
             raise InputError("--labels", f"must be numbers from 0 to {num_classes - 1}, as in 0,1,2; got {label!r}")
     if not given:
         raise InputError("--labels", "is empty; leave it out for all classes")

@@ -61,9 +61,7 @@ def main() -> None:
     )
 
 
-def checked(
-    source: Source, network: Network, objective: Objective, teacher: Mapping | None, **keywords: Any
-) -> str:
+def checked(source: Source, network: Network, objective: Objective, teacher: Mapping | None, **keywords: Any) -> str:
     """What a run would train, in a line, once its state and a whole step are traced: nothing is computed or compiled,
     and no array of the model exists. What is in the workdir already is not looked at.
 

@@ -21,6 +21,23 @@ INFO = "info.json"
 SHARD_BYTES = 1 << 28
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**31
+
+
+# What `info.json` must hold, for it may come from elsewhere.
+_KINDS = {
+    "count": _is_count,
+    "num_classes": _is_count,
+    "dtype": lambda name: name in ("uint8", "float32"),
+    "shape": lambda shape: isinstance(shape, list) and shape and all(_is_count(size) and size for size in shape),
+    "class_names": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
+    "low": lambda number: isinstance(number, float | int),
+    "high": lambda number: isinstance(number, float | int),
+    "captions": lambda has: isinstance(has, bool),
+}
+
+
 class ArrayRecord:
     """Examples with `label` and `caption` where the set has them and they are asked for.
 
@@ -74,6 +91,9 @@ def make(path: str, flip: bool = False, labels: bool = True, captions: bool = Fa
                          f"--out={path}") from None  # fmt: skip
     if version != FORMAT:
         raise InputError("path", f"{path} has format {version}; this code reads {FORMAT}; prepare it anew")
+    bad = [name for name, sound in _KINDS.items() if not sound(info.get(name))]
+    if bad:
+        raise InputError("path", f"{os.path.join(path, INFO)} has no sound {bad[0]!r}; prepare the set anew")
     if captions and not info["captions"]:
         raise InputError("captions", f"{path} has none; prepare it anew with data.captions=True")
     found = ArrayRecord(path, info, flip, labels and info["num_classes"] > 0, captions)

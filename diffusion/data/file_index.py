@@ -55,12 +55,17 @@ class FileIndex:
         self.class_names, self.ignored = tuple(header["class_names"]), header["ignored"]
         self._captions = header["captions"]
         self._map()
+        if len(self.labels) != len(self.paths) or (self.labels >= len(self.class_names)).any():
+            raise InputError("path", f"{self.where} has other labels than images; remove it, and it is made anew")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def path(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+        path = os.fsdecode(self.paths[index])
+        if os.path.isabs(path) or ".." in path.split("/") or "\0" in path:  # a list may have come with the images
+            raise InputError("path", f"{self.where} lists {path!r}, which is not in {self.root}; remove that folder")
+        return os.path.join(self.root, path)
 
     def sizes(self) -> np.ndarray:
         """`[N, 2]` int32, height and width of the images as they are shown, from the heads of the files; 0 where that
@@ -70,7 +75,7 @@ class FileIndex:
             with ThreadPoolExecutor(THREADS) as pool:
                 paths = (self.path(index) for index in range(len(self)))
                 _save(self.where, "sizes", np.array(list(pool.map(_size, paths, chunksize=256)), np.int32))
-        return np.load(file, mmap_mode="r")
+        return _load(self.where, "sizes")
 
     def __getstate__(self) -> dict[str, Any]:
         # A data worker maps the files itself; the arrays would be copied to it.
@@ -93,13 +98,16 @@ def _kept(where: str) -> dict[str, Any] | None:
             header = json.load(file)
     except (OSError, ValueError):
         return None
-    return header if isinstance(header, dict) and header.get("format") == FORMAT else None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        return None
+    kinds = {"class_names": list, "ignored": dict, "captions": bool, "changed": dict}
+    return header if all(isinstance(header.get(name), kind) for name, kind in kinds.items()) else None
 
 
 def _fresh(root: str, header: dict[str, Any]) -> bool:
     try:
         return all(os.stat(os.path.join(root, path)).st_mtime_ns == time for path, time in header["changed"].items())
-    except OSError:
+    except (OSError, ValueError):  # a name with a NUL
         return False
 
 
@@ -198,7 +206,12 @@ def _save(where: str, name: str, array: np.ndarray) -> None:
 
 def _load(where: str, name: str) -> np.ndarray:
     path = os.path.join(where, f"{name}.npy")
-    array = np.load(path, mmap_mode="r")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError("path", f"{path} cannot be read: {error}; remove {where}, and it is made anew") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+        raise InputError("path", f"{path} is no list of ours; remove {where}, and it is made anew")
     return array
 
 

@@ -70,7 +70,7 @@ def _mapped(path: str, name: str, what: str) -> tuple[np.memmap, str]:
     """A file of the folder, and its name for messages."""
     file = os.path.join(path, name)
     try:
-        array = np.load(file, mmap_mode="r")
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise InputError("path", f"there is no {file}; np.save {what} there, or give the folder that has it") from None
     except (OSError, ValueError, EOFError) as error:

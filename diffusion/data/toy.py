@@ -6,6 +6,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from diffusion.analytic import Mixture
+from diffusion.build import at_most
 from diffusion.types import InputError, Spec
 
 CELLS = 4  # of the checkerboard, along each side
@@ -90,6 +91,7 @@ def make(
     """
     if size < 1:
         raise InputError("size", f"must be at least 1, got {size}")
+    at_most(10**8, size, "size")
     if seed < 0:
         raise InputError("seed", f"must be at least 0, got {seed}")
     return Toy(kind, size, labels, np.random.default_rng([seed, int(split == "test")]))

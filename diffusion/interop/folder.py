@@ -40,7 +40,10 @@ def read_tensors(folder: str) -> dict[str, np.ndarray]:
     """
     index = f"{WEIGHTS}.index.json"
     if os.path.exists(os.path.join(folder, index)):
-        names = sorted(set(read_json(folder, index).get("weight_map", {}).values()))
+        places = read_json(folder, index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise InputError("folder", f"{os.path.join(folder, index)} has no weight_map of names to files")
+        names = sorted(set(places.values()))
     else:
         names = [os.path.basename(path) for path in sorted(glob(os.path.join(escape(folder), "*.safetensors")))]
         names = [WEIGHTS] if WEIGHTS in names else names[:1]
@@ -59,7 +62,7 @@ def read_tensors(folder: str) -> dict[str, np.ndarray]:
         path = os.path.join(folder, os.path.basename(name))  # an index cannot point out of the folder
         try:
             read = safetensors.numpy.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise InputError("folder", f"{path} cannot be read: {error}") from None
         tensors |= {key: value.astype(np.float32) for key, value in read.items()}
     return tensors

@@ -13,7 +13,7 @@ from flax import nnx
 
 from diffusion.layers.keys import Keys
 from diffusion.layers.residual import Style
-from diffusion.types import Array
+from diffusion.types import Array, InputError
 
 Kernel = Literal["auto", "xla", "cudnn", "chunked"]
 
@@ -43,12 +43,18 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: K
 
     Returns:
       `[B, N, heads, F]`, of v's dtype.
+
+    Raises:
+      InputError: cudnn is asked for where it cannot be had.
     """
     if kernel == "auto":
         kernel = _choose(q, k, mask)
     if kernel == "cudnn":
         wide = None if mask is None else jnp.broadcast_to(mask[:, None, None, :], (len(q), 1, q.shape[1], k.shape[1]))
-        return jax.nn.dot_product_attention(q, k, v, mask=wide, implementation="cudnn")
+        try:
+            return jax.nn.dot_product_attention(q, k, v, mask=wide, implementation="cudnn")
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # each from another of its checks
+            raise InputError("network.kernel", f"cudnn cannot be had here: {error}; use auto") from error
     if kernel == "chunked":
         return _chunked(q, k, v, mask)
     return _plain(q, k, v, mask)

@@ -2,7 +2,11 @@
 
 from collections.abc import Collection, Sequence
 
+from diffusion.build import at_most
 from diffusion.types import InputError
+
+LARGEST = 2**16  # of a network's numbers: beyond it lies no network, and building one would fill the memory
+MOST = {"blocks": 1000}  # which are built one by one
 
 
 def not_square(network: str, shape: tuple[int, ...]) -> None:
@@ -12,10 +16,18 @@ def not_square(network: str, shape: tuple[int, ...]) -> None:
 
 
 def not_positive(**numbers: float | None) -> None:
-    """None is an option that is not set."""
+    """Nor is any absurdly large; None is an option that is not set."""
     for name, value in numbers.items():
         if value is not None and value <= 0:
             raise InputError(name, f"must be positive, got {value}")
+        at_most(MOST.get(name, LARGEST), value or 0, name)
+
+
+def inner_width(width: float) -> int:
+    """Of a perceptron's inner layer, as a whole number."""
+    if width < 1:
+        raise InputError("mlp_ratio", f"leaves no unit for the inner layer, {width:g}; use a larger one")
+    return int(width)
 
 
 def no_rate(**rates: float) -> None:
@@ -31,6 +43,7 @@ def bad_levels(
     """Of a U-Net: images that cannot be halved so often, attention where there is no level, heads that do not fit."""
     if not multipliers or min(multipliers) < 1:
         raise InputError("multipliers", f"must be one or more positive numbers, got {multipliers}")
+    at_most(LARGEST, width * max(multipliers), "multipliers")
     halvings = len(multipliers) - 1
     if size % (1 << halvings):
         raise InputError("multipliers", f"{size} pixels cannot be halved {halvings} times; use fewer levels")

@@ -156,7 +156,7 @@ def make(
         raise InputError("width", f"must be divisible by 4 and by heads = {heads}, got {width}")
     if positions == "rope" and width // heads % 4:
         raise InputError("positions", f"rope wants heads of a width divisible by 4, got {width // heads}")
-    inner = int(width * mlp_ratio * (2 / 3 if mlp == "swiglu" else 1))
+    inner = refusals.inner_width(width * mlp_ratio * (2 / 3 if mlp == "swiglu" else 1))
     return functional(lambda rngs: DiT(
         size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, patch=patch, width=width,
         depth=depth, heads=heads, inner=inner, positions=positions, norm=norm, qk_norm=qk_norm, gated=mlp == "swiglu",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.layers import refusals
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
@@ -83,9 +84,7 @@ def make(
     """
     if not shape or min(shape) < 1:
         raise InputError("shape", f"must be one or more positive numbers, got {shape}")
-    for name, value in (("width", width), ("depth", depth), ("outputs", outputs)):
-        if value < 1:
-            raise InputError(name, f"must be at least 1, got {value}")
+    refusals.not_positive(width=width, depth=depth, outputs=outputs)
     if width % 2:
         raise InputError("width", f"must be even, got {width}")
     return functional(lambda rngs: MLP(

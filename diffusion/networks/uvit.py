@@ -147,15 +147,16 @@ def make(
       dtype: of the computation; parameters, norms' statistics and all after the blocks are float32.
     """
     refusals.not_square("uvit", shape)
-    refusals.not_positive(patch=patch, width=width, heads=heads, outputs=outputs, mlp_ratio=mlp_ratio)
+    refusals.not_positive(patch=patch, width=width, depth=depth, heads=heads, outputs=outputs, mlp_ratio=mlp_ratio)
     if depth < 3 or depth % 2 == 0:
         raise InputError("depth", f"must be odd, 3 or more: two halves and a block between them, got {depth}")
     if shape[0] % patch:
         raise InputError("patch", f"{patch} does not divide the {shape[0]} pixels of a side")
     if width % 2 or width % heads:
         raise InputError("width", f"must be divisible by 2 and by heads = {heads}, got {width}")
+    inner = refusals.inner_width(width * mlp_ratio)
     return functional(lambda rngs: UViT(
         size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, patch=patch, width=width,
-        depth=depth, heads=heads, inner=int(width * mlp_ratio), qkv_bias=qkv_bias, time_mlp=time_mlp, conv=conv,
+        depth=depth, heads=heads, inner=inner, qkv_bias=qkv_bias, time_mlp=time_mlp, conv=conv,
         kernel=kernel, remat=remat, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
     ), shape, outputs, conditions=conditions)  # fmt: skip

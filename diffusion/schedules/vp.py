@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.build import at_most
 from diffusion.types import Array, InputError
 
 
@@ -93,6 +94,7 @@ def make(
     fewest = 2 if zero_terminal_snr else 1
     if num_steps < fewest:
         raise InputError("num_steps", f"must be at least {fewest}, got {num_steps}")
+    at_most(10**6, num_steps, "num_steps")
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if betas == "cosine" and value is not None:
             raise InputError(name, "the cosine table has no end points; remove it")

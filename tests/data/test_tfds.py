@@ -20,8 +20,8 @@ from diffusion.data.pipeline import Batches
 from diffusion.types import InputError
 from experiments import parts
 from tests.data import tfds_sets
-from tests.experiments.test_jobs import ROOT
 from tests.experiments.test_teachers import train
+from tests.jobs import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_configs_train(name, tmp_path):
     x, c_noise = jax.ShapeDtypeStruct((2, *shape), np.float32), jax.ShapeDtypeStruct((2,), np.float32)
     assert jax.eval_shape(network.apply, params, x, c_noise, cond).shape == (2, *shape)
 
-    config["network"] |= {"width": 8, "head_width": 8, "blocks": 1, "multipliers": (1,), "attention": ()}
+    config["network"] = {"name": "mlp", "width": 8, "depth": 1}
     config["train"] |= {"steps": 10, "batch_size": 8, "log_every": 1, "preview_every": 0}
     config["optimizer"]["warmup"] = 1
     with tfds.testing.mock_data(num_examples=20):

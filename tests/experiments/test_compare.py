@@ -5,8 +5,6 @@ import dataclasses
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,8 +15,8 @@ from diffusion.build import build
 from diffusion.training.loop import train
 from diffusion.types import InputError, SampleMetric
 from experiments import choices, comparison, parts, tables
+from tests.jobs import job
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 TRAILING, NUM = {"name": "trailing"}, 48
 DDIM = {"name": "ddim", "eta": 0.5, "steps": 3, "grid": TRAILING}
 PNDM = {"name": "pndm", "steps": 4, "grid": TRAILING}  # five evaluations at least
@@ -342,12 +340,6 @@ def test_the_legend_of_many_runs_fits():
 @pytest.mark.parametrize("text", ["ddim", "heun:churn=40:s_noise=1.003", "given:times=(1, 0.5, 0)", "lms:flag=True"])
 def test_parts_are_spelt_as_they_are_read(text):
     assert comparison.spell(choices.part(text, "--sampler")) == text
-
-
-def job(name, *flags):
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-m", f"experiments.{name}", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_the_job(workdirs, tmp_path):

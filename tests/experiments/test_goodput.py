@@ -3,7 +3,7 @@
 import concurrent.futures
 import json
 
-from tests.experiments.test_jobs import job, one_line
+from tests.jobs import job, one_line
 
 LINES = [
     ("a", 0, {"start": 10.0}, 1000),

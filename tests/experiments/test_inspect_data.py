@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion import visualize
-from tests.experiments.test_jobs import job
+from tests.jobs import job
 
 
 @pytest.fixture

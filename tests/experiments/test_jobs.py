@@ -3,28 +3,18 @@
 import concurrent.futures
 import csv
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from tests.jobs import job, one_line
+
 TINY = (
     "--config=configs/digits.py --config.train.steps=2 --config.train.batch_size=16 --config.optimizer.warmup=1 "
     "--config.network.width=8 --config.network.head_width=8 --config.train.preview_every=0 --config.sampler.steps=2"
 ).split()
-
-
-def job(name, *flags):
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +123,6 @@ def refusals(tmp_path_factory):
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(pool.map(run, BAD_TRAIN))
-
-
-def one_line(done):
-    """The one line of a refusal."""
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    return lines[0]
 
 
 @pytest.mark.parametrize("name", BAD_TRAIN)

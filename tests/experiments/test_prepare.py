@@ -14,7 +14,7 @@ from diffusion.build import build
 from diffusion.types import InputError
 from tests.data import tfds_sets
 from tests.data.test_tfds import read_elsewhere
-from tests.experiments.test_jobs import ROOT, job, one_line
+from tests.jobs import ROOT, job, one_line
 
 CONFIG = """
 {first}

@@ -14,7 +14,7 @@ from diffusion.checkpoint import Checkpoints
 from diffusion.training import loop
 from diffusion.types import InputError
 from experiments import parts
-from tests.experiments.test_jobs import ROOT, job, one_line
+from tests.jobs import ROOT, job, one_line
 
 TINY = {"name": "mlp", "width": 8, "depth": 1}
 

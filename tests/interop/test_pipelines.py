@@ -3,10 +3,6 @@ our sampler draw the same images from the same noise."""
 
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +13,13 @@ from diffusion.arrays import fold, normal, sample_keys
 from diffusion.interop import pipelines
 from diffusion.types import InputError
 from experiments import parts
+from tests.jobs import job
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 SHORT = "--config.train.steps=3 --config.train.batch_size=4 --config.train.preview_every=0 --config.optimizer.warmup=0"
 UNET = ("--config=configs/cifar10_ddpm.py --config.network.multipliers=(1,1) "
         "--config.network.blocks=1 --config.network.attention=(4,)")  # fmt: skip
 DIT = ("--config=configs/imagenet256_dit.py:S/2 --config.network.width=16 --config.network.depth=2 "
        "--config.network.heads=2 --config.network.last_frequency=True")  # fmt: skip
-
-
-def job(name, *flags):
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
 
 
 def reading(folder, classes=0):

@@ -1,5 +1,6 @@
 """Every sampler that there is, found by listing the folder, on every schedule, with data from a correlated Gaussian,
-whose denoiser, ODE and moments are closed forms. A new file enrols itself; what it wants set stands in `SPECS`."""
+whose denoiser, ODE and moments are closed forms. A new file enrols itself; what it wants set stands in `SPECS`. Without
+`make slow` each has one of the schedules in turn."""
 
 import itertools
 
@@ -116,8 +117,16 @@ ODE = [spec for spec in ALL if not is_stochastic(spec)]
 SDE = [spec for spec in ALL if is_stochastic(spec)]
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULES[0], SCHEDULES[1], SCHEDULES[3]], ids=spell)
-@pytest.mark.parametrize("spec", ODE, ids=spell)
+def marked(specs, schedules):
+    """All of them with all schedules, of which one in turn is not slow."""
+    for number, spec in enumerate(specs):
+        sensible = [schedule for schedule in schedules if makes_sense(spec, build("schedules", schedule))]
+        for index, schedule in enumerate(sensible):
+            marks = () if index == number % len(sensible) else pytest.mark.slow
+            yield pytest.param(spec, schedule, marks=marks, id=f"{spell(spec)}-{spell(schedule)}")
+
+
+@pytest.mark.parametrize(("spec", "schedule"), marked(ODE, [SCHEDULES[0], SCHEDULES[1], SCHEDULES[3]]))
 def test_follows_the_ode(spec, schedule):
     schedule = build("schedules", schedule)
     x, out = drawn(spec, schedule, 64, 24)
@@ -127,15 +136,7 @@ def test_follows_the_ode(spec, schedule):
     np.testing.assert_allclose(out, exact, atol=room)
 
 
-NOISY = [
-    (spec, schedule)
-    for spec in SDE
-    for schedule in (SCHEDULES[0], SCHEDULES[2], SCHEDULES[3])
-    if makes_sense(spec, build("schedules", schedule))
-]
-
-
-@pytest.mark.parametrize(("spec", "schedule"), NOISY, ids=spell)
+@pytest.mark.parametrize(("spec", "schedule"), marked(SDE, [SCHEDULES[0], SCHEDULES[2], SCHEDULES[3]]))
 def test_has_the_moments_of_the_data(spec, schedule):
     schedule = build("schedules", schedule)
     _, out = drawn(spec, schedule, 20000, 200, end=spec["name"] in TO_THE_END)

@@ -135,8 +135,8 @@ class Damaged:
 
 
 @pytest.fixture
-def run(tiny_unet, digits, mesh_of):
-    def train(workdir, *, source=digits, network=tiny_unet, steps=12, every=2, keep_best=None, **options):
+def run(tiny_mlp, digits, mesh_of):
+    def train(workdir, *, source=digits, network=tiny_mlp, steps=12, every=2, keep_best=None, **options):
         return loop.train(
             str(workdir), source=source, network=network, objective=build("objectives", "ddpm"),
             optimizer=optimizer.make(steps=steps, learning_rate=1e-2), ema=ema.make(), mesh=mesh_of(1, 1, 1),
@@ -163,14 +163,14 @@ def test_bad_steps_are_counted(run, tmp_path, digits):
 
 
 @pytest.fixture
-def diverging(tiny_unet):
+def diverging(tiny_mlp):
     """A network that is no number once it has learned."""
 
     def apply(params, *args, **kwargs):
-        learned = jnp.abs(params["conv_out"]["kernel"]).max()
-        return tiny_unet.apply(params, *args, **kwargs) * jnp.where(learned > 0.025, jnp.nan, 1)
+        learned = jnp.abs(params["linear_out"]["kernel"]).max()
+        return tiny_mlp.apply(params, *args, **kwargs) * jnp.where(learned > 0.025, jnp.nan, 1)
 
-    return Network(tiny_unet.init, apply)
+    return Network(tiny_mlp.init, apply)
 
 
 def test_too_many_in_a_row_end_the_run(run, tmp_path, diverging):
@@ -178,7 +178,7 @@ def test_too_many_in_a_row_end_the_run(run, tmp_path, diverging):
         run(tmp_path, network=diverging, patience=3)
     found = json.loads((tmp_path / "diverged.json").read_text())
     assert found["step"] * 16 == found["examples"][1] and found["seed"] == 0 and found["bad_steps"] == 3
-    assert "net/conv_out" in found["gradient_norms"] and any(name.startswith("loss_log_snr") for name in found)
+    assert "net/linear_out" in found["gradient_norms"] and any(name.startswith("loss_log_snr") for name in found)
     newest = Checkpoints(str(tmp_path), read_only=True).latest()
     assert newest and newest < found["step"]
 

@@ -1,5 +1,8 @@
+import contextlib
+import dataclasses
 import hashlib
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -15,9 +18,9 @@ from diffusion.types import InputError
 STEPS = 10
 
 
-@pytest.fixture
-def hashes(monkeypatch):
-    """The hash of every batch that reaches the device."""
+@contextlib.contextmanager
+def hashed():
+    """The hash of every batch that reaches the device meanwhile."""
     seen = []
     to_global = sharding.to_global
 
@@ -25,16 +28,17 @@ def hashes(monkeypatch):
         seen.append(hashlib.sha256(batch["x"].tobytes() + batch["cond"]["label"].tobytes()).hexdigest())
         return to_global(batch, place)
 
-    monkeypatch.setattr(sharding, "to_global", record)
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "to_global", record)
+        yield seen
 
 
-@pytest.fixture
-def run(tiny_unet, digits, mesh_of):
+@pytest.fixture(scope="module")
+def run(tiny_mlp, digits, mesh_of):
     # With a law of t that has a memory, so that the state has all that a state can have.
     ddpm = build("objectives", {"name": "ddpm", "times": {"name": "importance", "bins": 4, "history": 2}})
 
-    def train(workdir, steps=STEPS, *, mesh=(1, 1, 1), every=3, rules=(), preview=None, network=tiny_unet, **options):
+    def train(workdir, steps=STEPS, *, mesh=(1, 1, 1), every=3, rules=(), preview=None, network=tiny_mlp, **options):
         return loop.train(
             str(workdir), source=digits, network=network, objective=ddpm,
             optimizer=optimizer.make(steps=STEPS, learning_rate=1e-2, schedule="cosine", warmup=1),
@@ -55,52 +59,67 @@ def losses(workdir):
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_restart_ends_bit_for_bit_the_same(run, tmp_path, hashes):
-    """Ten steps, and three + restart + seven: state, averages, moments, metrics and the batches drawn."""
-    whole = leaves(run(tmp_path / "whole", preview_every=4, preview=lambda params: Image.new("L", (4, 4))))
-    batches = list(hashes)
-    assert len(set(batches)) == STEPS and (tmp_path / "whole/previews/step_0000004.png").exists()
-    hashes.clear()
-    run(tmp_path / "cut", steps=3)
-    with open(tmp_path / "cut/metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')  # what a killed run leaves behind its checkpoint
-    resumed = leaves(run(tmp_path / "cut"))
-    assert hashes == batches
-    assert whole.keys() == resumed.keys() and whole["memory/counts"].sum() == STEPS * 16
+@dataclasses.dataclass
+class Whole:
+    """A run that nothing disturbs, for all tests to compare with."""
+
+    workdir: pathlib.Path
+    leaves: dict
+    hashes: list
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    with hashed() as seen:
+        state = run(workdir, preview_every=4, preview=lambda params: Image.new("L", (4, 4)))
+    return Whole(workdir, leaves(state), seen)
+
+
+def assert_same(resumed, whole):
+    assert whole.keys() == resumed.keys()
     for path in whole:
         np.testing.assert_array_equal(resumed[path], whole[path], err_msg=path)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == STEPS
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(run, tmp_path, capsys):
-    whole = leaves(run(tmp_path / "whole"))
+def test_restart_ends_bit_for_bit_the_same(run, whole, tmp_path):
+    """Ten steps, and three + restart + seven: state, averages, moments, metrics and the batches drawn."""
+    assert len(set(whole.hashes)) == STEPS and (whole.workdir / "previews/step_0000004.png").exists()
+    with hashed() as seen:
+        run(tmp_path / "cut", steps=3)
+        with open(tmp_path / "cut/metrics.jsonl", "a") as file:
+            file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')  # what a killed run leaves behind its checkpoint
+        resumed = leaves(run(tmp_path / "cut"))
+    assert seen == whole.hashes and resumed["memory/counts"].sum() == STEPS * 16
+    assert_same(resumed, whole.leaves)
+    assert losses(whole.workdir) == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == STEPS
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(run, whole, tmp_path, capsys):
     run(tmp_path / "run", steps=6)
     about = tmp_path / "run/checkpoints/6/about/metadata"
     about.write_bytes(about.read_bytes()[:-9])
-    resumed = leaves(run(tmp_path / "run"))
-    for path in whole:
-        np.testing.assert_array_equal(resumed[path], whole[path], err_msg=path)
+    assert_same(leaves(run(tmp_path / "run")), whole.leaves)
     told = capsys.readouterr()
     assert "checkpoints/6 is damaged" in told.err and "going on from step 3" in told.out
-    assert (tmp_path / "run/damaged/6/about/metadata").exists() and losses(tmp_path / "run") == losses(
-        tmp_path / "whole"
-    )
+    assert (tmp_path / "run/damaged/6/about/metadata").exists()
+    assert losses(tmp_path / "run") == losses(whole.workdir)
 
 
-def test_a_finished_run_is_left_alone(run, tmp_path, hashes):
-    state = leaves(run(tmp_path, steps=3))
-    hashes.clear()
-    again = leaves(run(tmp_path, steps=3))
-    assert not hashes
-    for path in state:
-        np.testing.assert_array_equal(again[path], state[path])
+def test_a_finished_run_is_left_alone(run, whole):
+    with hashed() as seen:
+        again = leaves(run(whole.workdir))
+    assert not seen
+    assert_same(again, whole.leaves)
 
 
-def test_eight_devices_train_as_one(run, tmp_path):
+def test_eight_devices_train_as_one(run, tmp_path, digits):
     """Data 2 x fsdp 2 x model 2, with layers split over `model`, against one device: the same losses."""
+    spec = {"name": "unet", "width": 8, "multipliers": (1,), "blocks": 1, "attention": (8,), "head_width": 8}
+    unet = build("networks", spec, shape=digits.spec.shape, num_classes=digits.spec.num_classes)
     rules = ((r"conv1/kernel$", (None, None, None, "model")), (r"qkv/kernel$", (None, "model")))
-    one = run(tmp_path / "one", every=100)
-    eight = run(tmp_path / "eight", mesh=(2, 2, 2), rules=rules, every=100)
+    one = run(tmp_path / "one", every=100, network=unet)
+    eight = run(tmp_path / "eight", mesh=(2, 2, 2), rules=rules, every=100, network=unet)
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
     for (path, a), b in zip(jax.tree.leaves_with_path(one.params), jax.tree.leaves(eight.params), strict=True):
         np.testing.assert_allclose(b, a, atol=2e-3, err_msg=sharding.path_name(path))
@@ -110,11 +129,12 @@ def test_eight_devices_train_as_one(run, tmp_path):
     assert "fsdp" in eight.ema["0.9"]["net"]["down"]["0_0"]["residual"]["conv2"]["kernel"].sharding.spec
 
 
-def test_restores_onto_another_mesh(run, tmp_path):
-    run(tmp_path, steps=3, mesh=(2, 2, 2))
+def test_restores_onto_another_mesh(run, whole, tmp_path):
+    rules = ((r"blocks/kernel1$", (None, "fsdp", "model")),)
+    begun = run(tmp_path, steps=3, mesh=(2, 2, 2), rules=rules)
+    assert begun.params["net"]["blocks"]["kernel1"].sharding.spec == jax.P(None, "fsdp", "model")
     resumed = leaves(run(tmp_path, mesh=(1, 1, 1)))
-    run(tmp_path / "whole")
-    np.testing.assert_allclose(losses(tmp_path), losses(tmp_path / "whole"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole.workdir), rtol=1e-5)
     assert resumed["step"] == STEPS
 
 

@@ -28,16 +28,17 @@ def folder(tmp_path):
 
 @pytest.fixture
 def run(mesh_of):
-    def train(workdir, steps, path, *, size=8, on_error="skip", captions=False, mesh=(1, 1, 1), workers=0):
+    mlp = {"name": "mlp", "width": 8, "depth": 1}
+
+    def train(workdir, steps, path, *, network=mlp, size=8, on_error="skip", captions=False, mesh=(1, 1, 1), workers=0):
         data = {"name": "folder", "path": str(path), "size": size, "labels": False, "on_error": on_error}
         source = build("data", {**data, "captions": captions}, field="data")
-        unet = {"name": "unet", "width": 8, "multipliers": (1,), "blocks": 1, "attention": (), "head_width": 8}
         return loop.train(
-            str(workdir), source=source, network=build("networks", unet, shape=source.spec.shape, num_classes=0),
+            str(workdir), source=source, network=build("networks", network, shape=source.spec.shape, num_classes=0),
             objective=build("objectives", "ddpm"), optimizer=optimizer.make(steps=10), ema=ema.make(),
             mesh=mesh_of(*mesh), options=loop.Options(steps=steps, batch_size=BATCH_SIZE, log_every=1, workers=workers),
             checkpoint=loop.CheckpointOptions(every=100), seed=0,
-            meta={"config": {"network": unet, "objective": {}, "data": data}},
+            meta={"config": {"network": network, "objective": {}, "data": data}},
         )  # fmt: skip
 
     return train
@@ -76,9 +77,10 @@ def test_other_data_are_refused(run, tmp_path, folder):
 
 
 def test_batches_of_several_sizes(run, tmp_path, folder):
-    run(tmp_path / "run", 5, folder, size=((8, 8), (8, 16)))
+    unet = {"name": "unet", "width": 8, "multipliers": (1,), "blocks": 1, "attention": (), "head_width": 8}
+    run(tmp_path / "run", 5, folder, network=unet, size=((8, 8), (8, 16)))
     assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
-    run(tmp_path / "run", 10, folder, size=((8, 8), (8, 16)))
+    run(tmp_path / "run", 10, folder, network=unet, size=((8, 8), (8, 16)))
     assert len(metrics(tmp_path / "run")) == 10
 
 

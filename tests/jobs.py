@@ -1,0 +1,65 @@
+"""Jobs as a user runs them, each in a process of its own: what they write, print and end with.
+
+The processes are forked from one that has everything imported, which is most of what a short job takes.
+"""
+
+import atexit
+import contextlib
+import multiprocessing.forkserver
+import os
+import pathlib
+import pkgutil
+import runpy
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+import diffusion
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Not the jobs themselves: they define their flags when they are imported.
+IMPORTED = [module.name for module in pkgutil.walk_packages(diffusion.__path__, "diffusion.")]
+IMPORTED += ["experiments.comparison", "experiments.drawing", "tests.jobs"]
+
+
+def job(name, *flags):
+    """`python -m experiments.NAME FLAGS` on one device, from the root of the repository."""
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:  # JAX reads its environment when it is imported, there
+        for key in ("JAX_NUM_CPU_DEVICES", "PYTHONPATH"):
+            patch.setenv(key, environment[key])
+        context.set_forkserver_preload(IMPORTED)
+        multiprocessing.forkserver.ensure_running()
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [pathlib.Path(folder) / stream for stream in ("stdout", "stderr")]
+        for path in streams:
+            path.touch()
+        process = context.Process(target=_run, args=(name, flags, environment, streams))
+        process.start()
+        process.join()
+        stdout, stderr = (path.read_text() for path in streams)
+    return subprocess.CompletedProcess([name, *flags], process.exitcode, stdout, stderr)
+
+
+def one_line(done):
+    """The one line of a refusal."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+def _run(name, flags, environment, streams):
+    for number, path in enumerate(streams, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [name, *flags]
+    with contextlib.ExitStack() as stack:
+        stack.callback(atexit._run_exitfuncs)  # which multiprocessing leaves out
+        runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)

@@ -1,0 +1,213 @@
+"""Files that come from elsewhere hold data: nothing in them is run, and no name in them leads out of its folder.
+
+Configs are Python, and run as such: see docs/reliability.md.
+"""
+
+import ast
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from diffusion.build import build, find
+from diffusion.interop import folder
+from diffusion.training import ema
+from diffusion.types import InputError
+from experiments import parts
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted(path for top in ("diffusion", "experiments", "launch") for path in (ROOT / top).rglob("*.py"))
+
+# Modules whose readers run what they read, calls that run text, and calls that do unless a keyword says otherwise.
+RUNS = ("pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "code", "yaml")
+CALLS = ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "pandas.read_pickle",
+         "runpy.run_path", "runpy.run_module", "tarfile.open", "shutil.unpack_archive")  # fmt: skip
+KEYWORDS = {"numpy.load": ("allow_pickle", False)}
+# A config of this repository, by a name that no file has a say in.
+ALLOWED = {("experiments/convert.py", "runpy.run_path")}
+
+
+def faults(source: str) -> list[str]:
+    """What a file does that could run what it reads."""
+    tree, names, found = ast.parse(source), {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.partition(".")[0] in RUNS]
+            names |= {alias.asname or alias.name.partition(".")[0]: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module] * (node.module.partition(".")[0] in RUNS)
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        first, dot, rest = ast.unparse(node.func).partition(".")
+        name = f"{names.get(first, first)}{dot}{rest}"
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name in CALLS or given.get("shell") == "True" or given.get("allow_pickle") == "True":
+            found.append(name)
+        keyword, value = KEYWORDS.get(name, (None, None))
+        if keyword and given.get(keyword) != str(value):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_that_is_read_is_run(path):
+    where = path.relative_to(ROOT).as_posix()
+    assert [name for name in faults(path.read_text()) if (where, name) not in ALLOWED] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle", "from dill import loads", "import joblib as j", "eval('1')", "exec(text)",
+        "compile('', '', 'exec')", "import yaml", "import torch\ntorch.load(path)", "import os\nos.system(text)",
+        "import numpy as np\nnp.load(path)", "from numpy import load\nload(path, mmap_mode='r')",
+        "import numpy\nnumpy.load(path, allow_pickle=True)", "import runpy as r\nr.run_path(p)",
+        "import subprocess\nsubprocess.run(text, shell=True)",
+    ],
+)  # fmt: skip
+def test_the_search_finds(source):
+    assert faults(source)
+
+
+def test_the_search_passes_what_is_harmless():
+    source = "import numpy as np\nnp.load(path, allow_pickle=False)\nre.compile('a')\nstep.lower(x).compile()"
+    assert faults(source) == []
+
+
+# Arrays of objects, which NumPy reads by pickle.
+
+OBJECTS = np.array([{"a": 1}, None], object)
+
+
+def refused(make, *words):
+    with pytest.raises(InputError) as error:
+        make()
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+class Trap:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["x", "label"])
+def test_npy_refuses_objects(tmp_path, name):
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4, 1), np.uint8))
+    np.save(tmp_path / "label.npy", np.zeros(2, np.int32))
+    np.save(tmp_path / f"{name}.npy", np.array([Trap(tmp_path / "sprung")] * 2, object), allow_pickle=True)
+    refused(lambda: build("data", {"name": "npy", "path": str(tmp_path), "num_classes": 2}), "data.path", f"{name}.npy")
+    np.savez(tmp_path / "both.npz", x=OBJECTS)
+    (tmp_path / "both.npz").rename(tmp_path / f"{name}.npy")
+    refused(lambda: build("data", {"name": "npy", "path": str(tmp_path), "num_classes": 2}), "data.path", f"{name}.npy")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of two pictures, with the list that is kept of it."""
+    for number in range(2):
+        (tmp_path / "set" / f"class{number}").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / f"class{number}" / "a.png")
+    folder_of(tmp_path / "set")
+    return tmp_path / "set"
+
+
+def folder_of(path):
+    return build("data", {"name": "folder", "path": str(path), "size": 8})
+
+
+@pytest.mark.parametrize("name", ["paths", "paths_ends", "labels"])
+def test_a_kept_list_refuses_objects(pictures, name):
+    np.save(pictures / ".index" / f"{name}.npy", np.array([Trap(pictures / "sprung")], object), allow_pickle=True)
+    refused(lambda: folder_of(pictures), "data.path", f"{name}.npy", "remove")
+    assert not (pictures / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/passwd", "class0/../../secret.png", "a\0b"])
+def test_a_kept_list_leads_nowhere_else(pictures, name):
+    """It lies in the folder of the pictures, and so may come with them."""
+    Image.new("RGB", (8, 8), "red").save(pictures.parent / "secret.png")
+    names = [name.encode(), b"class1/a.png"]
+    np.save(pictures / ".index/paths.npy", np.frombuffer(b"".join(names), np.uint8))
+    np.save(pictures / ".index/paths_ends.npy", np.cumsum([len(name) for name in names], dtype=np.uint64))
+    source = folder_of(pictures)
+    refused(lambda: source[0], "is not in", "remove that folder")
+    assert source[1]["x"].shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("labels", [[0, 7], [0]])
+def test_a_kept_list_has_its_labels(pictures, labels):
+    np.save(pictures / ".index/labels.npy", np.array(labels, np.int32))
+    refused(lambda: folder_of(pictures), "other labels than images")
+
+
+@pytest.mark.parametrize("header", ["[]", "{}", '{"format": 1}', '{"format": 1, "class_names": 3, "changed": {}}'])
+def test_a_bad_header_of_a_kept_list_is_made_anew(pictures, header):
+    (pictures / ".index/index.json").write_text(header)
+    assert len(folder_of(pictures)) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("dtype", "object"), ("dtype", "O"), ("shape", [-1, 8, 3]), ("shape", 8), ("shape", []), ("num_classes", "2"),
+     ("num_classes", -1), ("class_names", None), ("captions", None), ("low", "0"), ("count", 1e300)],
+)  # fmt: skip
+def test_a_prepared_set_says_what_it_holds(tmp_path, field, value):
+    info = {"format": 1, "count": 0, "dtype": "uint8", "class_names": [], "shape": [8, 8, 3], "num_classes": 0,
+            "low": 0.0, "high": 255.0, "captions": False}  # fmt: skip
+    (tmp_path / "info.json").write_text(json.dumps({**info, field: value}))
+    refused(lambda: build("data", {"name": "array_record", "path": str(tmp_path)}), "data.path", field)
+
+
+# Names that become paths.
+
+OUTSIDE = ["../x", "..", "/etc/passwd", "a/../../x", "a\0b", "", ".", "gs://x"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("family", ["samplers", "networks", "evaluation", "grids", "data"])
+def test_parts_are_those_there_are(family, name):
+    refused(lambda: find(family, name, field="name"), f"no {name!r}" if "\0" not in name else "no ")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_the_weights_of_a_model_lie_in_its_folder(tmp_path, name):
+    """Its index names files; one of them outside is not read, whatever it is called."""
+    inside = tmp_path / "model"
+    inside.mkdir()
+    safetensors.numpy.save_file({"secret": np.zeros(1, np.float32)}, tmp_path / "x")
+    (inside / f"{folder.WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
+    refused(lambda: folder.read_tensors(str(inside)), "folder", str(inside))
+
+
+@pytest.mark.parametrize("places", [None, [], {"a": 1}, {"a": None}, "x"])
+def test_a_bad_index_of_weights(tmp_path, places):
+    (tmp_path / f"{folder.WEIGHTS}.index.json").write_text(json.dumps({"weight_map": places}))
+    refused(lambda: folder.read_tensors(str(tmp_path)), "weight_map")
+
+
+def test_the_names_of_tensors_are_no_paths(tmp_path):
+    """They stay keys: nothing is opened or made by them."""
+    tensors = {name: np.ones(1, np.float32) for name in ("../x", "/etc/x", "a/../../b")}
+    safetensors.numpy.save_file(tensors, tmp_path / folder.WEIGHTS)
+    before = sorted(tmp_path.parent.rglob("*"))
+    assert folder.read_tensors(str(tmp_path)).keys() == tensors.keys()
+    assert sorted(tmp_path.parent.rglob("*")) == before
+
+
+def test_averages_are_named_by_numbers():
+    """Their names are those of arrays in checkpoints."""
+    averages = ema.make(decays=(0.0, 1e-300, 0.999999999999))
+    assert all(float(name) >= 0 and "/" not in name for name in averages.names)
+    for decay in ("../x", float("nan"), -0.5):
+        refused(lambda decay=decay: parts.call(ema.make, {"decays": (decay,)}, field="ema"), "ema.decays")
