@@ -76,5 +76,12 @@ def get_config(model: str = "XL/2") -> ml_collections.ConfigDict:
             "metrics": {},
         },
         "mesh": {"data": -1, "fsdp": 1, "model": 1},
-        "sharding": {"rules": ()},
+        # Megatron's split (Shoeybi et al. 2019, arXiv 1909.08053): a block's inner width over `model`; no effect at 1.
+        "sharding": {
+            "rules": (
+                (r"blocks/(qkv|up)/kernel$", (None, None, "model")),
+                (r"blocks/(qkv|up)/bias$", (None, "model")),
+                (r"blocks/(out|down)/kernel$", (None, "model")),
+            ),
+        },
     })  # fmt: skip

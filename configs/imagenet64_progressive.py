@@ -92,5 +92,13 @@ def get_config(run: str = "4") -> ml_collections.ConfigDict:
             "metrics": {},
         },
         "mesh": {"data": -1, "fsdp": 1, "model": 1},
-        "sharding": {"rules": ()},
+        # Megatron's split (Shoeybi et al. 2019, arXiv 1909.08053): a block's inner width over `model`; no effect at 1.
+        "sharding": {
+            "rules": (
+                (r"conv1/kernel$", (None, None, None, "model")),
+                (r"conv2/kernel$", (None, None, "model")),
+                (r"qkv/kernel$", (None, "model")),
+                (r"attention/out/kernel$", ("model",)),
+            ),
+        },
     })  # fmt: skip

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diffusion.distributed.mesh import REST
 from diffusion.types import InputError
 
-Rule = tuple[str, tuple]  # a regular expression on the path, and the mesh axis (or None) of each dimension
+Rule = tuple[str, tuple | None]  # a regular expression on the path, and the mesh axis (or None) of each dimension
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -35,10 +35,11 @@ def batch_shards(mesh: Mesh) -> int:
 def of_state(state: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
     """A sharding for each leaf of an abstract state.
 
-    The first rule whose expression is found in the leaf's path, such as `ema/0.999/net/conv_in/kernel`, decides; paths
-    of optimizer moments and EMA copies end as those of their parameters do, so one rule holds for all three. A leaf
-    that no rule matches has its largest dimension that divides split over `fsdp`; if none does and the mesh has
-    `fsdp_rest`, two dimensions are split, one over each. `fsdp` in a rule stands for both.
+    The first rule whose expression is found in the leaf's path, such as `ema/0.999/net/conv_in/kernel`, says which mesh
+    axes split which dimension; paths of optimizer moments and EMA copies end as those of their parameters do, so one
+    rule holds for all three. `fsdp` needs no rule: it splits the largest dimension that divides and that no rule has
+    split, or two of them where the mesh has `fsdp_rest`, one over each. A rule may name it all the same, for both. A
+    rule of None in the place of axes leaves a leaf whole.
 
     Raises:
       InputError: a rule with an unknown axis, more axes than dimensions, or one that does not divide.
@@ -48,17 +49,22 @@ def of_state(state: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
 
     def place(path, leaf) -> NamedSharding:
         name = path_name(path)
-        for pattern, spec, index in compiled:
-            if pattern.search(name) and leaf.ndim:
-                unused.pop(index, None)
-                whole = tuple(_whole_fsdp(axes, mesh) for axes in spec)
-                _check(whole, leaf.shape, mesh, f"sharding.rules[{index}]", name)
-                return NamedSharding(mesh, PartitionSpec(*whole))
-        return NamedSharding(mesh, _fsdp(leaf.shape, mesh))
+        found = ((spec, index) for pattern, spec, index in compiled if leaf.ndim and pattern.search(name))
+        spec, index = next(found, ((), None))
+        unused.pop(index, None)
+        if spec is None:
+            return replicated(mesh)
+        split = [_axes(axes, mesh) for axes in spec]
+        _check(split, leaf.shape, mesh, f"sharding.rules[{index}]", name)
+        split += [()] * (leaf.ndim - len(split))
+        if not any("fsdp" in axes for axes in split):
+            for dimension, axes in _fsdp(leaf.shape, split, mesh).items():
+                split[dimension] = axes
+        return NamedSharding(mesh, _spec(split))
 
     placed = jax.tree.map_with_path(place, state)
     for index, pattern in unused.items():
-        print(f"warning: sharding.rules[{index}], {pattern!r}, is the first to match no array", file=sys.stderr)
+        print(f"warning: sharding.rules[{index}], {pattern!r}, decides for no array", file=sys.stderr)
     return placed
 
 
@@ -113,47 +119,44 @@ def _parts(axes: Sequence[str], mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _whole_fsdp(axes: str | Sequence[str] | None, mesh: Mesh) -> str | tuple[str, ...] | None:
+def _axes(given: str | Sequence[str] | None, mesh: Mesh) -> tuple[str, ...]:
     """A dimension's axes in a rule, as the mesh has them."""
-    if axes is None or len(_fsdp_axes(mesh)) == 1:
-        return axes
-    axes = (axes,) if isinstance(axes, str) else tuple(axes)
-    return tuple(part for axis in axes for part in (_fsdp_axes(mesh) if axis == "fsdp" else (axis,)))
+    given = () if given is None else (given,) if isinstance(given, str) else given
+    return tuple(part for axis in given for part in (_fsdp_axes(mesh) if axis == "fsdp" else (axis,)))
 
 
-def _fsdp(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The split into the most parts, of the largest dimensions."""
+def _spec(split: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    last = max((dimension for dimension, axes in enumerate(split) if axes), default=-1)
+    return PartitionSpec(*((axes[0] if len(axes) == 1 else axes) if axes else None for axes in split[: last + 1]))
+
+
+def _fsdp(shape: tuple[int, ...], split: Sequence[tuple[str, ...]], mesh: Mesh) -> dict[int, tuple[str, ...]]:
+    """The split of the dimensions that are whole into the most parts, of the largest."""
     axes = _fsdp_axes(mesh)
-    ways = [{dimension: axes} for dimension in range(len(shape))]
+    free = [dimension for dimension in range(len(shape)) if _parts(split[dimension], mesh) == 1]
+    ways = [{dimension: axes} for dimension in free]
     if len(axes) > 1:
-        ways += [dict(zip(pair, ((axis,) for axis in axes), strict=True))
-                 for pair in itertools.permutations(range(len(shape)), 2)]  # fmt: skip
-        ways += [{dimension: (axis,)} for dimension in range(len(shape)) for axis in axes]
+        ways += [dict(zip(pair, ((axis,) for axis in axes), strict=True)) for pair in itertools.permutations(free, 2)]
+        ways += [{dimension: (axis,)} for dimension in free for axis in axes]
     dividing = [way for way in ways if all(shape[d] % _parts(axes, mesh) == 0 for d, axes in way.items())]
-    if mesh.shape["fsdp"] == 1 or not dividing:
-        return PartitionSpec()
 
     def rank(way: dict[int, tuple[str, ...]]) -> tuple:
         parts = math.prod(_parts(axes, mesh) for axes in way.values())
         return parts, -len(way), *(shape[dimension] for dimension in way)
 
-    best = max(dividing, key=rank)
-    split = [best.get(dimension) for dimension in range(max(best) + 1)]
-    return PartitionSpec(*(axes[0] if axes and len(axes) == 1 else axes for axes in split))
+    return max(dividing, key=rank) if dividing and mesh.shape["fsdp"] > 1 else {}
 
 
-def _check(spec: tuple, shape: tuple[int, ...], mesh: Mesh, field: str, name: str) -> None:
-    used = [axis for axes in spec if axes is not None for axis in ((axes,) if isinstance(axes, str) else axes)]
-    twice = next((axis for axis in used if used.count(axis) > 1), None)
-    if twice:
-        raise InputError(field, f"splits two dimensions over {twice!r}; an axis may split one")
-    if len(spec) > len(shape):
-        raise InputError(field, f"has {len(spec)} axes, but {name} has {len(shape)} dimensions")
-    for size, axes in zip(shape, spec, strict=False):
-        axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-        for axis in axes:
-            if axis not in mesh.shape:
-                raise InputError(field, f"no mesh axis {axis!r}; one of: {', '.join(mesh.shape)}")
-        parts = int(np.prod([mesh.shape[axis] for axis in axes]))
-        if size % parts:
-            raise InputError(field, f"splits a dimension of {size} of {name} into {parts}, which does not divide it")
+def _check(split: Sequence[tuple[str, ...]], shape: tuple[int, ...], mesh: Mesh, field: str, name: str) -> None:
+    if len(split) > len(shape):
+        raise InputError(field, f"has {len(split)} axes, but {name} has {len(shape)} dimensions")
+    used = [axis for axes in split for axis in axes]
+    for axis in used:
+        if axis not in mesh.shape:
+            raise InputError(field, f"no mesh axis {axis!r}; one of: {', '.join(mesh.shape)}")
+        if used.count(axis) > 1:
+            raise InputError(field, f"splits two dimensions over {axis!r}; an axis may split one")
+    for size, axes in zip(shape, split, strict=False):
+        if size % _parts(axes, mesh):
+            raise InputError(field, f"splits a dimension of {size} of {name} into {_parts(axes, mesh)}, which does not "
+                             "divide it")  # fmt: skip

@@ -29,7 +29,9 @@ def test_what_no_rule_matches_is_split_over_fsdp(mesh_of):
 def test_the_first_rule_decides_for_the_whole_state(mesh_of):
     rules = (("a/kernel$", ("model", None)), ("kernel", (None, "model")))
     placed = specs(rules, mesh_of(1, 2, 2))
-    assert placed["params"]["net"]["a"]["kernel"] == placed["mu"]["net"]["a"]["kernel"] == P("model", None)
+    assert placed["params"]["net"]["a"]["kernel"] == placed["mu"]["net"]["a"]["kernel"] == P("model", "fsdp")
+    placed = specs((("a/kernel$", ("model", "data")), ("bias", None)), mesh_of(2, 3, 1))
+    assert placed["params"]["net"]["a"]["kernel"] == P("fsdp", "data") and placed["bias"] == P()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,8 @@ def test_512_parts_of_what_128_divide(shape):
 def test_an_fsdp_of_two_axes_in_a_rule():
     made = mesh.make(fsdp=256, model=2, devices=parts(512))
     kernel = jax.ShapeDtypeStruct((1024, 64), "float32")
-    assert sharding.of_state(kernel, made, (("", ("fsdp", "model")),)).spec == P(("fsdp", "fsdp_rest"), ("model",))
+    assert sharding.of_state(kernel, made, (("", ("fsdp", "model")),)).spec == P(("fsdp", "fsdp_rest"), "model")
+    assert sharding.of_state(kernel, made, (("", (None, "model")),)).spec == P(("fsdp", "fsdp_rest"), "model")
     with pytest.raises(InputError, match=r"rules\[0\]: splits two dimensions over 'fsdp'"):
         sharding.of_state(kernel, made, (("", ("fsdp", "fsdp")),))
 
@@ -134,9 +137,9 @@ def test_which_part_of_a_batch_a_process_reads():
 def test_a_rule_that_matches_nothing_and_arrays_that_stay_whole(mesh_of, capsys):
     made = mesh_of(1, 4, 1)
     odd = {"odd": jax.ShapeDtypeStruct((1021, 1021), "float32"), "small": jax.ShapeDtypeStruct((3,), "float32")}
-    placed = sharding.of_state(odd, made, (("odd", (None, None)), ("od", ("fsdp",)), ("x+y", ("fsdp",))))
+    placed = sharding.of_state(odd, made, (("odd", None), ("od", ("fsdp",)), ("x+y", ("fsdp",))))
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"warning: sharding.rules[{index}], {pattern!r}, is the first to match no array"
+    assert told == [f"warning: sharding.rules[{index}], {pattern!r}, decides for no array"
                     for index, pattern in ((1, "od"), (2, "x+y"))]  # fmt: skip
     assert sharding.replicated_arrays(odd, placed) == {"odd": 4 * 1021**2}
     assert not sharding.replicated_arrays(odd, sharding.of_state(odd, mesh_of(1, 1, 1)))
