@@ -3,6 +3,7 @@ first process alone, where a job has several."""
 
 import contextlib
 import errno
+import io
 import os
 import tempfile
 import time
@@ -53,8 +54,7 @@ def replace(path: str, mode: str = "w") -> Iterator[IO]:
     """Opens a file that takes the place of `path` at the end, unless something was raised."""
     encoding = None if "b" in mode else "utf-8"
     if not writes():
-        with open(os.devnull, mode, encoding=encoding) as file:
-            yield file
+        yield io.BytesIO() if "b" in mode else io.StringIO()  # not the null device, where an archive cannot seek
         return
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:

@@ -45,6 +45,10 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", None, "Whether other processes do the job with this one, of whom the environment tells. Default: in "
+    "srun and GKE with TPUs, yes; on the hosts of a TPU pod slice say so."
+)  # fmt: skip
 DETERMINISTIC = flags.DEFINE_bool(
     "deterministic", False, "The same bits from every start on a GPU, too, where that is slower; a CPU needs no flag."
 )
@@ -161,11 +165,14 @@ def _join() -> None:
     """Joins the other processes, if there are any; those that do not write files do not tell of them either."""
     given = {"--coordinator": COORDINATOR, "--num_processes": NUM_PROCESSES, "--process_id": PROCESS_ID}
     missing = [name for name, flag in given.items() if flag.value is None]
-    if len(missing) == len(given):
-        return
-    if missing:
+    if not missing:
+        multihost.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    elif len(missing) < len(given):
         raise InputError(missing[0], f"is missing; {', '.join(given)} go together")
-    multihost.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    elif DISTRIBUTED.value or (DISTRIBUTED.value is None and multihost.is_told_of()):
+        multihost.initialize()
+    else:
+        return
     if not files.writes():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 

@@ -85,9 +85,10 @@ class Batches:
         self._finalize()
 
     def _begin(self, position: Mapping[str, int], divides: bool) -> int:
-        if position.get("size") != self.size:
-            raise InputError("data", f"has {self.size:,} examples, but the run began with {position.get('size', 0):,}; give "
-                             "it the same data, or begin anew in another --workdir")  # fmt: skip
+        began = position.get("size", 0)
+        if began != self.size:
+            raise InputError("data", f"has {self.size:,} examples, but the run began with {began:,}; give it "
+                             "the same data, or begin anew in another --workdir")  # fmt: skip
         if divides and position["examples"] % self.batch_size:
             raise InputError("train.batch_size", f"{self.batch_size} does not divide the {position['examples']:,} "
                              "examples that the run has had; batches of several sizes keep their number")  # fmt: skip

@@ -1,5 +1,8 @@
 """Several processes of one job, each with devices of its own."""
 
+import os
+import sys
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -10,27 +13,47 @@ HEARTBEAT = 30  # seconds of silence after which a process counts as dead, and e
 TOGETHER = 300  # seconds that a process waits for the others, at the start, at a barrier, at the end
 
 
-def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
-    """Joins the processes of a job; before anything else touches a device.
+def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the processes of a job; before anything else touches a device. What is not given JAX finds in the
+    environment: of Slurm, Open MPI, GKE or a TPU VM.
 
     Args:
       coordinator: HOST:PORT of process 0, the same in all.
       num_processes: how many there are.
       process_id: which this is, from 0.
+
+    Raises:
+      InputError: they do not go together, or the environment does not tell.
     """
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise InputError("--coordinator", f"must be HOST:PORT, as in 127.0.0.1:1234, got {coordinator!r}")
-    if num_processes < 1:
-        raise InputError("--num_processes", f"must be at least 1, got {num_processes}")
-    if not 0 <= process_id < num_processes:
-        raise InputError("--process_id", f"must be from 0 to {num_processes - 1}, got {process_id}")
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise InputError("--coordinator", f"must be HOST:PORT, as in 127.0.0.1:1234, got {coordinator!r}")
+        if num_processes < 1:
+            raise InputError("--num_processes", f"must be at least 1, got {num_processes}")
+        if not 0 <= process_id < num_processes:
+            raise InputError("--process_id", f"must be from 0 to {num_processes - 1}, got {process_id}")
+        # JAX ends the process itself if the others do not come, and does not say who is missing.
+        print(f"process {process_id} of {num_processes} waits at {coordinator} for the others, {TOGETHER} s at most",
+              file=sys.stderr)  # fmt: skip
     # It would take SIGTERM from training/preemption.py, to save a step that Orbax chooses.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id, initialization_timeout=TOGETHER, heartbeat_timeout_seconds=HEARTBEAT,
-        shutdown_timeout_seconds=TOGETHER,
-    )  # fmt: skip
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=TOGETHER,
+            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=TOGETHER,
+        )  # fmt: skip
+    except ValueError as error:
+        problem = f"the environment does not tell of other processes ({error}); give --coordinator, --num_processes and"
+        raise InputError("--distributed", f"{problem} --process_id") from error
+
+
+def is_told_of() -> bool:
+    """Whether the environment says that this is one of several processes: Slurm's srun, or GKE with TPUs."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
+    return tasks not in ("", "1") or "," in hosts or slices not in ("", "1")
 
 
 def wait_for_all(what: str) -> None:

@@ -38,7 +38,7 @@ from experiments import cli
 from experiments.drawing import Drawer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-EXAMPLES = int(os.environ.get("FUZZ", 270))
+EXAMPLES = int(os.environ.get("FUZZ", 220))
 SECONDS, MEMORY = 60, 8 * 2**30  # that an example may take: endless loops and gigantic arrays fail, and do not hang
 TINY = ("--config.train.steps=1", "--config.train.batch_size=8", "--config.optimizer.warmup=0")
 MLP = ("--config.network.width=4", "--config.network.depth=1")
@@ -386,7 +386,7 @@ def wrong(*given, base="digits.py", check=True):
 @wrong("data={'name': 'folder', 'path': '/none', 'size': 8, 'index': '../x'}")
 @wrong("data={'name': 'array_record', 'path': '/etc'}")
 @example(given=("digits.py", [""], False))
-@fuzz(0.36)
+@fuzz(0.3)
 @given(given=train_flags())
 def test_overrides_of_a_config(jobs, place, given):
     base, wrong, check = given
@@ -403,7 +403,7 @@ def test_overrides_of_a_config(jobs, place, given):
     [
         ("train", "--config.seed=18446744073709551616", "config.seed: must be from 0 to 2^32 - 1, got 18446744"),
         ("train", "--config.eval={}", "eval.data: is missing"),
-        ("train", "--config.eval.metrics={'../x': {}}", "eval.metrics: no '../x' in evaluation; one of"),
+        ("train", "--config.eval.metrics={'x': {}}", "eval.metrics: no 'x' in evaluation; one of"),
         ("train", "--config.eval.metrics={'svc_accuracy': {'nun': 2}}", "eval.metrics.svc_accuracy.nun: "),
         ("train", "--config.train.batch_size=12", "train.batch_size: 12 examples are not a multiple of 8"),
         ("train", "--config.sampler.eta=nan", "sampler.eta: must be a finite number, in float32, got nan"),
@@ -525,7 +525,7 @@ def bad_flags(job, *given, workdir="run"):
 @bad_flags("evaluate", "steps=1000000000000")
 @bad_flags("compare", "nfe=1000000000000")
 @bad_flags("inspect_data", "num=1000000000000000")
-@fuzz(0.3)
+@fuzz(0.36)
 @given(given=job_flags())
 def test_flags_of_the_other_jobs(jobs, place, given):
     job, wrong, workdir = given
@@ -561,6 +561,7 @@ def edits(draw):
 
 def edited(value, edit):
     number, kind, new, key, alike = edit
+    value = json.loads(json.dumps(value))  # what was put there before is JSON too
     places = [path for path in paths(value) if path[:1] != ("arrays",)] * 3 + list(paths(value))  # most say little
     path = places[number % len(places)]
     if not path:
