@@ -155,7 +155,7 @@ def _guard(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        lost = isinstance(error, jax.errors.JaxRuntimeError) and re.search(LOST, str(error))
+        lost = isinstance(error, RuntimeError) and re.search(LOST, str(error))
         if not (lost and jax.distributed.is_initialized()) or flags.FLAGS.debug:
             raise
         _fail(f"lost another process ({error}); start all of them again", STUCK)

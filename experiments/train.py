@@ -15,12 +15,10 @@ from PIL import Image
 
 from diffusion import visualize
 from diffusion.build import build
-from diffusion.distributed import sharding
 from diffusion.training import preemption
+from diffusion.training import program as programs
 from diffusion.training.loop import train
-from diffusion.training.state import init_state
-from diffusion.training.step import make_step
-from diffusion.types import InputError, Network, Objective, Params, Source, Spec
+from diffusion.types import Network, Objective, Params, Source, Spec
 from experiments import cli, parts
 from experiments.drawing import Drawer
 
@@ -71,27 +69,17 @@ def checked(source: Source, network: Network, objective: Objective, teacher: Map
     Raises:
       InputError: what the step, or the mesh, cannot do.
     """
-    options, optimizer, ema, mesh = (keywords[name] for name in ("options", "optimizer", "ema", "mesh"))
-    state = jax.eval_shape(
-        lambda teacher: init_state(
-            objective, network, optimizer.transform, ema, jax.random.key(keywords["seed"]), teacher
-        ),
-        teacher,
-    )
-    sharding.of_state(state, mesh, keywords["rules"])
-    shards = sharding.batch_shards(mesh) * options.accumulate
-    if options.batch_size % shards:
-        raise InputError("train.batch_size", f"{options.batch_size} examples are not a multiple of {shards}, which the "
-                         "mesh and train.accumulate split them into")  # fmt: skip
+    options, mesh = keywords["options"], keywords["mesh"]
+    program = programs.make(
+        network=network, objective=objective, optimizer=keywords["optimizer"], ema=keywords["ema"], mesh=mesh,
+        rules=keywords["rules"], seed=keywords["seed"], batch_size=options.batch_size,
+        cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate, teacher=teacher,
+    )  # fmt: skip
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((options.batch_size, *np.shape(leaf)), np.asarray(leaf).dtype), source[0]
     )
-    step = make_step(
-        objective, network, optimizer, ema, seed=keywords["seed"], cond_drop_rate=options.cond_drop_rate,
-        accumulate=options.accumulate,
-    )  # fmt: skip
-    jax.eval_shape(step, state, batch)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    jax.eval_shape(program.step, program.state, batch)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
     devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
     return (f"{count:,} parameters on {devices}, {options.steps:,} steps of {options.batch_size:,} of the "
             f"{len(source):,} examples")  # fmt: skip

@@ -68,15 +68,15 @@ def of_state(state: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
     return placed
 
 
-def replicated_arrays(state: Any, shardings: Any, least: int = 2**20) -> dict[str, int]:
-    """Bytes of the arrays of an abstract state, from `least` on, that every device of several has whole, by name."""
-    pairs = zip(jax.tree.leaves_with_path(state), jax.tree.leaves(shardings), strict=True)
-    size = {path_name(path): (math.prod(leaf.shape) * leaf.dtype.itemsize, place) for (path, leaf), place in pairs}
-    return {
-        name: bytes
-        for name, (bytes, place) in size.items()
-        if bytes >= least and place.is_fully_replicated and place.num_devices > 1
-    }
+def replicated_arrays(state: Any, least: int = 2**20) -> dict[str, int]:
+    """Bytes of the arrays, from `least` on, that every device of several has whole, by name.
+
+    Args:
+      state: of arrays or `jax.ShapeDtypeStruct`, with their shardings.
+    """
+    size = {path_name(path): leaf.size * leaf.dtype.itemsize for path, leaf in jax.tree.leaves_with_path(state)
+            if leaf.sharding.is_fully_replicated and leaf.sharding.num_devices > 1}  # fmt: skip
+    return {name: bytes for name, bytes in size.items() if bytes >= least}
 
 
 def part_of_process(sharding: NamedSharding, batch_size: int, process: int) -> tuple[int, int]:

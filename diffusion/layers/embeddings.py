@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion.layers.borders import border
 from diffusion.layers.keys import Keys
 from diffusion.types import Array, Cond
 
@@ -64,9 +65,9 @@ class ConditionEmbedding(nnx.Module):
         if self.num_classes:
             label, keep = cond["label"], cond.get("keep", True)
             if self.null_class:
-                return emb_BxD + self.label(jnp.where(keep, label, self.num_classes))
+                return border(emb_BxD + self.label(jnp.where(keep, label, self.num_classes)))
             emb_BxD += jnp.where(jnp.reshape(keep, (-1, 1)), self.label(label), 0)
-        return emb_BxD
+        return border(emb_BxD)
 
 
 class Numbers(nnx.Module):

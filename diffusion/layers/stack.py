@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
+from diffusion.layers.borders import border
 from diffusion.layers.keys import Keys
 from diffusion.types import Array
 
@@ -52,7 +53,7 @@ class Stack(nnx.Module):
 
         def block(x: Array, params_and_own: tuple[dict[str, Any], tuple[Array, ...]]) -> tuple[Array, Array | None]:
             params, own = params_and_own
-            x = nnx.merge(self.graphdef, nnx.State(params))(x, *own, *args)
+            x = border(nnx.merge(self.graphdef, nnx.State(params))(border(x), *own, *args))
             return x, x if collect else None
 
         block = rematerialised(block, self.remat, in_scan=True)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from diffusion.layers import refusals
 from diffusion.layers.attention import Kernel, attend
+from diffusion.layers.borders import border
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.magnitude import (
@@ -140,7 +141,7 @@ class EDM2(nnx.Module):
             mine = None
             if key is not None:
                 key, mine = jax.random.split(key)
-            return rematerialised(lambda *inputs: block(*inputs), self.remat)(x, emb, mine)
+            return border(rematerialised(lambda *inputs: block(*inputs), self.remat)(x, emb, mine))
 
         # The channel of ones stands in for the biases that no layer has.
         x = self.conv_in(jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1))
@@ -166,7 +167,7 @@ class EDM2(nnx.Module):
             rows = self.num_classes + 1
             label_BxE = self.emb_label(jax.nn.one_hot(index, rows) * rows**0.5)
             emb_BxE = mp_sum(emb_BxE, label_BxE, LABEL_BALANCE)
-        return mp_silu(emb_BxE)
+        return border(mp_silu(emb_BxE))
 
 
 def make(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.layers import refusals
+from diffusion.layers.borders import border
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
@@ -54,9 +55,9 @@ class MLP(nnx.Module):
         def block(x_BxD: Array, p: dict[str, Array]) -> tuple[Array, None]:
             scale, shift = jnp.split(emb_BxD @ p["emb_kernel"] + p["emb_bias"], 2, axis=-1)
             h = (jax.nn.silu(x_BxD) @ p["kernel1"] + p["bias1"]) * (1 + scale) + shift
-            return x_BxD + jax.nn.silu(h) @ p["kernel2"] + p["bias2"], None
+            return border(x_BxD + jax.nn.silu(h) @ p["kernel2"] + p["bias2"]), None
 
-        x_BxD = self.linear_in(x.reshape(len(x), -1).astype(self.dtype))
+        x_BxD = border(self.linear_in(x.reshape(len(x), -1).astype(self.dtype)))
         stacked = {name: param[...].astype(self.dtype) for name, param in self.blocks.items()}
         x_BxD, _ = jax.lax.scan(block, x_BxD, stacked)
         return self.linear_out(x_BxD.astype(jnp.float32)).reshape(len(x), *self.out_shape)

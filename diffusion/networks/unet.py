@@ -22,6 +22,7 @@ from flax import nnx
 
 from diffusion.layers import refusals
 from diffusion.layers.attention import Kernel, SpatialAttention
+from diffusion.layers.borders import border
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
@@ -102,7 +103,7 @@ class UNet(nnx.Module):
         def run(stage: nnx.Module, x: Array) -> Array:
             nonlocal key
             if not isinstance(stage, nnx.Dict):
-                return stage(x)
+                return border(stage(x))
             mine = None
             if key is not None:
                 key, mine = jax.random.split(key)
@@ -111,7 +112,7 @@ class UNet(nnx.Module):
                 x = stage["residual"](x, emb, mine)
                 return stage["attention"](x) if "attention" in stage else x
 
-            return rematerialised(pass_through, self.remat)(x, emb, mine)
+            return border(rematerialised(pass_through, self.remat)(x, emb, mine))
 
         pyramid = x = x.astype(self.style.dtype)
         x = self.conv_in(x)

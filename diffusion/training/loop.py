@@ -22,14 +22,14 @@ from diffusion.checkpoint import Checkpoints, Retention
 from diffusion.data import pipeline
 from diffusion.distributed import sharding
 from diffusion.progress import Progress
+from diffusion.training import program as programs
 from diffusion.training.ema import EMA
 from diffusion.training.goodput import Goodput
 from diffusion.training.guards import DUMP, Diverged, Guard, dump
 from diffusion.training.metrics import MetricWriter
 from diffusion.training.optimizer import Optimizer
 from diffusion.training.preemption import Preempted, Preemption
-from diffusion.training.state import TrainState, averaged, init_state
-from diffusion.training.step import make_step
+from diffusion.training.state import TrainState, averaged
 from diffusion.training.watchdog import Watchdog
 from diffusion.types import InputError, Network, Objective, Params, Source
 
@@ -146,35 +146,16 @@ def train(
     """
     if source.spec.captions:
         raise InputError("data.captions", "no network reads captions yet; set it False to train without")
-    shards = sharding.batch_shards(mesh)
-    if options.batch_size % (shards * options.accumulate):
-        micro = f" in {options.accumulate} micro-batches" if options.accumulate > 1 else ""
-        raise InputError(
-            "train.batch_size",
-            f"{options.batch_size} examples{micro} cannot be divided over the mesh's data x fsdp = {shards}; "
-            f"use a multiple of {shards * options.accumulate}",
-        )
-
-    # The state, described before it exists: every array's shape, dtype and place on the mesh.
-    def init(teacher: Mapping | None) -> TrainState:
-        return init_state(objective, network, optimizer.transform, ema, jax.random.key(seed), teacher)
-
-    shapes = jax.eval_shape(init, teacher)
-    state_sharding = sharding.of_state(shapes, mesh, rules)
-    abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                            shapes, state_sharding)  # fmt: skip
-    batch_sharding = sharding.by_example(mesh)
-    whole = sharding.replicated_arrays(shapes, state_sharding) if mesh.shape["fsdp"] > 1 else {}
-    if whole:
-        print(f"warning: every device has all {sum(whole.values()) / 2**20:,.0f} MiB of {', '.join(whole)}: no "
-              f"dimension divides; choose another mesh.fsdp, or split them by sharding.rules", file=sys.stderr)  # fmt: skip
-    train_step = jax.jit(
-        make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=options.cond_drop_rate,
-                  accumulate=options.accumulate, guard=Guard(options.spike)),
-        in_shardings=(state_sharding, batch_sharding),
-        out_shardings=(state_sharding, sharding.replicated(mesh)),
-        donate_argnums=0,
+    program = programs.make(
+        network=network, objective=objective, optimizer=optimizer, ema=ema, mesh=mesh, rules=rules, seed=seed,
+        batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate,
+        guard=Guard(options.spike), teacher=teacher,
     )  # fmt: skip
+    whole = sharding.replicated_arrays(program.state) if mesh.shape["fsdp"] > 1 else {}
+    if whole:
+        size = f"{sum(whole.values()) / 2**20:,.0f} MiB"
+        print(f"warning: every device has all {size} of {', '.join(whole)}: no dimension divides; choose another "
+              "mesh.fsdp, or split them by sharding.rules", file=sys.stderr)  # fmt: skip
 
     # Start, or go on. Nothing is written before the checkpoint is known to fit.
     def restore(step: int) -> tuple[TrainState, dict]:
@@ -182,7 +163,7 @@ def train(
             raise InputError("train.steps", f"is {options.steps}, but {workdir} is at step {step} already")
         if step:
             _check_same(found.meta(step), meta)
-        return found.restore(step, abstract)
+        return found.restore(step, program.state)
 
     began = time.monotonic()
     found = Checkpoints(workdir, read_only=True)
@@ -190,7 +171,7 @@ def train(
     found.close()
     state, position = restored or (None, {})  # converted weights, at step 0, have no position either
     start, skipped = latest or 0, position.get("skipped", 0)
-    part, parts = sharding.part_of_process(batch_sharding, options.batch_size, jax.process_index())
+    part, parts = sharding.part_of_process(program.batch, options.batch_size, jax.process_index())
     data = pipeline.Batches(
         source, batch_size=options.batch_size, seed=seed, process=part, processes=parts,
         workers=options.workers, prefetch=options.prefetch, position=position or None,
@@ -201,7 +182,7 @@ def train(
     with _writing(workdir), files.replace(os.path.join(workdir, "config.json")) as file:
         json.dump(meta["config"], file, indent=2)
     if latest is None:
-        state = jax.jit(init, out_shardings=state_sharding)(teacher)
+        state = program.init(teacher)
     overview = parameter_overview.get_parameter_overview(state.params)
     with _writing(workdir), files.replace(os.path.join(workdir, "parameters.txt")) as file:
         file.write(overview + "\n")
@@ -266,7 +247,7 @@ def train(
                 first = step == start + 1
                 watchdog.beat(f"step {step}", FIRST * watchdog.limit if first else None)
                 with meter.spent("compile" if first else "step"):
-                    state, metrics = train_step(state, sharding.to_global(batch, batch_sharding))
+                    state, metrics = program.step(state, sharding.to_global(batch, program.batch))
                     # The device works on this step while the host reads the one before.
                     previous, waiting = waiting, (step, data.position()["examples"], metrics)
                     wish = own_wish() if alone else int(previous[-1]["wish"]) if previous else 0
@@ -286,7 +267,7 @@ def train(
                             raise
                         rollbacks += 1
                         print(f"warning: back to step {newest:,}, and on with other data", file=sys.stderr)
-                        (state, _), step, waiting = checkpoints.restore(newest, abstract), newest, None
+                        (state, _), step, waiting = checkpoints.restore(newest, program.state), newest, None
                         writer.cut(step)
                         continue
                 checkpoints.check()

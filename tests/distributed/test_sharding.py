@@ -141,5 +141,9 @@ def test_a_rule_that_matches_nothing_and_arrays_that_stay_whole(mesh_of, capsys)
     told = capsys.readouterr().err.splitlines()
     assert told == [f"warning: sharding.rules[{index}], {pattern!r}, decides for no array"
                     for index, pattern in ((1, "od"), (2, "x+y"))]  # fmt: skip
-    assert sharding.replicated_arrays(odd, placed) == {"odd": 4 * 1021**2}
-    assert not sharding.replicated_arrays(odd, sharding.of_state(odd, mesh_of(1, 1, 1)))
+    assert sharding.replicated_arrays(described(odd, placed)) == {"odd": 4 * 1021**2}
+    assert not sharding.replicated_arrays(described(odd, sharding.of_state(odd, mesh_of(1, 1, 1))))
+
+
+def described(tree, places):
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)

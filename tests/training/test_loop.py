@@ -125,7 +125,7 @@ def test_eight_devices_train_as_one(run, tmp_path, digits):
         np.testing.assert_allclose(b, a, atol=2e-3, err_msg=sharding.path_name(path))
     kernel = eight.params["net"]["down"]["0_0"]["residual"]["conv1"]["kernel"]
     moment = eight.opt_state[1][0].mu["net"]["down"]["0_0"]["residual"]["conv1"]["kernel"]
-    assert kernel.sharding.spec == moment.sharding.spec == jax.P(None, None, None, "model")
+    assert kernel.sharding.spec == moment.sharding.spec == jax.P(None, None, "fsdp", "model")
     assert "fsdp" in eight.ema["0.9"]["net"]["down"]["0_0"]["residual"]["conv2"]["kernel"].sharding.spec
 
 
