@@ -35,11 +35,12 @@ def test_told_to_stop_it_saves_and_goes_on_as_if_never_stopped(processes, start,
         told = time.monotonic()
         for process in training.processes[:1] if one else training.processes:
             process.send_signal(number)
-        assert training.wait() == [STOPPED] * processes, training.told()
+        codes, text = training.wait(), training.told()
         slowest = max(slowest, time.monotonic() - told)
-        text = training.told()
         assert "Traceback" not in text and "start it again" in text
         stopped = re.search(r"stopped at step (\d+), and saved", text)
+        # Outside of training one may be ended by the loss of the other before it sees the signal.
+        assert STOPPED in codes and set(codes) <= {STOPPED, *((STUCK, -signal.SIGABRT) if not stopped else ())}, text
         if stopped:
             assert committed(workdir) == int(stopped[1])
             saved.append(int(stopped[1]))
