@@ -39,7 +39,7 @@ test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not peers"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not peers and not chaos"
 
 parity: $(VENV)/peers
 	$(BIN)/python -m pytest -m peers
@@ -48,7 +48,7 @@ fuzz: $(VENV)/dev
 	FUZZ=2500 $(BIN)/python -m pytest tests/experiments/test_fuzz.py
 
 chaos: $(VENV)/dev
-	CHAOS=5 $(BIN)/python -m pytest -s -m "slow or not slow" tests/chaos
+	CHAOS=5 $(BIN)/python -m pytest -s -m "chaos or not chaos" tests/chaos
 
 orders: $(VENV)/base
 	$(BIN)/python -m experiments.orders

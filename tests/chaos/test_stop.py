@@ -18,7 +18,7 @@ from tests.chaos.training import committed, outcome
 PROMPT = 10  # seconds from a signal, or from the loss of another process, to the end
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.chaos)])
 def test_told_to_stop_it_saves_and_goes_on_as_if_never_stopped(processes, start, tmp_path):
     draw, moments, saved = random.Random(processes), 20 if FULL else 2, []
     whole = start("ddpm", tmp_path / "whole", processes)
@@ -54,7 +54,7 @@ def test_told_to_stop_it_saves_and_goes_on_as_if_never_stopped(processes, start,
     assert others == [metrics, batches] and len(metrics) == STEPS
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_told_twice_it_ends_at_once(start, tmp_path):
     training = start("ddpm", tmp_path / "run", 1, hangs=3)
     training.until_doing("the data of step 3")
@@ -77,7 +77,7 @@ def test_data_that_do_not_come(start, tmp_path):
         assert re.search(r"no sign of life for .* since: the data of step \d", text) and "__getitem__" in text
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_of_two_processes_one_stands_still(start, tmp_path):
     """The other waits for it in a collective operation, which no signal ends."""
     training = start("ddpm", tmp_path / "run", 2, flags=[f"--config.train.stuck_after={SOON}"], pace=0.05)
@@ -94,7 +94,7 @@ def test_of_two_processes_one_stands_still(start, tmp_path):
     assert again.wait() == [0, 0] and "going on from step 6" in again.told()
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_of_two_processes_that_save_by_the_clock_one_is_lost(start, tmp_path):
     minutes = 0.003
     flags = [f"--config.checkpoint.minutes={minutes}", "--config.checkpoint.every=1000"]

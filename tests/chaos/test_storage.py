@@ -76,7 +76,7 @@ def test_a_full_disk(start, disk, whole):
     goes_on(start, folder / "run", whole, step)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_folder_that_becomes_read_only(start, tmp_path, whole):
     # To the superuser, who may write everywhere, no folder is read-only.
     bound = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
@@ -91,7 +91,7 @@ def test_a_folder_that_becomes_read_only(start, tmp_path, whole):
     goes_on(start, run, whole, step)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_folder_that_is_removed(start, tmp_path):
     training = start("ddpm", tmp_path / "run", 1, pace=0.05)
     training.until_doing(f"step {EVERY + 2}")
@@ -101,7 +101,7 @@ def test_a_folder_that_is_removed(start, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_clock_that_goes_backwards(start, tmp_path, whole):
     training = start("ddpm", tmp_path / "run", 1, clock=-3600)
     assert training.wait() == [0], training.told()
