@@ -67,8 +67,8 @@ def reliability(runs: int) -> None:
         checkpoints.close()
     save, beside = statistics.median(blocked[1:]), statistics.median(during[1:])
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
-    print(f"save of {size:.0f} MB     blocks {save:.3f} s: {100 * save / (EVERY * a_step):.2f} % of {EVERY} steps; the step "
-          f"beside its writing takes {beside / a_step:.2f} x")  # fmt: skip
+    print(f"save of {size:.0f} MB     blocks {save:.3f} s: {100 * save / (EVERY * a_step):.2f} % of {EVERY} steps; the "
+          f"step beside its writing takes {beside / a_step:.2f} x")  # fmt: skip
 
 
 def _watched(workdir: str, steps: int = 1000) -> float:

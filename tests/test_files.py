@@ -122,5 +122,5 @@ def test_another_process_writes_nothing(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="--out: .*/file/x cannot be written: Not a directory"):
+    with pytest.raises(InputError, match=r"--out: .*/file/x cannot be written: Not a directory"):
         files.make_folder(str(tmp_path / "file/x"), "--out")

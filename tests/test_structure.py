@@ -30,7 +30,7 @@ LAYERS = [
         "curriculum",
     },
     {"objectives", "samplers", "guidance", "networks", "data"},
-    {"sample", "macs", "evaluation", "visualize", "distributed", "training", "checkpoint", "interop"},
+    {"sample", "macs", "evaluation", "visualize", "distributed", "training", "checkpoint", "interop", "planning"},
 ]
 FAMILIES = {"schedules", "objectives", "samplers", "networks", "data", "evaluation"}
 FILES = sorted((ROOT / "diffusion").rglob("*.py"))

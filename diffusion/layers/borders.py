@@ -5,22 +5,27 @@ there. Without it the partitioner may gather a batch's activations on every devi
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
+
+from diffusion.types import Array
 
 _batch = jax.make_user_context(None)  # a part of what `jax.jit` goes by: another value is traced anew
 
 
-def border(tree: Any) -> Any:
-    """The same arrays, whose leading axis is the batch's."""
+def border(x: Array) -> Array:
+    """The same array, `[B, ...]`. A part of a batch that the devices do not divide is left to the compiler."""
     place = _batch.value
-    return tree if place is None else jax.lax.with_sharding_constraint(tree, place)
+    if place is None or len(x) % _parts(place):
+        return x
+    return jax.lax.with_sharding_constraint(x, place)
 
 
-def kept(function: Callable, place: Sharding) -> Callable:
+def kept(function: Callable, place: NamedSharding) -> Callable:
     """`function`, traced with every border's arrays laid out as `place`, which splits their leading axis."""
 
     @functools.wraps(function)
@@ -29,3 +34,8 @@ def kept(function: Callable, place: Sharding) -> Callable:
             return function(*args)
 
     return traced
+
+
+def _parts(place: NamedSharding) -> int:
+    axes = place.spec[0]
+    return math.prod(place.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))

@@ -40,3 +40,10 @@ def test_leaves_no_trace_behind(mesh_of):
         borders.kept(lambda: 1 / 0, place)()
     x = jnp.zeros(8)
     assert borders.border(x) is x
+
+
+def test_a_part_of_a_batch_that_does_not_divide_is_left_alone(mesh_of):
+    place = NamedSharding(mesh_of(2, 4, 1), P(("data", "fsdp")))
+    for rows, times in ((16, 1), (12, 0)):
+        text = str(jax.make_jaxpr(borders.kept(borders.border, place))(jnp.zeros((rows, 2))))
+        assert text.count("sharding_constraint") == times
