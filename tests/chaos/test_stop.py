@@ -109,3 +109,18 @@ def test_of_two_processes_that_save_by_the_clock_one_is_lost(start, tmp_path):
     else:  # waiting elsewhere, until JAX misses the other's heartbeats
         assert code == -signal.SIGABRT and "another task died" in told, told
     assert time.monotonic() - killed < HEARTBEAT + PROMPT
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_goes_on_with_another_number_of_processes(before, after, start, tmp_path):
+    whole = start("ddpm", tmp_path / "whole", 1)
+    assert whole.wait() == [0], whole.told()
+    stopped = start("ddpm", tmp_path / "run", before, pace=0.1)
+    stopped.until_doing("step 20")
+    for process in stopped.processes:
+        process.send_signal(signal.SIGTERM)
+    assert stopped.wait() == [STOPPED] * before, stopped.told()
+    assert start("ddpm", tmp_path / "run", after).wait() == [0] * after
+    expected, found = ([line["loss"] for line in outcome(tmp_path / name)[1]] for name in ("whole", "run"))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)

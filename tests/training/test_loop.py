@@ -129,13 +129,25 @@ def test_eight_devices_train_as_one(run, tmp_path, digits):
     assert "fsdp" in eight.ema["0.9"]["net"]["down"]["0_0"]["residual"]["conv2"]["kernel"].sharding.spec
 
 
-def test_restores_onto_another_mesh(run, whole, tmp_path):
+MOVES = {
+    "8 to 1": [(2, 2, 2), (1, 1, 1)],
+    "8 to 4 to 1": [(1, 8, 1), (2, 2, 1), (1, 1, 1)],
+    "1 to 8": [(1, 1, 1), (2, 2, 2)],
+}
+
+
+@pytest.mark.parametrize(
+    "move", [key if key == "8 to 1" else pytest.param(key, marks=pytest.mark.slow) for key in MOVES]
+)
+def test_restores_onto_another_mesh(move, run, whole, tmp_path):
     rules = ((r"blocks/kernel1$", (None, "fsdp", "model")),)
-    begun = run(tmp_path, steps=3, mesh=(2, 2, 2), rules=rules)
-    assert begun.params["net"]["blocks"]["kernel1"].sharding.spec == jax.P(None, "fsdp", "model")
-    resumed = leaves(run(tmp_path, mesh=(1, 1, 1)))
+    for number, mesh in enumerate(MOVES[move], start=1):
+        steps = STEPS if number == len(MOVES[move]) else 3 * number
+        there = run(tmp_path, steps=steps, mesh=mesh, rules=rules)
+        kernel = there.params["net"]["blocks"]["kernel1"]
+        assert kernel.sharding.num_devices == np.prod(mesh) and kernel.sharding.spec == jax.P(None, "fsdp", "model")
     np.testing.assert_allclose(losses(tmp_path), losses(whole.workdir), rtol=1e-5)
-    assert resumed["step"] == STEPS
+    assert there.step == STEPS
 
 
 def test_batch_that_the_mesh_cannot_divide(run, tmp_path):
