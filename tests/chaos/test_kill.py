@@ -1,6 +1,6 @@
 """Trainings killed at random moments, again and again, end as if nothing had happened.
 
-`make test` kills a few; `make chaos` kills more than a hundred times, over every objective, with one process and two.
+`make test` kills a few; `make chaos` kills a hundred times, over every objective, with one process and two.
 """
 
 import collections
