@@ -277,7 +277,7 @@ class Checkpoints:
 
 
 def _absolute(folder: epath.Path) -> epath.Path:
-    return folder if "://" in str(folder) else folder.resolve()
+    return folder if files.is_remote(folder) else folder.resolve()
 
 
 def _split(state: TrainState) -> dict[str, Any]:

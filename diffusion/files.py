@@ -23,7 +23,7 @@ def writes() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def is_remote(path: str) -> bool:
+def is_remote(path: str | os.PathLike) -> bool:
     return "://" in str(path)
 
 
@@ -103,6 +103,7 @@ class Lines:
         self._written = time.monotonic()
 
     def add(self, line: str) -> None:
+        """Adds a line, given without its end."""
         if self._file is not None:
             if not os.fstat(self._file.fileno()).st_nlink:  # or it would grow where nobody can see it
                 raise FileNotFoundError(errno.ENOENT, "was removed", self.path)
@@ -115,6 +116,7 @@ class Lines:
             self._written = time.monotonic()
 
     def close(self) -> None:
+        """Ends the writing, with all lines in the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -5,8 +5,7 @@ A config here is a plain dict, with tuples for lists, as `ConfigDict.to_dict()` 
 
 import dataclasses
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion import visualize
+from diffusion import files, visualize
 from diffusion.build import at_most, build, call, check, find
 from diffusion.checkpoint import Checkpoints
 from diffusion.distillation import Teacher
@@ -23,7 +22,10 @@ from diffusion.distributed import sharding
 from diffusion.posterior import x0_errors
 from diffusion.sample import bind
 from diffusion.training import ema, optimizer
+from diffusion.training import program as programs
+from diffusion.training.guards import Guard
 from diffusion.training.loop import CheckpointOptions, Options
+from diffusion.training.program import Program
 from diffusion.training.state import trainable
 from diffusion.types import InputError, ModelMetric, Network, Objective, Params, SampleMetric, Spec
 from experiments.drawing import MOST_SAMPLES, Drawer
@@ -133,8 +135,12 @@ def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[s
     return {**meta, "teacher": {**run.meta, "step": run.step, "ema": run.ema}}, run.params
 
 
-def training(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `training.loop.train` that do not depend on the data or the model."""
+def training(config: Mapping[str, Any], devices: Sequence[Any] | None = None) -> dict[str, Any]:
+    """The keyword arguments of `training.loop.train` that do not depend on the data or the model.
+
+    Args:
+      devices: of the mesh; all by default.
+    """
     options = call(Options, config["train"], field="train")
     call(_rules, config["sharding"], field="sharding")
     return {
@@ -142,13 +148,28 @@ def training(config: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": call(optimizer.make, {**config["optimizer"], "steps": options.steps}, field="optimizer"),
         "ema": call(ema.make, config["ema"], field="ema"),
         "checkpoint": call(CheckpointOptions, config["checkpoint"], field="checkpoint"),
-        "mesh": call(meshes.make, config["mesh"], field="mesh"),
+        "mesh": call(meshes.make, {"devices": devices, **config["mesh"]}, field="mesh"),
         "rules": config["sharding"]["rules"],
         "seed": config["seed"],
     }
 
 
-def _rules(rules: tuple[tuple[str, tuple], ...] = ()) -> None:
+def program_of(
+    network: Network, objective: Objective, teacher: Mapping | None, *, options: Options, checkpoint: Any,
+    **keywords: Any
+) -> Program:  # fmt: skip
+    """The train step that `training.loop.train` would run, of which nothing is computed yet.
+
+    Args:
+      options, checkpoint, keywords: as `training` gives them.
+    """
+    return programs.make(
+        network=network, objective=objective, teacher=teacher, batch_size=options.batch_size,
+        cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate, guard=Guard(options.spike), **keywords,
+    )  # fmt: skip
+
+
+def _rules(rules: tuple[sharding.Rule, ...] = ()) -> None:
     """The `sharding` section: see `distributed.sharding.of_state`."""
 
 
@@ -229,7 +250,7 @@ def open_run(workdir: str, ema_name: str | None = None, step: int | None = None)
     checkpoints = Checkpoints(workdir, read_only=True)
     there = checkpoints.steps()
     if not there:
-        problem = "holds no checkpoint" if os.path.isdir(workdir) else "does not exist"
+        problem = "holds no checkpoint" if files.is_folder(workdir, "workdir") else "does not exist"
         raise InputError("workdir", f"{workdir} {problem}; train one: python -m experiments.train --workdir={workdir}")
     if step is not None and step not in there:
         raise InputError(

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from diffusion.build import at_most, build, call, check, find
-from diffusion.distributed import mesh as meshes
+from diffusion.build import at_most, build, check, find
 from diffusion.distributed import sharding
 from diffusion.macs import network_macs
 from diffusion.planning import plan
@@ -87,14 +86,9 @@ def program_of(config: Mapping[str, Any], spec: Spec, devices: Sequence[Any]) ->
     """The config's train step on a mesh of the devices, and what it is made of."""
     meta, teacher = parts.meta_of(config, spec, NOWHERE)
     network, objective = parts.network_and_objective(config, spec, parts.teacher_of(meta))
-    keywords = parts.training({**config, "mesh": {}})
-    mesh = call(meshes.make, {**config["mesh"], "devices": devices}, field="mesh")
-    options = keywords["options"]
-    program = programs.make(
-        network=network, objective=objective, optimizer=keywords["optimizer"], ema=keywords["ema"], mesh=mesh,
-        rules=keywords["rules"], seed=keywords["seed"], batch_size=options.batch_size,
-        cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate, teacher=teacher,
-    )  # fmt: skip
+    keywords = parts.training(config, devices)
+    mesh, options = keywords["mesh"], keywords["options"]
+    program = parts.program_of(network, objective, teacher, **keywords)
     batch = programs.abstract_batch(spec, options.batch_size, program.batch)
     return dict(program=program, batch=batch, mesh=mesh, network=network, objective=objective, options=options)
 

@@ -21,12 +21,12 @@ from diffusion.types import Spec
 
 SPEC = Spec(shape=(32, 32, 3), num_classes=0)
 NETWORK = {"name": "unet", "width": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention": (16,), "dropout": 0.1}
-BATCH_SIZE, EVERY = 8, 100
+BATCH_SIZE, EVERY = 48, 100
 
 
 def reliability(runs: int) -> None:
-    """Prints a line for each. The batch is far below the config's 128, which makes the steps short, and so the shares
-    large: none of what is measured grows with the batch."""
+    """Prints a line for each. The batch is below the config's 128, which makes the steps short, and so the shares
+    large: none of what is measured grows with the batch. A step takes 13 s on two cores."""
     network = build("networks", NETWORK, shape=SPEC.shape, num_classes=SPEC.num_classes)
     objective, devices = build("objectives", "ddpm"), mesh.make()
     opt, averages = optimizer.make(steps=1000), ema.make()

@@ -16,7 +16,6 @@ from PIL import Image
 from diffusion import visualize
 from diffusion.build import build
 from diffusion.training import preemption
-from diffusion.training import program as programs
 from diffusion.training.loop import train
 from diffusion.types import Network, Objective, Params, Source, Spec
 from experiments import cli, parts
@@ -70,11 +69,7 @@ def checked(source: Source, network: Network, objective: Objective, teacher: Map
       InputError: what the step, or the mesh, cannot do.
     """
     options, mesh = keywords["options"], keywords["mesh"]
-    program = programs.make(
-        network=network, objective=objective, optimizer=keywords["optimizer"], ema=keywords["ema"], mesh=mesh,
-        rules=keywords["rules"], seed=keywords["seed"], batch_size=options.batch_size,
-        cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate, teacher=teacher,
-    )  # fmt: skip
+    program = parts.program_of(network, objective, teacher, **keywords)
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((options.batch_size, *np.shape(leaf)), np.asarray(leaf).dtype), source[0]
     )

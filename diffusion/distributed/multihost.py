@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from diffusion.types import InputError
 
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead, and ends the others
-TOGETHER = 300  # seconds that a process waits for the others, at the start, at a barrier, at the end
+TOGETHER = 300  # seconds that a process waits for the others, at the start and at the end
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diffusion.distributed.mesh import REST
 from diffusion.types import InputError
 
-Rule = tuple[str, tuple | None]  # a regular expression on the path, and the mesh axis (or None) of each dimension
+# A regular expression on the path, and the mesh axis or axes (or None) of each dimension; None for a leaf left whole.
+Rule = tuple[str, tuple[str | tuple[str, ...] | None, ...] | None]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -42,9 +43,10 @@ def of_state(state: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
     rule of None in the place of axes leaves a leaf whole.
 
     Raises:
-      InputError: a rule with an unknown axis, more axes than dimensions, or one that does not divide.
+      InputError: a rule that is no regular expression, or with an unknown axis, one axis twice, more axes than
+        dimensions, or one that does not divide.
     """
-    compiled = [(re.compile(pattern), spec, index) for index, (pattern, spec) in enumerate(rules)]
+    compiled = [(_expression(pattern, index), spec, index) for index, (pattern, spec) in enumerate(rules)]
     unused = {index: pattern for index, (pattern, _) in enumerate(rules)}
 
     def place(path, leaf) -> NamedSharding:
@@ -109,6 +111,13 @@ def spread(tree: Any, sharding: NamedSharding) -> Any:
 
 def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _expression(pattern: str, index: int) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"sharding.rules[{index}]", f"{pattern!r} is no regular expression: {error}") from None
 
 
 def _fsdp_axes(mesh: Mesh) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ def take_notes(folder: str) -> None:
             np.savez(os.path.join(folder, "state.npz"), **{sharding.path_name(path): leaf for path, leaf in leaves})
 
     now, passed = time.time, itertools.count()
-    if CLOCK != 1:
+    if CLOCK:
         time.time = lambda: now() + CLOCK * next(passed)
 
     def read(*_) -> None:

@@ -39,6 +39,7 @@ def test_the_first_rule_decides_for_the_whole_state(mesh_of):
     [
         (("kernel", ("modle",)), r"rules\[0\]: no mesh axis 'modle'"),
         (("kernel", ("fsdp", None, None)), r"rules\[0\]: has 3 axes, but .*kernel has 2 dimensions"),
+        (("[", ("fsdp",)), r"rules\[0\]: '\[' is no regular expression: unterminated"),
         (("bias", ("fsdp",)), r"rules\[0\]: splits a dimension of 3 of bias into 2"),
     ],
 )

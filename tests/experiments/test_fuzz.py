@@ -406,6 +406,8 @@ def test_overrides_of_a_config(jobs, place, given):
         ("train", "--config.eval.metrics={'x': {}}", "eval.metrics: no 'x' in evaluation; one of"),
         ("train", "--config.eval.metrics={'svc_accuracy': {'nun': 2}}", "eval.metrics.svc_accuracy.nun: "),
         ("train", "--config.train.batch_size=12", "train.batch_size: 12 examples cannot be divided over"),
+        ("train", "--config.sharding.rules=(('[', ('fsdp',)),)", "sharding.rules[0]: '[' is no regular expression"),
+        ("train", "--config.sharding.rules=(('a', (1,)),)", "sharding.rules: "),
         ("train", "--config.sampler.eta=nan", "sampler.eta: must be a finite number, in float32, got nan"),
         ("sample", "--seed=-1", "--seed: must be from 0 to 2^32 - 1, got -1"),
         ("sample", "--num=1000000000000000", "--num: must be at most 10,000,000, got 1000000000000000"),
