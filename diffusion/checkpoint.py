@@ -265,6 +265,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+            if multihost.is_loss(error):
+                raise
             problem = f"{self.workdir}: a checkpoint cannot be saved ({_reason(error)}); those before it are untouched"
             raise InputError("workdir", problem) from error
 
@@ -273,6 +275,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+            if multihost.is_loss(error):
+                raise
             raise Damaged("workdir", f"{self._at(step)} is damaged ({_reason(error)})") from error
 
 

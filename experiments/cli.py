@@ -26,7 +26,6 @@ from diffusion.training.watchdog import STUCK
 from diffusion.types import InputError
 
 BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
-LOST = "Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED"  # what a collective operation says that another process has left
 
 # On a CPU, XLA's older convolutions differentiate faster than those of YNNPACK, which it prefers: a U-Net's train step
 # takes 0.85 of the time. XLA ends the process at a flag that it does not know, so this is for the versions that do.
@@ -55,14 +54,18 @@ DETERMINISTIC = flags.DEFINE_bool(
 flags.DEFINE_bool("debug", False, "Show the traceback behind an error.")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`, which takes no arguments."""
+def run(main: Callable[[], None], *, together: bool = True) -> None:
+    """Parses the flags and runs `main`, which takes no arguments.
+
+    Args:
+      together: whether other processes may do the job with this one; they are joined first.
+    """
     logging.set_verbosity(logging.FATAL)  # Orbax logs what is raised as well
     # Where one array of a checkpoint cannot be read, the reads of the others fail after Orbax has told of it.
     sys.unraisablehook = lambda what: sys.__unraisablehook__(what) if "--debug" in sys.argv else None
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     try:
-        app.run(lambda _: _guard(main), flags_parser=_parse)
+        app.run(lambda _: _guard(main, together), flags_parser=_parse)
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
         if not code or main.__module__ != "__main__":
@@ -132,13 +135,14 @@ def keep_compiled(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _guard(main: Callable[[], None]) -> None:
+def _guard(main: Callable[[], None], together: bool) -> None:
     try:
         if DETERMINISTIC.value:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}"
         if COMPILED.value:
             keep_compiled(COMPILED.value)
-        _join()
+        if together:
+            _join()
         main()
     except InputError as error:
         if flags.FLAGS.debug:
@@ -151,12 +155,13 @@ def _guard(main: Callable[[], None]) -> None:
     except Preempted as error:
         print(error, file=sys.stderr)
         sys.exit(STOPPED)
+    except multihost.Missing as error:
+        _fail(f"{error}; start all of them again", STUCK)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        lost = isinstance(error, RuntimeError) and re.search(LOST, str(error))
-        if not (lost and jax.distributed.is_initialized()) or flags.FLAGS.debug:
+        if not multihost.is_loss(error) or flags.FLAGS.debug:
             raise
         _fail(f"lost another process ({error}); start all of them again", STUCK)
 

@@ -6,7 +6,7 @@ A config here is a plain dict, with tuples for lists, as `ConfigDict.to_dict()` 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -142,14 +142,13 @@ def training(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
       devices: of the mesh; all by default.
     """
     options = call(Options, config["train"], field="train")
-    call(_rules, config["sharding"], field="sharding")
     return {
         "options": options,
         "optimizer": call(optimizer.make, {**config["optimizer"], "steps": options.steps}, field="optimizer"),
         "ema": call(ema.make, config["ema"], field="ema"),
         "checkpoint": call(CheckpointOptions, config["checkpoint"], field="checkpoint"),
         "mesh": call(meshes.make, {"devices": devices, **config["mesh"]}, field="mesh"),
-        "rules": config["sharding"]["rules"],
+        **call(_sharding, config["sharding"], field="sharding"),
         "seed": config["seed"],
     }
 
@@ -169,8 +168,9 @@ def program_of(
     )  # fmt: skip
 
 
-def _rules(rules: tuple[sharding.Rule, ...] = ()) -> None:
-    """The `sharding` section: see `distributed.sharding.of_state`."""
+def _sharding(rules: tuple[sharding.Rule, ...] = (), sequence: Literal["model"] | None = None) -> dict[str, Any]:
+    """The `sharding` section: see `training.program.make`."""
+    return {"rules": rules, "sequence": sequence}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Writes the tables of docs/scaling.md: what two trainings need on TPU slices, and that the work of a device stays the
-same with more of them. A quarter of an hour on two cores; the first table takes the compiler of requirements-tpu.txt.
+same with more of them. Twenty minutes on two cores; the first table takes the compiler of requirements-tpu.txt.
 
 python -m experiments.scaling_table [--out=docs/scaling.md]
 """
 
+import functools
 import importlib.util
 import runpy
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 from absl import flags
 
+from diffusion.planning import plan
 from diffusion.types import InputError
 from experiments import cli, planning, tables
 
@@ -30,6 +32,7 @@ ROWS = (
 )
 COLUMNS = ("model", "slice", "data x fsdp", "batch", "state a chip", "of an even share", "in all", "of GiB",
            "sent a step", "of the ideal", "step, predicted", "images/s, predicted")  # fmt: skip
+GROWING = (("v5p:2x2x2", (1, 8)), ("v5p:4x4x4", (2, 32)), ("v5p:8x8x8", (16, 32)))  # of DiT-XL/2, 16 images a chip
 DEVICES = (1, 8, 64, 512)
 
 
@@ -41,19 +44,25 @@ def main() -> None:
     for row in ROWS:
         rows.append(cells(*row))
         print(" | ".join(rows[-1]), flush=True)
-    tables.insert(OUT.value, [tables.markdown(COLUMNS, rows), weak_scaling()], "--out")
+    tables.insert(OUT.value, [tables.markdown(COLUMNS, rows), memory(), weak_scaling()], "--out")
     print(f"written to {OUT.value}", file=sys.stderr)
 
 
 def cells(model: str, topology: str, mesh: tuple[int, int], images: int) -> list[str]:
     """One row of the first table."""
-    data, fsdp = mesh
-    devices, chip = planning.tpu(topology)
-    config = config_of(model, data, fsdp, images * len(devices))
-    found, short = planning.planned(config, planning.spec_of(config, SHAPES[model], 1000), devices, chip, EFFORT[model])
-    if short:
-        return [model, topology, f"{data} x {fsdp}", f"{images * len(devices):,}", f"does not fit: {short}"]
+    found = planned(model, topology, mesh, images)
+    if isinstance(found, plan.TooLarge):
+        return [model, topology, "{} x {}".format(*mesh), f"{images} a chip", f"does not fit: {found}"]
     return row(model, topology, mesh, found)
+
+
+@functools.cache
+def planned(model: str, topology: str, mesh: tuple[int, int], images: int) -> Mapping[str, Any] | plan.TooLarge:
+    """The plan of a row."""
+    devices, chip = planning.tpu(topology)
+    config = config_of(model, *mesh, images * len(devices))
+    found, short = planning.planned(config, planning.spec_of(config, SHAPES[model], 1000), devices, chip, EFFORT[model])
+    return short or found
 
 
 def row(model: str, topology: str, mesh: tuple[int, int], found: Mapping[str, Any]) -> list[str]:
@@ -76,8 +85,23 @@ def config_of(model: str, data: int, fsdp: int, batch: int) -> Mapping[str, Any]
     return config.to_dict()
 
 
+def memory() -> str:
+    """The second table: what a chip holds of one training as the slice grows, against an even share of the state beside
+    what the smallest slice has beside it."""
+    rows, beside = [], None
+    for topology, mesh in GROWING:
+        held = planned("DiT-XL/2", topology, mesh, 16)["bytes_per_device"]
+        beside = beside or held["total"] - held["state"]
+        ideal = held["state_ideal"] + beside
+        rows.append([topology, "{} x {}".format(*mesh), f"{held['state'] / 2**20:,.0f} MiB",
+                     f"{(held['total'] - held['state']) / 2**30:.2f} GiB", f"{held['total'] / 2**30:.2f} GiB",
+                     f"{held['total'] / ideal:.3f}"])  # fmt: skip
+        print(" | ".join(rows[-1]), flush=True)
+    return tables.markdown(["slice", "data x fsdp", "state a chip", "beside it", "in all", "of the ideal"], rows)
+
+
 def weak_scaling() -> str:
-    """The second table: DiT-S/2 with four images to each of more and more virtual devices."""
+    """The third table: DiT-S/2 with four images to each of more and more virtual devices."""
     devices, _ = planning.virtual(max(DEVICES), None)
     rows = []
     for count in DEVICES:

@@ -1,15 +1,20 @@
 """Several processes of one job, each with devices of its own."""
 
 import os
+import re
 import sys
 
 import jax
 import numpy as np
+from jax._src import distributed  # whose barriers have a limit; jax.experimental.multihost_utils has none
 from jax.experimental import multihost_utils
 
+from diffusion.distributed import roll_call
+from diffusion.distributed.roll_call import Missing
 from diffusion.types import InputError
 
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead, and ends the others
+LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|CoordinationService")  # in what JAX raises then
 TOGETHER = 300  # seconds that a process waits for the others, at the start and at the end
 
 
@@ -24,6 +29,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
 
     Raises:
       InputError: they do not go together, or the environment does not tell.
+      Missing: some have not come; where it was not given a coordinator, JAX ends the process instead.
     """
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
@@ -33,9 +39,9 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             raise InputError("--num_processes", f"must be at least 1, got {num_processes}")
         if not 0 <= process_id < num_processes:
             raise InputError("--process_id", f"must be from 0 to {num_processes - 1}, got {process_id}")
-        # JAX ends the process itself if the others do not come, and does not say who is missing.
         print(f"process {process_id} of {num_processes} waits at {coordinator} for the others, {TOGETHER} s at most",
               file=sys.stderr)  # fmt: skip
+        roll_call.call(coordinator, num_processes, process_id, TOGETHER)
     # It would take SIGTERM from training/preemption.py, to save a step that Orbax chooses.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -56,10 +62,30 @@ def is_told_of() -> bool:
     return tasks not in ("", "1") or "," in hosts or slices not in ("", "1")
 
 
+def is_loss(error: BaseException | None) -> bool:
+    """Whether an error, or what it comes from, says that another process of the job has left."""
+    while error is not None and jax.distributed.is_initialized():
+        if LOST.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def wait_for_all(what: str) -> None:
-    """Until every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    """Until every process has come here.
+
+    Raises:
+      Missing: names those that have not, after TOGETHER seconds.
+    """
+    if jax.process_count() == 1:
+        return
+    client = distributed.global_state.client
+    try:
+        client.wait_at_barrier(f"diffusion: {what}", 1000 * TOGETHER)
+    except jax.errors.JaxRuntimeError as error:
+        late = re.findall(r"^\d+$", str(error).partition("timed out task names:")[2], re.MULTILINE)
+        who = f"process {', '.join(sorted(late, key=int))}" if late else "another process"
+        raise Missing(f"{who} did not come to {what!r} within {TOGETHER} s") from error
 
 
 def agreed(answer: bool) -> bool:

@@ -124,6 +124,7 @@ def train(
     ema: EMA,
     mesh: Mesh,
     rules: tuple[sharding.Rule, ...] = (),
+    sequence: str | None = None,
     options: Options,
     checkpoint: CheckpointOptions,
     seed: int,
@@ -135,6 +136,7 @@ def train(
 
     Args:
       workdir: for checkpoints, `metrics.jsonl` and `previews/`.
+      rules, sequence, seed: see `program.make`.
       meta: JSON-able, saved with every checkpoint.
       teacher: the dict of networks that the objective's teacher has, for a run that begins; one that goes on has it.
       preview: averaged parameters -> a picture of samples, from the same noise each time.
@@ -147,8 +149,8 @@ def train(
     if source.spec.captions:
         raise InputError("data.captions", "no network reads captions yet; set it False to train without")
     program = programs.make(
-        network=network, objective=objective, optimizer=optimizer, ema=ema, mesh=mesh, rules=rules, seed=seed,
-        batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate,
+        network=network, objective=objective, optimizer=optimizer, ema=ema, mesh=mesh, rules=rules, sequence=sequence,
+        seed=seed, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate,
         guard=Guard(options.spike), teacher=teacher,
     )  # fmt: skip
     whole = sharding.replicated_arrays(program.state) if mesh.shape["fsdp"] > 1 else {}

@@ -35,13 +35,14 @@ class Program:
 
 def make(
     *, network: Network, objective: Objective, optimizer: Optimizer, ema: EMA, mesh: Mesh,
-    rules: tuple[sharding.Rule, ...] = (), seed: int, batch_size: int, cond_drop_rate: float = 0.0, accumulate: int = 1,
-    guard: Guard | None = None, teacher: Mapping | None = None,
+    rules: tuple[sharding.Rule, ...] = (), sequence: str | None = None, seed: int, batch_size: int,
+    cond_drop_rate: float = 0.0, accumulate: int = 1, guard: Guard | None = None, teacher: Mapping | None = None,
 ) -> Program:  # fmt: skip
     """Nothing of the model is computed, and no array of it made.
 
     Args:
       rules: see `sharding.of_state`.
+      sequence: the mesh axis that splits tokens between the blocks of a network; see `layers.borders`.
       seed, cond_drop_rate, accumulate, guard: see `make_step`.
       teacher: the networks that the objective's teacher has, or their shapes; see `Objective.init`.
 
@@ -68,7 +69,7 @@ def make(
     step = make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=cond_drop_rate,
                      accumulate=accumulate, guard=guard)  # fmt: skip
     if mesh.size > 1:
-        step = borders.kept(step, batch)
+        step = borders.kept(step, batch, sequence)
     return Program(
         init=jax.jit(init, out_shardings=places),
         step=jax.jit(step, in_shardings=(places, batch), out_shardings=(places, sharding.replicated(mesh)),

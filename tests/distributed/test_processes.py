@@ -2,15 +2,18 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from diffusion.distributed import multihost
-from tests.chaos.training import ROOT
+from diffusion.training.watchdog import STUCK
+from tests.chaos.training import ROOT, Training, committed
 from tests.jobs import job, one_line
 
 
@@ -55,6 +58,58 @@ def test_one_process_trains_the_same(workdir, tmp_path):
                 for folder in (tmp_path / "one", workdir))  # fmt: skip
     assert len(one) == len(two) > 10
     np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_four_are_killed_and_go_on_as_one_would_have(tmp_path):
+    """One is lost, and with it all; started again, their curve is that of one process."""
+    flags = {"case": "ddpm", "compiled": tmp_path / "compiled"}
+    one = Training(workdir=tmp_path / "runs" / "one", processes=1, **flags)
+    assert one.wait() == [0], one.told()
+    workdir = tmp_path / "runs" / "four"
+    four = Training(workdir=workdir, processes=4, pace=0.05, **flags)
+    assert four.until(lambda: committed(workdir)), four.told()
+    four.processes[2].kill()
+    began = time.monotonic()
+    codes = four.wait()
+    assert time.monotonic() - began < multihost.HEARTBEAT + 15
+    assert codes[2] == -signal.SIGKILL, codes
+    assert all(code in (STUCK, -signal.SIGABRT) for code in codes[:2] + codes[3:]), (codes, four.told())
+    assert "lost another process" in four.told() or "another task died" in four.told()
+    reached = committed(workdir)
+    four = Training(workdir=workdir, processes=4, **flags)
+    assert four.wait() == [0] * 4, four.told()
+    assert f"going on from step {reached}" in four.told()
+    curves = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+              for folder in (one.workdir, workdir)]  # fmt: skip
+    assert len(curves[0]) == len(curves[1])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+
+
+WAITS = """
+import sys, time
+import jax
+from diffusion.distributed import multihost
+multihost.initialize(sys.argv[1], 3, int(sys.argv[2]))
+multihost.TOGETHER = 2
+multihost.wait_for_all("breakfast")
+try:
+    if sys.argv[2] != "1":
+        multihost.wait_for_all("lunch")
+except multihost.Missing as error:
+    print(error)
+time.sleep(4)
+"""
+
+
+def test_who_does_not_come_to_a_barrier_is_named():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = [subprocess.Popen([sys.executable, "-c", WAITS, address, str(rank)], cwd=ROOT, stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, text=True) for rank in range(3)]  # fmt: skip
+    told = [process.communicate(timeout=60)[0] for process in running]
+    assert told == ["process 1 did not come to 'lunch' within 2 s\n", "", told[0]]
 
 
 @pytest.mark.slow

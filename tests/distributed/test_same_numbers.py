@@ -9,9 +9,8 @@ import pytest
 from configs import imagenet64_adm, imagenet256_dit
 from diffusion.build import build
 from diffusion.distributed import sharding
-from diffusion.training import ema, optimizer
-from diffusion.training.state import averaged, init_state
-from diffusion.training.step import make_step
+from diffusion.training import ema, optimizer, program
+from diffusion.training.state import averaged
 from experiments.drawing import Drawer
 
 STEPS, BATCH_SIZE = 20, 32
@@ -23,7 +22,9 @@ RULES = {
     "dit": imagenet256_dit.get_config("S/8").sharding.rules,
     "unet": imagenet64_adm.get_config().sharding.rules,
 }
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "model": (1, 1, 8), "all": (2, 2, 2), "accumulated": (2, 2, 2)}
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "model": (1, 1, 8), "all": (2, 2, 2), "accumulated": (2, 2, 2),
+          "sequence": (2, 2, 2)}  # fmt: skip
+HOW = {"accumulated": {"accumulate": 4}, "sequence": {"sequence": "model"}}
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +32,20 @@ def trained(digits, mesh_of):
     """Losses, parameters and samples of a network on a mesh."""
 
     @functools.cache
-    def train(name, sizes, accumulate=1):
-        mesh, objective = mesh_of(*sizes), build("objectives", {"name": "flow_matching"})
+    def train(name, arrangement):
+        mesh, objective = mesh_of(*MESHES.get(arrangement, (1, 1, 1))), build("objectives", {"name": "flow_matching"})
         network = build("networks", NETWORKS[name], shape=digits.spec.shape, num_classes=10)
         # SGD: Adam makes as much of a gradient that is 1e-9 by rounding as of one that is 1.
         opt, averages = optimizer.make(steps=STEPS, name="sgd", learning_rate=0.05), ema.make(decays=(0.5,))
-
-        def init():
-            return init_state(objective, network, opt.transform, averages, jax.random.key(0))
-
-        places = sharding.of_state(jax.eval_shape(init), mesh, RULES[name])
-        state = jax.jit(init, out_shardings=places)()
-        step = jax.jit(
-            make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.1, accumulate=accumulate),
-            in_shardings=(places, sharding.by_example(mesh)), out_shardings=(places, sharding.replicated(mesh)),
-            donate_argnums=0,
+        made = program.make(
+            network=network, objective=objective, optimizer=opt, ema=averages, mesh=mesh, rules=RULES[name], seed=0,
+            batch_size=BATCH_SIZE, cond_drop_rate=0.1, **HOW.get(arrangement, {}),
         )  # fmt: skip
-        losses = []
+        state, losses = made.init(None), []
         for number in range(STEPS):
             examples = [digits[number * BATCH_SIZE + row] for row in range(BATCH_SIZE)]
             batch = jax.tree.map(lambda *rows: np.stack(rows), *examples)
-            state, metrics = step(state, sharding.to_global(batch, sharding.by_example(mesh)))
+            state, metrics = made.step(state, sharding.to_global(batch, made.batch))
             losses.append(float(metrics["loss"]))
         drawer = Drawer(
             network, objective, digits.spec, mesh, sampler={"name": "heun", "steps": 4}, cond_drop_rate=0.1,
@@ -69,8 +63,8 @@ def trained(digits, mesh_of):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_numbers(name, mesh, trained):
-    losses, params, samples, _ = trained(name, (1, 1, 1))
-    found = trained(name, MESHES[mesh], 4 if mesh == "accumulated" else 1)
+    losses, params, samples, _ = trained(name, "one")
+    found = trained(name, mesh)
     np.testing.assert_allclose(found[0], losses, rtol=1e-5)
     for (path, one), other in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(found[1]), strict=True):
         scale = np.linalg.norm(one)

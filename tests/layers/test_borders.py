@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from diffusion.build import build
 from diffusion.layers import borders
+from diffusion.types import InputError
 
 NETWORKS = {
     "dit": {"width": 16, "depth": 2, "heads": 2, "patch": 2},
@@ -40,6 +41,15 @@ def test_leaves_no_trace_behind(mesh_of):
         borders.kept(lambda: 1 / 0, place)()
     x = jnp.zeros(8)
     assert borders.border(x) is x
+
+
+def test_tokens_are_split_where_they_are_asked_to_be(mesh_of):
+    place = NamedSharding(mesh_of(1, 2, 4), P("fsdp"))
+    kept = jax.jit(borders.kept(borders.border, place, "model"))
+    assert kept(jnp.zeros((2, 8, 3))).sharding.spec == P("fsdp", "model")
+    assert kept(jnp.zeros((2, 8))).sharding.spec == kept(jnp.zeros((2, 8, 8, 3))).sharding.spec == P("fsdp")
+    with pytest.raises(InputError, match=r"sharding.sequence: splits tokens over the 4 devices .* the 6 there are"):
+        kept(jnp.zeros((2, 6, 3)))
 
 
 def test_a_part_of_a_batch_that_does_not_divide_is_left_alone(mesh_of):

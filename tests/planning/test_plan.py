@@ -28,9 +28,9 @@ def parts_of(network, shape=SPEC.shape, classes=SPEC.num_classes):
     )
 
 
-def step_of(mesh, batch_size=64, **options):
-    made = program.make(**parts_of(TINY), mesh=mesh, seed=0, batch_size=batch_size, **options)
-    return made, program.abstract_batch(SPEC, batch_size, made.batch)
+def step_of(mesh, batch_size=64, network=TINY, shape=SPEC.shape, **options):
+    made = program.make(**parts_of(network, shape), mesh=mesh, seed=0, batch_size=batch_size, **options)
+    return made, program.abstract_batch(Spec(shape, SPEC.num_classes), batch_size, made.batch)
 
 
 def test_an_even_share_on_every_device(mesh_of):
@@ -76,9 +76,16 @@ def test_borders_keep_activations_where_they_are(mesh_of, monkeypatch):
     mesh = mesh_of(1, 8, 1)
     made, batch = step_of(mesh, 512)
     kept = plan.traffic(plan.compiled(made, batch), mesh)["total"]
-    monkeypatch.setattr(borders, "kept", lambda function, place: function)
+    monkeypatch.setattr(borders, "kept", lambda function, place, sequence: function)
     made, batch = step_of(mesh, 512)
     assert plan.traffic(plan.compiled(made, batch), mesh)["total"] > 1.3 * kept
+
+
+def test_tokens_split_between_the_blocks_take_a_part_of_the_memory(mesh_of):
+    dit = {"name": "dit", "width": 32, "depth": 2, "heads": 2, "kernel": "xla"}
+    temporaries = [plan.compiled(*step_of(mesh_of(1, 1, 8), 2, network=dit, shape=(32, 32, 1), sequence=sequence))
+                   .memory_analysis().temp_size_in_bytes for sequence in (None, "model")]  # fmt: skip
+    assert temporaries[1] < temporaries[0] / 4
 
 
 def test_refuses_a_batch_that_does_not_divide(mesh_of):
