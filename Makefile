@@ -3,6 +3,7 @@
 # make slow   full matrices of what the tests have representative cases of
 # make parity our samplers and networks against the peers of requirements-peers.txt, live
 # make chaos  trainings killed a hundred times, stopped, stuck, out of disk: half an hour
+# make system sweeps in a browser, a Slurm of one node: wants chromium, slurmctld, slurmd, munge, and root
 # make fuzz   2,500 bad inputs, other ones each time
 # make orders the order of accuracy of every solver
 # make lint   ruff, check and format
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/digits
 TRAIN_FLAGS ?=
 
-.PHONY: demo test slow parity chaos fuzz orders lint clean
+.PHONY: demo test slow parity system chaos fuzz orders lint clean
 
 $(VENV)/base: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; give another by PYTHON=...") if sys.version_info < (3, 11) else None'
@@ -43,6 +44,13 @@ slow: $(VENV)/dev
 
 parity: $(VENV)/peers
 	$(BIN)/python -m pytest -m peers
+
+$(VENV)/system: $(VENV)/dev requirements-system.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-system.txt
+	@touch $@
+
+system: $(VENV)/system
+	$(BIN)/python -m pytest -m system
 
 fuzz: $(VENV)/dev
 	FUZZ=2500 $(BIN)/python -m pytest tests/experiments/test_fuzz.py

@@ -5,18 +5,20 @@ where there is nothing to save. `--debug` shows the traceback behind an error.
 """
 
 import contextlib
+import functools
 import io
 import logging as std_logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from glob import glob
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from diffusion import files
 from diffusion.distributed import multihost
@@ -54,10 +56,11 @@ DETERMINISTIC = flags.DEFINE_bool(
 flags.DEFINE_bool("debug", False, "Show the traceback behind an error.")
 
 
-def run(main: Callable[[], None], *, together: bool = True) -> None:
-    """Parses the flags and runs `main`, which takes no arguments.
+def run(main: Callable[..., None], *, together: bool = True, takes_rest: bool = False) -> None:
+    """Parses the flags and runs `main`.
 
     Args:
+      main: takes no arguments, or with `takes_rest` those that stand after `--`.
       together: whether other processes may do the job with this one; they are joined first.
     """
     logging.set_verbosity(logging.FATAL)  # Orbax logs what is raised as well
@@ -65,7 +68,10 @@ def run(main: Callable[[], None], *, together: bool = True) -> None:
     sys.unraisablehook = lambda what: sys.__unraisablehook__(what) if "--debug" in sys.argv else None
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     try:
-        app.run(lambda _: _guard(main, together), flags_parser=_parse)
+        app.run(
+            lambda argv: _guard(functools.partial(main, argv[1:]) if takes_rest else main, together),
+            flags_parser=functools.partial(_parse, takes_rest=takes_rest),
+        )
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
         if not code or main.__module__ != "__main__":
@@ -79,18 +85,49 @@ def run(main: Callable[[], None], *, together: bool = True) -> None:
         os._exit(code)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def define_config(values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> flags.FlagHolder:
+    """The flag `--config`, and with it `--config.a.b` for every such field in `argv`, by default the command line."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "The experiment: a file with get_config().", lock_config=True, flag_values=values, sys_argv=argv
+    )
+
+
+def config_of(given: Iterable[str]) -> dict[str, Any]:
+    """The config that flags `--config=...` and `--config.a.b=...` stand for, by the parser that jobs have.
+
+    Raises:
+      InputError, flags.Error: as a job would refuse it.
+    """
+    values, argv = flags.FlagValues(), ["", *given]
+    config = define_config(values, argv)
     try:
-        _check_config_file(argv)
-        with contextlib.redirect_stderr(io.StringIO()):  # config_flags prints a traceback of its own
-            rest = flags.FLAGS(argv)
-        if len(rest) > 1:
+        _read(values, argv)
+        return config.value.to_dict()
+    except Exception as error:
+        raise _refusal(argv, error) from error
+
+
+def _parse(argv: list[str], takes_rest: bool) -> list[str]:
+    try:
+        rest = _read(flags.FLAGS, argv)
+        if len(rest) > 1 and not (takes_rest and "--" in argv):
             raise InputError(rest[1] or "''", "is no flag; flags are given as --name=value")
         return rest
     except Exception as error:  # a config file runs while it is parsed, and may raise anything
         if "--debug" in argv:
             raise
-        _fail(_unknown_key(argv, error) or _in_config(argv, error), BAD_INPUT)
+        _fail(_refusal(argv, error), BAD_INPUT)
+
+
+def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """What is no flag of the command line."""
+    _check_config_file(argv[: argv.index("--")] if "--" in argv else argv)
+    with contextlib.redirect_stderr(io.StringIO()):  # config_flags prints a traceback of its own
+        return values(argv)
+
+
+def _refusal(argv: list[str], error: Exception) -> Exception:
+    return _unknown_key(argv, error) or _in_config(argv, error)
 
 
 def _check_config_file(argv: list[str]) -> None:

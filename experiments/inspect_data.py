@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from diffusion import files, visualize
 from diffusion.build import build
@@ -23,7 +22,7 @@ from diffusion.types import InputError, Source
 from experiments import cli, parts
 from experiments.drawing import check_numbers
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().", lock_config=True)
+CONFIG = cli.define_config()
 OUT = flags.DEFINE_string("out", "data.png", "The sheet of examples.")
 NUM = flags.DEFINE_integer("num", 48, "Examples on the sheet.")
 ALL = flags.DEFINE_bool("all", False, "Read every example and list those that cannot be read.")

@@ -9,14 +9,13 @@ python -m experiments.plan --config=configs/digits.py --mesh_devices=8 [--chip=H
 import json
 
 from absl import flags
-from ml_collections import config_flags
 
 from diffusion import files
 from diffusion.planning.chips import CHIPS
 from diffusion.types import InputError
 from experiments import cli, parts, planning
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().", lock_config=True)
+CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chips of a TPU slice to compile for, as in v5e:16x16 or v5p:8x8x8.")
 DEVICES = flags.DEFINE_integer("mesh_devices", None, "Virtual devices of this CPU to compile for instead.")
 CHIP = flags.DEFINE_enum("chip", None, list(CHIPS), "With --mesh_devices: the chip to hold the plan against.")

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from diffusion.build import build, check, find
 from diffusion.data import array_record
@@ -28,7 +27,7 @@ from diffusion.progress import Progress
 from diffusion.types import InputError
 from experiments import cli, parts
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().", lock_config=True)
+CONFIG = cli.define_config()
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of all TFDS sets. Default: the config's, or tfds' own.")
 OUT = flags.DEFINE_string("out", None, "New folder to write the examples of `data` to, as a set of our own.")
 NUM = flags.DEFINE_integer("num", None, "With --out, how many examples. Default: all.")

@@ -36,7 +36,9 @@ CHOICES = {
         "unroll": "Steps to an iteration of the loop.",
     }.items()
 }
-SWEEP = flags.DEFINE_string("sweep", None, f"Every combination of NAME=value,value;NAME=...: {choices.AXES}.")
+SWEEP = flags.DEFINE_string(
+    "sweep", None, f"Every combination of NAME=value,value;NAME=...: {choices.AXES}; or those of @FILE.json."
+)
 METRICS = flags.DEFINE_bool("metrics", False, "With --sweep: measure the samples, by the metrics of the config's eval.")
 EMA = flags.DEFINE_string("ema", None, "Which average of the parameters, or none. Default: the config's last.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")

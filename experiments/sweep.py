@@ -1,11 +1,13 @@
 """One checkpoint sampled in every combination of some choices: a labelled contact sheet and a table.
 
 python -m experiments.sample --workdir=runs/digits --sweep="steps=10,20,50;guidance=1,2,4"
+python -m experiments.sample --workdir=runs/digits --sweep=@points.json  # [{"sampler": "ddim", "steps": 10}, ...]
 """
 
 import contextlib
 import csv
 import itertools
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,9 +42,29 @@ def axes(text: str) -> dict[str, list[str]]:
     return found
 
 
-def points(found: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """Every combination, the last axis fastest."""
+def points(text: str) -> list[dict[str, str]]:
+    """Every combination of the axes, the last one fastest; or those of a file, for `@FILE`."""
+    if text.startswith("@"):
+        return _listed(text[1:])
+    found = axes(text)
     return [dict(zip(found, values, strict=True)) for values in itertools.product(*found.values())]
+
+
+def _listed(path: str) -> list[dict[str, str]]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            listed = json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError("--sweep", f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(listed, list) or not listed:
+        raise InputError("--sweep", f'{path} must be a list, as in [{{"sampler": "ddim", "steps": 10}}]')
+    for point in listed:
+        unknown = [name for name in point if name not in AXES] if isinstance(point, dict) else [point]
+        if unknown or not point:
+            raise InputError("--sweep", f"{path}: no choice {unknown or point!r}; one of: {', '.join(AXES)}")
+        if {"steps", "evaluations"} <= point.keys():
+            raise InputError("--sweep", f"at {spell(point)}: steps follow from evaluations; give one of the two")
+    return [{name: str(value) for name, value in point.items()} for point in listed]
 
 
 def drawers(run: Run, chosen: Mapping[str, str], combinations: Sequence[Mapping[str, str]]) -> list[Drawer]:
@@ -92,11 +114,12 @@ def sweep(
     batch_size: int,
     metrics: Sequence[SampleMetric] = (),
 ) -> None:
-    """Draws all combinations and writes `sweep.csv` and `sweep.png` into the folder `out`. The seconds of a combination
+    """Draws all combinations and writes `sweep.csv`, `sweep.png` and a picture of each, `sweep/0001.png`, into the
+    folder `out`. The seconds of a combination
     that was `compiled` are with the compiling."""
-    combinations = points(axes(text))
+    combinations = points(text)
     made = drawers(run, chosen, combinations)
-    files.make_folder(out, "--out")
+    pictures = files.make_folder(os.path.join(out, "sweep"), "--out")
     rows, shown = [], []
     for point, drawer in zip(combinations, made, strict=True):
         before, start = drawer.compilations, time.perf_counter()
@@ -108,10 +131,12 @@ def sweep(
             row |= run.measured(metric, x, labels)
         rows.append(row)
         shown.append(x[:SHOWN])
+        visualize.save_png(visualize.picture(x[:SHOWN]), os.path.join(pictures, f"{len(rows):04d}.png"))
         write_table(os.path.join(out, "sweep.csv"), rows)  # each time: what is drawn is kept, whatever comes
     # What all combinations share needs no label.
-    telling = [name for name, values in axes(text).items() if len(values) > 1] or list(combinations[0])
-    labels = [spell({name: point[name] for name in telling}) for point in combinations]
+    names = list(dict.fromkeys(name for point in combinations for name in point))
+    telling = [name for name in names if len({point.get(name) for point in combinations}) > 1] or names
+    labels = [spell({name: point[name] for name in telling if name in point}) for point in combinations]
     sheet = os.path.join(out, "sweep.png")
     visualize.save_png(visualize.labelled(shown, labels), sheet)
     print(f"{len(rows)} combinations of {num} samples: {sheet} and {os.path.join(out, 'sweep.csv')}")

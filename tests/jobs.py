@@ -25,7 +25,8 @@ IMPORTED += ["experiments.comparison", "experiments.drawing", "tests.jobs"]
 
 
 def job(name, *flags):
-    """`python -m experiments.NAME FLAGS` on one device, from the root of the repository."""
+    """`python -m experiments.NAME FLAGS`, or of a module whose name has dots, on one device, from the root of the
+    repository."""
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     context = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch:  # JAX reads its environment when it is imported, there
@@ -62,4 +63,4 @@ def _run(name, flags, environment, streams):
     sys.argv = [name, *flags]
     with contextlib.ExitStack() as stack:
         stack.callback(atexit._run_exitfuncs)  # which multiprocessing leaves out
-        runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
+        runpy.run_module(name if "." in name else f"experiments.{name}", run_name="__main__", alter_sys=True)

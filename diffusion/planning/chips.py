@@ -34,8 +34,7 @@ CHIPS = {
     "v5e": Chip(16 * 2**30, 197 * TFLOPS, 819 * GB, 200 * GB, f"{CLOUD}/v5e", "TPU v5 lite"),
     "v5p": Chip(95 * 2**30, 459 * TFLOPS, 2765 * GB, 600 * GB, f"{CLOUD}/v5p", "TPU v5"),
     "v6e": Chip(32 * 2**30, 918 * TFLOPS, 1638 * GB, 400 * GB, f"{CLOUD}/v6e", "TPU v6 lite"),
-    # FLOP/s without sparsity, NVLink within a machine. 80 GB of A100 and H100, SXM. Recalled, like the ICI of v4: check
-    # them against the source before publishing.
+    # FLOP/s without sparsity, NVLink within a machine. 80 GB of A100 and H100, SXM.
     "A100": Chip(80 * 10**9, 312 * TFLOPS, 2039 * GB, 300 * GB, f"{DATASHEET} A100 80GB SXM", "NVIDIA A100"),
     "H100": Chip(80 * 10**9, 989 * TFLOPS, 3350 * GB, 450 * GB, f"{DATASHEET} H100 SXM", "NVIDIA H100"),
     "H200": Chip(141 * 10**9, 989 * TFLOPS, 4800 * GB, 450 * GB, f"{DATASHEET} H200 SXM", "NVIDIA H200"),

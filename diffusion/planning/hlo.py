@@ -97,7 +97,7 @@ def _rounds(line: str, condition: list[str]) -> int | None:
     known = TRIPS.search(line)
     if known:
         return int(known[1])
-    limits = [int(number) for one in condition for number in re.findall(r"\bs32\[\]\S* constant\((\d+)\)", one)]
+    limits = [int(number) for one in condition for number in re.findall(r"\b[su]32\[\]\S* constant\((\d+)\)", one)]
     counts = any("direction=LT" in one for one in condition)
     return limits[0] if counts and len(limits) == 1 else None
 

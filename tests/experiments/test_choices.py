@@ -176,8 +176,32 @@ def test_bad_sweeps_are_refused(text, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "cannot be read: Expecting value"),
+        ("[]", "must be a list, as in"),
+        ("{}", "must be a list, as in"),
+        ("[3]", r"no choice \[3\]; one of: sampler, grid"),
+        ('[{"steps": 1}, {"step": 2}]', r"no choice \['step'\]; one of: sampler, grid"),
+        ('[{"steps": 1, "evaluations": 2}]', "at steps=1 evaluations=2: steps follow from evaluations"),
+    ],
+)
+def test_bad_lists_are_refused(content, message, tmp_path):
+    (tmp_path / "points.json").write_text(content)
+    with pytest.raises(InputError, match=f"^--sweep: .*{message}"):
+        sweep.points(f"@{tmp_path}/points.json")
+
+
+def test_a_list_of_points(tmp_path):
+    (tmp_path / "points.json").write_text('[{"sampler": "ddim", "steps": 5}, {"guidance": 1.5}]')
+    assert sweep.points(f"@{tmp_path}/points.json") == [{"sampler": "ddim", "steps": "5"}, {"guidance": "1.5"}]
+    with pytest.raises(InputError, match=r"^--sweep: /nowhere cannot be read: No such file"):
+        sweep.points("@/nowhere")
+
+
 def test_the_last_axis_is_the_fastest():
-    points = sweep.points(sweep.axes("steps=10, 20;guidance=1,2"))
+    points = sweep.points("steps=10, 20;guidance=1,2")
     assert [sweep.spell(point) for point in points] == [
         "steps=10 guidance=1", "steps=10 guidance=2", "steps=20 guidance=1", "steps=20 guidance=2",
     ]  # fmt: skip

@@ -1,0 +1,112 @@
+"""What the tests of launchers share: pinned code, jobs with awkward arguments, golden files, stand-ins for programs."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from launch.jobs import Code, Job, shown
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "launch"
+CODE = Code("/checkout", "0123456789abcdef0123456789abcdef01234567", clean=True)
+# A `canary` in the folder where scripts run would show that a part of one of them was run.
+AWKWARD = (
+    "--config.note=two words",
+    "--config.note=it's",
+    '--config.note="quoted"',
+    "--config.note=$(touch canary) $HOME ${PATH} $$ $(JOB_COMPLETION_INDEX) $$(A)",
+    "--config.note=`touch canary`",
+    "--config.note=a\nb\r\n1\ttouch canary",
+    "--config.note='; touch canary; '",
+    "--config.note=back\\slash \\n",
+    "--config.note=*?[a] ~ !! # & | < > é \u00a0 \x7f \u2028",
+    "--config.note=@RETRIES@ @COMMAND@ %A %j",
+    "",
+)
+
+
+def awkward_job(workdir):
+    return Job("awkward", ("experiments.train", *AWKWARD, f"--workdir={workdir}"), workdir)
+
+
+def sweep(root):
+    """Two jobs as a sweep has them."""
+    return [
+        Job(
+            f"lr={value}",
+            ("experiments.train", "--config=configs/digits.py", f"--config.optimizer.learning_rate={value}",
+             f"--workdir={root}/lr={value}"),
+            f"{root}/lr={value}",
+        )
+        for value in ("0.001", "0.01")
+    ]  # fmt: skip
+
+
+def golden(name, submission):
+    """Holds what a submission would do against a file; GOLDEN=write writes the file."""
+    path, text = GOLDEN / name, shown(submission) + "\n"
+    if os.environ.get("GOLDEN") == "write":
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def parses(text):
+    """Whether bash can read a script."""
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return True
+
+
+def program(folder, name, body):
+    """Makes a program of Python, which notes its arguments down in NAME.calls and then runs `body`."""
+    path = folder / name
+    path.write_text(
+        f"#!{sys.executable} -S\nimport json, os, pathlib, shutil, signal, subprocess, sys, time\n"
+        f"HERE = pathlib.Path({str(folder)!r})\n"
+        f"with open(HERE / {f'{name}.calls'!r}, 'a') as notes:\n"
+        f"    notes.write(json.dumps(sys.argv[1:]) + '\\n')\n{body}\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def calls(folder, name):
+    """The arguments of each call of a program."""
+    path = folder / f"{name}.calls"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def codes(folder, *wanted):
+    """The exit codes of the next calls of a program whose body is EXITS."""
+    (folder / "codes").write_text(json.dumps(wanted))
+
+
+EXITS = """
+codes = json.loads((HERE / "codes").read_text())
+(HERE / "codes").write_text(json.dumps(codes[1:]))
+sys.exit(codes[0])
+"""
+
+# Waits for SIGTERM, takes a moment to save, and is stopped.
+WAITS = """
+def stop(*_):
+    with open(HERE / "told", "a") as file:
+        file.write("told\\n")
+    time.sleep(0.3)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+(HERE / "ready").write_text(str(os.getpid()))
+time.sleep(20)
+"""
+
+
+def checkout(folder):
+    """A git repository with a commit, in a folder that exists."""
+    (folder / "experiments").mkdir()
+    (folder / "experiments" / "train.py").write_text("print('a file of the code')\n")
+    (folder / ".gitignore").write_text("runs/\n")
+    git = ["git", "-C", str(folder), "-c", "user.name=name", "-c", "user.email=mail"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=first"]):
+        subprocess.run([*git, *command], check=True)
+    return folder

@@ -1,0 +1,253 @@
+"""Sweeps as a user starts them."""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import locks
+from tests.jobs import ROOT, job, one_line
+
+MOONS = "--config=configs/moons.py"
+SHORT = ("--config.train.steps=20", "--config.optimizer.warmup=2", "--config.train.log_every=10")
+SWEEP = """
+from launch import vary
+def sweep():
+    return vary.over("optimizer.learning_rate", [1e-3, 2e-3])
+def sweep_nothing():
+    return []
+def sweep_typo():
+    return [{"optimizer.learning_rat": 1}]
+def sweep_twice():
+    return [{"seed": 1}, {"seed": 1}]
+def sweep_far():
+    return [{"name": "../../far", "seed": 1}]
+def sweep_shell():
+    return [{"objective.name": "$(touch canary); `touch canary`"}]
+def sweep_sampling():
+    return vary.product(vary.over("sampler", ["ddim", "heun"]), vary.over("steps", [2, 3]))
+def sweep_ends():
+    return [{"seed": 1}, {"optimizer.learning_rate": 1e30}]
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweeps") / "sweep.py"
+    path.write_text(SWEEP)
+    return str(path)
+
+
+def table(workdir):
+    with open(workdir / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def starts(folder):
+    """The steps that each start of a run has begun with."""
+    told = (folder / "log.txt").read_text()
+    return [int(step.replace(",", "")) for step in re.findall(r"going on from step ([\d,]+)|from the start", told)
+            if step] + [0] * len(re.findall("from the start", told))  # fmt: skip
+
+
+def test_a_dry_run_prints_and_writes_nothing(file, tmp_path):
+    done = job("launch.sweep", MOONS, *SHORT, f"--sweep={file}", f"--workdir={tmp_path}/new", "--dry_run", "--evaluate")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and all(line.startswith("$ python -m experiments.") for line in lines)
+    assert "--config.optimizer.learning_rate=0.001 --workdir=" in lines[0] and "experiments.evaluate" in lines[1]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sweep={file}:nothing"], "--sweep: .*:nothing yields nothing"),
+        (
+            ["--sweep={file}:typo"],
+            "--sweep: point .*: --config.optimizer.learning_rat: the config has no ",
+        ),
+        (["--sweep={file}:twice"], "--sweep: points 0 and 1 are the same"),
+        (["--sweep={file}:far"], r"--sweep: '../../far': wants letters"),
+        (["--sweep={file}:shell"], r"--sweep: point .*: objective.name: no '\$\(touch canary\)"),
+        (["--sweep={file}:such"], r"--sweep: .* has no sweep_such\(\); there are: sweep, sweep_"),
+        (["--sweep={file}", "--jobs=0"], "--jobs: must be at least 1, got 0"),
+        (["--sweep={file}", "--retries=-1"], "--retries: must be at least 0, got -1"),
+        (["--sweep={file}", "--launcher=slrum"], "--launcher: no 'slrum'; one of: gke, local, mig, slurm, tpu_vm"),
+        (
+            ["--sweep={file}", "--launcher=local:num_proceses=2"],
+            "launcher.num_proceses: .* did you mean 'num_processes'",
+        ),
+        (["--sweep={file}", "--launcher=local:gpus=0"], "launcher.gpus: must be at least 1, got 0"),
+        (["--sweep={file}", "--launcher=slurm", "--evaluate"], "--evaluate: is for runs on this machine"),
+        (["--sweep={file}", "--config.train.stepz=3"], "--config.train.stepz: the config has no 'stepz'"),
+        (["--sweep={file}", "--checkpoint=runs/x"], "--config: or --checkpoint: give one of the two"),
+        (["--sweep={file}", "--", "--num=3"], "--num=3: stands after --, which is for experiments.sample"),
+    ],
+)
+def test_what_is_refused(flags, message, file, tmp_path):
+    done = job("launch.sweep", MOONS, f"--workdir={tmp_path}/new", *(flag.format(file=file) for flag in flags))
+    assert re.search(message, one_line_of(done))
+    assert not (tmp_path / "new").exists() and not (ROOT / "canary").exists()
+
+
+def one_line_of(done):
+    """Of what is refused, perhaps after the line that tells of the check."""
+    done.stderr = re.sub(r"^checking \d+ points\n", "", done.stderr)
+    return one_line(done)
+
+
+@pytest.mark.parametrize(("launcher", "tool"), [("slurm", "sbatch"), ("gke:image=x:tpu=v5e:2x2", "kubectl")])
+def test_a_launcher_whose_tool_is_missing(launcher, tool, file, tmp_path, monkeypatch):
+    for other in {"git", "tar", "docker", "sbatch", "kubectl"} - {tool}:
+        (tmp_path / other).symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = job("launch.sweep", MOONS, *SHORT, f"--sweep={file}", f"--workdir={tmp_path}/new", f"--launcher={launcher}")
+    assert f"error: {tool}: is not on the PATH; " in one_line_of(done)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_workdir_in_use(file, tmp_path):
+    with locks.hold(str(tmp_path), "workdir"):
+        done = job("launch.sweep", MOONS, *SHORT, f"--sweep={file}", f"--workdir={tmp_path}")
+    assert "--workdir: " in one_line_of(done) and "is in use by another" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_workdir_of_something_else(file, tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    done = job("launch.sweep", MOONS, *SHORT, f"--sweep={file}", f"--workdir={tmp_path}")
+    assert "is a run's; a sweep wants a folder of its own" in one_line_of(done)
+
+
+@pytest.mark.slow
+def test_a_sweep_from_begin_to_end_and_again(file, tmp_path):
+    flags = (MOONS, *SHORT, f"--sweep={file}", f"--workdir={tmp_path}", "--jobs=2")
+    done = job("launch.sweep", *flags, "--evaluate", "--config.eval.metrics={'straightness': {'num': 8, 'steps': 2}}")
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = table(tmp_path)
+    assert [row["state"] for row in rows] == ["done", "done"] and [row["step"] for row in rows] == ["20", "20"]
+    assert [row["optimizer.learning_rate"] for row in rows] == ["0.001", "0.002"]
+    assert all(float(row["loss"]) > 0 and float(row["path_curvature"]) >= 0 for row in rows)
+    assert "<table" in (tmp_path / "results.html").read_text()
+    about = json.loads((tmp_path / rows[1]["name"] / "launch.json").read_text())
+    assert about["config"]["optimizer"]["learning_rate"] == 0.002 and len(about["commit"]) == 40
+    status = job("launch.status", f"--workdir={tmp_path}")
+    assert status.returncode == 0 and "2 done" in status.stdout
+    # Started again it does nothing; with other flags it is another sweep.
+    done = job("launch.sweep", *flags, "--evaluate", "--config.eval.metrics={'straightness': {'num': 8, 'steps': 2}}")
+    assert done.returncode == 0 and "2 runs, 2 of them done before" in done.stdout
+    assert [starts(tmp_path / row["name"]) for row in rows] == [[0], [0]]
+    done = job("launch.sweep", *flags, "--config.seed=1")
+    assert "--overrides: is " in one_line_of(done)
+
+
+@pytest.mark.slow
+def test_each_run_ends_in_its_own_way(file, tmp_path):
+    config = tmp_path / "impatient.py"
+    config.write_text("from configs import moons\n\n\ndef get_config():\n    config = moons.get_config()\n"
+                      "    config.train.patience = 2\n    return config\n")  # fmt: skip
+    flags = ("launch.sweep", f"--config={config}", *SHORT, f"--sweep={file}:ends", f"--workdir={tmp_path}/runs")
+    done = job(*flags)
+    rows = table(tmp_path / "runs")
+    assert [row["state"] for row in rows] == ["done", "diverged"], done.stdout + done.stderr
+    assert done.returncode == 3 and "1 done" in done.stdout and "1 diverged" in done.stdout
+    done = job(*flags)
+    assert done.returncode == 3 and "2 of them done before" in done.stdout  # what has diverged would diverge again
+
+
+@pytest.mark.slow
+def test_sampling_in_one_process(file, tmp_path):
+    assert job("train", MOONS, *SHORT, f"--workdir={tmp_path}/run").returncode == 0
+    flags = (f"--checkpoint={tmp_path}/run", f"--sweep={file}:sampling", f"--workdir={tmp_path}/sweep")
+    done = job("launch.sweep", *flags, "--", "--num=20")
+    assert done.returncode == 0, done.stderr
+    rows = table(tmp_path / "sweep")
+    assert [(row["sampler"], row["steps"], row["evaluations"]) for row in rows] == [
+        ("ddim", "2", "2.0"), ("ddim", "3", "3.0"), ("heun", "2", "3.0"), ("heun", "3", "5.0"),
+    ]  # fmt: skip
+    page = (tmp_path / "sweep" / "results.html").read_text()
+    assert page.count("iVBORw0KGgo") == 4
+    done = job("launch.sweep", f"--checkpoint={tmp_path}/none", *flags[1:])
+    assert done.returncode == 2 and "does not exist" in done.stderr
+
+
+def sweep_of(workdir, file, *flags):
+    command = [sys.executable, "-m", "launch.sweep", "--config=configs/digits.py", f"--sweep={file}",
+               f"--workdir={workdir}", "--jobs=2", *flags]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)  # fmt: skip
+
+
+TWELVE = """
+from launch import vary
+def sweep():
+    return vary.product(
+        vary.over("config", ["configs/digits.py", "configs/digits_flow.py", "configs/digits_edm.py"]),
+        vary.over("optimizer.learning_rate", [1e-3, 2e-3]),
+        vary.over("ema.decays", [(0.9,), (0.99,)]),
+    )
+"""
+TINY = [
+    "--config.network.width=8", "--config.network.head_width=8", "--config.train.batch_size=16",
+    "--config.train.steps=60", "--config.optimizer.warmup=5", "--config.train.log_every=10",
+    "--config.train.preview_every=30", "--config.checkpoint.every=10", "--config.sampler.steps=2",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_twelve_points_killed_twice(tmp_path):
+    """Every point ends once, and what a checkpoint has is not trained again."""
+    path, workdir = tmp_path / "sweep.py", tmp_path / "runs"
+    path.write_text(TWELVE)
+    for number in range(2):
+        running = sweep_of(workdir, path, *TINY)
+        began, limit = time.monotonic(), random.uniform(5, 25)
+        # The first kill takes all processes, the second the sweep's alone.
+        while running.poll() is None and (time.monotonic() - began < limit or not list(workdir.glob("*/log.txt"))):
+            time.sleep(0.1)
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL) if number == 0 else running.kill()
+        running.wait()
+    running = sweep_of(workdir, path, *TINY)
+    told = running.communicate(timeout=400)[0]
+    assert running.returncode == 0, told
+    rows = table(workdir)
+    assert len(rows) == 12 and {row["state"] for row in rows} == {"done"} and {row["step"] for row in rows} == {"60"}
+    assert all(row["loss"] and row["grad_norm"] for row in rows)
+    for row in rows:
+        folder = workdir / row["name"]
+        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        assert [event for event in events if event.get("code") == 0] == events[-1:]
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps)) and steps[-1] == 60
+        told = (folder / "log.txt").read_text()
+        begun = [told.find("from the start"), told.rfind("from the start")]
+        saved = told.find("going on from step")
+        assert begun[0] == begun[1] or saved == -1 or saved > begun[1], told
+
+
+@pytest.mark.slow
+def test_ctrl_c_has_all_save(file, tmp_path):
+    running = sweep_of(tmp_path, file, *TINY, "--config.train.steps=100000")
+    began = time.monotonic()
+    while len(list(tmp_path.glob("*/metrics.jsonl"))) < 2 or not all(
+        path.read_text() for path in tmp_path.glob("*/metrics.jsonl")
+    ):
+        assert running.poll() is None and time.monotonic() - began < 120
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    told = running.communicate(timeout=60)[0]
+    assert running.returncode == 130, told
+    assert {row["state"] for row in table(tmp_path)} == {"preempted"}
+    assert (
+        len(list(tmp_path.glob("*/checkpoints/*/about"))) == 2 or len(list(tmp_path.glob("*/checkpoints/[0-9]*"))) >= 2
+    )
+    assert not any(locks.is_held(str(path.parent)) for path in tmp_path.glob("*/log.txt"))
