@@ -45,6 +45,11 @@ class Run:
     folder: str
     commands: list[tuple[str, ...]]
 
+    def is_done(self, state: str) -> bool:
+        """Whether all commands have been run; an evaluation may have been asked for since."""
+        evaluated = os.path.exists(os.path.join(self.folder, "evaluation.json"))
+        return state == "done" and (evaluated or len(self.commands) == 1)
+
     def tell(self, event: Mapping[str, Any]) -> None:
         """Adds to what has become of it."""
         lines = files.Lines(os.path.join(self.folder, "events.jsonl"))
@@ -78,16 +83,18 @@ class Pool:
         self.slots = [Slot(number) for number in range(jobs)]
         self.signals = 0
         self.total, self.number = len(runs), signal.SIGTERM
-        leave = {"done"} if again else {"done", "refused", "diverged"}
+        leave = () if again else ("refused", "diverged")
         states = {row.name: row.state for row in results.read(workdir)}
-        self.waiting = collections.deque(run for run in runs if states[run.point.name] not in leave)
+        self.waiting = collections.deque(
+            run for run in runs if states[run.point.name] not in leave and not run.is_done(states[run.point.name])
+        )
 
     def run(self) -> int:
         """Until all have ended, or a signal has ended them: then the exit code for that, else 0."""
         before = {number: signal.signal(number, self._told) for number in ENDING}
         drawer, drawn = status.Drawer(sys.stdout) if sys.stdout.isatty() else None, 0.0
         if not drawer:
-            print(f"{self.total} runs, {self.total - len(self.waiting)} of them done before; python -m launch.status "
+            print(f"{self.total} runs, {self.total - len(self.waiting)} of them ended before; python -m launch.status "
                   f"--workdir={self.workdir} shows them")  # fmt: skip
         try:
             while self._advance():
@@ -97,6 +104,9 @@ class Pool:
                 time.sleep(LOOK)
             if drawer:
                 drawer.draw(results.read(self.workdir))
+        except OSError as error:  # its processes end with it
+            problem = f"{self.workdir} cannot be written: {error.strerror or error}"
+            raise InputError("--workdir", f"{problem}; mend it, and start the same again") from error
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -143,7 +143,7 @@ def test_a_sweep_from_begin_to_end_and_again(file, tmp_path):
     assert status.returncode == 0 and "2 done" in status.stdout
     # Started again it does nothing; with other flags it is another sweep.
     done = job("launch.sweep", *flags, "--evaluate", "--config.eval.metrics={'straightness': {'num': 8, 'steps': 2}}")
-    assert done.returncode == 0 and "2 runs, 2 of them done before" in done.stdout
+    assert done.returncode == 0 and "2 runs, 2 of them ended before" in done.stdout
     assert [starts(tmp_path / row["name"]) for row in rows] == [[0], [0]]
     done = job("launch.sweep", *flags, "--config.seed=1")
     assert "--overrides: is " in one_line_of(done)
@@ -160,7 +160,9 @@ def test_each_run_ends_in_its_own_way(file, tmp_path):
     assert [row["state"] for row in rows] == ["done", "diverged"], done.stdout + done.stderr
     assert done.returncode == 3 and "1 done" in done.stdout and "1 diverged" in done.stdout
     done = job(*flags)
-    assert done.returncode == 3 and "2 of them done before" in done.stdout  # what has diverged would diverge again
+    config.write_text(config.read_text().replace("patience = 2", "patience = 3"))
+    assert "config.train.patience: is 3, but " in one_line_of(job(*flags))
+    assert done.returncode == 3 and "2 of them ended before" in done.stdout  # what has diverged would diverge again
 
 
 @pytest.mark.slow
