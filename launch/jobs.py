@@ -24,6 +24,9 @@ from experiments import choices
 HERE = os.path.dirname(os.path.abspath(__file__))
 LONGEST_NAME, LONGEST_LABEL, HASH = 120, 40, 8
 FOLDER = "launch"  # in the workdir of several runs: what launchers write
+# Beside the folders of a sweep's runs.
+TAKEN = (FOLDER, "compiled", "lock", "points.json", "results.csv", "results.html", "sweep", "sweep.csv", "sweep.json",
+         "sweep.png")  # fmt: skip
 PAUSE = 30  # seconds before a job that crashed is started again
 TOOLS = {
     "docker": "install Docker, or give build=false and an image with a tag",
@@ -98,8 +101,8 @@ def check_name(name: str, field: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_=,+][A-Za-z0-9._=,+-]*", name) or len(name) > LONGEST_NAME:
         raise InputError(field, f"{name!r}: wants letters, digits and ._=,+- alone, {LONGEST_NAME} at most, and not . "
                          "or - in front")  # fmt: skip
-    if name == FOLDER:
-        raise InputError(field, f"{name!r} is the folder of scripts and logs; give another")
+    if name in TAKEN:
+        raise InputError(field, f"{name!r} is a sweep's own; give another")
     return name
 
 

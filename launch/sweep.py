@@ -66,7 +66,7 @@ def main(rest: list[str]) -> None:
     print(f"checking {len(found)} points", file=sys.stderr)
     points.check(found, workdir, data_here=here)
     _check_unchanged(workdir, before, found)
-    runs = [Run(point, os.path.join(workdir, point.name), _commands(point, workdir)) for point in found]
+    runs = [Run(point, os.path.join(workdir, point.name), _commands(point, workdir, here)) for point in found]
     if here and DRY_RUN.value:
         for run in runs:
             for command in run.commands:
@@ -174,10 +174,14 @@ def _flat(config: Mapping[str, Any], above: str = "config") -> dict[str, Any]:
     return found
 
 
-def _commands(point: Point, workdir: str) -> list[tuple[str, ...]]:
+def _commands(point: Point, workdir: str, here: bool) -> list[tuple[str, ...]]:
     where = f"--workdir={os.path.join(workdir, point.name)}"
     train = ("experiments.train", *point.flags, where)
-    return [train, ("experiments.evaluate", where)] if EVALUATE.value else [train]
+    if not here:
+        return [train]
+    # What one run has compiled serves its next start, and other runs wherever they compute the same.
+    kept = f"--compiled={os.path.join(workdir, 'compiled')}"
+    return [(*train, kept), *([("experiments.evaluate", where, kept)] if EVALUATE.value else [])]
 
 
 def _describe(workdir: str, code: jobs.Code, found: Sequence[Point]) -> None:
