@@ -52,6 +52,16 @@ def one_line(done):
     return lines[0]
 
 
+def children(pid):
+    """The processes that a process has started, the oldest first."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it may have ended
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
 def _run(name, flags, environment, streams):
     for number, path in enumerate(streams, start=1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.jobs import ROOT, job, one_line
+from tests.jobs import ROOT, children, job, one_line
 
 MOONS = ("train", "--config=configs/moons.py")
 SHORT = ("--config.train.steps=5", "--config.optimizer.warmup=2", "--config.train.log_every=1")
@@ -33,11 +33,6 @@ def until(running, condition, limit=90):
 def logged(workdir):
     path = workdir / "metrics.jsonl"
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def children(process):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return sorted(int(pid) for pid in found.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -111,7 +106,7 @@ def test_two_processes_of_which_one_is_killed(tmp_path):
     steps = ("--config.train.steps=400", "--config.train.log_every=10", "--config.checkpoint.every=50")
     running = run("--launcher=local:num_processes=2", "--", *MOONS, *steps, f"--workdir={workdir}")
     until(running, lambda: any(step >= 150 for step in logged(workdir)))
-    both = children(running)
+    both = children(running.pid)
     assert len(both) == 2
     os.kill(both[1], signal.SIGKILL)
     told = running.communicate(timeout=200)[0]

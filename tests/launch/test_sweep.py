@@ -1,10 +1,12 @@
 """Sweeps as a user starts them."""
 
+import contextlib
 import csv
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import time
 import pytest
 
 from launch import locks
-from tests.jobs import ROOT, job, one_line
+from tests.jobs import ROOT, children, job, one_line
+from tests.launch.fakes import calls, program
 
 MOONS = "--config=configs/moons.py"
 SHORT = ("--config.train.steps=20", "--config.optimizer.warmup=2", "--config.train.log_every=10")
@@ -181,55 +184,71 @@ def test_sampling_in_one_process(file, tmp_path):
     assert done.returncode == 2 and "does not exist" in done.stderr
 
 
-def sweep_of(workdir, file, *flags):
-    command = [sys.executable, "-m", "launch.sweep", "--config=configs/digits.py", f"--sweep={file}",
-               f"--workdir={workdir}", "--jobs=2", *flags]  # fmt: skip
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)  # fmt: skip
+TINY = """
+import ml_collections
+from configs import digits, digits_edm, digits_flow
 
-
+def get_config(objective="ddpm"):
+    config = {"ddpm": digits, "flow": digits_flow, "edm": digits_edm}[objective].get_config()
+    config.network = ml_collections.ConfigDict({"name": "mlp", "width": 32, "depth": 1})
+    config.train.update({"batch_size": 16, "steps": STEPS, "log_every": 10, "preview_every": 0})
+    config.checkpoint.every = 20
+    config.optimizer.warmup = 5
+    return config
+"""
 TWELVE = """
 from launch import vary
+
 def sweep():
     return vary.product(
-        vary.over("config", ["configs/digits.py", "configs/digits_flow.py", "configs/digits_edm.py"]),
+        vary.over("config", ["CONFIG:ddpm", "CONFIG:flow", "CONFIG:edm"]),
         vary.over("optimizer.learning_rate", [1e-3, 2e-3]),
         vary.over("ema.decays", [(0.9,), (0.99,)]),
     )
 """
-TINY = [
-    "--config.network.width=8", "--config.network.head_width=8", "--config.train.batch_size=16",
-    "--config.train.steps=60", "--config.optimizer.warmup=5", "--config.train.log_every=10",
-    "--config.train.preview_every=30", "--config.checkpoint.every=10", "--config.sampler.steps=2",
-]  # fmt: skip
+
+
+def tiny(folder, steps):
+    path = folder / "tiny.py"
+    path.write_text(TINY.replace("STEPS", str(steps)))
+    return path
+
+
+def sweep_of(config, workdir, file):
+    command = [sys.executable, "-m", "launch.sweep", f"--config={config}", f"--sweep={file}", f"--workdir={workdir}",
+               "--jobs=2"]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.slow
 def test_twelve_points_killed_twice(tmp_path):
     """Every point ends once, and what a checkpoint has is not trained again."""
-    path, workdir = tmp_path / "sweep.py", tmp_path / "runs"
-    path.write_text(TWELVE)
+    config, path, workdir = tiny(tmp_path, 120), tmp_path / "sweep.py", tmp_path / "runs"
+    path.write_text(TWELVE.replace("CONFIG", str(config)))
     for number in range(2):
-        running = sweep_of(workdir, path, *TINY)
+        running = sweep_of(config, workdir, path)
         began, limit = time.monotonic(), random.uniform(5, 25)
         # The first kill takes all processes, the second the sweep's alone.
         while running.poll() is None and (time.monotonic() - began < limit or not list(workdir.glob("*/log.txt"))):
             time.sleep(0.1)
-        if running.poll() is None:
-            os.killpg(running.pid, signal.SIGKILL) if number == 0 else running.kill()
+        alive = children(running.pid) if number == 0 else []
+        running.kill()
+        for child in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         running.wait()
-    running = sweep_of(workdir, path, *TINY)
+    running = sweep_of(config, workdir, path)
     told = running.communicate(timeout=400)[0]
     assert running.returncode == 0, told
     rows = table(workdir)
-    assert len(rows) == 12 and {row["state"] for row in rows} == {"done"} and {row["step"] for row in rows} == {"60"}
+    assert len(rows) == 12 and {row["state"] for row in rows} == {"done"} and {row["step"] for row in rows} == {"120"}
     assert all(row["loss"] and row["grad_norm"] for row in rows)
     for row in rows:
         folder = workdir / row["name"]
         events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
         assert [event for event in events if event.get("code") == 0] == events[-1:]
         steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert steps == sorted(set(steps)) and steps[-1] == 60
+        assert steps == sorted(set(steps)) and steps[-1] == 120
         told = (folder / "log.txt").read_text()
         begun = [told.find("from the start"), told.rfind("from the start")]
         saved = told.find("going on from step")
@@ -238,18 +257,58 @@ def test_twelve_points_killed_twice(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_has_all_save(file, tmp_path):
-    running = sweep_of(tmp_path, file, *TINY, "--config.train.steps=100000")
+    workdir = tmp_path / "runs"
+    running = sweep_of(tiny(tmp_path, 10**6), workdir, file)
     began = time.monotonic()
-    while len(list(tmp_path.glob("*/metrics.jsonl"))) < 2 or not all(
-        path.read_text() for path in tmp_path.glob("*/metrics.jsonl")
+    while len(list(workdir.glob("*/metrics.jsonl"))) < 2 or not all(
+        path.read_text() for path in workdir.glob("*/metrics.jsonl")
     ):
         assert running.poll() is None and time.monotonic() - began < 120
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     told = running.communicate(timeout=60)[0]
     assert running.returncode == 130, told
-    assert {row["state"] for row in table(tmp_path)} == {"preempted"}
-    assert (
-        len(list(tmp_path.glob("*/checkpoints/*/about"))) == 2 or len(list(tmp_path.glob("*/checkpoints/[0-9]*"))) >= 2
-    )
-    assert not any(locks.is_held(str(path.parent)) for path in tmp_path.glob("*/log.txt"))
+    assert {row["state"] for row in table(workdir)} == {"preempted"}
+    saved = {path.parts[-3] for path in workdir.glob("*/checkpoints/[0-9]*")}
+    assert saved == {row["name"] for row in table(workdir)}
+    assert not any(locks.is_held(str(path.parent)) for path in workdir.glob("*/log.txt"))
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The code in a repository of its own, with nothing that is not committed."""
+    root = tmp_path / "checkout"
+    for part in ("diffusion", "experiments", "launch", "configs"):
+        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+    git = ("git", "-C", root, "-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "all")):
+        subprocess.run([*git, *words], check=True)
+    return root
+
+
+@pytest.mark.slow
+def test_a_sweep_on_a_cluster(checkout, file, tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    program(programs, "sbatch", "print('Submitted batch job 1')")
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def launch(module, *flags):
+        return subprocess.run([sys.executable, "-m", module, *flags], cwd=checkout, env=environment, text=True,
+                              capture_output=True)  # fmt: skip
+
+    workdir = tmp_path / "shared" / "lr"
+    flags = (MOONS, *SHORT, f"--sweep={file}", f"--workdir={workdir}", "--launcher=slurm:partition=gpu")
+    done = launch("launch.sweep", *flags, "--dry_run")
+    assert done.returncode == 0 and "$ sbatch --" in done.stdout and not workdir.exists(), done.stderr
+    done = launch("launch.sweep", *flags)
+    assert done.returncode == 0 and "2 runs submitted" in done.stdout, done.stderr
+    (called,) = calls(programs, "sbatch")
+    assert "--partition=gpu" in called and any(word.startswith("--array=0-1") for word in called)
+    assert "2 submitted" in launch("launch.status", f"--workdir={workdir}").stdout
+    done = launch("launch.sweep", *flags)
+    assert done.returncode == 0 and "nothing to submit: 2 submitted" in done.stdout
+    assert len(calls(programs, "sbatch")) == 1
+    (checkout / "configs" / "moons.py").write_text("# \n" + (checkout / "configs" / "moons.py").read_text())
+    done = launch("launch.run", "--launcher=slurm", "--", "train", MOONS, f"--workdir={tmp_path}/one")
+    assert "has changes that are in no commit" in one_line(done)
