@@ -87,10 +87,12 @@ def test_one_that_does_not_end_is_killed_by_the_second_signal(tmp_path):
     assert job.code == 137
 
 
-def test_a_process_that_is_lost_takes_the_others_with_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("other", "last"), [("hang", 0.2), ("sleep", 60.0)])
+def test_a_process_that_is_lost_takes_the_others_with_it(other, last, tmp_path, monkeypatch):
+    """Who does not end when it is told to is killed."""
     monkeypatch.setattr(processes, "LOSS", 0.2)
-    monkeypatch.setattr(processes, "LAST", 0.2)
-    job, events = supervised(tmp_path, "killed/hang", "0", launcher=make(num_processes=2))
+    monkeypatch.setattr(processes, "LAST", last)
+    job, events = supervised(tmp_path, f"killed/{other}", "0", launcher=make(num_processes=2))
     until(job.advance)
     assert job.code == 0 and len(starts(tmp_path, 0)) == len(starts(tmp_path, 1)) == 2
     assert [event["code"] for event in events if event["event"] == "ended"] == [137, 0]

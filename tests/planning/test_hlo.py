@@ -60,6 +60,10 @@ def test_a_tpus_program():
     ]
 
 
+def test_a_loop_may_count_in_unsigned_numbers():
+    assert collectives(TPU.replace("s32[]", "u32[]"), 8) == collectives(TPU, 8)
+
+
 def test_refuses_a_loop_of_unknown_length():
     with pytest.raises(ValueError, match="does not say how often"):
         collectives(TPU.replace("direction=LT", "direction=GT"), 8)
