@@ -96,7 +96,7 @@ def config_of(given: Iterable[str]) -> dict[str, Any]:
     """The config that flags `--config=...` and `--config.a.b=...` stand for, by the parser that jobs have.
 
     Raises:
-      InputError, flags.Error: as a job would refuse it.
+      InputError: where a job would refuse it.
     """
     values, argv = flags.FlagValues(), ["", *given]
     config = define_config(values, argv)
@@ -104,7 +104,8 @@ def config_of(given: Iterable[str]) -> dict[str, Any]:
         _read(values, argv)
         return config.value.to_dict()
     except Exception as error:
-        raise _refusal(argv, error) from error
+        refusal = _refusal(argv, error)
+        raise refusal if isinstance(refusal, InputError) else InputError("--config", str(refusal)) from error
 
 
 def _parse(argv: list[str], takes_rest: bool) -> list[str]:

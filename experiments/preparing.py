@@ -1,7 +1,7 @@
 """From a config to all that its training needs, before anything of it is computed or written."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,17 +17,13 @@ from experiments.drawing import Drawer
 PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
 
 
-def prepared(config: Mapping[str, Any], workdir: str, devices: Sequence[Any] | None = None) -> dict[str, Any]:
-    """The keyword arguments of `training.loop.train`. Raises InputError for what does not fit together in a config.
-
-    Args:
-      devices: of the mesh; all by default.
-    """
+def prepared(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
+    """The keyword arguments of `training.loop.train`. Raises InputError for what does not fit together in a config."""
     parts.check_sections(config)
     source = build("data", config["data"], field="data")
     meta, teacher = parts.meta_of(config, source.spec, workdir)
     network, objective = parts.model_of(meta)
-    keywords = parts.training(config, devices)
+    keywords = parts.training(config)
     drawer = Drawer(
         network, objective, source.spec, keywords["mesh"],
         sampler=config["sampler"], guidance=config["guidance"], cond_drop_rate=keywords["options"].cond_drop_rate,

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from diffusion.types import InputError
 from launch import vm
-from launch.jobs import Code, Job, Submission, check_clean, check_remote, folder_for, label, packing
+from launch.jobs import Code, Job, Submission, label, packing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,8 @@ class Mig:
     tools: tuple[str, ...] = ("git", "gcloud")
 
     def submission(self, jobs: Sequence[Job], code: Code, workdir: str, retries: int) -> Submission:
-        check_clean(code)
-        check_remote(jobs)
-        folder = folder_for(workdir, code)
-        archive = os.path.join(folder, f"{code.commit}.tar.gz")
+        archive = vm.archive(jobs, code, workdir)
+        folder = os.path.dirname(archive)
         staged = f"{self.bucket.rstrip('/')}/code/{code.commit}.tar.gz"
         written = {}
         commands = [*packing(code, archive), ("gcloud", "storage", "cp", archive, staged)]

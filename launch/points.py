@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from glob import glob
 from typing import Any
 
-from absl import flags
-
 from diffusion.types import InputError
 from experiments import cli, parts
 from experiments.preparing import prepared, traced
@@ -99,7 +97,7 @@ def resolved(found: Sequence[Mapping[str, Any]], config: str, base: Mapping[str,
                  *(f"--config.{key}={_text(value)}" for key, value in fields.items()))  # fmt: skip
         try:
             points.append(Point(name, overrides, given, cli.config_of(given)))
-        except (InputError, flags.Error) as error:
+        except InputError as error:
             raise _at(name, error) from error
     return points
 
@@ -125,7 +123,7 @@ def check(points: Iterable[Point], workdir: str, *, data_here: bool) -> None:
             raise _at(point.name, error) from error
 
 
-def _at(name: str, error: Exception) -> InputError:
+def _at(name: str, error: InputError) -> InputError:
     return InputError("--sweep", f"point {name}: {error}")
 
 

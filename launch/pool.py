@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from diffusion import files
 from diffusion.training.preemption import STOPPED
 from diffusion.types import InputError
+from experiments import cli
 from launch import locks, results, status
 from launch.local import Local
 from launch.points import Point
@@ -30,11 +31,39 @@ def until_done(launcher: Local, commands: Sequence[tuple[str, ...]], retries: in
             print(f"exit code {event['code']}", file=sys.stderr)
 
     job = Supervised(commands, launcher.start, retries, tell)
-    for number in ENDING:
-        signal.signal(number, lambda number, frame: job.stop())
-    while not job.advance():
-        time.sleep(LOOK)
+    with Signals() as signals:
+        while not job.advance():
+            signals.pass_on([job])
+            time.sleep(LOOK)
     return job.code
+
+
+class Signals:
+    """Signals to end, which are counted while this is open; who uses it passes them on where no job is just starting.
+
+    The first has all save and end, another one ends them at once.
+    """
+
+    def __init__(self):
+        self.count, self.last, self._passed_on = 0, 0, 0
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._come) for number in ENDING}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def pass_on(self, jobs: Iterable[Supervised]) -> None:
+        """Tells jobs of those that have come since the last time."""
+        if self.count > self._passed_on:
+            self._passed_on = self.count
+            for job in jobs:
+                job.stop(signal.SIGTERM if self.count == 1 else signal.SIGKILL)
+
+    def _come(self, number: int, frame: Any) -> None:
+        self.count, self.last = self.count + 1, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +110,7 @@ class Pool:
     def __init__(self, workdir: str, launcher: Local, runs: Sequence[Run], *, jobs: int, retries: int, again: bool):
         self.workdir, self.launcher, self.retries = workdir, launcher, retries
         self.slots = [Slot(number) for number in range(jobs)]
-        self.signals = 0
-        self.total, self.number = len(runs), signal.SIGTERM
+        self.signals, self.total = Signals(), len(runs)
         leave = () if again else ("refused", "diverged")
         states = {row.name: row.state for row in results.read(workdir)}
         self.waiting = collections.deque(
@@ -91,44 +119,35 @@ class Pool:
 
     def run(self) -> int:
         """Until all have ended, or a signal has ended them: then the exit code for that, else 0."""
-        before = {number: signal.signal(number, self._told) for number in ENDING}
         drawer, drawn = status.Drawer(sys.stdout) if sys.stdout.isatty() else None, 0.0
         if not drawer:
             print(f"{self.total} runs, {self.total - len(self.waiting)} of them ended before; python -m launch.status "
                   f"--workdir={self.workdir} shows them")  # fmt: skip
         try:
-            while self._advance():
-                if drawer and time.monotonic() - drawn > DRAW:
-                    drawer.draw(results.read(self.workdir))
-                    drawn = time.monotonic()
-                time.sleep(LOOK)
+            with self.signals:
+                while self._advance():
+                    if drawer and time.monotonic() - drawn > DRAW:
+                        drawer.draw(results.read(self.workdir))
+                        drawn = time.monotonic()
+                    time.sleep(LOOK)
             if drawer:
                 drawer.draw(results.read(self.workdir))
         except OSError as error:  # its processes end with it
             problem = f"{self.workdir} cannot be written: {error.strerror or error}"
             raise InputError("--workdir", f"{problem}; mend it, and start the same again") from error
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if not self.signals:
+        if not self.signals.count:
             return 0
-        return 130 if self.number == signal.SIGINT else STOPPED
-
-    def _told(self, number: int, frame: Any) -> None:
-        """The first signal has all save and end, another one ends them at once."""
-        self.signals, self.number = self.signals + 1, number
-        for slot in self.slots:
-            if slot.job:
-                slot.job.stop(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
+        return cli.INTERRUPTED if self.signals.last == signal.SIGINT else STOPPED
 
     def _advance(self) -> bool:
         """Whether anything is left to do."""
+        self.signals.pass_on(slot.job for slot in self.slots if slot.job)
         for slot in self.slots:
-            if slot.job is None and self.waiting and not self.signals:
+            if slot.job is None and self.waiting and not self.signals.count:
                 self._begin(slot)
             if slot.job is not None and slot.job.advance():
                 self._end(slot)
-        return any(slot.job for slot in self.slots) or bool(self.waiting and not self.signals)
+        return any(slot.job for slot in self.slots) or bool(self.waiting and not self.signals.count)
 
     def _begin(self, slot: Slot) -> None:
         run = self.waiting.popleft()

@@ -46,7 +46,7 @@ class Start:
         self, command: Sequence[str], environments: Sequence[Mapping[str, str]], log: str | None = None,
         lock: IO | None = None,
     ):  # fmt: skip
-        self.log, self._lost, self._told = log, None, 0
+        self.log, self._lost, self._signalled = log, None, False
         self.processes = []
         output = open(log, "ab") if log else None  # noqa: SIM115
         self._from = output.tell() if output else 0
@@ -71,8 +71,8 @@ class Start:
             late = time.monotonic() - self._lost - LOSS
             if late > LAST:
                 self.send(signal.SIGKILL)
-            elif late > 0 and not self._told:
-                self._told = True
+            elif late > 0 and not self._signalled:
+                self._signalled = True
                 self.send(signal.SIGTERM)
         return None
 

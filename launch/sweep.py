@@ -62,7 +62,7 @@ def main(rest: list[str]) -> None:
     if not here and not DRY_RUN.value:
         jobs.check_tools(launcher.tools)
     code = _code(here)
-    before = _begun(workdir)
+    before = _begun(workdir, shared)
     print(f"checking {len(found)} points", file=sys.stderr)
     points.check(found, workdir, data_here=here)
     _check_unchanged(workdir, before, found)
@@ -91,13 +91,15 @@ def main(rest: list[str]) -> None:
 def _sample(workdir: str, launcher: Local, rest: list[str]) -> None:
     """Draws from one checkpoint. What the points choose is held against it by the job, before the first is drawn."""
     found = points.named(points.read(SWEEP.value))
+    shared = {"checkpoint": CHECKPOINT.value}
+    _begun(workdir, shared)
     commands = sampling.commands(CHECKPOINT.value, workdir, rest)
     if DRY_RUN.value:
         print(launcher.shown(jobs.Job("samples", commands[0], workdir)))
         return
     files.make_folder(workdir, "--workdir")
     with locks.hold(workdir, "--workdir"):
-        sampling.describe(workdir, found, {"checkpoint": CHECKPOINT.value, "sweep": SWEEP.value})
+        sampling.describe(workdir, found, {**shared, "sweep": SWEEP.value})
         code = until_done(launcher, commands, RETRIES.value)
         if code == 0:
             print(" and ".join(sampling.collect(workdir, found)))
@@ -131,14 +133,14 @@ def _code(here: bool) -> jobs.Code:
         return jobs.Code(os.getcwd(), "unknown", clean=False)
 
 
-def _begun(workdir: str) -> Mapping[str, Any] | None:
+def _begun(workdir: str, shared: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The sweep that the workdir has already, which must be the same but for its points. Raises InputError if not."""
     if not files.is_folder(workdir, "--workdir") or not epath.Path(workdir, results.SWEEP).exists():
         if epath.Path(workdir, "metrics.jsonl").exists():
             raise InputError("--workdir", f"{workdir} is a run's; a sweep wants a folder of its own")
         return None
     before = results.read_sweep(workdir)
-    for name, value in json.loads(json.dumps(_shared())).items():
+    for name, value in json.loads(json.dumps(shared)).items():
         if before.get(name) != value:
             problem = f"is {value!r}, but the sweep in {workdir} has {before.get(name)!r}"
             raise InputError(f"--{name}", f"{problem}; restore it or give another --workdir")

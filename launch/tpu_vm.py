@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from diffusion.types import InputError
 from launch import vm
-from launch.jobs import Code, Job, Submission, check_clean, check_remote, fill, folder_for, label, packing, quote
+from launch.jobs import Code, Job, Submission, fill, label, packing, quote
 
 # What the number in a type counts, for one host of a slice that has several; up to 8 there is one.
 PER_HOST = {"v2": 8, "v3": 8, "v4": 8, "v5litepod": 4, "v5p": 8, "v6e": 4}
@@ -82,10 +82,8 @@ class TpuVm:
     tools: tuple[str, ...] = ("git", "gcloud")
 
     def submission(self, jobs: Sequence[Job], code: Code, workdir: str, retries: int) -> Submission:
-        check_clean(code)
-        check_remote(jobs)
-        folder = folder_for(workdir, code)
-        archive = os.path.join(folder, f"{code.commit}.tar.gz")
+        archive = vm.archive(jobs, code, workdir)
+        folder = os.path.dirname(archive)
         names = [label(job.name, job.workdir) for job in jobs]
         written, asked = {}, []
         for job, name in zip(jobs, names, strict=True):

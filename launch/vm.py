@@ -1,7 +1,10 @@
 """The script of a job on a virtual machine made for it: it hands itself over to systemd, sets Python up, and runs the
 job until it is done."""
 
-from launch.jobs import Job, fill, quote, quoted, until_done
+import os
+from collections.abc import Sequence
+
+from launch.jobs import Code, Job, check_clean, check_remote, fill, folder_for, quote, quoted, until_done
 
 HOME = "/var/lib/launch"
 SAVING = 90  # seconds between systemd's SIGTERM and its SIGKILL, where the machine has them left
@@ -43,6 +46,17 @@ gcloud storage cp "$folder/log" @LOG@"-$(hostname).log"
 @AFTER@
 exit "$code"
 """
+
+
+def archive(jobs: Sequence[Job], code: Code, workdir: str) -> str:
+    """Where the code's archive is to be, in the folder here for what is written.
+
+    Raises:
+      InputError: the code is not committed, or a job's workdir not in a bucket.
+    """
+    check_clean(code)
+    check_remote(jobs)
+    return os.path.join(folder_for(workdir, code), f"{code.commit}.tar.gz")
 
 
 def script(

@@ -15,7 +15,7 @@ from diffusion.types import InputError
 
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead, and ends the others
 LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|CoordinationService")  # in what JAX raises then
-TOGETHER = 300  # seconds that a process waits for the others, at the start and at the end
+TOGETHER = 300  # seconds that a process waits for the others, at the start, at a barrier, at the end
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -84,8 +84,11 @@ def wait_for_all(what: str) -> None:
         client.wait_at_barrier(f"diffusion: {what}", 1000 * TOGETHER)
     except jax.errors.JaxRuntimeError as error:
         late = re.findall(r"^\d+$", str(error).partition("timed out task names:")[2], re.MULTILINE)
-        who = f"process {', '.join(sorted(late, key=int))}" if late else "another process"
-        raise Missing(f"{who} did not come to {what!r} within {TOGETHER} s") from error
+        if not late:  # one is lost, and that is what it says
+            raise
+        raise Missing(
+            f"process {', '.join(sorted(late, key=int))} did not come to {what!r} within {TOGETHER} s"
+        ) from error
 
 
 def agreed(answer: bool) -> bool:

@@ -9,8 +9,9 @@ import time
 
 from diffusion.types import InputError
 
+ALL = "all have come"
 PAUSE = 0.2  # seconds between two tries to reach the first process
-LONGEST = 200  # bytes of a message
+LONGEST = 1000  # bytes of a message
 
 
 class Missing(RuntimeError):
@@ -25,24 +26,22 @@ def call(address: str, num_processes: int, process_id: int, limit: float) -> Non
       limit: seconds to wait.
 
     Raises:
-      Missing: names those that have not come, in each that has; or two that say they are the same.
+      Missing: names those that have not come, in each that has; or tells of ids that do not go together.
       InputError: the first cannot have the port.
     """
     host, _, port = address.rpartition(":")
     until = time.monotonic() + limit
     where = f"to {address} within {limit:.0f} s"
-    answer = _listen(int(port), num_processes, until) if process_id == 0 else _tell(host, int(port), process_id, until)
-    if answer is None:
-        raise Missing(f"process 0 did not come {where}")
-    if answer.startswith("twice"):
-        raise Missing(f"two processes say that they are process {answer.split()[1]}; give each its own --process_id")
-    if answer != "all":
-        several = "es" if "," in answer else ""
-        raise Missing(f"process{several} {answer} of {num_processes} did not come {where}")
+    if process_id:
+        answer = _tell(host, int(port), process_id, until) or f"process 0 did not come {where}"
+    else:
+        answer = _listen(int(port), num_processes, until, where)
+    if answer != ALL:
+        raise Missing(answer)
 
 
-def _listen(port: int, num_processes: int, until: float) -> str:
-    """What the first process tells all that have come, itself included: `all`, or who is missing."""
+def _listen(port: int, num_processes: int, until: float, where: str) -> str:
+    """What the first process tells all that have come, itself included: `ALL`, or what is wrong."""
     came, connected, answer = set(), [], ""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_server(port))
@@ -58,12 +57,17 @@ def _listen(port: int, num_processes: int, until: float) -> str:
                 continue
             except (OSError, ValueError):  # of a stranger, or one that has gone again
                 continue
-            if number in came or not 0 < number < num_processes:
-                answer = f"twice {number}"
+            if not 0 < number < num_processes:
+                answer = f"a process says that it is process {number}, of {num_processes}; give all the same flags"
+            elif number in came:
+                answer = f"two processes say that they are process {number}; give each its own --process_id"
             came.add(number)
             connected.append(one)
         missing = [str(number) for number in range(1, num_processes) if number not in came]
-        answer = answer or ", ".join(missing) or "all"
+        if missing and not answer:
+            several = "es" if len(missing) > 1 else ""
+            answer = f"process{several} {', '.join(missing)} of {num_processes} did not come {where}"
+        answer = answer or ALL
         for one in connected:
             with contextlib.suppress(OSError):
                 one.sendall(f"{answer[: LONGEST - 1]}\n".encode())

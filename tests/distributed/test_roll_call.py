@@ -54,6 +54,11 @@ def test_two_say_they_are_the_same(address):
     assert heard[0] in heard[1:]
 
 
+def test_one_that_is_of_another_job(address):
+    heard = told(address, (0, 1, 7), 4, 5)
+    assert heard[0] == heard[2] == "a process says that it is process 7, of 4; give all the same flags"
+
+
 def test_strangers_are_not_counted(address):
     def strangers():
         for text in (b"GET / HTTP/1.1\r\n\r\n", b"", b"\xff" * 1000):

@@ -1,5 +1,6 @@
 import pytest
 
+from configs import mixture
 from diffusion.types import InputError
 from launch import points
 
@@ -49,7 +50,7 @@ def test_a_point_is_the_config_with_its_overrides():
     assert [point.config["train"]["steps"] for point in found] == [7, 7, 7]
     assert found[1].config["optimizer"]["learning_rate"] == 0.001 != found[0].config["optimizer"]["learning_rate"]
     assert found[2].config["ema"]["decays"] == (0.5, 0.9)
-    assert found[2].config["network"]["num_components" if "num_components" in found[2].config["network"] else "name"]
+    assert found[2].config["data"] == mixture.get_config().data.to_dict() != found[0].config["data"]
     assert found[1].flags == (f"--config={CONFIG}", "--config.train.steps=7", "--config.optimizer.learning_rate=0.001")
 
 

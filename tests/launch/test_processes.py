@@ -1,6 +1,6 @@
 """Processes that are started, watched and started again, with a job that does as it is told."""
 
-import pathlib
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from launch import processes
+from launch import locks, pool, processes
 from launch.local import make
 from launch.processes import Supervised, together
 from tests.jobs import ROOT
@@ -76,6 +76,20 @@ def test_told_to_stop(tmp_path):
     assert job.code == 75 and len(starts(tmp_path)) == 1 and events[-1]["code"] == 75
 
 
+def test_a_signal_while_a_job_is_starting_is_passed_on(tmp_path):
+    """The process that was just being started did not hear of it."""
+
+    class Launcher:
+        def start(self, command, **keywords):
+            started = make().start(command)
+            until(lambda: (tmp_path / "ready.0").exists())
+            os.kill(os.getpid(), signal.SIGTERM)
+            return started
+
+    assert pool.until_done(Launcher(), [(STUB, str(tmp_path), "sleep")], 0) == 75
+    assert len(starts(tmp_path)) == 1
+
+
 def test_one_that_does_not_end_is_killed_by_the_second_signal(tmp_path):
     job, _ = supervised(tmp_path, "hang")
     until(lambda: job.advance() or (tmp_path / "ready.0").exists())
@@ -129,13 +143,9 @@ with locks.hold({str(tmp_path)!r}, "workdir") as lock:
     make().start(({STUB!r}, {str(tmp_path)!r}, "sleep"), 0, {str(tmp_path / "log.txt")!r}, lock)
     time.sleep(60)
 """
-    from launch import locks
-
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     until(lambda: (tmp_path / "ready.0").exists())
     assert locks.is_held(str(tmp_path))
     parent.kill()
     parent.wait()
-    child = int(starts(tmp_path)[0].split()[0])
-    until(lambda: not pathlib.Path(f"/proc/{child}").exists() or not locks.is_held(str(tmp_path)))
     until(lambda: not locks.is_held(str(tmp_path)))

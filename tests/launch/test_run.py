@@ -47,6 +47,7 @@ def logged(workdir):
         (["--retries=-1", "--", *MOONS, "--workdir=x"], "--retries: must be at least 0"),
         (["--launcher=locla", "--", *MOONS, "--workdir=x"], "--launcher: no 'locla'; one of: gke, local"),
         (["--", *MOONS, "--workdir=x", "--config.train.stepz=3"], "--config.train.stepz: the config has no 'stepz'"),
+        (["--", *MOONS, "--workdir=x", "--config.train.steps=many"], "--config: flag --config.train.steps=many: "),
         (["train"], "train: is no flag"),
     ],
 )

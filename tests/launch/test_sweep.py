@@ -124,6 +124,14 @@ def test_a_workdir_in_use(file, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
+def test_a_folder_of_another_sweep_is_not_sampled_into(file, tmp_path):
+    text = json.dumps({"config": "configs/moons.py", "overrides": {}, "points": []})
+    (tmp_path / "sweep.json").write_text(text)
+    done = job("launch.sweep", "--checkpoint=runs/x", f"--sweep={file}:sampling", f"--workdir={tmp_path}")
+    assert "--checkpoint: is 'runs/x', but the sweep in" in one_line_of(done)
+    assert (tmp_path / "sweep.json").read_text() == text
+
+
 def test_a_workdir_of_something_else(file, tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     done = job("launch.sweep", MOONS, *SHORT, f"--sweep={file}", f"--workdir={tmp_path}")
@@ -180,7 +188,7 @@ def test_sampling_in_one_process(file, tmp_path):
     ]  # fmt: skip
     page = (tmp_path / "sweep" / "results.html").read_text()
     assert page.count("iVBORw0KGgo") == 4
-    done = job("launch.sweep", f"--checkpoint={tmp_path}/none", *flags[1:])
+    done = job("launch.sweep", f"--checkpoint={tmp_path}/none", flags[1], f"--workdir={tmp_path}/other")
     assert done.returncode == 2 and "does not exist" in done.stderr
 
 
