@@ -42,6 +42,12 @@ class Mixture:
                 raise InputError(name, f"must be {len(self.means)} positive numbers, one a mean, got {value.tolist()}")
         object.__setattr__(self, "weights", self.weights / self.weights.sum())
 
+    def _parameters(self) -> tuple[Array, Array, Array]:
+        """m_k, s_k and the weights in JAX's precision. JAX gives a float64 array of NumPy's, while a trace that it was
+        used in lives, the precision of that trace again, whether x64 is on by now or not; what is made anew has its
+        own."""
+        return tuple(jnp.asarray(a, jnp.result_type(float)) for a in (self.means, self.stds, self.weights))
+
     def log_density(self, x: Array, alpha: Array | float = 1.0, sigma: Array | float = 0.0) -> Array:
         """The log-density of x_t at `x [B, D]` in nats, `[B]`."""
         logits, _ = self._joint(x, alpha, sigma)
@@ -49,19 +55,21 @@ class Mixture:
 
     def score(self, x: Array, alpha: Array | float, sigma: Array | float) -> Array:
         """The gradient of `log_density` in `x [B, D]`, `[B, D]`."""
+        means, _, _ = self._parameters()
         logits, variance_BxK = self._joint(x, alpha, sigma)
         pull_BxK = jax.nn.softmax(logits, axis=1) / variance_BxK
-        return expand(alpha, x) * (pull_BxK @ self.means) - pull_BxK.sum(axis=1, keepdims=True) * x
+        return expand(alpha, x) * (pull_BxK @ means) - pull_BxK.sum(axis=1, keepdims=True) * x
 
     def denoise(self, x: Array, alpha: Array | float, sigma: Array | float) -> Array:
         """E[x0 | x_t = x] for `x [B, D]`, `[B, D]`.
 
         A component's answer is (sigma^2 m_k + alpha s_k^2 x) / v_k: written so, neither end divides by 0.
         """
+        means, stds, _ = self._parameters()
         logits, variance_BxK = self._joint(x, alpha, sigma)
         weight_BxK = jax.nn.softmax(logits, axis=1) / variance_BxK
         alpha, sigma = expand(alpha, x), expand(sigma, x)
-        return sigma**2 * (weight_BxK @ self.means) + alpha * (weight_BxK @ self.stds**2)[:, None] * x
+        return sigma**2 * (weight_BxK @ means) + alpha * (weight_BxK @ stds**2)[:, None] * x
 
     def denoiser(self, schedule: Schedule) -> Denoiser:
         """`denoise` at the times of a schedule, for x of any trailing shape of size D and t scalar or `[B]`; x0 has the
@@ -76,9 +84,10 @@ class Mixture:
     def sample(self, key: Array, n: int) -> Array:
         """n independent draws of x0, `[n, D]`."""
         key_component, key_noise = jax.random.split(key)
-        component = jax.random.categorical(key_component, jnp.log(self.weights), shape=(n,))
-        noise = jax.random.normal(key_noise, (n, self.means.shape[1]), jnp.result_type(float))
-        return jnp.asarray(self.means)[component] + jnp.asarray(self.stds)[component, None] * noise
+        means, stds, weights = self._parameters()
+        component = jax.random.categorical(key_component, jnp.log(weights), shape=(n,))
+        noise = jax.random.normal(key_noise, (n, means.shape[1]), means.dtype)
+        return means[component] + stds[component, None] * noise
 
     def entropy(self, key: Array, n: int) -> tuple[Array, Array]:
         """The entropy of x0 in nats, a mean over n > 1 draws of -log p, and the standard error of that mean."""
@@ -87,11 +96,12 @@ class Mixture:
 
     def _joint(self, x: Array, alpha: Array | float, sigma: Array | float) -> tuple[Array, Array]:
         """log p(k, x_t = x) and v_k, both `[B, K]`, or v_k `[1, K]`."""
+        means, stds, weights = self._parameters()
         alpha, sigma = expand(alpha, x), expand(sigma, x)
-        variance = alpha**2 * self.stds**2 + sigma**2
-        distance = jnp.sum((x[:, None] - alpha[..., None] * self.means) ** 2, axis=-1)
+        variance = alpha**2 * stds**2 + sigma**2
+        distance = jnp.sum((x[:, None] - alpha[..., None] * means) ** 2, axis=-1)
         log_normal = -0.5 * (distance / variance + x.shape[1] * jnp.log(2 * np.pi * variance))
-        return jnp.log(self.weights) + log_normal, variance
+        return jnp.log(weights) + log_normal, variance
 
 
 def gaussian_ode_map(

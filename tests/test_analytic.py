@@ -168,3 +168,14 @@ def test_ode_map_goes_back_and_reaches_both_ends(x64):
 def test_bad_parameters(change, field):
     with pytest.raises(InputError, match=f"^{field}: "):
         Mixture(**{"means": np.zeros((2, 3)), "stds": [0.1, 0.2], "weights": [0.5, 0.5], **change})
+
+
+def test_either_precision_is_its_own():
+    """A trace of float32 that lives on leaves float64 as it is: JAX keeps with it how it read NumPy's arrays."""
+    mixture = Mixture(means=[[1 / 3, 2 / 3]], stds=[1 / 3], weights=[1.0])
+    x = np.array([[0.1, 0.2]])
+    jaxpr = jax.make_jaxpr(mixture.score)(jnp.float32(x), 0.8, 0.6)
+    with jax.enable_x64(True):
+        expected = -(x - 0.8 * mixture.means) / (0.8**2 * mixture.stds**2 + 0.6**2)
+        np.testing.assert_allclose(mixture.score(jnp.asarray(x), 0.8, 0.6), expected, rtol=1e-14)
+    assert jaxpr.out_avals[0].dtype == jnp.float32

@@ -101,6 +101,12 @@ time.sleep(20)
 """
 
 
+def telling(folder, pid):
+    """Starts what sends SIGTERM to the process whose number is in the file `pid`, once a job that WAITS is ready."""
+    waiting = f"until [ -s {folder}/ready ] && [ -s {folder}/{pid} ]; do sleep 0.05; done"
+    return subprocess.Popen(["bash", "-c", f"{waiting}; kill -TERM $(cat {folder}/{pid})"])
+
+
 def checkout(folder):
     """A git repository with a commit, in a folder that exists."""
     (folder / "experiments").mkdir()

@@ -26,7 +26,9 @@ elif "ssh" in words:
     sys.exit(subprocess.run(["bash", "-c", command], cwd=machine).returncode)
 elif "describe" in words:
     states = (HERE / "states").read_text().split()
-    (HERE / "states").write_text(" ".join(states[1:] or states))
+    later = HERE / f"states.{os.getpid()}"  # the scripts of two jobs ask at once: the file is never half-written
+    later.write_text(" ".join(states[1:] or states))
+    later.rename(HERE / "states")
     asked = (HERE / "gcloud.calls").read_text().count("describe")
     state = states[0] if asked < 30 else "ACTIVE"  # no test waits forever
     if state == "FAILS":

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from launch.jobs import build_launcher
-from tests.launch.fakes import CODE, EXITS, WAITS, awkward_job, calls, codes, golden, program, sweep
+from tests.launch.fakes import CODE, EXITS, WAITS, awkward_job, calls, codes, golden, program, sweep, telling
 from tests.launch.machines import cloud, launch, restart
 
 __all__ = ["cloud"]  # a fixture
@@ -61,10 +61,9 @@ def test_when_all_is_done_the_group_is_emptied(cloud, wanted):
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_machine_that_is_taken_away_comes_back_and_goes_on(cloud, lost):
     program(cloud, "job", f"if (HERE / 'told').exists():\n    sys.exit(0)\n{WAITS}")
-    teller = f"until [ -e {cloud}/ready ]; do sleep 0.05; done; kill -TERM $(cat {cloud}/unit.pid)"
-    telling = subprocess.Popen(["bash", "-c", teller])
+    teller = telling(cloud, "unit.pid")
     path = started(cloud, TEXT, sweep("gs://bucket/s")[:1])
-    assert telling.wait(timeout=20) == 0 and (cloud / "told").read_text() == "told\n"
+    assert teller.wait(timeout=20) == 0 and (cloud / "told").read_text() == "told\n"
     assert (cloud / "ended").read_text() == "75" and not resizes(cloud)
     made = len(calls(cloud, "python3"))
     if lost:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 
 import pytest
 
@@ -20,6 +19,7 @@ from tests.launch.fakes import (
     parses,
     program,
     sweep,
+    telling,
 )
 
 # Runs the script as Slurm would: the tasks of an array one after the other, again whenever one was requeued.
@@ -145,10 +145,9 @@ def test_a_job_that_slurm_has_ended_is_not_requeued(cluster, state, code):
 def test_told_to_stop_the_tasks_are_told_once_and_the_job_is_requeued(cluster):
     program(cluster, "srun", f"if (HERE / 'told').exists():\n    sys.exit(0)\n{WAITS}")
     # As Slurm does `notice` seconds before the end: the script is told, and nothing else.
-    teller = f"until [ -e {cluster}/ready ]; do sleep 0.05; done; kill -TERM $(cat {cluster}/job.pid)"
-    telling = subprocess.Popen(["bash", "-c", teller])
+    teller = telling(cluster, "job.pid")
     launch([run_of("a")], retries=0)
-    assert telling.wait(timeout=20) == 0
+    assert teller.wait(timeout=20) == 0
     assert (cluster / "told").read_text() == "told\n" and (cluster / "ended").read_text() == "0\n"
     assert calls(cluster, "scancel") == [["--signal=TERM", "7"]]
     assert len(calls(cluster, "srun")) == 2

@@ -1,7 +1,6 @@
 """TPU virtual machines: what is asked for, and the scripts, run by stand-ins for gcloud and systemd."""
 
 import os
-import subprocess
 import time
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from diffusion.types import InputError
 from launch import tpu_vm
 from launch.jobs import build_launcher
-from tests.launch.fakes import AWKWARD, CODE, EXITS, WAITS, awkward_job, calls, codes, golden, program, sweep
+from tests.launch.fakes import AWKWARD, CODE, EXITS, WAITS, awkward_job, calls, codes, golden, program, sweep, telling
 from tests.launch.machines import cloud, launch
 
 __all__ = ["cloud"]  # a fixture
@@ -88,11 +87,9 @@ def test_preparing_may_fail_and_is_tried_again(cloud, monkeypatch):
 
 def test_a_machine_that_is_taken_away_lets_the_job_save_and_deletes_nothing(cloud):
     program(cloud, "job", WAITS)
-    # As systemd does with KillMode=mixed.
-    teller = f"until [ -e {cloud}/ready ]; do sleep 0.05; done; kill -TERM $(cat {cloud}/unit.pid)"
-    telling = subprocess.Popen(["bash", "-c", teller])
+    teller = telling(cloud, "unit.pid")  # as systemd does with KillMode=mixed
     launch(build_launcher(f"{ONE}:delete=true"), sweep("gs://bucket/s")[:1])
-    assert telling.wait(timeout=20) == 0 and (cloud / "told").read_text() == "told\n"
+    assert teller.wait(timeout=20) == 0 and (cloud / "told").read_text() == "told\n"
     assert (cloud / "ended").read_text() == "75" and not [call for call in calls(cloud, "gcloud") if "delete" in call]
     assert "--property=KillMode=mixed" in calls(cloud, "systemd-run")[0]
 

@@ -42,26 +42,27 @@ def spell(spec):
     return " ".join([spec["name"], *(f"{key}={value}" for key, value in spec.items() if key != "name")])
 
 
-def scaled(x, gains):
-    """x - MEAN's components along the data's axes, each multiplied."""
-    return (x @ VECTORS * gains) @ VECTORS.T
-
-
 def optimal(schedule, *, end=False):
     """E[x0 | x_t], or where the ODE's path through x_t ends, or by what straight step it is at r."""
+    # Copies, as JAX may have the constants in the precision of an earlier test still.
+    mean, values, vectors = (np.array(a) for a in (MEAN, VALUES, VECTORS))
 
     def at(t):
         alpha, sigma = (jnp.reshape(a, (-1, 1)) for a in (schedule.alpha(t), schedule.sigma(t)))
-        return alpha, sigma, alpha**2 * VALUES + sigma**2
+        return alpha, sigma, alpha**2 * values + sigma**2
+
+    def scaled(x, gains):
+        """x's components along the data's axes, each multiplied."""
+        return (x @ vectors * gains) @ vectors.T
 
     def denoise(x, t, r=None):
         alpha, sigma, total = at(t)
-        gains, kind = (jnp.sqrt(VALUES / total), "end") if end else (alpha * VALUES / total, "mean")
+        gains, kind = (jnp.sqrt(values / total), "end") if end else (alpha * values / total, "mean")
         if r is not None:
             alpha_r, sigma_r, total_r = at(r)
             gains = (jnp.sqrt(total_r / total) - sigma_r / sigma) / (alpha_r - alpha * sigma_r / sigma)
             kind = "step"
-        return Denoised((MEAN + scaled(x - alpha * MEAN, gains)).astype(x.dtype), kind=kind)
+        return Denoised((mean + scaled(x - alpha * mean, gains)).astype(x.dtype), kind=kind)
 
     return denoise
 
