@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 from jax._src import distributed  # whose barriers have a limit; jax.experimental.multihost_utils has none
+from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize finds out by itself and tells nobody
 from jax.experimental import multihost_utils
 
 from diffusion.distributed import roll_call
@@ -19,17 +20,17 @@ TOGETHER = 300  # seconds that a process waits for the others, at the start, at 
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the processes of a job; before anything else touches a device. What is not given JAX finds in the
-    environment: of Slurm, Open MPI, GKE or a TPU VM.
+    """Joins the processes of a job; before anything else touches a device.
 
     Args:
-      coordinator: HOST:PORT of process 0, the same in all.
+      coordinator: HOST:PORT of process 0, the same in all; with None the environment tells of all three: that of
+        Slurm, Open MPI, GKE or a TPU VM.
       num_processes: how many there are.
       process_id: which this is, from 0.
 
     Raises:
       InputError: they do not go together, or the environment does not tell.
-      Missing: some have not come; where it was not given a coordinator, JAX ends the process instead.
+      Missing: some have not come.
     """
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
@@ -39,19 +40,33 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             raise InputError("--num_processes", f"must be at least 1, got {num_processes}")
         if not 0 <= process_id < num_processes:
             raise InputError("--process_id", f"must be from 0 to {num_processes - 1}, got {process_id}")
-        print(f"process {process_id} of {num_processes} waits at {coordinator} for the others, {TOGETHER} s at most",
-              file=sys.stderr)  # fmt: skip
-        roll_call.call(coordinator, num_processes, process_id, TOGETHER)
+    else:
+        coordinator, num_processes, process_id = _told()
+    print(f"process {process_id} of {num_processes} waits at {coordinator} for the others, {TOGETHER} s at most",
+          file=sys.stderr)  # fmt: skip
+    roll_call.call(coordinator, num_processes, process_id, TOGETHER)
     # It would take SIGTERM from training/preemption.py, to save a step that Orbax chooses.
     jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, initialization_timeout=TOGETHER,
+        heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=TOGETHER,
+    )  # fmt: skip
+
+
+def _told() -> tuple[str, int, int]:
+    """What the environment says of coordinator, number of processes and this one's id."""
     try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=TOGETHER,
-            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=TOGETHER,
-        )  # fmt: skip
-    except ValueError as error:
-        problem = f"the environment does not tell of other processes ({error}); give --coordinator, --num_processes and"
-        raise InputError("--distributed", f"{problem} --process_id") from error
+        told = ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, TOGETHER
+        )[:3]
+    except (ValueError, RuntimeError) as error:  # it tells half of it, or of a host that nobody knows
+        told, problem = (None,), f" ({error})"
+    else:
+        problem = ""
+    if None in told:
+        raise InputError("--distributed", f"the environment does not tell of other processes{problem}; give "
+                         "--coordinator, --num_processes and --process_id")  # fmt: skip
+    return told
 
 
 def is_told_of() -> bool:

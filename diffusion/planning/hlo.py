@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from diffusion.types import InputError
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 OPERATION = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
@@ -45,7 +47,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
     branches all count.
 
     Raises:
-      ValueError: a loop with such an operation, whose number of rounds the text does not tell.
+      InputError: there is a loop with such an operation, and the text does not tell its number of rounds.
     """
     bodies, entry = _computations(text)
 
@@ -59,9 +61,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 rounds = _rounds(line, bodies.get(loop[1], []))
                 for key, one in inside(loop[2]):
                     if rounds is None:
-                        raise ValueError(
-                            f"the loop {loop[2]} has a {one.kind}, and the text does not say how often it runs"
-                        )
+                        problem = f"its step has a {one.kind} in the loop {loop[2]}, whose number of rounds is not told"
+                        raise InputError("config", f"{problem} by the compiler: what it sends cannot be counted")
                     found[name, number, key] = dataclasses.replace(one, runs=one.runs * rounds)
             elif operation:
                 channel = re.search(r"channel_id=(\d+)", line)

@@ -102,14 +102,36 @@ time.sleep(4)
 """
 
 
-def test_who_does_not_come_to_a_barrier_is_named():
+@pytest.fixture
+def address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_who_does_not_come_to_a_barrier_is_named(address):
     running = [subprocess.Popen([sys.executable, "-c", WAITS, address, str(rank)], cwd=ROOT, stdout=subprocess.PIPE,
                                 stderr=subprocess.DEVNULL, text=True) for rank in range(3)]  # fmt: skip
     told = [process.communicate(timeout=60)[0] for process in running]
     assert told == ["process 1 did not come to 'lunch' within 2 s\n", "", told[0]]
+
+
+COMES = """
+from diffusion.distributed import multihost
+multihost.TOGETHER = 2
+try:
+    multihost.initialize()
+except multihost.Missing as error:
+    print(error)
+"""
+
+
+def test_where_slurm_tells_who_is_who_those_that_do_not_come_are_named(address):
+    host, port = address.split(":")
+    told = {"JOB_ID": "7", "STEP_NODELIST": host, "NTASKS": "3", "PROCID": "0", "LOCALID": "0"}
+    environment = {**os.environ, "JAX_COORDINATOR_PORT": port, **{f"SLURM_{key}": told[key] for key in told}}
+    done = subprocess.run([sys.executable, "-c", COMES], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert done.stdout.decode() == f"processes 1, 2 of 3 did not come to {address} within 2 s\n", done.stderr
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diffusion.planning.hlo import collectives
+from diffusion.types import InputError
 
 TPU = """\
 HloModule jit_step, is_scheduled=true
@@ -65,7 +66,7 @@ def test_a_loop_may_count_in_unsigned_numbers():
 
 
 def test_refuses_a_loop_of_unknown_length():
-    with pytest.raises(ValueError, match="does not say how often"):
+    with pytest.raises(InputError, match=r"config: its step has .* in the loop body, whose number of rounds is not"):
         collectives(TPU.replace("direction=LT", "direction=GT"), 8)
     known = TPU.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
     assert {one.runs for one in collectives(known, 8)} == {1, 5}
