@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion import files
-from launch import report, results
+from launch import locks, report, results
 
 
 def commands(checkpoint: str, workdir: str, rest: Sequence[str]) -> list[tuple[str, ...]]:
@@ -30,6 +30,13 @@ def describe(workdir: str, found: Mapping[str, Mapping[str, Any]], settings: Map
     told = [{"name": name, "overrides": point} for name, point in found.items()]
     with files.replace(os.path.join(workdir, results.SWEEP)) as file:
         json.dump({**settings, "launcher": "local", "points": told}, file, indent=2)
+
+
+def undo(workdir: str) -> None:
+    """Takes away what a sweep has written that was refused before anything was drawn, and its folder."""
+    written = {results.SWEEP, os.path.basename(_points(workdir)), locks.NAME}
+    if set(os.listdir(workdir)) <= written:
+        shutil.rmtree(workdir)
 
 
 def collect(workdir: str, points: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:

@@ -97,12 +97,15 @@ def _sample(workdir: str, launcher: Local, rest: list[str]) -> None:
     if DRY_RUN.value:
         print(launcher.shown(jobs.Job("samples", commands[0], workdir)))
         return
+    new = not os.path.exists(workdir)
     files.make_folder(workdir, "--workdir")
     with locks.hold(workdir, "--workdir"):
         sampling.describe(workdir, found, {**shared, "sweep": SWEEP.value})
         code = until_done(launcher, commands, RETRIES.value)
         if code == 0:
             print(" and ".join(sampling.collect(workdir, found)))
+    if new and code == cli.BAD_INPUT:
+        sampling.undo(workdir)
     sys.exit(code)
 
 

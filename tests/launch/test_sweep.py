@@ -190,6 +190,7 @@ def test_sampling_in_one_process(file, tmp_path):
     assert page.count("iVBORw0KGgo") == 4
     done = job("launch.sweep", f"--checkpoint={tmp_path}/none", flags[1], f"--workdir={tmp_path}/other")
     assert done.returncode == 2 and "does not exist" in done.stderr
+    assert not (tmp_path / "other").exists()
 
 
 TINY = """
