@@ -14,6 +14,7 @@ FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["EPATH_USE_TF"] = "0"  # buckets are fsspec's, which has a stand-in, even where TensorFlow is installed
 # Whatever is compiled once in a session, in this process, in one beside it or in a job that a test starts, is not
 # compiled again.
 if "PYTEST_XDIST_WORKER" not in os.environ:

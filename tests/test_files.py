@@ -11,6 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from diffusion import files, visualize
+from diffusion.training import metrics
 from diffusion.training.goodput import Goodput, summary
 from diffusion.training.metrics import MetricWriter
 from diffusion.types import InputError
@@ -30,6 +31,7 @@ def folder(request, tmp_path, monkeypatch):
             path = str(path)
             return path.replace("gs://bucket", str(tmp_path / "bucket")) if "gs://" in path else path
 
+    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)  # TensorFlow would go to the bucket by itself
     monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: Bucket(skip_instance_cache=True))
     return f"gs://bucket/{tmp_path.name}"  # epath keeps the first file system of a kind
 
@@ -101,6 +103,16 @@ def test_a_damaged_line_of_metrics_goes(tmp_path):
     path.write_bytes(b'{"step": 1}\n\0\0\xff\n[]\n{"loss": 2}\n{"step": 2}\n{"step": "x"}\n')
     MetricWriter(str(tmp_path), 2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_errors_of_tensorboard_are_those_of_files(tmp_path, monkeypatch):
+    class Full:
+        def write_scalars(self, step, scalars):
+            raise RuntimeError("{{function_node Flush:CPU:0}} log: No space left on device\nand more")
+
+    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: Full())
+    with pytest.raises(OSError, match=r"^log: No space left on device$"):
+        MetricWriter(str(tmp_path), 0).write(1, {"loss": 1.0})
 
 
 def test_a_file_that_was_removed(tmp_path):

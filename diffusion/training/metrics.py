@@ -1,9 +1,11 @@
 """Where the numbers of a run go: a JSONL file always, TensorBoard where it is installed."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 
 from diffusion import files
 
@@ -15,17 +17,22 @@ class MetricWriter:
     Args:
       workdir: the run's folder.
       step: where the run goes on from; lines of later steps, written after the checkpoint that it goes on from, go.
+
+    Raises:
+      OSError: from every method, as writing does.
     """
 
     def __init__(self, workdir: str, step: int):
         self.lines = files.Lines(os.path.join(workdir, "metrics.jsonl"))
         self.cut(step)
-        self.board = _tensorboard(workdir) if files.writes() else None
+        with _as_files_raise():
+            self.board = _tensorboard(workdir) if files.writes() else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.lines.add(json.dumps({"step": step, **values}))
         if self.board is not None:
-            self.board.write_scalars(step, values)
+            with _as_files_raise():
+                self.board.write_scalars(step, values)
 
     def cut(self, step: int) -> None:
         """Takes back the lines of later steps, and such as are damaged."""
@@ -34,7 +41,8 @@ class MetricWriter:
     def close(self) -> None:
         self.lines.close()
         if self.board is not None:
-            self.board.close()
+            with _as_files_raise():
+                self.board.close()
 
 
 def _step_of(line: str) -> float:
@@ -42,6 +50,17 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError):
         return math.inf
+
+
+@contextlib.contextmanager
+def _as_files_raise() -> Iterator[None]:
+    """TensorFlow has errors of its own for a full disk: `{{node}} what is wrong`, and lines of details."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(re.sub(r"\{\{.*?\}\}\s*", "", str(error).partition("\n")[0])) from error
 
 
 def _tensorboard(workdir: str):

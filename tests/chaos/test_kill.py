@@ -1,6 +1,7 @@
 """Trainings killed at random moments, again and again, end as if nothing had happened.
 
-`make test` kills a few; `make chaos` kills a hundred times, over every objective, with one process and two.
+`make test` and `make slow` kill a few; `make chaos` kills a hundred times, over every objective, with one process and
+two.
 """
 
 import collections
@@ -17,7 +18,7 @@ from tests.chaos.config import CASES, EVERY, STEPS
 from tests.chaos.conftest import FULL
 from tests.chaos.training import committed, outcome
 
-SOME = [("ddpm", 1), ("flow_matching", 2)]
+SOME = [("ddpm", 1), pytest.param("flow_matching", 2, marks=pytest.mark.slow)]
 ALL = list(itertools.product(CASES, (1, 2)))
 MOMENTS = ("at any time", "in a save", "in the restore", "in a step")
 
