@@ -55,17 +55,15 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
 
 def _told() -> tuple[str, int, int]:
     """What the environment says of coordinator, number of processes and this one's id."""
+    problem = "the environment does not tell of other processes; give --coordinator, --num_processes and --process_id"
     try:
         told = ClusterEnv.auto_detect_unset_distributed_params(
             os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, TOGETHER
         )[:3]
     except (ValueError, RuntimeError) as error:  # it tells half of it, or of a host that nobody knows
-        told, problem = (None,), f" ({error})"
-    else:
-        problem = ""
+        raise InputError("--distributed", f"{problem} ({error})") from error
     if None in told:
-        raise InputError("--distributed", f"the environment does not tell of other processes{problem}; give "
-                         "--coordinator, --num_processes and --process_id")  # fmt: skip
+        raise InputError("--distributed", problem)
     return told
 
 
