@@ -185,6 +185,8 @@ def _ending(end: str, fields: Sequence[str]) -> int:
 def _row(folder: str, point: Mapping[str, Any], local: bool, now: float) -> Row:
     curve, news = _lines(os.path.join(folder, "metrics.jsonl"), _metrics_of)
     events, _ = _lines(os.path.join(folder, "events.jsonl"), _event_of)
+    if not local:  # what submits and what runs write each for itself
+        events = sorted(events, key=lambda event: event["time"])
     step = int(curve[-1]["step"]) if curve else None
     steps = point.get("steps")
     steps = int(steps) if _is_number(steps) and steps > 0 else None

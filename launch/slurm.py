@@ -33,6 +33,18 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRA
 crashes=@FOLDER@/crashes-$job
 interrupted=0
 
+# For launch.status: what has become of a sweep's run, which has a launch.json.
+tell() {
+  if [ -e "$run/launch.json" ]; then
+    printf '{"time": %s, "event": "%s", "code": %s}\\n' "$(date +%s.%N)" "$1" "$2" >>"$run/events.jsonl"
+  fi
+}
+
+end() {
+  tell ended "$code"
+  exit "$code"
+}
+
 # Not to srun: told to stop, it kills its tasks.
 stop() {
   interrupted=1
@@ -44,14 +56,15 @@ again() {
   trap '' TERM
   case " $(scontrol show job --oneliner "$job") " in
     *" JobState=RUNNING "*) ;;
-    *) exit "$code" ;;
+    *) end ;;
   esac
   echo "exit code $code: requeued"
-  scontrol requeue "$job" || exit "$code"
+  scontrol requeue "$job" || end
   exit 0
 }
 
 trap stop TERM
+tell submitted null
 @STEP@ "${command[@]}" &
 step=$!
 while true; do
@@ -70,7 +83,7 @@ case "$code" in
     ;;
 esac
 rm -f "$crashes"
-exit "$code"
+end
 """
 
 
@@ -95,10 +108,10 @@ class Slurm:
         check_clean(code)
         folder = folder_for(workdir, code)
         there = os.path.join(folder, "code", code.commit)
-        settled_jobs = [settled(job, code) for job in jobs]
+        found = [settled(job, code) for job in jobs]
         name = label(
             jobs[0].name if len(jobs) == 1 else os.path.basename(workdir.rstrip("/")),
-            "\n".join(job.workdir for job in settled_jobs),
+            "\n".join(job.workdir for job in found),
         )
         array, log = (), "%j"
         if len(jobs) > 1:
@@ -113,15 +126,9 @@ class Slurm:
             *self.options,
         )
         script = os.path.join(folder, f"{name}.sh")
-        text = fill(
-            _SCRIPT,
-            setup=self.setup,
-            code=quote(there),
-            arms="\n".join(f"  {i}) command=({quoted(job.command)}) ;;" for i, job in enumerate(settled_jobs)),
-            folder=quote(folder),
-            step=quoted(self.step),
-            retries=str(retries),
-        )
+        arms = [f"  {i}) run={quote(job.workdir)} command=({quoted(job.command)}) ;;" for i, job in enumerate(found)]
+        text = fill(_SCRIPT, setup=self.setup, code=quote(there), arms="\n".join(arms), folder=quote(folder),
+                    step=quoted(self.step), retries=str(retries))  # fmt: skip
         return Submission({script: text}, (staging(code, there), ("sbatch", *options, script)))
 
 

@@ -16,6 +16,7 @@ With `--checkpoint` one process draws samples of one model in every way that the
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,11 @@ LAUNCHER = flags.DEFINE_string("launcher", "local", "Where: NAME:keyword=value, 
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs beside each other, on this machine.")
 RETRIES = flags.DEFINE_integer("retries", 3, "How often a run may crash and be started again.")
 EVALUATE = flags.DEFINE_bool("evaluate", False, "Measure each model once it is trained, on this machine.")
-AGAIN = flags.DEFINE_bool("again", False, "Start also those again that were refused or diverged.")
+AGAIN = flags.DEFINE_bool(
+    "again",
+    False,
+    "Start also those again that were refused or diverged, or have been submitted to a cluster and never began.",
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check all points, print what would be run, and do nothing.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "In place of --config: a trained run, to sample from.")
 flags.mark_flags_as_required(["sweep", "workdir"])
@@ -209,8 +214,7 @@ def _describe(workdir: str, code: jobs.Code, found: Sequence[Point]) -> None:
 def _submit(workdir: str, launcher: Any, code: jobs.Code, runs: Sequence[Run], before: Mapping | None) -> None:
     """Hands the runs that are not done, or on their way, to a cluster."""
     states = {row.name: row.state for row in results.read(workdir)} if before else {}
-    ended = {"done", "refused", "diverged"} if not AGAIN.value else {"done"}
-    leave = {*ended, "running", "submitted"}
+    leave = {"done", "running"} if AGAIN.value else {"done", "running", "submitted", "refused", "diverged"}
     todo = [run for run in runs if states.get(run.point.name) not in leave]
     if not todo:
         print(f"nothing to submit: {results.counts(results.read(workdir))}")
@@ -220,10 +224,11 @@ def _submit(workdir: str, launcher: Any, code: jobs.Code, runs: Sequence[Run], b
     if not DRY_RUN.value:
         files.make_folder(workdir, "--workdir")
         _describe(workdir, code, [run.point for run in runs])
+    submitted = {"event": "submitted", "time": time.time()}  # before, as a run may end while the next is submitted
     jobs.submit(submission, launcher.tools, DRY_RUN.value)
     if not DRY_RUN.value:
         for run in todo:
-            run.tell({"event": "submitted"})
+            run.tell(submitted)
         print(f"{len(todo)} runs submitted; python -m launch.status --workdir={workdir}")
 
 

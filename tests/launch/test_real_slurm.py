@@ -181,6 +181,9 @@ def array(slurm, tmp_path_factory):
     launcher = build_launcher(f"slurm:python={python}")
     wanted = [Job(name, ("experiments.train", f"--workdir=sweep/{name}"), f"sweep/{name}") for name in BEHAVIOURS]
     code = code_here(str(checkout))
+    for name in BEHAVIOURS:  # as a sweep leaves them
+        (checkout / "sweep" / name).mkdir(parents=True)
+        (checkout / "sweep" / name / "launch.json").touch()
     submit(launcher.submission(wanted, code, "sweep", retries=1), launcher.tools)
     sweep = checkout / "sweep"
     name = next((sweep / "launch").glob("*.sh")).stem
@@ -211,6 +214,16 @@ def test_a_job_ends_as_its_exit_code_says(array, name, state, code, restarts, to
     assert code is None or job["ExitCode"] == code
     assert len(list(found.glob("start.*"))) == restarts + 1
     assert len(list(found.glob("told.*"))) == told  # a training that is told twice ends without saving
+
+
+@pytest.mark.parametrize(
+    ("name", "starts", "code"),
+    [("saved", 2, 0), ("refused", 1, 2), ("crashes", 2, 1), ("recovers", 2, 0), ("told", 2, 0)],
+)
+def test_how_a_job_ended_is_told_to_its_sweep(array, name, starts, code):
+    sweep, _ = array
+    events = [json.loads(line) for line in (sweep / name / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["submitted"] * starts + ["ended"] and events[-1]["code"] == code
 
 
 def test_jobs_run_the_code_of_the_commit(array):

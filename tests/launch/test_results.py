@@ -64,6 +64,13 @@ def test_state_on_a_cluster_is_told_by_what_was_written(tmp_path, steps, age, ev
     assert only(tmp_path).state == state
 
 
+def test_a_run_on_a_cluster_may_have_ended_before_it_is_said_to_be_submitted(tmp_path):
+    folder = run(sweep(tmp_path, {"a": {}}, launcher="slurm") / "a", events=("submitted", "submitted", 2))
+    lines = (folder / "events.jsonl").read_text().splitlines(keepends=True)
+    (folder / "events.jsonl").write_text("".join(lines[1:] + lines[:1]))
+    assert only(tmp_path).state == "refused"
+
+
 @pytest.mark.parametrize(
     ("code", "told", "note"),
     [(-9, "", "ended by SIGKILL"), (7, None, "exit code 7"), ("?", None, "nobody knows"), (1, "a\n b", "a b")],

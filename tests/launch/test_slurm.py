@@ -1,7 +1,10 @@
 """Slurm's batch script, run by stand-ins for sbatch, srun, scontrol and scancel; test_real_slurm.py has them real."""
 
+import json
 import os
+import pathlib
 import re
+import time
 
 import pytest
 
@@ -131,6 +134,20 @@ def test_exit_codes(cluster, wanted, retries, beside):
     if not beside:
         assert (cluster / "ended").read_text() == f"{wanted[-1]}\n"
     assert not [name for name in os.listdir("runs/s/launch") if "crashes" in name]
+
+
+@pytest.mark.parametrize(("wanted", "state"), [([75, 2], "RUNNING"), ([1, 1], "RUNNING"), ([75], "CANCELLED")])
+def test_what_has_become_of_a_run_is_told_to_its_sweep(cluster, wanted, state):
+    (cluster / "state").write_text(state)
+    run = pathlib.Path("runs/s/a")
+    run.mkdir(parents=True)
+    (run / "launch.json").touch()
+    codes(cluster, *wanted, 0)
+    launch([run_of("a"), run_of("b")], retries=1)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["submitted"] * len(wanted) + ["ended"]
+    assert events[-1]["code"] == wanted[-1] and abs(events[-1]["time"] - time.time()) < 60
+    assert not (run.parent / "b").exists()
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "PREEMPTED", "COMPLETING"])
