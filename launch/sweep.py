@@ -41,11 +41,7 @@ LAUNCHER = flags.DEFINE_string("launcher", "local", "Where: NAME:keyword=value, 
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs beside each other, on this machine.")
 RETRIES = flags.DEFINE_integer("retries", 3, "How often a run may crash and be started again.")
 EVALUATE = flags.DEFINE_bool("evaluate", False, "Measure each model once it is trained, on this machine.")
-AGAIN = flags.DEFINE_bool(
-    "again",
-    False,
-    "Start also those again that were refused or diverged, or have been submitted to a cluster and never began.",
-)
+AGAIN = flags.DEFINE_bool("again", False, "Start also those again that were refused or diverged.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check all points, print what would be run, and do nothing.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "In place of --config: a trained run, to sample from.")
 flags.mark_flags_as_required(["sweep", "workdir"])
@@ -109,8 +105,8 @@ def _sample(workdir: str, launcher: Local, rest: list[str]) -> None:
         code = until_done(launcher, commands, RETRIES.value)
         if code == 0:
             print(" and ".join(sampling.collect(workdir, found)))
-    if new and code == cli.BAD_INPUT:
-        sampling.undo(workdir)
+        elif new and code == cli.BAD_INPUT:
+            sampling.undo(workdir)
     sys.exit(code)
 
 
@@ -214,7 +210,8 @@ def _describe(workdir: str, code: jobs.Code, found: Sequence[Point]) -> None:
 def _submit(workdir: str, launcher: Any, code: jobs.Code, runs: Sequence[Run], before: Mapping | None) -> None:
     """Hands the runs that are not done, or on their way, to a cluster."""
     states = {row.name: row.state for row in results.read(workdir)} if before else {}
-    leave = {"done", "running"} if AGAIN.value else {"done", "running", "submitted", "refused", "diverged"}
+    ended = {"done", "refused", "diverged"} if not AGAIN.value else {"done"}
+    leave = {*ended, "running", "submitted"}
     todo = [run for run in runs if states.get(run.point.name) not in leave]
     if not todo:
         print(f"nothing to submit: {results.counts(results.read(workdir))}")

@@ -106,9 +106,11 @@ def test_a_damaged_line_of_metrics_goes(tmp_path):
 
 
 def test_errors_of_tensorboard_are_those_of_files(tmp_path, monkeypatch):
+    error = type("ResourceExhaustedError", (Exception,), {"__module__": "tensorflow.python.framework.errors_impl"})
+
     class Full:
         def write_scalars(self, step, scalars):
-            raise RuntimeError("{{function_node Flush:CPU:0}} log: No space left on device\nand more")
+            raise error("{{function_node Flush:CPU:0}} log: No space left on device\nand more")
 
     monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: Full())
     with pytest.raises(OSError, match=r"^log: No space left on device$"):

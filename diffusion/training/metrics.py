@@ -25,8 +25,7 @@ class MetricWriter:
     def __init__(self, workdir: str, step: int):
         self.lines = files.Lines(os.path.join(workdir, "metrics.jsonl"))
         self.cut(step)
-        with _as_files_raise():
-            self.board = _tensorboard(workdir) if files.writes() else None
+        self.board = _tensorboard(workdir) if files.writes() else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.lines.add(json.dumps({"step": step, **values}))
@@ -57,9 +56,9 @@ def _as_files_raise() -> Iterator[None]:
     """TensorFlow has errors of its own for a full disk: `{{node}} what is wrong`, and lines of details."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
+        if not type(error).__module__.startswith("tensorflow"):
+            raise
         raise OSError(re.sub(r"\{\{.*?\}\}\s*", "", str(error).partition("\n")[0])) from error
 
 
@@ -69,4 +68,5 @@ def _tensorboard(workdir: str):
         from clu import metric_writers  # needs tensorflow and tensorboard
     except ImportError:
         return None
-    return metric_writers.SummaryWriter(workdir)
+    with _as_files_raise():
+        return metric_writers.SummaryWriter(workdir)

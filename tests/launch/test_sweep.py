@@ -318,8 +318,12 @@ def test_a_sweep_on_a_cluster(checkout, file, tmp_path):
     done = launch("launch.sweep", *flags)
     assert done.returncode == 0 and "nothing to submit: 2 submitted" in done.stdout
     assert len(calls(programs, "sbatch")) == 1
+    # What is on its way is not submitted twice; a run whose folder is gone is new.
     done = launch("launch.sweep", *flags, "--again")
-    assert done.returncode == 0 and "2 runs submitted" in done.stdout, done.stderr
+    assert done.returncode == 0 and "nothing to submit: 2 submitted" in done.stdout
+    shutil.rmtree(next(path.parent for path in workdir.glob("*/launch.json")))
+    done = launch("launch.sweep", *flags)
+    assert done.returncode == 0 and "1 runs submitted" in done.stdout, done.stderr
     (checkout / "configs" / "moons.py").write_text("# \n" + (checkout / "configs" / "moons.py").read_text())
     done = launch("launch.run", "--launcher=slurm", "--", "train", MOONS, f"--workdir={tmp_path}/one")
     assert "has changes that are in no commit" in one_line(done)
