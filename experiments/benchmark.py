@@ -19,15 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.distributed import mesh, sharding
-from diffusion.sample import bind, sample
-from diffusion.training import ema, loop, optimizer
+from diffusion.sampling.loop import bind, sample
+from diffusion.training import ema, trainer, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.types import Network, Spec
+from diffusion.core.types import Network, Spec
 from experiments import cli, data_speed, peer_speed, reliability_speed
-from experiments.drawing import Drawer
+from diffusion.pipelines.generator import Drawer
 
 SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "sampling", "networks", "data", "reliability"], "What to measure.")
 RUNS = flags.DEFINE_integer("runs", 5, "Runs of each side; the median counts.")
@@ -75,7 +75,7 @@ def loop_overhead(network: Network) -> None:
     Neither counts compilation: the loop's rate is the median of its last steps, as it logs it."""
     objective, devices = build("objectives", "ddpm"), mesh.make()
     opt, averages = optimizer.make(steps=STEPS), ema.make()
-    options = loop.Options(steps=STEPS, batch_size=BATCH_SIZE, log_every=10)
+    options = trainer.Options(steps=STEPS, batch_size=BATCH_SIZE, log_every=10)
     step = jax.jit(make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.1), donate_argnums=0)
     example = Synthetic()[0]
     batch = jax.tree.map(lambda x: np.stack([x] * BATCH_SIZE), example)
@@ -92,9 +92,9 @@ def loop_overhead(network: Network) -> None:
             seconds.append(time.perf_counter() - start)
         times["bare step"].append(statistics.median(seconds[-32:]))
         with tempfile.TemporaryDirectory() as workdir:
-            loop.train(
+            trainer.train(
                 workdir, source=Synthetic(), network=network, objective=objective, optimizer=opt, ema=averages,
-                mesh=devices, options=options, checkpoint=loop.CheckpointOptions(every=10 * STEPS), seed=0,
+                mesh=devices, options=options, checkpoint=trainer.CheckpointOptions(every=10 * STEPS), seed=0,
                 meta={"config": {"network": {}, "objective": {}, "data": {}}},
             )  # fmt: skip
             with open(f"{workdir}/metrics.jsonl", encoding="utf-8") as lines:

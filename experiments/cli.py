@@ -20,12 +20,12 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from diffusion import files
+from diffusion.core import files
 from diffusion.distributed import multihost
-from diffusion.training.guards import Diverged
-from diffusion.training.preemption import STOPPED, Preempted
-from diffusion.training.watchdog import STUCK
-from diffusion.types import InputError
+from diffusion.training.resilience.guards import Diverged
+from diffusion.training.resilience.preemption import STOPPED, Preempted
+from diffusion.training.resilience.watchdog import STUCK
+from diffusion.core.types import InputError
 
 BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
 

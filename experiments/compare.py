@@ -12,8 +12,8 @@ few_step_samples.png.
 from absl import flags
 
 from experiments import cli
-from experiments.comparison import compare
-from experiments.drawing import check_numbers
+from diffusion.pipelines.comparison import compare
+from diffusion.pipelines.generator import check_numbers
 
 RUNS = flags.DEFINE_list("runs", None, "Folders of the runs, trained on data of one kind.")
 NFE = flags.DEFINE_list("nfe", ["1", "2", "4", "8", "50"], "Evaluations of the model for each sample.")

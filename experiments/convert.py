@@ -19,13 +19,17 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion import files
-from diffusion.checkpoint import Checkpoints
-from diffusion.interop import pipelines
-from diffusion.interop.diffusers import Model
+from diffusion.core import files
+from diffusion.training.checkpoint import Checkpoints
+from diffusion.interop import diffusers_pipeline
+from diffusion.interop.diffusers_models import Model
 from diffusion.training.state import init_state
-from diffusion.types import InputError
-from experiments import cli, parts
+from diffusion.core.types import InputError
+from experiments import cli
+from diffusion.pipelines.build_training import training
+from diffusion.pipelines.config import check_sections
+from diffusion.pipelines.model import network_and_objective
+from diffusion.pipelines.run import open_run
 
 FROM = flags.DEFINE_string("from", None, "A run of ours, or a folder of diffusers.")
 TO = flags.DEFINE_string("to", None, "The folder to write; it must not exist, or be empty.")
@@ -59,23 +63,23 @@ def main() -> None:
 
 def write(source: str, to: str) -> None:
     """From a run to a folder of diffusers."""
-    run = parts.open_run(source, EMA.value, STEP.value)
+    run = open_run(source, EMA.value, STEP.value)
     if run.params.keys() != {"net"}:
         raise InputError("--from", f"the run trains {', '.join(run.params)}; diffusers has one network")
     model = Model(run.config["network"], run.spec, jax.device_get(run.params["net"]))
-    print(f"{to}: {pipelines.write(to, model, run.config['objective'])}")
+    print(f"{to}: {diffusers_pipeline.write(to, model, run.config['objective'])}")
 
 
 def read(source: str, to: str) -> None:
     """From a folder of diffusers to a run at step 0."""
     try:
-        model, sections = pipelines.read(source, null_class=NULL_CLASS.value)
+        model, sections = diffusers_pipeline.read(source, null_class=NULL_CLASS.value)
     except InputError as error:
         raise error.within("--from") from None
     config = {**base(model.network["name"]), **(sections or {}), "network": dict(model.network)}
-    parts.check_sections(config)
-    network, objective = parts.network_and_objective(config, model.spec)
-    training = parts.training(config)
+    check_sections(config)
+    network, objective = network_and_objective(config, model.spec)
+    training = training(config)
     state = init_state(objective, network, training["optimizer"].transform, training["ema"], jax.random.key(0))
     net = jax.tree.map(jnp.asarray, model.params)
     averages = {name: {**average, "net": jax.tree.map(jnp.array, net)} for name, average in state.ema.items()}

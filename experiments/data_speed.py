@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusion.build import build
-from diffusion.data import array_record
+from diffusion.core.build import build
+from diffusion.data.sources import array_record
 from diffusion.data.pipeline import Batches
-from diffusion.types import InputError, Source
+from diffusion.core.types import InputError, Source
 from experiments import peer_speed
 
 SIDE, SIZE, FILES, QUALITY = 512, 64, 512, 90

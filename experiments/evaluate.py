@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from diffusion import files
-from diffusion.types import SampleMetric
-from experiments import cli, parts
-from experiments.drawing import check_numbers
+from diffusion.core import files
+from diffusion.core.types import SampleMetric
+from experiments import cli
+from diffusion.pipelines.run import open_run
+from diffusion.pipelines.generator import check_numbers
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the sampler. Default: the config's.")
@@ -25,7 +26,7 @@ flags.mark_flags_as_required(["workdir"])
 
 def main() -> None:
     check_numbers(seed=SEED.value, batch_size=BATCH_SIZE.value)
-    run = parts.open_run(WORKDIR.value, EMA.value)
+    run = open_run(WORKDIR.value, EMA.value)
     sampler = dict(run.config["sampler"])
     if STEPS.value is not None:
         sampler["steps"] = STEPS.value

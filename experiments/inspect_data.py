@@ -13,14 +13,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from diffusion import files, visualize
-from diffusion.build import build
+from diffusion.core import files, images
+from diffusion.core.build import build
 from diffusion.data.pipeline import Batches
 from diffusion.distributed import sharding
-from diffusion.progress import Progress
-from diffusion.types import InputError, Source
-from experiments import cli, parts
-from experiments.drawing import check_numbers
+from diffusion.core.progress import Progress
+from diffusion.core.types import InputError, Source
+from experiments import cli
+from diffusion.pipelines.build_training import training
+from diffusion.pipelines.config import check_sections
+from diffusion.pipelines.generator import check_numbers
 
 CONFIG = cli.define_config()
 OUT = flags.DEFINE_string("out", "data.png", "The sheet of examples.")
@@ -37,8 +39,8 @@ LISTED = 10
 def main() -> None:
     check_numbers(seed=0, num=NUM.value)
     config = CONFIG.value.to_dict()
-    parts.check_sections(config)
-    keywords = parts.training(config)
+    check_sections(config)
+    keywords = training(config)
     source = build("data", config["data"], field="data")
     files.make_folder(os.path.dirname(os.path.abspath(OUT.value)), "--out")
     options = keywords["options"]
@@ -60,8 +62,8 @@ def main() -> None:
         _print("labels", f"{np.count_nonzero(counts)} of {len(counts)} among {len(examples)}, "
                f"{counts.min()} to {counts.max()} each")  # fmt: skip
     shown = examples[: NUM.value]
-    sheet = visualize.captioned([example["x"] for example in shown], [_text(example, source) for example in shown])
-    visualize.save_png(sheet, OUT.value)
+    sheet = images.captioned([example["x"] for example in shown], [_text(example, source) for example in shown])
+    images.save_png(sheet, OUT.value)
     _rates(source, batches, sharding.by_example(keywords["mesh"]), options.batch_size)
     _print("sheet", OUT.value)
 
@@ -79,7 +81,7 @@ def _described(source: Source) -> str:
     ignored = getattr(getattr(source, "index", None), "ignored", None)
     if ignored:
         kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in ignored.items())
-        parts.append(f"ignored files: {kinds}")
+        run.append(f"ignored files: {kinds}")
     return ", ".join(parts)
 
 

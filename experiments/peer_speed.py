@@ -21,18 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion.build import build
-from diffusion.interop import diffusers as models
+from diffusion.core.build import build
+from diffusion.interop import diffusers_models as models
 from diffusion.layers.functional import functional
 from diffusion.layers.stack import Stack, rematerialised
-from diffusion.macs import network_macs
+from diffusion.profiling.macs import network_macs
 from diffusion.networks.dit import Block
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.types import InputError, Network, Spec
+from diffusion.core.types import InputError, Network, Spec
 from experiments import cli
-from experiments.drawing import Drawer
+from diffusion.pipelines.generator import Drawer
 
 BATCH_SIZE, IMAGES, STEPS, SCALE = 8, 2, 50, 4.0
 LEARNING_RATE, DECAY = 1e-4, 0.999

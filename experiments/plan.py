@@ -10,10 +10,12 @@ import json
 
 from absl import flags
 
-from diffusion import files
-from diffusion.planning.chips import CHIPS
-from diffusion.types import InputError
-from experiments import cli, parts, planning
+from diffusion.core import files
+from diffusion.profiling.chips import CHIPS
+from diffusion.core.types import InputError
+from experiments import cli
+from diffusion.pipelines import capacity
+from diffusion.pipelines.config import check_sections
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chips of a TPU slice to compile for, as in v5e:16x16 or v5p:8x8x8.")
@@ -35,18 +37,18 @@ def main() -> None:
         raise InputError("--topology", "is missing; give it, as v5e:2x2, or --mesh_devices=N for virtual devices")
     if TOPOLOGY.value and CHIP.value:
         raise InputError("--chip", "follows from --topology; leave it out")
-    devices, chip = planning.tpu(TOPOLOGY.value) if TOPOLOGY.value else planning.virtual(DEVICES.value, CHIP.value)
+    devices, chip = capacity.tpu(TOPOLOGY.value) if TOPOLOGY.value else capacity.virtual(DEVICES.value, CHIP.value)
     config = CONFIG.value.to_dict()
-    parts.check_sections(config)
-    spec = planning.spec_of(config, SHAPE.value, CLASSES.value)
-    found, short = planning.planned(config, spec, devices, chip, EFFORT.value)
-    print(planning.text(found, TOP.value))
+    check_sections(config)
+    spec = capacity.spec_of(config, SHAPE.value, CLASSES.value)
+    found, short = capacity.planned(config, spec, devices, chip, EFFORT.value)
+    print(capacity.text(found, TOP.value))
     if JSON.value:
         with files.replace(JSON.value) as file:
             json.dump(found, file, indent=2)
     if short:
         raise InputError(
-            "config", f"does not fit: {short}; {planning.change(config, spec, devices, chip, EFFORT.value, short)}"
+            "config", f"does not fit: {short}; {capacity.change(config, spec, devices, chip, EFFORT.value, short)}"
         )
 
 

@@ -9,15 +9,15 @@ from unittest import mock
 import jax
 import numpy as np
 
-from diffusion.build import build
-from diffusion.checkpoint import Checkpoints
+from diffusion.core.build import build
+from diffusion.training.checkpoint import Checkpoints
 from diffusion.distributed import mesh, sharding
 from diffusion.training import ema, optimizer
 from diffusion.training import step as steps
-from diffusion.training.goodput import Goodput
+from diffusion.training.resilience.goodput import Goodput
 from diffusion.training.state import init_state
-from diffusion.training.watchdog import Watchdog
-from diffusion.types import Spec
+from diffusion.training.resilience.watchdog import Watchdog
+from diffusion.core.types import Spec
 
 SPEC = Spec(shape=(32, 32, 3), num_classes=0)
 NETWORK = {"name": "unet", "width": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention": (16,), "dropout": 0.1}

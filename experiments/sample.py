@@ -13,11 +13,13 @@ import os
 import numpy as np
 from absl import flags
 
-from diffusion import files, visualize
-from diffusion.types import InputError, SampleMetric
-from experiments import choices, cli, parts
-from experiments.drawing import check_numbers
-from experiments.sweep import sweep
+from diffusion.core import files, images
+from diffusion.core.types import InputError, SampleMetric
+from diffusion.pipelines import overrides
+from diffusion.pipelines.run import open_run
+from experiments import cli
+from diffusion.pipelines.generator import check_numbers
+from diffusion.pipelines.sampling_sweep import sweep
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 NUM = flags.DEFINE_integer("num", 100, "How many samples.")
@@ -37,7 +39,7 @@ CHOICES = {
     }.items()
 }
 SWEEP = flags.DEFINE_string(
-    "sweep", None, f"Every combination of NAME=value,value;NAME=...: {choices.AXES}; or those of @FILE.json."
+    "sweep", None, f"Every combination of NAME=value,value;NAME=...: {overrides.AXES}; or those of @FILE.json."
 )
 METRICS = flags.DEFINE_bool("metrics", False, "With --sweep: measure the samples, by the metrics of the config's eval.")
 EMA = flags.DEFINE_string("ema", None, "Which average of the parameters, or none. Default: the config's last.")
@@ -51,7 +53,7 @@ MOST_COLUMNS = 50  # of a sheet with a column for each class
 
 def main() -> None:
     check_numbers(seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
-    run = parts.open_run(WORKDIR.value, EMA.value)
+    run = open_run(WORKDIR.value, EMA.value)
     labels = classes(LABELS.value, NUM.value, run.spec.num_classes)
     chosen = {name: flag.value for name, flag in CHOICES.items() if flag.value is not None}
     if {"steps", "evaluations"} <= chosen.keys():
@@ -64,7 +66,7 @@ def main() -> None:
             metrics=metrics,
         )  # fmt: skip
         return
-    sampler, guidance = choices.sections(run.config, chosen)
+    sampler, guidance = overrides.sections(run.config, chosen)
     drawer = run.drawer(sampler=sampler, guidance=guidance)
     files.make_folder(out, "--out")
 
@@ -75,14 +77,14 @@ def main() -> None:
     with files.replace(path, "wb") as file:
         np.savez(
             file,
-            samples=visualize.to_uint8(x) if run.spec.is_image else x,
+            samples=images.to_uint8(x) if run.spec.is_image else x,
             labels=np.zeros(NUM.value, np.int32) if labels is None else labels,
             settings=np.array(json.dumps(settings)),
         )
     picture = os.path.join(out, "samples.png")
     by_class = labels is not None and LABELS.value is None and run.spec.num_classes <= MOST_COLUMNS
     columns = run.spec.num_classes if by_class else None
-    visualize.save_png(visualize.picture(x, columns), picture)
+    images.save_png(images.picture(x, columns), picture)
     print(f"{NUM.value} samples: {picture} and {path}")
 
 
@@ -95,7 +97,7 @@ def classes(given: list[str] | None, num: int, num_classes: int) -> np.ndarray |
     if given is None:
         return np.arange(num, dtype=np.int32) % num_classes
     for label in given:
-        if not choices.is_whole(label) or not int(label) < num_classes:
+        if not overrides.is_whole(label) or not int(label) < num_classes:
             raise InputError("--labels", f"must be numbers from 0 to {num_classes - 1}, as in 0,1,2; got {label!r}")
     if not given:
         raise InputError("--labels", "is empty; leave it out for all classes")

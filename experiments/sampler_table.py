@@ -9,8 +9,10 @@ import os
 import numpy as np
 from absl import flags
 
-from diffusion.types import SampleMetric
-from experiments import choices, cli, parts, tables
+from diffusion.core.types import SampleMetric
+from diffusion.pipelines import overrides, tables
+from diffusion.pipelines.run import Run, open_run
+from experiments import cli
 
 WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of the runs.")
 OUT = flags.DEFINE_string("out", "docs/samplers.md", "The file that the table is written into.")
@@ -26,12 +28,12 @@ flags.mark_flags_as_required(["workdirs"])
 
 def main() -> None:
     tables.around(OUT.value, "--out")
-    made = [table(parts.open_run(workdir), os.path.basename(os.path.normpath(workdir))) for workdir in WORKDIRS.value]
+    made = [table(open_run(workdir), os.path.basename(os.path.normpath(workdir))) for workdir in WORKDIRS.value]
     tables.insert(OUT.value, made, "--out")
     print(f"written: {OUT.value}")
 
 
-def table(run: parts.Run, title: str) -> str:
+def table(run: Run, title: str) -> str:
     """A row a sampler; a column a number of evaluations, with the first figure of each metric in a cell."""
     metrics = [metric for metric in run.metrics() if isinstance(metric, SampleMetric)]
     labels = np.arange(NUM.value) % run.spec.num_classes if run.spec.num_classes else None
@@ -40,7 +42,7 @@ def table(run: parts.Run, title: str) -> str:
     for sampler in SAMPLERS.value:
         cells = []
         for count in EVALUATIONS.value:
-            section, guidance = choices.sections(run.config, {"sampler": sampler, "evaluations": count})
+            section, guidance = overrides.sections(run.config, {"sampler": sampler, "evaluations": count})
             drawer = run.drawer(sampler=section, guidance={"name": guidance["name"], "scale": 1.0})
             x = drawer(run.params, labels, NUM.value, seed=1, title=f"{title} {sampler} {count}")
             values = [next(iter(run.measured(metric, x, labels).items())) for metric in metrics]

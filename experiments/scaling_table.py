@@ -13,9 +13,10 @@ from typing import Any
 
 from absl import flags
 
-from diffusion.planning import plan
-from diffusion.types import InputError
-from experiments import cli, planning, tables
+from diffusion.profiling import cost_model
+from diffusion.core.types import InputError
+from experiments import cli
+from diffusion.pipelines import capacity, tables
 
 OUT = flags.DEFINE_string("out", "docs/scaling.md", "The file; its tables are replaced.")
 
@@ -40,7 +41,7 @@ def main() -> None:
     tables.around(OUT.value, "--out")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("--out", "the compiler for TPUs, libtpu, is missing: pip install -r requirements-tpu.txt")
-    virtual, _ = planning.virtual(max(DEVICES), None)  # first: the compiler for TPUs wakes the CPU up, with its devices
+    virtual, _ = capacity.virtual(max(DEVICES), None)  # first: the compiler for TPUs wakes the CPU up, with its devices
     rows = []
     for row in ROWS:
         rows.append(cells(*row))
@@ -52,17 +53,17 @@ def main() -> None:
 def cells(model: str, topology: str, mesh: tuple[int, int], images: int) -> list[str]:
     """One row of the first table."""
     found = planned(model, topology, mesh, images)
-    if isinstance(found, plan.TooLarge):
+    if isinstance(found, cost_model.TooLarge):
         return [model, topology, "{} x {}".format(*mesh), f"{images} a chip", f"does not fit: {found}"]
     return row(model, topology, mesh, found)
 
 
 @functools.cache
-def planned(model: str, topology: str, mesh: tuple[int, int], images: int) -> Mapping[str, Any] | plan.TooLarge:
+def planned(model: str, topology: str, mesh: tuple[int, int], images: int) -> Mapping[str, Any] | cost_model.TooLarge:
     """The plan of a row."""
-    devices, chip = planning.tpu(topology)
+    devices, chip = capacity.tpu(topology)
     config = config_of(model, *mesh, images * len(devices))
-    found, short = planning.planned(config, planning.spec_of(config, SHAPES[model], 1000), devices, chip, EFFORT[model])
+    found, short = capacity.planned(config, capacity.spec_of(config, SHAPES[model], 1000), devices, chip, EFFORT[model])
     return short or found
 
 
@@ -109,7 +110,7 @@ def weak_scaling(devices: Sequence[Any]) -> str:
     for count in DEVICES:
         fsdp = min(count, 8)
         config = config_of("DiT-S/2", count // fsdp, fsdp, 4 * count)
-        found, _ = planning.planned(config, planning.spec_of(config, SHAPES["DiT-XL/2"], 1000), devices[:count], None)
+        found, _ = capacity.planned(config, capacity.spec_of(config, SHAPES["DiT-XL/2"], 1000), devices[:count], None)
         memory, xla = found["bytes_per_device"], found["xla"]
         rows.append([str(count), str(fsdp), f"{xla['flops'] / 1e9:,.2f}", f"{xla['bytes_accessed'] / 2**20:,.0f}",
                      f"{memory['temporaries'] / 2**20:,.0f}", f"{memory['state'] / 2**20:,.1f}",

@@ -5,10 +5,10 @@ python -m experiments.train --config=configs/digits.py --workdir=runs/digits [--
 
 from absl import flags
 
-from diffusion.training import preemption
-from diffusion.training.loop import train
+from diffusion.training.resilience import preemption
+from diffusion.training.trainer import train
 from experiments import cli
-from experiments.preparing import prepared, traced
+from diffusion.pipelines.build_training import prepared, traced
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, previews.")

@@ -23,7 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch.jobs import Code, Job, Submission, check_clean, check_remote, folder_for, label, staging
 
 # As GKE's node labels have them.

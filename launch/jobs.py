@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from diffusion import files
-from diffusion.build import call
-from diffusion.types import InputError
-from experiments import choices
+from diffusion.core import files
+from diffusion.core.build import call
+from diffusion.core.types import InputError
+from diffusion.pipelines import overrides
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LONGEST_NAME, LONGEST_LABEL, HASH = 120, 40, 8
@@ -144,7 +144,7 @@ def check_clean(code: Code) -> None:
 def build_launcher(text: str) -> Launcher:
     """The launcher of `--launcher=NAME:keyword=value:keyword=value`. Raises InputError if there is none, or it takes no
     such keywords."""
-    spec = choices.part(text, "--launcher")
+    spec = overrides.part(text, "--launcher")
     name = spec.pop("name")
     if name not in launchers():
         raise InputError("--launcher", f"no {name!r}; one of: {', '.join(launchers())}")

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from typing import IO
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch.jobs import Job
 from launch.processes import Start
 

@@ -6,7 +6,7 @@ import os
 import time
 from typing import IO
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 NAME = "lock"
 TRIES, PAUSE = 4, 0.05

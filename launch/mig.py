@@ -19,7 +19,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch import vm
 from launch.jobs import Code, Job, Submission, label, packing
 

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from glob import glob
 from typing import Any
 
-from diffusion.types import InputError
-from experiments import cli, parts
-from experiments.preparing import prepared, traced
+from diffusion.core.types import InputError
+from experiments import cli
+from diffusion.pipelines.build_training import training
+from diffusion.pipelines.config import check_sections
+from diffusion.pipelines.build_training import prepared, traced
 from launch.jobs import check_name
 
 NAMED, HASH = 60, 8  # characters of a name that tell what is overridden, and that tell it from all others
@@ -117,8 +119,8 @@ def check(points: Iterable[Point], workdir: str, *, data_here: bool) -> None:
             if data_here:
                 traced(prepared(config, os.path.join(workdir, point.name)))
             else:
-                parts.check_sections(config)
-                parts.training(config)
+                check_sections(config)
+                training(config)
         except InputError as error:
             raise _at(point.name, error) from error
 

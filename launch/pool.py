@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
-from diffusion import files
-from diffusion.training.preemption import STOPPED
-from diffusion.types import InputError
+from diffusion.core import files
+from diffusion.training.resilience.preemption import STOPPED
+from diffusion.core.types import InputError
 from experiments import cli
 from launch import locks, results, status
 from launch.local import Local

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
-from diffusion.training.preemption import STOPPED
+from diffusion.training.resilience.preemption import STOPPED
 
 FINAL = (0, 2, 3)  # done, bad input, diverged: to start it again would change nothing
 LOSS = 45.0  # seconds that the others have to find out that one is lost, and end

@@ -18,8 +18,8 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from diffusion import files
-from diffusion.types import InputError
+from diffusion.core import files
+from diffusion.core.types import InputError
 from experiments import cli
 from launch import results
 from launch.results import Row

@@ -20,9 +20,9 @@ from typing import Any
 
 from etils import epath
 
-from diffusion import files
-from diffusion.training.preemption import STOPPED
-from diffusion.types import InputError
+from diffusion.core import files
+from diffusion.training.resilience.preemption import STOPPED
+from diffusion.core.types import InputError
 from experiments.cli import BAD_INPUT, DIVERGED
 from launch import locks
 

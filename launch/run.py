@@ -11,7 +11,7 @@ import sys
 
 from absl import flags
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from experiments import cli
 from launch import jobs
 from launch.local import Local

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion import files
+from diffusion.core import files
 from launch import locks, report, results
 
 

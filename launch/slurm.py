@@ -14,7 +14,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch.jobs import Code, Job, Submission, check_clean, fill, folder_for, label, quote, quoted, settled, staging
 
 # sbatch and scontrol requeue run it again from its first line, on the nodes that the job gets then.

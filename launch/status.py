@@ -12,7 +12,7 @@ from typing import TextIO
 
 from absl import flags
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from experiments import cli
 from launch.results import ENDED, STATES, Row, counts, labels, read
 

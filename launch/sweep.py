@@ -25,9 +25,9 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from diffusion import files
-from diffusion.build import at_most
-from diffusion.types import InputError
+from diffusion.core import files
+from diffusion.core.checks import at_most
+from diffusion.core.types import InputError
 from experiments import cli
 from launch import jobs, locks, points, report, results, sampling
 from launch.local import Local

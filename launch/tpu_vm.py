@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch import vm
 from launch.jobs import Code, Job, Submission, fill, label, packing, quote
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from random import Random
 from typing import Any
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 Point = Mapping[str, Any]
 Law = Callable[[Random], Any]

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.distributed.mesh import AXES
 
 # Traces are many objects of which nearly all live on: to look through them again and again is a tenth of the time.

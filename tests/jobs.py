@@ -21,7 +21,7 @@ import diffusion
 ROOT = pathlib.Path(__file__).parent.parent
 # Not the jobs themselves: they define their flags when they are imported.
 IMPORTED = [module.name for module in pkgutil.walk_packages(diffusion.__path__, "diffusion.")]
-IMPORTED += ["experiments.comparison", "experiments.drawing", "tests.jobs"]
+IMPORTED += ["diffusion.pipelines.comparison", "diffusion.pipelines.generator", "tests.jobs"]
 
 
 def job(name, *flags):

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.build import build, names
-from diffusion.distillation import Teacher
+from diffusion.core.build import build, names
+from diffusion.objectives.base.teacher import Teacher
 from diffusion.distributed import sharding
-from diffusion.sample import bind, prior, sample
+from diffusion.sampling.loop import bind, prior, sample
 from diffusion.training import ema, optimizer
 from diffusion.training.state import averaged, init_state
 from diffusion.training.step import make_step
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 TINY = {
     "unet": {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention": (), "head_width": 4},

@@ -12,11 +12,10 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from diffusion.build import build, find
-from diffusion.interop import folder
+from diffusion.core.build import build, find
+from diffusion.interop import model_folder
 from diffusion.training import ema
-from diffusion.types import InputError
-from experiments import parts
+from diffusion.core.types import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(path for top in ("diffusion", "experiments", "launch") for path in (ROOT / top).rglob("*.py"))
@@ -187,22 +186,22 @@ def test_the_weights_of_a_model_lie_in_its_folder(tmp_path, name):
     inside = tmp_path / "model"
     inside.mkdir()
     safetensors.numpy.save_file({"secret": np.zeros(1, np.float32)}, tmp_path / "x")
-    (inside / f"{folder.WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
-    refused(lambda: folder.read_tensors(str(inside)), "folder", str(inside))
+    (inside / f"{model_folder.WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
+    refused(lambda: model_folder.read_tensors(str(inside)), "folder", str(inside))
 
 
 @pytest.mark.parametrize("places", [None, [], {"a": 1}, {"a": None}, "x"])
 def test_a_bad_index_of_weights(tmp_path, places):
-    (tmp_path / f"{folder.WEIGHTS}.index.json").write_text(json.dumps({"weight_map": places}))
-    refused(lambda: folder.read_tensors(str(tmp_path)), "weight_map")
+    (tmp_path / f"{model_folder.WEIGHTS}.index.json").write_text(json.dumps({"weight_map": places}))
+    refused(lambda: model_folder.read_tensors(str(tmp_path)), "weight_map")
 
 
 def test_the_names_of_tensors_are_no_paths(tmp_path):
     """They stay keys: nothing is opened or made by them."""
     tensors = {name: np.ones(1, np.float32) for name in ("../x", "/etc/x", "a/../../b")}
-    safetensors.numpy.save_file(tensors, tmp_path / folder.WEIGHTS)
+    safetensors.numpy.save_file(tensors, tmp_path / model_folder.WEIGHTS)
     before = sorted(tmp_path.parent.rglob("*"))
-    assert folder.read_tensors(str(tmp_path)).keys() == tensors.keys()
+    assert model_folder.read_tensors(str(tmp_path)).keys() == tensors.keys()
     assert sorted(tmp_path.parent.rglob("*")) == before
 
 
@@ -211,4 +210,4 @@ def test_averages_are_named_by_numbers():
     averages = ema.make(decays=(0.0, 1e-300, 0.999999999999))
     assert all(float(name) >= 0 and "/" not in name for name in averages.names)
     for decay in ("../x", float("nan"), -0.5):
-        refused(lambda decay=decay: parts.call(ema.make, {"decays": (decay,)}, field="ema"), "ema.decays")
+        refused(lambda decay=decay: run.call(ema.make, {"decays": (decay,)}, field="ema"), "ema.decays")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from diffusion import files
-from diffusion.types import InputError
+from diffusion.core import files
+from diffusion.core.types import InputError
 
 FOLDER = ".index"  # inside the folder that is indexed
 HEADER = "index.json"

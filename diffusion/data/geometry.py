@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffusion.types import InputError, Spec
+from diffusion.core.types import InputError, Spec
 
 # No two are nearer than 1.7 in [-1, 1], black included.
 COLOURS = {

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from diffusion.types import InputError, Source
+from diffusion.core.types import InputError, Source
 
 THREADS = 4  # that read batches ahead, where no worker processes do
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 AXES = ("data", "fsdp", "model")
 # The most parts that one dimension is split into for `fsdp`: widths are multiples of 128 and rarely of more (1152 of

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from diffusion.distributed import roll_call
 from diffusion.distributed.roll_call import Missing
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead, and ends the others
 LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|CoordinationService")  # in what JAX raises then

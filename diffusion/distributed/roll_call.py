@@ -7,7 +7,7 @@ import contextlib
 import socket
 import time
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 ALL = "all have come"
 PAUSE = 0.2  # seconds between two tries to reach the first process

@@ -4,7 +4,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from diffusion.evaluation.reference import all_of
-from diffusion.types import InputError, Source
+from diffusion.core.types import InputError, Source
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:

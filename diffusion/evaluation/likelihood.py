@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import likelihood
-from diffusion.types import Array, Denoiser, InputError, Schedule, Source
+from diffusion.evaluation import log_likelihood
+from diffusion.core.types import Array, Denoiser, InputError, Schedule, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Likelihood:
             key_spread, key_trace, key_bound = jax.random.split(key, 3)
             spread, offset = x0, 0.0
             if self.levels:
-                spread, offset = likelihood.dequantize(x0, key_spread, self.levels)
-            density = likelihood.ode_log_likelihood(
+                spread, offset = log_likelihood.dequantize(x0, key_spread, self.levels)
+            density = log_likelihood.ode_log_likelihood(
                 lambda x, t: denoise(x, t, cond), schedule, spread, key_trace, steps=self.steps, trace=self.trace,
                 data_std=data_std, log_snr=self.log_snr,
             )  # fmt: skip
-            bound = likelihood.variational_bound(
+            bound = log_likelihood.variational_bound(
                 lambda x, t: denoise(x, t, cond), schedule, x0, key_bound, times, levels=self.levels
             )
             return -density / dims - offset, bound["total"] / dims

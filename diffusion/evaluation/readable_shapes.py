@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from diffusion.types import InputError, Source
+from diffusion.core.types import InputError, Source
 
 CHUNK = 250  # samples read at a time
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from diffusion.types import Source
+from diffusion.core.types import Source
 
 
 def all_of(source: Source) -> tuple[np.ndarray, np.ndarray]:

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from diffusion.arrays import derivative
-from diffusion.types import Array, Denoiser, InputError, Schedule, Source
+from diffusion.core.arrays import derivative
+from diffusion.core.types import Array, Denoiser, InputError, Schedule, Source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.svm import SVC
 
 from diffusion.evaluation.reference import all_of
-from diffusion.types import InputError, Source
+from diffusion.core.types import InputError, Source
 
 
 class SVCAccuracy:

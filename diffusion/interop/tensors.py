@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion.types import InputError, Params
+from diffusion.core.types import InputError, Params
 
 Tensors = Mapping[str, np.ndarray]
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from diffusion.layers.keys import Keys
 from diffusion.layers.residual import Style
-from diffusion.types import Array, InputError
+from diffusion.core.types import Array, InputError
 
 Kernel = Literal["auto", "xla", "cudnn", "chunked"]
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion.layers.borders import border
+from diffusion.distributed.activation_sharding import border
 from diffusion.layers.keys import Keys
-from diffusion.types import Array, Cond
+from diffusion.core.types import Array, Cond
 
 
 def sinusoidal(labels: Array, width: int, *, last: bool = False, sin_first: bool = False) -> Array:

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Integer, Real, Shaped, jaxtyped
 
 from diffusion.layers.keys import Keys
-from diffusion.types import Array, Cond, InputError, Network, Params
+from diffusion.core.types import Array, Cond, InputError, Network, Params
 
 Arrays = Array | np.ndarray
 # The axes of one example, by their number, and of the conditions that the house knows.

@@ -2,7 +2,7 @@
 
 import jax
 
-from diffusion.types import Array
+from diffusion.core.types import Array
 
 
 class Keys:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.layers.keys import Keys
-from diffusion.types import Array
+from diffusion.core.types import Array
 
 
 def group_norm(channels: int, groups: int | None = None, epsilon: float = 1e-5, *, dtype, rngs: Keys):

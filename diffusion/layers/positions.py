@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.types import Array
+from diffusion.core.types import Array
 
 
 def sincos_2d(side: int, width: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.types import Array
+from diffusion.core.types import Array
 
 Taps = tuple[int, ...]
 MEAN: Taps = (1, 1)

@@ -11,7 +11,7 @@ from flax import nnx
 from diffusion.layers.keys import Keys
 from diffusion.layers.norms import group_norm
 from diffusion.layers.resample import MEAN, Taps, double, halve
-from diffusion.types import Array
+from diffusion.core.types import Array
 
 
 @dataclasses.dataclass(frozen=True)

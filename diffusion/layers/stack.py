@@ -6,9 +6,9 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from diffusion.layers.borders import border
+from diffusion.distributed.activation_sharding import border
 from diffusion.layers.keys import Keys
-from diffusion.types import Array
+from diffusion.core.types import Array
 
 Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 

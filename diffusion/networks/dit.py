@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion.layers import refusals
+from diffusion.core import checks
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
@@ -14,7 +14,7 @@ from diffusion.layers.keys import Keys
 from diffusion.layers.norms import layer_norm
 from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
 from diffusion.layers.stack import Remat, Stack
-from diffusion.types import Array, Cond, InputError, Network
+from diffusion.core.types import Array, Cond, InputError, Network
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of the noise label, whatever the network's
 
@@ -146,8 +146,8 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last layer are float32.
     """
-    refusals.not_square("dit", shape)
-    refusals.not_positive(
+    checks.not_square("dit", shape)
+    checks.not_positive(
         patch=patch, width=width, depth=depth, heads=heads, outputs=outputs, unroll=unroll, mlp_ratio=mlp_ratio
     )
     if shape[0] % patch:
@@ -156,7 +156,7 @@ def make(
         raise InputError("width", f"must be divisible by 4 and by heads = {heads}, got {width}")
     if positions == "rope" and width // heads % 4:
         raise InputError("positions", f"rope wants heads of a width divisible by 4, got {width // heads}")
-    inner = refusals.inner_width(width * mlp_ratio * (2 / 3 if mlp == "swiglu" else 1))
+    inner = checks.inner_width(width * mlp_ratio * (2 / 3 if mlp == "swiglu" else 1))
     return functional(lambda rngs: DiT(
         size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, patch=patch, width=width,
         depth=depth, heads=heads, inner=inner, positions=positions, norm=norm, qk_norm=qk_norm, gated=mlp == "swiglu",

@@ -7,24 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion.layers import refusals
+from diffusion.core import checks
 from diffusion.layers.attention import Kernel, attend
-from diffusion.layers.borders import border
+from diffusion.distributed.activation_sharding import border
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
-from diffusion.layers.magnitude import (
-    MPConv,
-    MPLinear,
-    fourier_features,
-    mp_cat,
-    mp_silu,
-    mp_sum,
-    normalize_all,
-    pixel_norm,
-)
+from diffusion.layers.magnitude import MPConv, MPLinear, fourier_features, mp_cat, mp_silu, mp_sum, normalize_all, pixel_norm
 from diffusion.layers.resample import MEAN, double, halve
 from diffusion.layers.stack import Remat, rematerialised
-from diffusion.types import Array, Cond, InputError, Network
+from diffusion.core.types import Array, Cond, InputError, Network
 
 LARGEST = 256.0  # that a block's output can be, in either direction
 LABEL_BALANCE = 0.5  # share of the class in the embedding
@@ -216,10 +207,10 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last convolution are float32.
     """
-    refusals.not_square("edm2", shape)
-    refusals.not_positive(width=width, blocks=blocks, head_width=head_width, bandwidth=bandwidth, outputs=outputs)
-    refusals.no_rate(dropout=dropout)
-    refusals.bad_levels(shape[0], width, multipliers, attention, head_width)
+    checks.not_square("edm2", shape)
+    checks.not_positive(width=width, blocks=blocks, head_width=head_width, bandwidth=bandwidth, outputs=outputs)
+    checks.no_rate(dropout=dropout)
+    checks.bad_levels(shape[0], width, multipliers, attention, head_width)
     balances = {"res_balance": res_balance, "attn_balance": attn_balance, "concat_balance": concat_balance}
     for name, value in balances.items():
         if not 0 <= value <= 1:

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion.layers import refusals
-from diffusion.layers.borders import border
+from diffusion.core import checks
+from diffusion.distributed.activation_sharding import border
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
-from diffusion.types import Array, Cond, InputError, Network
+from diffusion.core.types import Array, Cond, InputError, Network
 
 
 class MLP(nnx.Module):
@@ -85,7 +85,7 @@ def make(
     """
     if not shape or min(shape) < 1:
         raise InputError("shape", f"must be one or more positive numbers, got {shape}")
-    refusals.not_positive(width=width, depth=depth, outputs=outputs)
+    checks.not_positive(width=width, depth=depth, outputs=outputs)
     if width % 2:
         raise InputError("width", f"must be even, got {width}")
     return functional(lambda rngs: MLP(

@@ -20,16 +20,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion.layers import refusals
+from diffusion.core import checks
 from diffusion.layers.attention import Kernel, SpatialAttention
-from diffusion.layers.borders import border
+from diffusion.distributed.activation_sharding import border
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.resample import MEAN, halve
 from diffusion.layers.residual import Downsample, ResidualBlock, Style, Upsample, conv3x3
 from diffusion.layers.stack import Remat, rematerialised
-from diffusion.types import Array, Cond, InputError, Network
+from diffusion.core.types import Array, Cond, InputError, Network
 
 
 class UNet(nnx.Module):
@@ -192,14 +192,14 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last convolution are float32.
     """
-    refusals.not_square("unet", shape)
-    refusals.not_positive(
+    checks.not_square("unet", shape)
+    checks.not_positive(
         width=width, blocks=blocks, outputs=outputs, epsilon=epsilon, head_width=head_width, groups=groups
     )
-    refusals.no_rate(dropout=dropout)
+    checks.no_rate(dropout=dropout)
     if width % 2:
         raise InputError("width", f"must be even, got {width}")
-    refusals.bad_levels(shape[0], width, multipliers, attention, head_width, middle_attention=middle_attention)
+    checks.bad_levels(shape[0], width, multipliers, attention, head_width, middle_attention=middle_attention)
     if not taps or len(taps) % 2 or taps != taps[::-1] or sum(taps) == 0:
         raise InputError("taps", f"must be a symmetric filter of an even number of weights, got {taps}")
     for channels in (width * m for m in multipliers):

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion.layers import refusals
+from diffusion.core import checks
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import Numbers, sinusoidal
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.stack import Remat, Stack
-from diffusion.types import Array, Cond, InputError, Network
+from diffusion.core.types import Array, Cond, InputError, Network
 
 SMALL = nnx.initializers.normal(0.02)  # the paper's code truncates it at 2, which is 100 standard deviations
 UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(fan_in), for convolutions
@@ -146,15 +146,15 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and all after the blocks are float32.
     """
-    refusals.not_square("uvit", shape)
-    refusals.not_positive(patch=patch, width=width, depth=depth, heads=heads, outputs=outputs, mlp_ratio=mlp_ratio)
+    checks.not_square("uvit", shape)
+    checks.not_positive(patch=patch, width=width, depth=depth, heads=heads, outputs=outputs, mlp_ratio=mlp_ratio)
     if depth < 3 or depth % 2 == 0:
         raise InputError("depth", f"must be odd, 3 or more: two halves and a block between them, got {depth}")
     if shape[0] % patch:
         raise InputError("patch", f"{patch} does not divide the {shape[0]} pixels of a side")
     if width % 2 or width % heads:
         raise InputError("width", f"must be divisible by 2 and by heads = {heads}, got {width}")
-    inner = refusals.inner_width(width * mlp_ratio)
+    inner = checks.inner_width(width * mlp_ratio)
     return functional(lambda rngs: UViT(
         size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, patch=patch, width=width,
         depth=depth, heads=heads, inner=inner, qkv_bias=qkv_bias, time_mlp=time_mlp, conv=conv,

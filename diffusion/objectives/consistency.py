@@ -24,26 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.arrays import expand, flat_mean
-from diffusion.build import build
-from diffusion.curriculum import Curriculum
-from diffusion.distillation import Teacher, begin, check_teacher
-from diffusion.gaussian import Gaussian, PartSpec, build_parts, corrupt
-from diffusion.guidance import cfg
-from diffusion.solver import coordinate, first_order
-from diffusion.types import (
-    Apply,
-    Array,
-    Batch,
-    Cond,
-    Denoised,
-    Denoiser,
-    InputError,
-    Network,
-    Objective,
-    Params,
-    Schedule,
-)
+from diffusion.core.arrays import expand, flat_mean
+from diffusion.core.build import build
+from diffusion.objectives.base.discretization import Curriculum
+from diffusion.objectives.base.teacher import Teacher, begin, check_teacher
+from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts, corrupt
+from diffusion.sampling.guidance import cfg
+from diffusion.sampling.ode.first_order import coordinate, first_order
+from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Objective, Params, Schedule
 
 Solver = Literal["ddim", "euler", "heun"]
 

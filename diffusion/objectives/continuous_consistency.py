@@ -15,13 +15,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from diffusion.arrays import expand, flat_mean
-from diffusion.distillation import Teacher, begin, check_row, check_teacher
-from diffusion.gaussian import Gaussian, build_parts, corrupt
+from diffusion.core.arrays import expand, flat_mean
+from diffusion.objectives.base.teacher import Teacher, begin, check_row, check_teacher
+from diffusion.objectives.base.gaussian import Gaussian, build_parts, corrupt
 from diffusion.layers.attention import forward_mode
 from diffusion.layers.embeddings import fourier
-from diffusion.parameterization import Parameterization, Row
-from diffusion.types import Apply, Array, Batch, Denoised, Denoiser, InputError, Network, Params, Schedule
+from diffusion.process.parameterization import Parameterization, Row
+from diffusion.core.types import Apply, Array, Batch, Denoised, Denoiser, InputError, Network, Params, Schedule
 
 SOFTENING = 0.1  # c of the tangent's normalisation g / (|g| + c)
 FEATURES = 128  # of the noise level, that the learned weight is linear in

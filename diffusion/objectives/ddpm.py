@@ -6,11 +6,11 @@ import math
 
 import jax.numpy as jnp
 
-from diffusion.arrays import expand, flat_mean
-from diffusion.gaussian import Gaussian, PartSpec, build_parts
-from diffusion.likelihood import discretized_log_likelihood
-from diffusion.posterior import posterior
-from diffusion.types import Array, InputError
+from diffusion.core.arrays import expand, flat_mean
+from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts
+from diffusion.process.decoders import discretized_log_likelihood
+from diffusion.process.posterior import posterior
+from diffusion.core.types import Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)

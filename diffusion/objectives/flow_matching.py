@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion.gaussian import Gaussian, PartSpec, build_parts
-from diffusion.types import Array, Batch, InputError
+from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts
+from diffusion.core.types import Array, Batch, InputError
 
 
 @dataclasses.dataclass(frozen=True)

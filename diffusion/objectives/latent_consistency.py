@@ -11,10 +11,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from diffusion.arrays import expand, flat_mean
-from diffusion.distillation import Teacher, begin, check_row, check_teacher
-from diffusion.gaussian import Gaussian, PartSpec, build_parts, corrupt
-from diffusion.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Params
+from diffusion.core.arrays import expand, flat_mean
+from diffusion.objectives.base.teacher import Teacher, begin, check_row, check_teacher
+from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts, corrupt
+from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Params
 
 SCHEDULE: PartSpec = {"name": "vp", "betas": "scaled_linear"}  # of the models that the paper distils
 SIGMA_DATA = 0.5  # of the boundary's scalings; the paper's for any data

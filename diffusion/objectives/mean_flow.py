@@ -13,11 +13,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from diffusion.arrays import expand
-from diffusion.flow_map import FlowMap, count, room, velocity_parts, without
-from diffusion.gaussian import PartSpec, corrupt
+from diffusion.core.arrays import expand
+from diffusion.objectives.base.average_velocity import FlowMap, count, room, velocity_parts, without
+from diffusion.objectives.base.gaussian import PartSpec, corrupt
 from diffusion.layers.attention import forward_mode
-from diffusion.types import Apply, Array, Batch, Cond, InputError, Params
+from diffusion.core.types import Apply, Array, Batch, Cond, InputError, Params
 
 TIMES = {"name": "logit_normal", "mean": -0.4, "std": 1.0}  # the paper's, for ImageNet
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from diffusion.arrays import expand
-from diffusion.distillation import Teacher
-from diffusion.gaussian import PartSpec, build_parts, corrupt
-from diffusion.objectives.rounds import Rounds
-from diffusion.solver import eps_of, first_order
-from diffusion.types import Apply, Array, Batch, InputError, Params
+from diffusion.core.arrays import expand
+from diffusion.objectives.base.teacher import Teacher
+from diffusion.objectives.base.gaussian import PartSpec, build_parts, corrupt
+from diffusion.objectives.base.rounds import Rounds
+from diffusion.sampling.ode.first_order import eps_of, first_order
+from diffusion.core.types import Apply, Array, Batch, InputError, Params
 
 COSINE = {"name": "vp", "betas": "cosine"}
 

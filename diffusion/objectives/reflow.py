@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from diffusion.distillation import Teacher
-from diffusion.gaussian import PartSpec, build_parts
-from diffusion.guidance import cfg
-from diffusion.objectives.rounds import Rounds
-from diffusion.solver import first_order
-from diffusion.types import Apply, Array, Batch, InputError, Params
+from diffusion.objectives.base.teacher import Teacher
+from diffusion.objectives.base.gaussian import PartSpec, build_parts
+from diffusion.sampling.guidance import cfg
+from diffusion.objectives.base.rounds import Rounds
+from diffusion.sampling.ode.first_order import first_order
+from diffusion.core.types import Apply, Array, Batch, InputError, Params
 
 
 @dataclasses.dataclass(frozen=True)

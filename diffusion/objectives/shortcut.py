@@ -8,10 +8,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from diffusion.arrays import expand, flat_mean
-from diffusion.flow_map import FlowMap, count, room, velocity_parts, without
-from diffusion.gaussian import PartSpec, corrupt
-from diffusion.types import Apply, Array, Batch, Cond, InputError, Params
+from diffusion.core.arrays import expand, flat_mean
+from diffusion.objectives.base.average_velocity import FlowMap, count, room, velocity_parts, without
+from diffusion.objectives.base.gaussian import PartSpec, corrupt
+from diffusion.core.types import Apply, Array, Batch, Cond, InputError, Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from diffusion.arrays import derivative, expand, flat_mean
-from diffusion.gaussian import Gaussian, PartSpec, build_parts, corrupt
-from diffusion.likelihood import level_log_likelihood
-from diffusion.types import Apply, Array, Batch, InputError, Network, Params, Schedule
+from diffusion.core.arrays import derivative, expand, flat_mean
+from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts, corrupt
+from diffusion.process.decoders import level_log_likelihood
+from diffusion.core.types import Apply, Array, Batch, InputError, Network, Params, Schedule
 
 
 @dataclasses.dataclass(frozen=True)

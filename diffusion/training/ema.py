@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion.types import Array, InputError, Params
+from diffusion.core.types import Array, InputError, Params
 
 
 @dataclasses.dataclass(frozen=True)

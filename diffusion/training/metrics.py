@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
-from diffusion import files
+from diffusion.core import files
 
 
 class MetricWriter:

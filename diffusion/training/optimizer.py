@@ -7,8 +7,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from diffusion.build import call
-from diffusion.types import Array, InputError
+from diffusion.core.build import call
+from diffusion.core.types import Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from diffusion.distributed import sharding
-from diffusion.layers import borders
+from diffusion.distributed import activation_sharding
 from diffusion.training.ema import EMA
-from diffusion.training.guards import Guard
+from diffusion.training.resilience.guards import Guard
 from diffusion.training.optimizer import Optimizer
 from diffusion.training.state import TrainState, init_state
 from diffusion.training.step import make_step
-from diffusion.types import Batch, InputError, Network, Objective, Spec
+from diffusion.core.types import Batch, InputError, Network, Objective, Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def make(
     step = make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=cond_drop_rate,
                      accumulate=accumulate, guard=guard)  # fmt: skip
     if mesh.size > 1:
-        step = borders.kept(step, batch, sequence)
+        step = activation_sharding.kept(step, batch, sequence)
     return Program(
         init=jax.jit(init, out_shardings=places),
         step=jax.jit(step, in_shardings=(places, batch), out_shardings=(places, sharding.replicated(mesh)),

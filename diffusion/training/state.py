@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion.training import guards
+from diffusion.training.resilience import guards
 from diffusion.training.ema import EMA
-from diffusion.types import Array, Network, Objective, Params
+from diffusion.core.types import Array, Network, Objective, Params
 
 
 @jax.tree_util.register_dataclass

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from diffusion.training.ema import EMA
-from diffusion.training.guards import Guard, choose
+from diffusion.training.resilience.guards import Guard, choose
 from diffusion.training.optimizer import Optimizer
 from diffusion.training.state import TrainState, averaged, trainable
-from diffusion.types import Array, Batch, Network, Objective, Params
+from diffusion.core.types import Array, Batch, Network, Objective, Params
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 

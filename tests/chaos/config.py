@@ -15,10 +15,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from diffusion.checkpoint import Checkpoints
-from diffusion.data.digits import Digits
+from diffusion.training.checkpoint import Checkpoints
+from diffusion.data.sources.digits import Digits
 from diffusion.distributed import sharding
-from diffusion.training.watchdog import Watchdog
+from diffusion.training.resilience.watchdog import Watchdog
 
 VP, TRIG, FLOW = {"name": "vp", "num_steps": 1000}, {"name": "trig"}, {"name": "flow"}
 CURRICULUM = {"name": "square_root", "steps": 40, "start": 2, "end": 9}

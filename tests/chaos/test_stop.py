@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from diffusion.distributed.multihost import HEARTBEAT
-from diffusion.training.preemption import STOPPED
-from diffusion.training.watchdog import STUCK
+from diffusion.training.resilience.preemption import STOPPED
+from diffusion.training.resilience.watchdog import STUCK
 from tests.chaos.config import STEPS
 from tests.chaos.conftest import FULL
 from tests.chaos.training import committed, outcome

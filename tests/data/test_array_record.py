@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
-from diffusion.build import build
-from diffusion.data import array_record
-from diffusion.types import InputError, Spec
+from diffusion.core.build import build
+from diffusion.data.sources import array_record
+from diffusion.core.types import InputError, Spec
 
 RNG = np.random.default_rng(0)
 

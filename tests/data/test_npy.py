@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.data.pipeline import Batches
-from diffusion.types import InputError, Source, Spec
+from diffusion.core.types import InputError, Source, Spec
 
 IMAGES = np.random.default_rng(0).integers(256, size=(4, 6, 6, 3), dtype=np.uint8)
 IMAGES[0, 0, :3, 0] = 0, 255, 51

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.data.pipeline import Batches
-from diffusion.types import InputError, Spec
+from diffusion.core.types import InputError, Spec
 
 SIZE, BATCH_SIZE, LONG = 50, 6, 200
 

@@ -5,10 +5,10 @@ import pickle
 import numpy as np
 import pytest
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.data.pipeline import Batches
-from diffusion.data.shapes import PLACES, VOCABULARY, Thing
-from diffusion.types import InputError, Source
+from diffusion.data.sources.shapes import PLACES, VOCABULARY, Thing
+from diffusion.core.types import InputError, Source
 
 SIZES = (32, 64)
 GOLDEN = "bdb0d3fe63ede84ce7f7dda45a04f5dd6c594d11d53b2f3fd923f3d7f5c6365b"

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.data.pipeline import Batches
-from diffusion.types import InputError
-from experiments import parts
+from diffusion.core.types import InputError
+from diffusion.pipelines.run import open_run
 from tests.data import tfds_sets
 from tests.experiments.test_teachers import train
 from tests.jobs import ROOT
@@ -204,7 +204,7 @@ def test_configs_train(name, tmp_path):
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, 11))
     assert all(np.isfinite(line["loss"]) for line in metrics)
-    spec = parts.open_run(str(tmp_path / "run")).spec
+    spec = open_run(str(tmp_path / "run")).spec
     assert (spec.shape, spec.num_classes) == (shape, num_classes)
 
 

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.data.pipeline import Batches
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 KINDS = ("gaussian", "mixture", "checkerboard", "moons", "spiral")
 EXACT = ("gaussian", "mixture", "checkerboard")

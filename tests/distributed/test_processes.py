@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion.distributed import multihost
-from diffusion.training.watchdog import STUCK
+from diffusion.training.resilience.watchdog import STUCK
 from tests.chaos.training import ROOT, Training, committed
 from tests.jobs import job, one_line
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from diffusion.distributed import roll_call
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from configs import imagenet64_adm, imagenet256_dit
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.distributed import sharding
 from diffusion.training import ema, optimizer, program
 from diffusion.training.state import averaged
-from experiments.drawing import Drawer
+from diffusion.pipelines.generator import Drawer
 
 STEPS, BATCH_SIZE = 20, 32
 NETWORKS = {

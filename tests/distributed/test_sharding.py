@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from diffusion.distributed import mesh, sharding
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 STATE = {
     "params": {"net": {"a": {"kernel": jax.ShapeDtypeStruct((6, 16), "float32")}}},

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion.build import build
-from diffusion.types import Denoised, InputError
+from diffusion.core.build import build
+from diffusion.core.types import Denoised, InputError
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.evaluation.energy_distance import energy_distance
 
 

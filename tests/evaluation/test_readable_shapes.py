@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from diffusion.build import build
-from diffusion.types import InputError, SampleMetric
+from diffusion.core.build import build
+from diffusion.core.types import InputError, SampleMetric
 
 
 def of(name, **keywords):

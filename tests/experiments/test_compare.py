@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import visualize
-from diffusion.build import build
-from diffusion.training.loop import train
-from diffusion.types import InputError, SampleMetric
-from experiments import choices, comparison, parts, tables
+from diffusion.core import images
+from diffusion.core.build import build
+from diffusion.training.trainer import train
+from diffusion.core.types import InputError, SampleMetric
+from diffusion.pipelines import overrides, comparison, tables
+from diffusion.pipelines.build_training import meta_of, training
+from diffusion.pipelines.model import model_of
+from diffusion.pipelines.run import Run, open_run
 from tests.jobs import job
 
 TRAILING, NUM = {"name": "trailing"}, 48
@@ -52,10 +55,10 @@ def workdirs(tmp_path_factory, mesh_of):
     }
     for name, config in configs.items():
         source = build("data", config["data"])
-        meta, _ = parts.meta_of(config, source.spec, str(folder / name))
-        network, objective = parts.model_of(meta)
+        meta, _ = meta_of(config, source.spec, str(folder / name))
+        network, objective = model_of(meta)
         train(str(folder / name), source=source, network=network, objective=objective, meta=meta,
-              **{**parts.training(config), "mesh": mesh_of(1, 1, 1)})  # fmt: skip
+              **{**training(config), "mesh": mesh_of(1, 1, 1)})  # fmt: skip
     return [str(folder / name) for name in configs]
 
 
@@ -94,10 +97,10 @@ def test_a_row_says_what_it_is_of(written):
 def test_figures_are_those_of_the_first_runs_metrics(workdirs, written):
     """Drawn and measured again, by hand: no guidance, whatever the config and the metric say."""
     _, rows = written
-    metrics = [metric for metric in parts.open_run(workdirs[0]).metrics() if isinstance(metric, SampleMetric)]
+    metrics = [metric for metric in open_run(workdirs[0]).metrics() if isinstance(metric, SampleMetric)]
     labels = np.arange(NUM) % 10
     for index, workdir, sampler in ((0, workdirs[0], {**DDIM, "steps": 5}), (2, workdirs[1], PNDM)):
-        run = parts.open_run(workdir)
+        run = open_run(workdir)
         x = run.drawer(sampler=sampler, guidance={"name": "cfg", "scale": 1.0})(run.params, labels, NUM, seed=3)
         for metric in metrics:
             for name, value in run.measured(metric, x, labels).items():
@@ -171,7 +174,7 @@ def test_raw_parameters(workdirs, tmp_path):
 def test_rows_of_the_contact_sheet(workdirs, tmp_path, monkeypatch, chosen, labels):
     """All numbers of evaluations of one run, and the first that each of several can do."""
     seen = []
-    real = visualize.labelled
+    real = images.labelled
     monkeypatch.setattr(visualize, "labelled", lambda rows, labels: seen.append((rows, labels)) or real(rows, labels))
     compared([workdirs[index] for index in chosen], "2,1" if len(chosen) == 1 else "2,6", tmp_path)
     (rows, shown), *_ = seen
@@ -182,7 +185,7 @@ def test_rows_of_the_contact_sheet(workdirs, tmp_path, monkeypatch, chosen, labe
 def test_what_is_drawn_is_kept(workdirs, tmp_path, monkeypatch):
     """Interrupted at the third cell: the first two are in the table, whole; the docs are as they were."""
     calls = []
-    real = parts.Run.measured
+    real = Run.measured
 
     def interrupted(run, metric, x, labels):
         calls.append(metric)
@@ -193,7 +196,7 @@ def test_what_is_drawn_is_kept(workdirs, tmp_path, monkeypatch):
     docs = tmp_path / "few.md"
     docs.write_text(f"{tables.BEGIN}{tables.END}")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(parts.Run, "measured", interrupted)
+        patch.setattr(Run, "measured", interrupted)
         compared(workdirs, "1,2,5", tmp_path / "out", docs=str(docs))
     kept = rows_of(tmp_path / "out")
     assert [(row["run"], row["nfe"]) for row in kept] == [("flow", "1"), ("flow", "2")]
@@ -213,10 +216,10 @@ def test_what_a_sampler_cannot_do_is_said(workdirs, tmp_path, capsys):
 @pytest.mark.parametrize(("name", "kept"), [("embedded", "embedded"), ("apg", "cfg"), ("cfg", "cfg")])
 def test_guidance_is_one(workdirs, monkeypatch, name, kept):
     """And what surrounds it is dropped; a model that is told its guidance is still told."""
-    run = parts.open_run(workdirs[0])
+    run = open_run(workdirs[0])
     guidance = {"name": name, "scale": 3.0, "rescale": {"factor": 0.5}}
     run = dataclasses.replace(run, config={**run.config, "guidance": guidance})
-    monkeypatch.setattr(parts.Run, "drawer", lambda run, **sections: sections)
+    monkeypatch.setattr(Run, "drawer", lambda run, **sections: sections)
     (cell,) = comparison.plan({"flow": run}, [2])
     assert cell.drawer == {"sampler": {**DDIM, "steps": 2}, "guidance": {"name": kept, "scale": 1.0}}
 
@@ -277,7 +280,7 @@ def changed_config(run, **sections):
 )  # fmt: skip
 def test_runs_that_cannot_be_compared(workdirs, tmp_path, monkeypatch, change, message):
     def opened(workdir, ema):
-        return change(os.path.basename(workdir), parts.open_run(workdir, ema))
+        return change(os.path.basename(workdir), open_run(workdir, ema))
 
     monkeypatch.setattr(comparison, "open_run", opened)
     with pytest.raises(InputError) as error:
@@ -339,7 +342,7 @@ def test_the_legend_of_many_runs_fits():
 
 @pytest.mark.parametrize("text", ["ddim", "heun:churn=40:s_noise=1.003", "given:times=(1, 0.5, 0)", "lms:flag=True"])
 def test_parts_are_spelt_as_they_are_read(text):
-    assert comparison.spell(choices.part(text, "--sampler")) == text
+    assert comparison.spell(overrides.part(text, "--sampler")) == text
 
 
 def test_the_job(workdirs, tmp_path):

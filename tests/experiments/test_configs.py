@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from diffusion.build import build
-from diffusion.distillation import Teacher
+from diffusion.core.build import build
+from diffusion.objectives.base.teacher import Teacher
 from diffusion.training.state import init_state
-from diffusion.types import InputError
-from experiments import parts
-from experiments.drawing import Drawer
+from diffusion.core.types import InputError
+from diffusion.pipelines.build_training import training
+from diffusion.pipelines.config import check_sections
+from diffusion.pipelines.model import network_and_objective
+from diffusion.pipelines.generator import Drawer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 ARGUMENTS = {
@@ -99,12 +101,12 @@ def test_parts_fit(path, argument, tmp_path):
     for word in ("Command:", "Hardware:", "Expected:", f"configs/{path.name}"):
         assert word in module.__doc__
     config = (module.get_config(argument) if argument else module.get_config()).to_dict()
-    parts.check_sections(config)
+    check_sections(config)
     config = with_data(config, path, module.__doc__, tmp_path)
     with tfds.testing.mock_data(num_examples=2):
         source, held_out = build("data", config["data"]), build("data", config["eval"]["data"])
-    network, objective = parts.network_and_objective(config, source.spec, teacher_of(config, source.spec))
-    keywords = parts.training(config)
+    network, objective = network_and_objective(config, source.spec, teacher_of(config, source.spec))
+    keywords = training(config)
     key = jax.random.key(0)
     shapes = jax.eval_shape(network.init, key)
     if (path.stem, argument) in PUBLISHED:

@@ -30,12 +30,12 @@ from absl.testing import flagsaver
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from diffusion import files
-from diffusion.build import find, names
+from diffusion.core import files
+from diffusion.core.build import find, names
 from diffusion.objectives.ddpm import DDPM
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from experiments import cli
-from experiments.drawing import Drawer
+from diffusion.pipelines.generator import Drawer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 EXAMPLES = int(os.environ.get("FUZZ", 220))

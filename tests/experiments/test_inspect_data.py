@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import visualize
+from diffusion.core import images
 from tests.jobs import job
 
 
@@ -74,8 +74,8 @@ def test_bad_flags_are_named(flag):
 def test_sheets_of_all_kinds():
     rng = np.random.default_rng(0)
     image, wide, video = (rng.uniform(-1, 1, shape) for shape in ((8, 8, 3), (8, 16, 3), (4, 8, 8, 1)))
-    sheet = visualize.captioned([image, wide], ["a", "a long caption that takes more than one line to write"])
-    pixels = visualize.to_uint8(image)
+    sheet = images.captioned([image, wide], ["a", "a long caption that takes more than one line to write"])
+    pixels = images.to_uint8(image)
     assert np.array_equal(np.asarray(sheet)[2:98:12, 2:98:12], pixels)
-    assert visualize.captioned([video], [""]).width > 4 * 96
-    assert visualize.captioned([np.zeros(2), np.ones(2)], ["", ""]).size == (480, 480)
+    assert images.captioned([video], [""]).width > 4 * 96
+    assert images.captioned([np.zeros(2), np.ones(2)], ["", ""]).size == (480, 480)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.build import build
-from diffusion.types import InputError
+from diffusion.core.build import build
+from diffusion.core.types import InputError
 from tests.data import tfds_sets
 from tests.data.test_tfds import read_elsewhere
 from tests.jobs import ROOT, job, one_line

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion.build import build
-from diffusion.checkpoint import Checkpoints
-from diffusion.training import loop
-from diffusion.types import InputError
-from experiments import parts
+from diffusion.core.build import build
+from diffusion.training.checkpoint import Checkpoints
+from diffusion.training import trainer
+from diffusion.core.types import InputError
+from diffusion.pipelines.build_training import meta_of, training
+from diffusion.pipelines.model import model_of
+from diffusion.pipelines.run import open_run
 from tests.jobs import ROOT, job, one_line
 
 TINY = {"name": "mlp", "width": 8, "depth": 1}
@@ -37,10 +39,10 @@ def config_of(name, variant=None, *, steps=2, teacher=None, **sections):
 def train(config, workdir):
     """What the job does, without pictures."""
     source = build("data", config["data"], field="data")
-    meta, teacher = parts.meta_of(config, source.spec, str(workdir))
-    network, objective = parts.model_of(meta)
-    return loop.train(
-        str(workdir), source=source, network=network, objective=objective, **parts.training(config), meta=meta,
+    meta, teacher = meta_of(config, source.spec, str(workdir))
+    network, objective = model_of(meta)
+    return trainer.train(
+        str(workdir), source=source, network=network, objective=objective, **training(config), meta=meta,
         teacher=teacher,
     )  # fmt: skip
 
@@ -64,11 +66,11 @@ def student(teacher, tmp_path_factory):
 def test_a_student_begins_with_its_teachers_average(teacher):
     config = config_of("digits_consistency", "cd", teacher=teacher)
     spec = build("data", "digits").spec
-    meta, params = parts.meta_of(config, spec, str(teacher / "none"))
-    network, objective = parts.model_of(json.loads(json.dumps(meta)))
+    meta, params = meta_of(config, spec, str(teacher / "none"))
+    network, objective = model_of(json.loads(json.dumps(meta)))
     assert meta["teacher"]["step"] == 2 and meta["teacher"]["ema"] == "0.998"
     state = objective.init(network, jax.random.key(0), params)
-    average = parts.open_run(str(teacher)).params["net"]
+    average = open_run(str(teacher)).params["net"]
     for name in (state["net"], state["teacher"]["net"], state["target"]):
         jax.tree.map(np.testing.assert_array_equal, name, average)
 
@@ -83,7 +85,7 @@ def test_a_run_keeps_its_teacher(student, teacher, tmp_path):
     shutil.rmtree(gone)
     state = train(config_of("digits_consistency", "cd", steps=4, teacher=gone), cut)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-    run = parts.open_run(str(cut))
+    run = open_run(str(cut))
     assert run.params.keys() == {"net"} and run.step == 4
     drawer = run.drawer(sampler=run.config["sampler"], guidance=run.config["guidance"])
     assert np.isfinite(drawer(run.params, np.arange(8), 8, seed=0)).all()

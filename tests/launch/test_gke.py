@@ -7,7 +7,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch.gke import MAIN
 from launch.jobs import Job, build_launcher
 from tests.launch.fakes import CODE, GOLDEN, awkward_job, golden, sweep

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch import jobs
 from launch.jobs import Code, Job, Submission, build_launcher, check_name, code_here, label, quote, submit, until_done
 from tests.launch.fakes import AWKWARD, EXITS, WAITS, calls, checkout, codes, parses, program

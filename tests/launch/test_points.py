@@ -1,7 +1,7 @@
 import pytest
 
 from configs import mixture
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch import points
 
 CONFIG = "configs/moons.py"

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch import report, results
 from launch.results import Row
 from tests.launch.runs import HOSTILE, logged, png, run, sweep

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch import locks, results
 from tests.launch.runs import HOSTILE, logged, run, sweep
 

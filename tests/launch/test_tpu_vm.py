@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch import tpu_vm
 from launch.jobs import build_launcher
 from tests.launch.fakes import AWKWARD, CODE, EXITS, WAITS, awkward_job, calls, codes, golden, program, sweep, telling

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 from launch import vary
 
 ONE, TWO = vary.over("a", [1, 2]), vary.over("b.c", ["x", "y"])

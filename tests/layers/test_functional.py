@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.build import build
-from diffusion.types import InputError
+from diffusion.core.build import build
+from diffusion.core.types import InputError
 
 GOOD = {"x": np.zeros((3, 8, 8, 1), np.float32), "c_noise": np.zeros(3, np.float32), "label": np.zeros(3, np.int32)}
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 TINY = {"name": "dit", "patch": 2, "width": 16, "depth": 3, "heads": 2}
 PAPER = {"S": (384, 12, 6, 33), "B": (768, 12, 12, 130), "L": (1024, 24, 16, 458), "XL": (1152, 28, 16, 675)}

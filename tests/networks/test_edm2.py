@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.layers import magnitude as mp
 from diffusion.networks import edm2
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.types import InputError, Network
+from diffusion.core.types import InputError, Network
 
 TINY = {"name": "edm2", "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 8}
 PAPER = {"XS": (128, 125), "S": (192, 280), "M": (256, 498), "L": (320, 777), "XL": (384, 1119), "XXL": (448, 1523)}

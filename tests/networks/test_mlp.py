@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.build import build
-from diffusion.types import InputError
+from diffusion.core.build import build
+from diffusion.core.types import InputError
 
 DEPTH, WIDTH = 3, 16
 

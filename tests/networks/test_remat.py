@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.build import build
+from diffusion.core.build import build
 
 DEEP = {
     "dit": {"patch": 2, "width": 32, "depth": 8, "heads": 2},

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.build import build
-from diffusion.types import InputError
+from diffusion.core.build import build
+from diffusion.core.types import InputError
 
 TINY = {"name": "uvit", "patch": 2, "width": 16, "depth": 7, "heads": 2}
 PAPER = {

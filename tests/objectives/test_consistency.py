@@ -8,11 +8,12 @@ import optax
 import pytest
 from scipy.stats import norm
 
-from diffusion import curriculum, times
-from diffusion.analytic import Mixture
-from diffusion.build import build
-from diffusion.distillation import Teacher
-from diffusion.types import Denoised, InputError, Network, Spec
+from diffusion.objectives.base import discretization
+from diffusion.process import time_sampling
+from diffusion.process.analytic import Mixture
+from diffusion.core.build import build
+from diffusion.objectives.base.teacher import Teacher
+from diffusion.core.types import Denoised, InputError, Network, Spec
 
 MEAN, STD, LOWEST = 0.3, 0.6, 0.002
 EDM = {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0}
@@ -225,7 +226,7 @@ def test_target_follows_by_the_curriculum():
                                               (900_000, 151)])  # fmt: skip
 def test_square_root_curriculum(step, points):
     """Song et al. 2023, appendix C, for K = 800,000, s0 = 2 and s1 = 150."""
-    made = curriculum.square_root(800_000, decay=0.9)
+    made = discretization.square_root(800_000, decay=0.9)
     metrics = made.metrics(jnp.int32(step))
     if step == 8:
         points = int(np.ceil(np.sqrt(8 / 800_000 * (151**2 - 4) + 4) - 1) + 1)
@@ -238,14 +239,14 @@ def test_square_root_curriculum(step, points):
 )
 def test_doubling_curriculum(step, points):
     """Song & Dhariwal 2023, section 3.4, for K = 400,000, s0 = 10 and s1 = 1280: eight stages of 50,000 steps."""
-    assert curriculum.doubling(400_000).metrics(jnp.int32(step))["points"] == points
+    assert discretization.doubling(400_000).metrics(jnp.int32(step))["points"] == points
 
 
 def test_pairs_are_neighbours_on_the_grid(x64):
     objective = made()
     grid = np.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 18) ** 7
     t = jnp.concatenate([jnp.asarray(grid) / 80 * 0.999, jnp.array([1e-6, 1.0])])
-    t, r = curriculum.fixed(18).pair(objective.schedule, t, objective.t_min, 0)
+    t, r = discretization.fixed(18).pair(objective.schedule, t, objective.t_min, 0)
     order = [1, *range(1, 18), 1, 17]
     np.testing.assert_allclose(t * 80, grid[order], rtol=1e-6)
     np.testing.assert_allclose(r * 80, grid[np.array(order) - 1], rtol=1e-6)
@@ -257,12 +258,12 @@ def test_laws_give_the_papers_probabilities():
     schedule, n = build("schedules", EDM), 200_000
     grid = np.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), 12) ** 7
     laws = {
-        "karras": (times.karras(), np.full(11, 1 / 11)),
-        "log_normal": (times.log_normal(-1.1, 2.0, 0.002, 80.0), np.diff(norm.cdf((np.log(grid) + 1.1) / 2))),
+        "karras": (time_sampling.karras(), np.full(11, 1 / 11)),
+        "log_normal": (time_sampling.log_normal(-1.1, 2.0, 0.002, 80.0), np.diff(norm.cdf((np.log(grid) + 1.1) / 2))),
     }
     for law, p in laws.values():
         t, _ = law.draw(schedule, jax.random.key(0), n, {})
-        t, _ = curriculum.fixed(12).pair(schedule, t, 2.5e-5, 0)
+        t, _ = discretization.fixed(12).pair(schedule, t, 2.5e-5, 0)
         counts = np.bincount(np.searchsorted(grid, np.asarray(t) * 80 * 0.999), minlength=12)[1:]
         p = p / p.sum()
         assert (abs(counts / n - p) < 5 * np.sqrt(p / n)).all()
@@ -270,7 +271,7 @@ def test_laws_give_the_papers_probabilities():
 
 def test_ratio_curriculum(x64):
     """r / t = 1 - n(t) / q^a, n(t) = 1 + k sigmoid(-b t), a one more every so many steps (Geng et al. 2024)."""
-    schedule, made = build("schedules", EDM), curriculum.ratio(every=100, q=2.0)
+    schedule, made = build("schedules", EDM), discretization.ratio(every=100, q=2.0)
     level = np.array([0.01, 0.5, 3.0, 80.0])
     for step in (0, 99, 100, 350, 2000):
         t, r = made.pair(schedule, jnp.asarray(level / 80), 0.0, jnp.int32(step))

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.analytic import Mixture, gaussian_ode_map
-from diffusion.arrays import expand
-from diffusion.build import build
-from diffusion.distillation import Teacher
+from diffusion.process.analytic import Mixture, gaussian_ode_map
+from diffusion.core.arrays import expand
+from diffusion.core.build import build
+from diffusion.objectives.base.teacher import Teacher
 from diffusion.objectives.continuous_consistency import normalized, tangent
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.types import InputError, Network, Spec
+from diffusion.core.types import InputError, Network, Spec
 
 SIGMA = 0.75
 TRIG = build("schedules", {"name": "trig", "sigma_data": SIGMA})

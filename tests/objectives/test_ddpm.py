@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.build import build, names
-from diffusion.likelihood import discretized_log_likelihood
-from diffusion.posterior import posterior
-from diffusion.sample import bind
-from diffusion.types import InputError
+from diffusion.core.build import build, names
+from diffusion.process.decoders import discretized_log_likelihood
+from diffusion.process.posterior import posterior
+from diffusion.sampling.loop import bind
+from diffusion.core.types import InputError
 
 STD = 0.5
 

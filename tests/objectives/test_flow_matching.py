@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from diffusion.build import build
+from diffusion.core.build import build
 from diffusion.objectives.flow_matching import sinkhorn, squared_distances
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 
 @pytest.fixture

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.arrays import expand
-from diffusion.build import build
-from diffusion.distillation import Teacher
-from diffusion.guidance import embedded
-from diffusion.sample import bind
+from diffusion.core.arrays import expand
+from diffusion.core.build import build
+from diffusion.objectives.base.teacher import Teacher
+from diffusion.sampling.guidance import embedded
+from diffusion.sampling.loop import bind
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.types import Denoised, InputError, Network, Spec
+from diffusion.core.types import Denoised, InputError, Network, Spec
 
 VP = build("schedules", {"name": "vp", "betas": "scaled_linear"})
 DDPM = build("objectives", {"name": "ddpm", "schedule": {"name": "vp", "betas": "scaled_linear"},

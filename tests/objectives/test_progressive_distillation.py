@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.analytic import Mixture
-from diffusion.build import build
-from diffusion.distillation import Teacher
-from diffusion.solver import first_order
+from diffusion.process.analytic import Mixture
+from diffusion.core.build import build
+from diffusion.objectives.base.teacher import Teacher
+from diffusion.sampling.ode.first_order import first_order
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.types import Denoised, InputError, Network, Spec
+from diffusion.core.types import Denoised, InputError, Network, Spec
 
 DATA = Mixture(means=[[0.6, -0.2], [-0.5, 0.3]], stds=[0.3, 0.2], weights=[0.4, 0.6])
 COSINE = {"name": "vp", "betas": "cosine"}

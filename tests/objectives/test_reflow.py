@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import grids
-from diffusion.analytic import Mixture, gaussian_ode_map
-from diffusion.build import build
-from diffusion.distillation import Teacher
+from diffusion.sampling import grids
+from diffusion.process.analytic import Mixture, gaussian_ode_map
+from diffusion.core.build import build
+from diffusion.objectives.base.teacher import Teacher
 from diffusion.distributed import sharding
-from diffusion.sample import bind, sample
+from diffusion.sampling.loop import bind, sample
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.types import InputError, Network, Spec
+from diffusion.core.types import InputError, Network, Spec
 
 FLOW = build("objectives", "flow_matching")
 GAUSSIAN = Mixture(means=[[0.5, -0.5]], stds=[0.5], weights=[1.0])

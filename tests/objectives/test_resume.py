@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.build import build, names
-from diffusion.checkpoint import Checkpoints
+from diffusion.core.build import build, names
+from diffusion.training.checkpoint import Checkpoints
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.types import Batch
+from diffusion.core.types import Batch
 from tests.test_coverage import spec_of
 
 CURRICULUM = {"name": "square_root", "steps": 4, "start": 2, "end": 9}

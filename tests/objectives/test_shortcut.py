@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.arrays import expand
-from diffusion.build import build
-from diffusion.types import InputError
+from diffusion.core.arrays import expand
+from diffusion.core.build import build
+from diffusion.core.types import InputError
 from tests.test_flow_map import exact, flow, velocity
 
 

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.arrays import derivative
-from diffusion.build import build
-from diffusion.types import InputError, Network
+from diffusion.core.arrays import derivative
+from diffusion.core.build import build
+from diffusion.core.types import InputError, Network
 
 STD = 0.5
 

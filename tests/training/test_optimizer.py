@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diffusion.training import optimizer
-from diffusion.types import InputError
+from diffusion.core.types import InputError
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from diffusion.distributed import sharding
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.types import Network
+from diffusion.core.types import Network
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Contracts and helpers that every other package uses."""

@@ -1,0 +1,1 @@
+"""The forward process: schedules, parameterizations, loss weightings and time sampling."""

@@ -1,0 +1,1 @@
+"""Samplers, time grids, guidance and the sampling loop."""

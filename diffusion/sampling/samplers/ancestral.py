@@ -1,0 +1,57 @@
+"""Ancestral sampling of the reverse chain (Ho et al. 2020, arXiv 2006.11239, algorithm 2)."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.core.arrays import normal
+from diffusion.process.posterior import Posterior, posterior
+from diffusion.sampling.ode.first_order import OneStep
+from diffusion.core.types import Array, Denoised, Denoiser, InputError, Schedule
+
+Variance = Literal["beta", "beta_tilde", "learned", "analytic"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ancestral(OneStep):
+    """Draws x_s from q(x_s | x_t, x0) at the denoiser's x0. The last step, to sigma = 0, is the mean."""
+
+    variance: Variance = "beta_tilde"
+    x0_errors: tuple[tuple[float, float], ...] = ()
+    stochastic = True
+
+    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+        denoised = denoise(x, t)
+        reverse = posterior(schedule, t, s)
+        std = jnp.sqrt(self._variance(reverse, denoised, t))
+        noise = jnp.where(schedule.sigma(s) > 0, std, 0) * normal(keys, x.shape[1:], x.dtype)
+        return reverse.from_x * x + reverse.from_x0 * denoised.x0 + noise
+
+    def _variance(self, reverse: Posterior, denoised: Denoised, t: Array) -> Array:
+        if self.variance == "learned":
+            if denoised.log_variance is None:
+                raise InputError("sampler.variance", "the model has learned no variance; use beta or beta_tilde")
+            return jnp.exp(reverse.log_variance(denoised.log_variance))
+        if self.variance == "analytic":
+            times, errors = (jnp.asarray(column, t.dtype) for column in np.array(self.x0_errors).T)
+            return reverse.optimal(jnp.interp(t, times, errors))
+        return {"beta": reverse.beta, "beta_tilde": reverse.beta_tilde}[self.variance]
+
+
+def make(variance: Variance = "beta_tilde", x0_errors: tuple[tuple[float, float], ...] = ()) -> Ancestral:
+    """Args:
+    variance: of a step: that of q(x_t | x_s) (`beta`, right for data of unit variance), that of q(x_s | x_t, x0)
+      (`beta_tilde`, right for a single point), the model's own between them (`learned`), or the best there is for the
+      model's mean (`analytic`; Bao et al. 2022, arXiv 2201.06503).
+    x0_errors: for `analytic`: pairs of t, rising, and the mean square error of the model's x0 there
+      (`posterior.x0_errors`), interpolated between. The sampling jobs measure it on the run's own data.
+    """
+    if (variance == "analytic") != bool(x0_errors):
+        raise InputError(
+            "x0_errors", "are what variance = 'analytic' goes by, measured on a trained run: give both or none"
+        )
+    if x0_errors and not (np.diff(np.array(x0_errors)[:, 0]) > 0).all():
+        raise InputError("x0_errors", "must be pairs (t, mean square error of x0) with t rising")
+    return Ancestral(variance, x0_errors)

@@ -1,0 +1,1 @@
+"""Watchdog, preemption, bad-step guard and goodput accounting."""

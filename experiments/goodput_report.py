@@ -1,0 +1,31 @@
+"""Tells where the time of a run went, over all its starts.
+
+python -m experiments.goodput --workdir=runs/digits
+"""
+
+from absl import flags
+
+from diffusion.training.resilience import goodput
+from experiments import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+flags.mark_flags_as_required(["workdir"])
+
+
+def main() -> None:
+    found = goodput.summary(WORKDIR.value)
+    total = found["total"]
+    rows = {**found["seconds"], "total": total, "lost": found["lost"]}
+    for kind, seconds in rows.items():
+        note = "  of step: work done again after a restart" if kind == "lost" else ""
+        print(f"{kind:<10} {seconds:>14,.1f} s {100 * seconds / (total or 1):>6.1f} %{note}")
+    starts = found["starts"]
+    print(
+        f"{starts} start{'s' if starts > 1 else ''} to step {found['step']:,}, "
+        f"{found['down']:,.1f} s between them by the wall clock"
+    )
+    print(f"goodput {found['goodput']:.4f}: steps that were not lost, of the total")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,140 @@
+"""Files that are written whole or by lines, on a local disk and in a bucket that is a folder here."""
+
+import json
+import os
+
+import fsspec
+import numpy as np
+import pytest
+from etils import epath
+from fsspec.implementations.local import LocalFileSystem
+from PIL import Image
+
+from diffusion.core import files, images
+from diffusion.training import metrics
+from diffusion.training.resilience.goodput import Goodput, summary
+from diffusion.training.metrics import MetricWriter
+from diffusion.core.types import InputError
+
+
+@pytest.fixture(params=["local", "gs://"])
+def folder(request, tmp_path, monkeypatch):
+    """A run's folder, to be written to by its name."""
+    if request.param == "local":
+        return str(tmp_path / "run")
+
+    class Bucket(LocalFileSystem):
+        protocol = ("gcs", "gs")
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            path = str(path)
+            return path.replace("gs://bucket", str(tmp_path / "bucket")) if "gs://" in path else path
+
+    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)  # TensorFlow would go to the bucket by itself
+    monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: Bucket(skip_instance_cache=True))
+    return f"gs://bucket/{tmp_path.name}"  # epath keeps the first file system of a kind
+
+
+def test_whole_or_not_at_all(folder):
+    files.make_folder(folder, "workdir")
+    path = f"{folder}/config.json"
+    for text in ("one", "another"):
+        with files.replace(path) as file:
+            file.write(text)
+        assert epath.Path(path).read_text() == text
+    with pytest.raises(KeyError), files.replace(path) as file:
+        file.write("half")
+        raise KeyError
+    assert epath.Path(path).read_text() == "another"
+    images.save_png(Image.new("L", (3, 2)), f"{folder}/a.png")
+    assert epath.Path(f"{folder}/a.png").read_bytes()[1:4] == b"PNG"
+    with files.replace(f"{folder}/x.npz", "wb") as file:
+        np.savez(file, x=np.arange(3))
+    assert {path.name for path in epath.Path(folder).iterdir()} == {"config.json", "a.png", "x.npz"}
+
+
+def test_lines(folder):
+    files.make_folder(folder, "workdir")
+    path = epath.Path(folder) / "lines"
+    lines = files.Lines(str(path))
+    for number in range(5):
+        lines.add(str(number))
+    lines.keep(lambda line: int(line) < 3)
+    lines.add("7")
+    lines.close()
+    assert path.read_text() == "0\n1\n2\n7\n"
+    path.write_text(path.read_text() + "half")
+    lines = files.Lines(str(path))
+    assert path.read_text() == "0\n1\n2\n7\n"
+    lines.add("8")
+    lines.close()
+    assert path.read_text() == "0\n1\n2\n7\n8\n"
+
+
+def test_a_remote_file_is_written_now_and_then(folder, monkeypatch):
+    files.make_folder(folder, "workdir")
+    now = [0.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    path = epath.Path(folder) / "lines"
+    lines = files.Lines(str(path))
+    lines.add("1")
+    now[0] += files.REWRITE + 1
+    lines.add("2")
+    assert path.read_text() == "1\n2\n"
+
+
+def test_metrics_and_goodput(folder):
+    files.make_folder(folder, "workdir")
+    for start, end in ((0, 5), (3, 7)):
+        writer, meter = MetricWriter(folder, start), Goodput(folder, start)
+        for step in range(start + 1, end + 1):
+            writer.write(step, {"loss": 1.0})
+        meter.write(end)
+        writer.close()
+        meter.close()
+    lines = (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
+    assert summary(folder)["starts"] == 2 and summary(folder)["step"] == 7
+
+
+def test_a_damaged_line_of_metrics_goes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\0\0\xff\n[]\n{"loss": 2}\n{"step": 2}\n{"step": "x"}\n')
+    MetricWriter(str(tmp_path), 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_errors_of_tensorboard_are_those_of_files(tmp_path, monkeypatch):
+    error = type("ResourceExhaustedError", (Exception,), {"__module__": "tensorflow.python.framework.errors_impl"})
+
+    class Full:
+        def write_scalars(self, step, scalars):
+            raise error("{{function_node Flush:CPU:0}} log: No space left on device\nand more")
+
+    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: Full())
+    with pytest.raises(OSError, match=r"^log: No space left on device$"):
+        MetricWriter(str(tmp_path), 0).write(1, {"loss": 1.0})
+
+
+def test_a_file_that_was_removed(tmp_path):
+    lines = files.Lines(str(tmp_path / "lines"))
+    os.remove(tmp_path / "lines")
+    with pytest.raises(FileNotFoundError, match="was removed"):
+        lines.add("1")
+
+
+def test_another_process_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "writes", lambda: False)
+    with files.replace(str(tmp_path / "a")) as file:
+        file.write("1")
+    lines = files.Lines(str(tmp_path / "b"))
+    lines.add("1")
+    lines.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--out: .*/file/x cannot be written: Not a directory"):
+        files.make_folder(str(tmp_path / "file/x"), "--out")

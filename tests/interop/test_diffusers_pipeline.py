@@ -1,0 +1,168 @@
+"""From a run to a pipeline of diffusers and back, by the job that does it; with the peer installed, its pipelines and
+our sampler draw the same images from the same noise."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.core.arrays import fold, normal, sample_keys
+from diffusion.interop import diffusers_pipeline
+from diffusion.core.types import InputError
+from diffusion.pipelines.run import open_run
+from tests.jobs import job
+
+SHORT = "--config.train.steps=3 --config.train.batch_size=4 --config.train.preview_every=0 --config.optimizer.warmup=0"
+UNET = ("--config=configs/cifar10_ddpm.py --config.network.multipliers=(1,1) "
+        "--config.network.blocks=1 --config.network.attention=(4,)")  # fmt: skip
+DIT = ("--config=configs/imagenet256_dit.py:S/2 --config.network.width=16 --config.network.depth=2 "
+       "--config.network.heads=2 --config.network.last_frequency=True")  # fmt: skip
+
+
+def reading(folder, classes=0):
+    """Flags that put a folder of arrays in the place of a config's data."""
+    section = {"name": "npy", "path": str(folder), "num_classes": classes}
+    return [f"--config.data={section}", f"--config.eval.data={section}"]
+
+
+def trained_and_converted(tmp_path, flags, x, classes=0):
+    """A run of three steps on x, and what the job makes of it."""
+    data = tmp_path / "data"
+    data.mkdir()
+    np.save(data / "x.npy", x)
+    np.save(data / "label.npy", np.arange(len(x)) % max(classes, 1))
+    run, folder = tmp_path / "run", tmp_path / "folder"
+    paths = [*reading(data, classes), f"--workdir={run}"]
+    for done in (
+        job("train", *flags.split(), *SHORT.split(), *paths),
+        job("convert", f"--from={run}", f"--to={folder}"),
+    ):
+        assert done.returncode == 0, done.stderr
+    return run, folder
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    x = np.random.default_rng(0).integers(0, 255, (8, 8, 8, 3), np.uint8)
+    return trained_and_converted(tmp_path_factory.mktemp("unet"), UNET, x)
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    x = np.random.default_rng(0).normal(size=(8, 8, 8, 4)).astype(np.float16)
+    return trained_and_converted(tmp_path_factory.mktemp("dit"), DIT, x, classes=1000)
+
+
+def test_there_and_back(unet, tmp_path):
+    """A pipeline read by the job is a run with the same weights, which can be sampled and trained further."""
+    run, folder = unet
+    back = tmp_path / "back"
+    done = job("convert", f"--from={folder}", f"--to={back}")
+    assert done.returncode == 0, done.stderr
+    assert "objective read from its scheduler" in done.stdout
+    first, second = open_run(str(run)), open_run(str(back))
+    assert (second.step, second.spec.shape) == (0, first.spec.shape)
+    jax.tree.map(np.testing.assert_array_equal, second.params, first.params)
+    for section in ("schedule", "parameterization"):
+        assert first.config["objective"][section].items() <= second.config["objective"][section].items()
+
+    data = run.parent / "data"
+    paths = [*reading(data), f"--workdir={back}"]
+    still = "--config.optimizer.learning_rate=1e-12"
+    done = job("train", *UNET.split(), *SHORT.split(), *paths, still, "--config.train.steps=1")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 0" in done.stdout
+    third = open_run(str(back), "none")
+    assert third.step == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), third.params, first.params)
+
+    refused = job("convert", f"--from={folder}", f"--to={back}")
+    assert (refused.returncode, refused.stderr) == (2, f"error: --to: {back} is not empty; give a folder that is\n")
+    absent = job("convert", f"--from={tmp_path / 'none'}", f"--to={tmp_path / 'to'}")
+    assert (absent.returncode, absent.stderr) == (2, f"error: --from: {tmp_path / 'none'} is no folder\n")
+
+
+@pytest.mark.parametrize(
+    ("objective", "reason"),
+    [
+        ({"name": "flow_matching"}, "not ddpm on a vp"),
+        ({"name": "ddpm", "schedule": "edm"}, "not ddpm on a vp"),
+        ({"name": "ddpm", "parameterization": "eps"}, "was trained on times"),
+        ({"name": "ddpm", "schedule": {"name": "vp", "betas": "sigmoid"}}, "reads no betas 'sigmoid'"),
+        ({"name": "ddpm", "parameterization": {"name": "edm"}}, "knows no parameterization 'edm'"),
+    ],
+)
+def test_an_objective_without_a_scheduler(objective, reason, unet, tmp_path):
+    """The model is written alone, and it is said why."""
+    model, _ = diffusers_pipeline.read(str(unet[1]))
+    assert reason in diffusers_pipeline.write(str(tmp_path), model, objective)
+    assert diffusers_pipeline.read(str(tmp_path))[1] is None
+
+
+def test_schedulers_that_cannot_be_read(unet, tmp_path):
+    config = json.loads((unet[1] / "scheduler" / "scheduler_config.json").read_text())
+    for change in ({"beta_schedule": "exp"}, {"prediction_type": "flow"}, {"trained_betas": [0.1]}):
+        with pytest.raises(InputError, match=f"scheduler_config.json.{next(iter(change))}: "):
+            diffusers_pipeline._sections(config | change, 1)
+
+
+# Against the peer.
+
+needs_peer = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
+
+
+def ours(run, labels, num, sampler, scale=1.0):
+    opened = open_run(str(run))
+    drawer = opened.drawer(sampler=sampler, guidance={"name": "cfg", "scale": scale})
+    return drawer(opened.params, labels, num, seed=0, batch_size=num), opened
+
+
+def noises(opened, num, first):
+    """What our sampler starts from, and the noise of its steps, NCHW."""
+    import torch
+
+    keys = sample_keys(jax.random.key(0), jnp.arange(num))
+    shape, sigma = opened.spec.shape, opened.objective.schedule.sigma(jnp.float32(first))
+    yield torch.tensor(np.array(sigma * normal(fold(keys, 0), shape)).transpose(0, 3, 1, 2))
+    for i in range(1000):
+        yield torch.tensor(np.array(normal(fold(keys, i + 1), shape)).transpose(0, 3, 1, 2))
+
+
+@pytest.mark.peers
+@needs_peer
+def test_a_ddpm_pipeline_draws_our_images(unet, monkeypatch):
+    from diffusers import DDPMPipeline
+
+    run, folder = unet
+    x, opened = ours(run, None, 3, {"name": "ancestral", "steps": 20, "grid": {"name": "leading"}})
+    stream = noises(opened, 3, 951 / 1000)
+    for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
+        monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *args, **kwargs: next(stream))
+    images = DDPMPipeline.from_pretrained(folder)(batch_size=3, num_inference_steps=20, output_type="np").images
+    np.testing.assert_allclose(images, np.clip(x / 2 + 0.5, 0, 1), atol=1e-4)
+    assert images.std() > 0.1
+
+
+@pytest.mark.peers
+@needs_peer
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_dit_pipeline_draws_our_images(dit, scale, monkeypatch):
+    import torch
+    from diffusers import AutoencoderKL, DiTPipeline
+
+    run, folder = dit
+    labels = np.array([7, 999, 0])
+    x, opened = ours(run, labels, 3, {"name": "ddim", "steps": 10, "grid": {"name": "leading"}}, scale)
+    stream = noises(opened, 3, 901 / 1000)
+    monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *args, **kwargs: next(stream))
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).eval()
+    pipe = DiTPipeline.from_pretrained(folder, vae=vae)
+    images = pipe(list(labels), guidance_scale=scale, num_inference_steps=10, output_type="pt").images
+    with torch.no_grad():
+        decoded = vae.decode(torch.tensor(np.array(x).transpose(0, 3, 1, 2)) / vae.config.scaling_factor).sample
+    np.testing.assert_allclose(images, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-4)
+    assert images.std() > 0.05

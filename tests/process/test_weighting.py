@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.core.build import build, names
+from diffusion.core.types import InputError
+
+# What each paper states, as a weight on the squared error of x0.
+ON_X0 = {
+    "snr": lambda snr: snr,
+    "truncated_snr": lambda snr: np.maximum(snr, 1),
+    "min_snr": lambda snr: np.minimum(snr, 5),
+    "soft_min_snr": lambda snr: 4 * snr / (4 + snr),
+    "p2": lambda snr: snr / (1 + snr),
+    "edm": lambda snr: snr + 1 / 0.5**2,
+}
+SCHEDULES = ["vp", "flow", "trig", "edm"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("row", names("parameterization"))
+@pytest.mark.parametrize("name", ON_X0)
+def test_weight_on_x0_is_the_papers_for_every_parameterization(x64, name, row, schedule):
+    """The weighted loss of F equals the paper's weight times the squared error of x0, for any wrong answer."""
+    schedule = build("schedules", schedule)
+    t = jnp.linspace(0.02, 0.95, 40)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    row = build("parameterization", row)(schedule, t)
+    x0, eps, error = jax.random.normal(jax.random.key(0), (3, 40))
+    x_t, target = alpha * x0 + sigma * eps, row.target(x0, eps)
+    output = target + error
+    loss = build("weighting", name)(schedule, row, t) * (output - target) ** 2
+    snr = (alpha / sigma) ** 2
+    expected = ON_X0[name](snr) * (row.to_x0(output, x_t) - row.to_x0(target, x_t)) ** 2
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_simple_is_one_on_the_output():
+    schedule, t = build("schedules", "vp"), jnp.linspace(0.1, 1, 5)
+    for name in names("parameterization"):
+        row = build("parameterization", name)(schedule, t)
+        np.testing.assert_array_equal(build("weighting", "simple")(schedule, row, t), 1)
+
+
+def test_known_forms_on_eps_and_v(x64):
+    """Hang et al. 2023: min(SNR, gamma) / SNR on eps, and / (SNR + 1) on v; EDM: 1 on its own F."""
+    schedule, t = build("schedules", "vp"), jnp.linspace(0.05, 1, 20)
+    snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
+    for name, expected in (("eps", np.minimum(snr, 5) / snr), ("v", np.minimum(snr, 5) / (snr + 1))):
+        row = build("parameterization", name)(schedule, t)
+        np.testing.assert_allclose(build("weighting", "min_snr")(schedule, row, t), expected, rtol=1e-9)
+    row = build("parameterization", "edm")(schedule, t)
+    np.testing.assert_allclose(build("weighting", "edm")(schedule, row, t), 1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["vp_sde", "flow", "trig", "edm"])
+def test_bound_is_the_derivative_of_snr(x64, schedule):
+    """vlb is -SNR'(t) / 2 on x0, so its integral over t is half the gain of SNR; sigmoid is a share of it."""
+    schedule = build("schedules", schedule)
+    t = jnp.linspace(0.2, 0.9, 4001)
+    row = build("parameterization", "x0")(schedule, t)
+    weight = build("weighting", "vlb")(schedule, row, t)
+    snr = jnp.exp(schedule.log_snr(t))
+    np.testing.assert_allclose(jnp.trapezoid(weight, t), (snr[0] - snr[-1]) / 2, rtol=1e-5)
+    share = build("weighting", {"name": "sigmoid", "bias": 1.5})(schedule, row, t) / weight
+    np.testing.assert_allclose(share, 1 / (1 + snr * np.exp(-1.5)), rtol=1e-9)
+
+
+def test_every_weighting_is_tested():
+    assert set(names("weighting")) == {*ON_X0, "simple", "vlb", "sigmoid"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"name": "min_snr", "gamma": 0.0}, "gamma"),
+        ({"name": "soft_min_snr", "gamma": -1.0}, "gamma"),
+        ({"name": "p2", "k": 0.0}, "k"),
+        ({"name": "edm", "sigma_data": 0.0}, "sigma_data"),
+    ],
+)
+def test_bad_options(spec, field):
+    with pytest.raises(InputError, match=f"weighting.{field}: "):
+        build("weighting", spec)

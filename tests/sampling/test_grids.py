@@ -1,0 +1,281 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from diffusion.core.build import build, find, names
+from diffusion.core.types import InputError
+
+SCHEDULES = {
+    "linear": "vp",
+    "scaled_linear": {"name": "vp", "betas": "scaled_linear"},
+    "cosine": {"name": "vp", "betas": "cosine"},
+    "zero_terminal_snr": {"name": "vp", "betas": "scaled_linear", "zero_terminal_snr": True},
+    "vp_sde": "vp_sde",
+    "ve": "ve",
+    "edm": "edm",
+    "flow": "flow",
+    "trig": "trig",
+    "learned": {"name": "learned", "gamma_max": 6.0},
+}
+PURE_NOISE = ("zero_terminal_snr", "flow", "trig")
+LEVELS = {  # Sabour et al. 2024: sigma / alpha at the ten steps
+    "sd15": [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152],
+    "sdxl": [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113],
+    "svd": [700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034],
+}
+
+
+class OneShape:
+    """A schedule whose `time` is compiled once, whatever the number of points asked for."""
+
+    def __init__(self, spec):
+        self.schedule = build("schedules", spec)
+        self._time = jax.jit(self.schedule.time)
+
+    def __getattr__(self, name):
+        return getattr(self.schedule, name)
+
+    def time(self, log_snr):
+        return np.asarray(self._time(jnp.asarray(np.resize(log_snr, 1500))))[: len(log_snr)]
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def named_schedule(request):
+    return request.param, OneShape(SCHEDULES[request.param])
+
+
+@pytest.fixture(scope="module")
+def edm():
+    """sigma / alpha = 1000 t: a grid's noise levels are seen in its times."""
+    return build("schedules", {"name": "edm", "sigma_max": 1000.0})
+
+
+def times_of(name, schedule, steps, **keywords):
+    if name == "given":
+        keywords = {"times": tuple(np.linspace(1, 0, steps + 1) ** 3), **keywords}
+    return find("grids", name, field="grid")(schedule, steps, **keywords)
+
+
+@pytest.mark.parametrize("name", names("grids"))
+def test_falls_to_zero(name, named_schedule):
+    _, schedule = named_schedule
+    for steps in (1, 2, 7, 50, 1000, 1500):
+        times = times_of(name, schedule, steps)
+        assert times.dtype == np.float64 and times.shape == (steps + 1,)
+        assert times[-1] == 0 and times[0] <= 1
+        assert np.all(np.diff(times) < 0) and np.all(np.diff(np.float32(times)) < 0)
+
+
+@pytest.mark.parametrize("name", sorted({*names("grids")} - {"leading", "align_your_steps"}))
+def test_begins_at_the_top(name, named_schedule):
+    """One step is enough to see it: t = 1, or with levels and pure noise there sigma / alpha = 80."""
+    key, schedule = named_schedule
+    times = times_of(name, schedule, 1)
+    if name in ("karras", "exponential", "log_snr") and key in PURE_NOISE:
+        with jax.enable_x64(True):
+            assert float(schedule.log_snr(jnp.asarray(times[0]))) == pytest.approx(-2 * np.log(80), rel=1e-9)
+    else:
+        assert times[0] == pytest.approx(1, rel=1e-12)
+
+
+def test_points_of_the_table():
+    """Lin et al. 2024, table 2, for T = 1000 and 10 steps: table index i is at t = (i + 1) / T."""
+    schedule = build("schedules", "vp")
+    expected = {
+        "trailing": [999, 899, 799, 699, 599, 499, 399, 299, 199, 99],
+        "leading": [900, 800, 700, 600, 500, 400, 300, 200, 100, 0],
+        "linspace": [999, 888, 777, 666, 555, 444, 333, 222, 111, 0],
+    }
+    for name, indices in expected.items():
+        times = find("grids", name, field="grid")(schedule, 10)
+        np.testing.assert_allclose(times[:-1], (np.array(indices) + 1) / 1000, atol=1e-12)
+
+
+def test_points_without_a_table():
+    for schedule in (build("schedules", "flow"), build("schedules", {"name": "vp", "num_steps": 3})):
+        np.testing.assert_allclose(times_of("leading", schedule, 4), [0.8, 0.6, 0.4, 0.2, 0], rtol=1e-15)
+        for name in ("trailing", "linspace"):
+            np.testing.assert_allclose(times_of(name, schedule, 4), [1, 0.75, 0.5, 0.25, 0], rtol=1e-15)
+
+
+def test_quadratic():
+    np.testing.assert_allclose(times_of("quadratic", None, 4), [1, 9 / 16, 1 / 4, 1 / 16, 0], rtol=1e-15)
+    np.testing.assert_allclose(times_of("quadratic", None, 4, power=1), [1, 0.75, 0.5, 0.25, 0], rtol=1e-15)
+    np.testing.assert_allclose(times_of("quadratic", None, 2, power=0.5), [1, 0.5**0.5, 0], rtol=1e-15)
+
+
+@pytest.mark.parametrize("scale", [0.5, 6.0, 20.0])
+def test_sigmoid_is_a_logistic(scale):
+    times = times_of("sigmoid", None, 10, scale=scale)
+    ends = stats.logistic.cdf([-scale / 2, scale / 2])
+    logistic = stats.logistic.cdf(np.linspace(scale / 2, -scale / 2, 11))
+    np.testing.assert_allclose(times, (logistic - ends[0]) / (ends[1] - ends[0]), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "beta"])
+def test_dense_at_both_ends(name):
+    gaps = -np.diff(times_of(name, None, 20))
+    np.testing.assert_allclose(gaps, gaps[::-1], rtol=1e-9)
+    assert np.all(np.diff(gaps[:10]) > 0)
+
+
+def test_beta():
+    np.testing.assert_allclose(times_of("beta", None, 20, a=1, b=1), np.linspace(1, 0, 21), atol=1e-14)
+    np.testing.assert_allclose(
+        times_of("beta", None, 20, a=0.4, b=1.7), stats.beta.ppf(np.linspace(1, 0, 21), 0.4, 1.7), rtol=1e-9
+    )
+    np.testing.assert_allclose(times_of("beta", None, 8, a=0.5, b=1), np.linspace(1, 0, 9) ** 2, atol=1e-14)
+
+
+def test_shifted():
+    even = np.linspace(1, 0, 21)
+    np.testing.assert_allclose(times_of("shifted", None, 20, shift=1), even, rtol=1e-15)
+    np.testing.assert_allclose(times_of("shifted", None, 4), [1, 0.9, 0.75, 0.5, 0], rtol=1e-15)
+    for shift in (0.1, 3.0):
+        times = times_of("shifted", None, 20, shift=shift)
+        assert times[0] == 1
+        np.testing.assert_allclose(times / (shift - (shift - 1) * times), even, rtol=1e-14)
+
+
+def test_shifted_is_the_schedules_shift(x64):
+    plain, shifted = (build("schedules", {"name": "flow", "shift": shift}) for shift in (1.0, 3.0))
+    times = times_of("shifted", plain, 20, shift=3.0)
+    np.testing.assert_allclose(plain.sigma(times), shifted.sigma(np.linspace(1, 0, 21)), rtol=1e-14)
+
+
+def test_karras(edm):
+    """The paper's own row, eq. 5."""
+    i, low, high = np.arange(18), 0.002 ** (1 / 7), 80 ** (1 / 7)
+    times = times_of("karras", edm, 18, sigma_max=80.0)
+    np.testing.assert_allclose(1000 * times[:-1], (high + i / 17 * (low - high)) ** 7, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("rho", "middle"), [(0.05, 900 / 2**0.05), (1.0, 450.5), (2.0, 240.25), (1e14, 30.0)])
+def test_karras_is_even_in_the_power(rho, middle, edm):
+    """Also where the levels' own powers overflow, or are 1 but for rounding: there the middle is the geometric mean."""
+    times = times_of("karras", edm, 3, rho=rho, sigma_min=1.0, sigma_max=900.0)
+    np.testing.assert_allclose(1000 * times, [900, middle, 1, 0], rtol=1e-9)
+
+
+def test_karras_approaches_exponential(edm):
+    exponential = np.log(times_of("exponential", edm, 20)[:-1])
+    errors = [np.ptp(np.log(times_of("karras", edm, 20, rho=rho)[:-1]) - exponential) for rho in (1e3, 1e4, 1e8)]
+    assert errors[0] > 9 * errors[1] and errors[1] > 1e-4 and errors[2] < 1e-6
+
+
+def test_log_snr_is_even(named_schedule, x64):
+    _, schedule = named_schedule
+    for keywords, ends in (({}, None), ({"lowest": -3, "highest": 5.0}, (-3, 5))):
+        levels = np.asarray(schedule.log_snr(jnp.asarray(times_of("log_snr", schedule, 9, **keywords)[:-1])))
+        np.testing.assert_allclose(np.diff(levels), (levels[-1] - levels[0]) / 8, rtol=1e-6)
+        assert levels[-1] == pytest.approx(ends[1] if ends else -2 * np.log(getattr(schedule, "sigma_min", 0.002)))
+        assert ends is None or levels[0] == pytest.approx(ends[0])
+
+
+def test_exponential_is_log_snr(named_schedule):
+    _, schedule = named_schedule
+    for sigmas, ends in (({}, {}), ({"sigma_min": 0.1, "sigma_max": 3}, {"highest": 4.605170, "lowest": -2.197225})):
+        times = times_of("exponential", schedule, 9, **sigmas)
+        np.testing.assert_allclose(times, times_of("log_snr", schedule, 9, **ends), rtol=1e-6)
+
+
+def test_exponential_is_geometric(edm):
+    times = times_of("exponential", edm, 4, sigma_min=0.01, sigma_max=10.0)
+    np.testing.assert_allclose(1000 * times, [10, 1, 0.1, 0.01, 0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["karras", "exponential"])
+def test_the_schedules_own_end_is_not_refused(name):
+    """VE's highest level is below its sigma_max by a rounding."""
+    times = times_of(name, build("schedules", "ve"), 5, sigma_min=0.01, sigma_max=50.0)
+    assert times[0] == 1
+
+
+@pytest.mark.parametrize("model", LEVELS)
+def test_align_your_steps(model, edm):
+    levels = np.array(LEVELS[model])
+    np.testing.assert_allclose(1000 * times_of("align_your_steps", edm, 10, model=model), [*levels, 0], rtol=1e-12)
+    # Twenty steps: every other one is a step of the ten, and between them lies their geometric mean.
+    times = 1000 * times_of("align_your_steps", edm, 20, model=model)
+    np.testing.assert_allclose(times[:-1:2], levels, rtol=1e-12)
+    np.testing.assert_allclose(times[1:-2:2], np.sqrt(levels[:-1] * levels[1:]), rtol=1e-12)
+    # The last goes on towards the eleventh level, which itself is never reached.
+    last = {"sd15": 0.029, "sdxl": 0.029, "svd": 0.002}[model]
+    assert times[-2] == pytest.approx(np.sqrt(levels[-1] * last), rel=1e-12)
+
+
+def test_align_your_steps_on_its_own_schedule():
+    """The authors give the steps as indices of Stable Diffusion's table too. Its end is just below the first level."""
+    times = times_of("align_your_steps", build("schedules", SCHEDULES["scaled_linear"]), 10)
+    assert times[0] == 1
+    indices = np.array([999, 850, 736, 645, 545, 455, 343, 233, 124, 24])
+    np.testing.assert_allclose(times[:-1] * 1000 - 1, indices, atol=2)
+
+
+def test_align_your_steps_takes_a_schedule_within_a_percent():
+    """The first level becomes the schedule's end; the many steps that the table has above it are not lost in t = 1."""
+    times = times_of("align_your_steps", build("schedules", {"name": "edm", "sigma_max": 14.5}), 2000)
+    assert times[0] == pytest.approx(1, rel=1e-12) and times[200] * 14.5 == pytest.approx(6.475)
+    with pytest.raises(InputError, match=r"14\.4 at t = 1"):
+        times_of("align_your_steps", build("schedules", {"name": "edm", "sigma_max": 14.4}), 10)
+
+
+def test_given():
+    assert times_of("given", None, 3, times=(1, 0.5, 0.25, 0.125)).tolist() == [1, 0.5, 0.25, 0.125]
+
+
+LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t = 0
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "schedule", "message"),
+    [
+        *[
+            (name, {field: bad}, "edm", f"{field}: must be a positive number, got {bad}")
+            for name, field in [("quadratic", "power"), ("sigmoid", "scale"), ("beta", "a"), ("beta", "b"),
+                                ("shifted", "shift"), ("karras", "rho"), ("karras", "sigma_min"),
+                                ("karras", "sigma_max"), ("exponential", "sigma_min"), ("exponential", "sigma_max")]
+            for bad in (0, -1.0, np.nan, np.inf)
+        ],
+        ("quadratic", {"power": 1e4}, "edm", "power: puts two of 5 steps at the same time, 0; take"),
+        ("sigmoid", {"scale": 1e3}, "edm", "scale: puts two of 5 steps at the same time, 1; take"),
+        ("beta", {"a": 1e-5}, "edm", "a: puts two of 5 steps at the same time, "),
+        ("beta", {"b": 1e-5}, "edm", "b: puts two of 5 steps at the same time, 1; take"),
+        ("shifted", {"shift": 1e20}, "edm", "shift: puts two of 5 steps at the same time, 1; take"),
+        ("karras", {"rho": 1e-20}, "edm", "rho: puts two of 5 steps"),
+        ("exponential", {"sigma_min": 1e-300}, "vp", "sigma_min: puts two of 5 steps"),
+        ("log_snr", {"highest": 3000.0}, "edm", "highest: puts two of 5 steps at the same time, 0; take"),
+        *[
+            (name, keywords, schedule, message)
+            for name in ("karras", "exponential")
+            for keywords, schedule, message in [
+                ({"sigma_max": 81.0}, "edm", "sigma_max: must be no noisier than the schedule at t = 1, 80; got 81"),
+                ({"sigma_min": 3, "sigma_max": 2}, "flow", "sigma_min: must be less noisy than sigma_max = 2, got 3"),
+                ({"sigma_min": 80.0}, "flow", "sigma_min: must be less noisy than sigma_max = 80, got 80"),
+                ({}, LEARNED, "sigma_min: must be noisier than the schedule at t = 0, 0.00673795; got 0.002"),
+            ]
+        ],
+        ("log_snr", {"lowest": -9}, "edm", "lowest: must be no noisier than the schedule at t = 1, -8.76405; got -9"),
+        ("log_snr", {"lowest": 3, "highest": 2}, "flow", "highest: must be less noisy than lowest = 3, got 2"),
+        ("log_snr", {"highest": 11}, LEARNED, "highest: must be noisier than the schedule at t = 0, 10; got 11"),
+        ("log_snr", {"lowest": -np.inf}, "flow", "lowest: must be finite, got -inf"),
+        ("log_snr", {"highest": np.inf}, "flow", "highest: must be finite, got inf"),
+        ("log_snr", {"highest": np.nan}, "flow", "highest: must be finite, got nan"),
+        ("align_your_steps", {}, "learned", "model: sd15's steps begin at sigma / alpha = 14.615, above the schedule's "
+         "12.1825 at t = 1; use another grid"),
+        ("align_your_steps", {"model": "svd"}, "edm", "model: svd's steps begin at sigma / alpha = 700, above"),
+        ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2)}, "edm", "times: must be 6 numbers for 5 steps, got 5"),
+        ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2, 0.1, 0)}, "edm", "times: must be 6 numbers for 5 steps, got 7"),
+        ("given", {"times": (1.1, 0.8, 0.6, 0.4, 0.2, 0)}, "edm", "times: must be within [0, 1], got 1.1"),
+        ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2, -0.1)}, "edm", "times: must be within [0, 1], got -0.1"),
+        ("given", {"times": (1, 0.8, 0.6, np.nan, 0.2, 0)}, "edm", "times: must be within [0, 1], got nan"),
+        ("given", {"times": (1, 0.8, 0.8, 0.4, 0.5, 0)}, "edm", "times: must fall from each to the next, got 0.8 and "
+         "then 0.8"),
+    ],
+)  # fmt: skip
+def test_refusals(name, keywords, schedule, message):
+    with pytest.raises(InputError) as error:
+        times_of(name, build("schedules", schedule), 5, **keywords)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)

@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.core.build import build, find
+from diffusion.sampling.guidance import cfg
+from diffusion.sampling.loop import bind, in_batches, noised, prior, sample
+from diffusion.core.types import Denoised
+
+
+@pytest.fixture(scope="module")
+def drawing(ddpm, tiny_unet, tiny_params):
+    """`draw(keys, cond, times, scale)`, jitted, and the list of its traces."""
+    traces = []
+
+    def draw(keys, cond, times, scale):
+        traces.append(keys.shape)
+        denoise = bind(cfg(ddpm.denoiser(tiny_unet.apply, tiny_params), scale), cond)
+        x = prior(ddpm.schedule, times[0], keys, (8, 8, 1))
+        return sample(denoise, ddpm.schedule, build("samplers", {"name": "ddim", "eta": 1.0}), x, times, keys)
+
+    return jax.jit(draw), traces
+
+
+def times_of(ddpm, grid, steps):
+    return jnp.asarray(find("grids", grid, field="grid")(ddpm.schedule, steps), jnp.float32)
+
+
+def drawn(drawing, ddpm, batch_size, *, num=10, seed=0, scale=2.0, labels=None, grid="trailing"):
+    draw, _ = drawing
+    labels = np.arange(num) % 10 if labels is None else labels
+    times = times_of(ddpm, grid, 5)
+    batches = in_batches(
+        lambda keys, cond: draw(keys, cond, times, scale), {"label": labels}, num, batch_size, jax.random.key(seed)
+    )
+    return np.concatenate(list(batches))
+
+
+def test_batch_size_does_not_change_samples(drawing, ddpm):
+    whole = drawn(drawing, ddpm, 10)
+    assert whole.shape == (10, 8, 8, 1)
+    for batch_size in (4, 1):
+        np.testing.assert_allclose(drawn(drawing, ddpm, batch_size), whole, atol=1e-5 * abs(whole).max())
+    np.testing.assert_allclose(drawn(drawing, ddpm, 10, num=7), whole[:7], atol=1e-5 * abs(whole).max())
+
+
+def test_seed_labels_scale_and_times_do_not_recompile(drawing, ddpm):
+    first = drawn(drawing, ddpm, 4)
+    _, traces = drawing
+    before = len(traces)
+    for change in ({"seed": 1}, {"labels": np.full(10, 3)}, {"scale": 5.0}, {"grid": "leading"}):
+        assert abs(drawn(drawing, ddpm, 4, **change) - first).max() > 1e-3
+    assert len(traces) == before
+
+
+def test_one_scan_whatever_the_steps(ddpm, tiny_unet, tiny_params):
+    """A thousand steps lower to as much code as ten, so they compile in the same time."""
+
+    def lowered(steps):
+        def draw(key, times):
+            x = jnp.zeros((2, 8, 8, 1))
+            denoise = bind(ddpm.denoiser(tiny_unet.apply, tiny_params), {"label": jnp.zeros(2, jnp.int32)})
+            return sample(denoise, ddpm.schedule, build("samplers", "ancestral"), x, times, key)
+
+        return jax.jit(draw).lower(jax.random.key(0), jnp.linspace(1, 0, steps + 1)).as_text()
+
+    assert len(lowered(1000).splitlines()) == len(lowered(10).splitlines())
+
+
+def test_denoiser_gets_the_time_of_x(ddpm):
+    """The denoiser is asked at t, where x is, not at s, where it goes."""
+    asked = []
+
+    def denoise(x, t):
+        jax.debug.callback(lambda t: asked.append(float(t)), t, ordered=True)
+        return Denoised(0 * x)
+
+    times = jnp.array([1.0, 0.5, 0.25, 0.0])
+    jax.block_until_ready(
+        sample(denoise, ddpm.schedule, build("samplers", "ddim"), jnp.ones((1, 1)), times, jax.random.key(0))
+    )
+    jax.effects_barrier()
+    assert asked == [1.0, 0.5, 0.25]
+
+
+def test_trajectory_unroll_and_a_later_start(ddpm):
+    """The trajectory ends in the sample; so does the rest of it, taken up at any time; unrolling changes nothing."""
+    times, keys = jnp.array([1.0, 0.7, 0.4, 0.0]), jax.random.split(jax.random.key(0), 3)
+    args = (lambda x, t: Denoised(0.3 * x), ddpm.schedule, build("samplers", "ddim"))
+    x = prior(ddpm.schedule, times[0], keys, (2,))
+    path = sample(*args, x, times, keys, trajectory=True)
+    assert path.shape == (4, 3, 2)
+    np.testing.assert_array_equal(path[0], x)
+    np.testing.assert_allclose(path[-1], sample(*args, x, times, keys), rtol=1e-6)
+    np.testing.assert_allclose(path[-1], sample(*args, x, times, keys, unroll=3), rtol=1e-6)
+    np.testing.assert_allclose(path[-1], sample(*args, path[1], times[1:], keys), rtol=1e-6)
+    np.testing.assert_allclose(path[2], sample(*args, x, times[:3], keys), rtol=1e-6)
+
+
+def test_an_example_is_noised_to_a_later_start(ddpm):
+    """Image-to-image: alpha x0 and the noise that sampling from nothing would begin with."""
+    x0, keys = jnp.ones((3, 2)), jax.random.split(jax.random.key(0), 3)
+    x = noised(ddpm.schedule, x0, jnp.float32(0.4), keys)
+    start = prior(ddpm.schedule, jnp.float32(0.4), keys, (2,))
+    np.testing.assert_allclose(x, ddpm.schedule.alpha(0.4) * x0 + start, rtol=1e-6)
+
+
+def test_raw_keys_are_taken(ddpm):
+    args = (lambda x, t: Denoised(0 * x), ddpm.schedule, build("samplers", "ancestral"), jnp.ones((3, 1)))
+    times = jnp.array([1.0, 0.5, 0.0])
+    typed = sample(*args, times, jax.random.key(0))
+    np.testing.assert_array_equal(sample(*args, times, jax.random.PRNGKey(0)), typed)

@@ -1,0 +1,167 @@
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.core.build import build
+from diffusion.training.checkpoint import Checkpoints
+from diffusion.distributed import sharding
+from diffusion.training import ema, trainer, optimizer
+from diffusion.core.types import InputError
+
+STEPS = 10
+
+
+@contextlib.contextmanager
+def hashed():
+    """The hash of every batch that reaches the device meanwhile."""
+    seen = []
+    to_global = sharding.to_global
+
+    def record(batch, place):
+        seen.append(hashlib.sha256(batch["x"].tobytes() + batch["cond"]["label"].tobytes()).hexdigest())
+        return to_global(batch, place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "to_global", record)
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def run(tiny_mlp, digits, mesh_of):
+    # With a law of t that has a memory, so that the state has all that a state can have.
+    ddpm = build("objectives", {"name": "ddpm", "times": {"name": "importance", "bins": 4, "history": 2}})
+
+    def train(workdir, steps=STEPS, *, mesh=(1, 1, 1), every=3, rules=(), preview=None, network=tiny_mlp, **options):
+        return trainer.train(
+            str(workdir), source=digits, network=network, objective=ddpm,
+            optimizer=optimizer.make(steps=STEPS, learning_rate=1e-2, schedule="cosine", warmup=1),
+            ema=ema.make(decays=(0.9, 0.99)), mesh=mesh_of(*mesh), rules=rules,
+            options=trainer.Options(steps=steps, batch_size=16, log_every=1, **options),
+            checkpoint=trainer.CheckpointOptions(every=every), seed=0,
+            meta={"config": {"network": {"width": 8}, "objective": {}, "data": {"name": "digits"}}}, preview=preview,
+        )  # fmt: skip
+
+    return train
+
+
+def leaves(state):
+    return {sharding.path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@dataclasses.dataclass
+class Whole:
+    """A run that nothing disturbs, for all tests to compare with."""
+
+    workdir: pathlib.Path
+    leaves: dict
+    hashes: list
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    with hashed() as seen:
+        state = run(workdir, preview_every=4, preview=lambda params: Image.new("L", (4, 4)))
+    return Whole(workdir, leaves(state), seen)
+
+
+def assert_same(resumed, whole):
+    assert whole.keys() == resumed.keys()
+    for path in whole:
+        np.testing.assert_array_equal(resumed[path], whole[path], err_msg=path)
+
+
+def test_restart_ends_bit_for_bit_the_same(run, whole, tmp_path):
+    """Ten steps, and three + restart + seven: state, averages, moments, metrics and the batches drawn."""
+    assert len(set(whole.hashes)) == STEPS and (whole.workdir / "previews/step_0000004.png").exists()
+    with hashed() as seen:
+        run(tmp_path / "cut", steps=3)
+        with open(tmp_path / "cut/metrics.jsonl", "a") as file:
+            file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')  # what a killed run leaves behind its checkpoint
+        resumed = leaves(run(tmp_path / "cut"))
+    assert seen == whole.hashes and resumed["memory/counts"].sum() == STEPS * 16
+    assert_same(resumed, whole.leaves)
+    assert losses(whole.workdir) == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == STEPS
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(run, whole, tmp_path, capsys):
+    run(tmp_path / "run", steps=6)
+    about = tmp_path / "run/checkpoints/6/about/metadata"
+    about.write_bytes(about.read_bytes()[:-9])
+    assert_same(leaves(run(tmp_path / "run")), whole.leaves)
+    told = capsys.readouterr()
+    assert "checkpoints/6 is damaged" in told.err and "going on from step 3" in told.out
+    assert (tmp_path / "run/damaged/6/about/metadata").exists()
+    assert losses(tmp_path / "run") == losses(whole.workdir)
+
+
+def test_a_finished_run_is_left_alone(run, whole):
+    with hashed() as seen:
+        again = leaves(run(whole.workdir))
+    assert not seen
+    assert_same(again, whole.leaves)
+
+
+def test_eight_devices_train_as_one(run, tmp_path, digits):
+    """Data 2 x fsdp 2 x model 2, with layers split over `model`, against one device: the same losses."""
+    spec = {"name": "unet", "width": 8, "multipliers": (1,), "blocks": 1, "attention": (8,), "head_width": 8}
+    unet = build("networks", spec, shape=digits.spec.shape, num_classes=digits.spec.num_classes)
+    rules = ((r"conv1/kernel$", (None, None, None, "model")), (r"qkv/kernel$", (None, "model")))
+    one = run(tmp_path / "one", every=100, network=unet)
+    eight = run(tmp_path / "eight", mesh=(2, 2, 2), rules=rules, every=100, network=unet)
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(one.params), jax.tree.leaves(eight.params), strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-3, err_msg=sharding.path_name(path))
+    kernel = eight.params["net"]["down"]["0_0"]["residual"]["conv1"]["kernel"]
+    moment = eight.opt_state[1][0].mu["net"]["down"]["0_0"]["residual"]["conv1"]["kernel"]
+    assert kernel.sharding.spec == moment.sharding.spec == jax.P(None, None, "fsdp", "model")
+    assert "fsdp" in eight.ema["0.9"]["net"]["down"]["0_0"]["residual"]["conv2"]["kernel"].sharding.spec
+
+
+MOVES = {
+    "8 to 1": [(2, 2, 2), (1, 1, 1)],
+    "8 to 4 to 1": [(1, 8, 1), (2, 2, 1), (1, 1, 1)],
+    "1 to 8": [(1, 1, 1), (2, 2, 2)],
+}
+
+
+@pytest.mark.parametrize(
+    "move", [key if key == "8 to 1" else pytest.param(key, marks=pytest.mark.slow) for key in MOVES]
+)
+def test_restores_onto_another_mesh(move, run, whole, tmp_path):
+    rules = ((r"blocks/kernel1$", (None, "fsdp", "model")),)
+    for number, mesh in enumerate(MOVES[move], start=1):
+        steps = STEPS if number == len(MOVES[move]) else 3 * number
+        there = run(tmp_path, steps=steps, mesh=mesh, rules=rules)
+        kernel = there.params["net"]["blocks"]["kernel1"]
+        assert kernel.sharding.num_devices == np.prod(mesh) and kernel.sharding.spec == jax.P(None, "fsdp", "model")
+    np.testing.assert_allclose(losses(tmp_path), losses(whole.workdir), rtol=1e-5)
+    assert there.step == STEPS
+
+
+def test_batch_that_the_mesh_cannot_divide(run, tmp_path):
+    with pytest.raises(InputError, match=r"train.batch_size: 16 .* data x fsdp = 3; use a multiple of 3"):
+        run(tmp_path / "new", mesh=(3, 1, 1))
+    assert not (tmp_path / "new").exists()
+
+
+def test_async_save_of_a_donated_state(run, tmp_path):
+    """Every checkpoint of a run is the state of its own step, though the next step reuses its memory."""
+    run(tmp_path / "all", every=1)
+    for step in (STEPS - 2, STEPS - 1):
+        ends_there = run(tmp_path / str(step), steps=step)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), ends_there)
+        saved, _ = Checkpoints(str(tmp_path / "all"), read_only=True).restore(step, abstract)
+        for (path, a), b in zip(jax.tree.leaves_with_path(ends_there), jax.tree.leaves(saved), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=sharding.path_name(path))

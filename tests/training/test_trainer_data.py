@@ -1,0 +1,90 @@
+"""The train loop on images of a folder: skipped ones, several sizes, another place, worker processes."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.core.build import build
+from diffusion.training import ema, trainer, optimizer
+from diffusion.core.types import InputError
+
+BATCH_SIZE = 4
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten images, two of them damaged; five are twice as wide."""
+    rng, root = np.random.default_rng(0), tmp_path / "images"
+    root.mkdir()
+    for number in range(10):
+        pixels = rng.integers(0, 256, (8, 8 + 8 * (number % 2), 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.png")
+    for number in (3, 6):
+        (root / f"{number}.png").write_bytes(b"")
+    return root
+
+
+@pytest.fixture
+def run(mesh_of):
+    mlp = {"name": "mlp", "width": 8, "depth": 1}
+
+    def train(workdir, steps, path, *, network=mlp, size=8, on_error="skip", captions=False, mesh=(1, 1, 1), workers=0):
+        data = {"name": "folder", "path": str(path), "size": size, "labels": False, "on_error": on_error}
+        source = build("data", {**data, "captions": captions}, field="data")
+        return trainer.train(
+            str(workdir), source=source, network=build("networks", network, shape=source.spec.shape, num_classes=0),
+            objective=build("objectives", "ddpm"), optimizer=optimizer.make(steps=10), ema=ema.make(),
+            mesh=mesh_of(*mesh), options=trainer.Options(steps=steps, batch_size=BATCH_SIZE, log_every=1, workers=workers),
+            checkpoint=trainer.CheckpointOptions(every=100), seed=0,
+            meta={"config": {"network": network, "objective": {}, "data": data}},
+        )  # fmt: skip
+
+    return train
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_skipped_examples_are_counted(run, tmp_path, folder):
+    """Over the whole run, restarts, devices and workers included: two of the ten in every epoch."""
+    run(tmp_path / "whole", 10, folder)
+    run(tmp_path / "cut", 4, folder)
+    run(tmp_path / "cut", 10, folder, mesh=(2, 1, 1), workers=1)
+    whole, cut = ([line["skipped"] for line in metrics(tmp_path / name)] for name in ("whole", "cut"))
+    assert whole == cut == sorted(whole) and whole[4] == 4 and whole[9] == 8  # two epochs, four epochs
+
+
+def test_a_run_that_met_a_bad_image_goes_on_without_it_elsewhere(run, tmp_path, folder):
+    run(tmp_path / "run", 1, folder)
+    with pytest.raises(
+        InputError, match=r"^data: .*[36].png is empty; mend or remove it, or set data.on_error='skip'$"
+    ):
+        run(tmp_path / "run", 10, folder, on_error="raise")
+    run(tmp_path / "run", 10, folder.rename(tmp_path / "moved"))
+    assert metrics(tmp_path / "run")[-1]["skipped"] == 8
+
+
+def test_other_data_are_refused(run, tmp_path, folder):
+    run(tmp_path / "run", 1, folder)
+    with pytest.raises(InputError, match=r"data.size: is 4, but the workdir was trained with 8"):
+        run(tmp_path / "run", 10, folder, size=4)
+    Image.new("RGB", (8, 8)).save(folder / "new.png")
+    with pytest.raises(InputError, match="data: has 11 examples, but the run began with 10"):
+        run(tmp_path / "run", 10, folder)
+
+
+def test_batches_of_several_sizes(run, tmp_path, folder):
+    unet = {"name": "unet", "width": 8, "multipliers": (1,), "blocks": 1, "attention": (), "head_width": 8}
+    run(tmp_path / "run", 5, folder, network=unet, size=((8, 8), (8, 16)))
+    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
+    run(tmp_path / "run", 10, folder, network=unet, size=((8, 8), (8, 16)))
+    assert len(metrics(tmp_path / "run")) == 10
+
+
+def test_captions_without_a_reader_are_refused(run, tmp_path, folder):
+    with pytest.raises(InputError, match=r"^data.captions: no network reads captions yet"):
+        run(tmp_path / "run", 1, folder, captions=True)
+    assert not (tmp_path / "run").exists()
