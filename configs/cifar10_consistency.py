@@ -3,7 +3,7 @@
 
 Command:   python -m experiments.train --config=configs/cifar10_consistency.py:ict --workdir=runs/cifar10_ict
            cd and ect begin with the model of configs/cifar10_edm.py:ncsnpp in runs/cifar10_edm
-Data:      python -m experiments.prepare --config=configs/cifar10_consistency.py
+Data:      python -m experiments.prepare_data --config=configs/cifar10_consistency.py
            (TFDS downloads it; 50,000 and 10,000 images)
 Hardware:  the papers': 8 A100 for ct and cd; one GPU for ect (recalled).
 Expected:  FID of 50,000 samples of the averaged parameters against the training set, in one step and in two: ct 8.70
@@ -19,8 +19,8 @@ STEPS = {"ct": 800_000, "cd": 800_000, "ict": 400_000, "ect": 400_000}
 VARIANTS = {
     "ct": {
         "objective": {
-            "curriculum": {"name": "square_root", "steps": STEPS["ct"], "start": 2, "end": 150, "decay": 0.9},
-            "times": {"name": "karras"},
+            "discretization": {"name": "square_root", "steps": STEPS["ct"], "start": 2, "end": 150, "decay": 0.9},
+            "time_sampler": {"name": "karras"},
             "weighting": "one",
             "metric": "l2",
             "target": "average",
@@ -32,8 +32,8 @@ VARIANTS = {
     },
     "cd": {
         "objective": {
-            "curriculum": {"name": "fixed", "points": 18, "decay": 0.95},
-            "times": {"name": "karras"},
+            "discretization": {"name": "fixed", "points": 18, "decay": 0.95},
+            "time_sampler": {"name": "karras"},
             "weighting": "one",
             "metric": "l2",
             "target": "average",
@@ -47,8 +47,8 @@ VARIANTS = {
     },
     "ict": {
         "objective": {
-            "curriculum": {"name": "doubling", "steps": STEPS["ict"], "start": 10, "end": 1280},
-            "times": {"name": "log_normal", "mean": -1.1, "std": 2.0, "sigma_min": 0.002, "sigma_max": 80.0},
+            "discretization": {"name": "doubling", "steps": STEPS["ict"], "start": 10, "end": 1280},
+            "time_sampler": {"name": "log_normal", "mean": -1.1, "std": 2.0, "sigma_min": 0.002, "sigma_max": 80.0},
         },
         "learning_rate": 1e-4,
         "batch_size": 1024,
@@ -58,8 +58,8 @@ VARIANTS = {
     "ect": {
         "objective": {
             "parameterization": {"name": "edm", "sigma_data": 0.5},
-            "curriculum": {"name": "ratio", "every": 50_000, "q": 2.0, "k": 8.0, "b": 1.0},
-            "times": {"name": "log_normal", "mean": -1.1, "std": 2.0},
+            "discretization": {"name": "ratio", "every": 50_000, "q": 2.0, "k": 8.0, "b": 1.0},
+            "time_sampler": {"name": "log_normal", "mean": -1.1, "std": 2.0},
             "sigma_min": 0.0,
             "teacher": "runs/cifar10_edm",
         },
@@ -89,15 +89,15 @@ def get_config(variant: str = "ict") -> ml_collections.ConfigDict:
         "network": {
             "name": "unet",
             "width": 128,
-            "multipliers": (2, 2, 2),
-            "blocks": 4,
-            "attention": (16,),
+            "channel_mult": (2, 2, 2),
+            "num_res_blocks": 4,
+            "attention_resolutions": (16,),
             "up_attention": "last",
-            "head_width": None,
+            "head_dim": None,
             "scale_shift": False,
             "resample": "projected",
             "rescale": True,
-            "taps": (1, 3, 3, 1),
+            "resample_filter": (1, 3, 3, 1),
             "input_skip": True,
             "embedding": "fourier",
             "epsilon": 1e-6,

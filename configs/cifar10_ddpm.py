@@ -1,7 +1,7 @@
 """DDPM on CIFAR-10 without classes, as in Ho et al. 2020 (arXiv 2006.11239).
 
 Command:   python -m experiments.train --config=configs/cifar10_ddpm.py --workdir=runs/cifar10_ddpm
-Data:      python -m experiments.prepare --config=configs/cifar10_ddpm.py
+Data:      python -m experiments.prepare_data --config=configs/cifar10_ddpm.py
            (TFDS downloads it; 50,000 and 10,000 images)
 Hardware:  the paper's: a TPU v3-8, 10.6 hours (recalled).
 Expected:  FID 3.17 (recalled): 50,000 samples of the averaged parameters against the training set, 1,000 evaluations
@@ -18,23 +18,23 @@ def get_config() -> ml_collections.ConfigDict:
         "seed": 0,
         "data": {**data, "split": "train", "flip": True},
         "objective": {
-            "name": "ddpm",
+            "name": "denoising",
             "schedule": {"name": "vp", "betas": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_steps": 1000},
             "parameterization": {"name": "eps", "c_noise": "index"},
-            "times": {"name": "discrete"},
+            "time_sampler": {"name": "discrete"},
             "weighting": {"name": "simple"},
         },
         "network": {
             "name": "unet",
             "width": 128,
-            "multipliers": (1, 2, 2, 2),
-            "blocks": 2,
-            "attention": (16,),
-            "head_width": None,
+            "channel_mult": (1, 2, 2, 2),
+            "num_res_blocks": 2,
+            "attention_resolutions": (16,),
+            "head_dim": None,
             "scale_shift": False,
             "resample": "conv",
-            "end_padding": True,
-            "last_frequency": True,
+            "asymmetric_padding": True,
+            "freq_shift": True,
             "sin_first": True,
             "epsilon": 1e-6,
             "dropout": 0.1,

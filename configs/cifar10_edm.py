@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/cifar10_edm.py:ddpmpp --workdir=runs/cifar10_edm
            the argument is the network: ddpmpp (55.7 M parameters) or ncsnpp (56.4 M)
-Data:      python -m experiments.prepare --config=configs/cifar10_edm.py
+Data:      python -m experiments.prepare_data --config=configs/cifar10_edm.py
            (TFDS downloads it; 50,000 and 10,000 images)
 Hardware:  the paper's: 8 V100, about two days.
 Expected:  FID 2.05 for ddpmpp and 1.99 for ncsnpp (recalled; table 2, configuration E): the least of three times 50,000
@@ -16,13 +16,13 @@ import ml_collections
 def get_config(network: str = "ddpmpp") -> ml_collections.ConfigDict:
     networks = {
         "ddpmpp": {
-            "taps": (1, 1),
+            "resample_filter": (1, 1),
             "input_skip": False,
             "embedding": "sinusoidal",
-            "last_frequency": True,
+            "freq_shift": True,
             "sin_first": True,
         },
-        "ncsnpp": {"taps": (1, 3, 3, 1), "input_skip": True, "embedding": "fourier"},
+        "ncsnpp": {"resample_filter": (1, 3, 3, 1), "input_skip": True, "embedding": "fourier"},
     }
     if network not in networks:
         raise LookupError(f"no network {network!r}; one of: {', '.join(networks)}")
@@ -33,20 +33,20 @@ def get_config(network: str = "ddpmpp") -> ml_collections.ConfigDict:
         "seed": 0,
         "data": {**data, "split": "train", "flip": True},
         "objective": {
-            "name": "ddpm",
+            "name": "denoising",
             "schedule": {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0},
             "parameterization": {"name": "edm", "sigma_data": 0.5, "c_noise": "log_sigma"},
-            "times": {"name": "log_normal", "mean": -1.2, "std": 1.2},
+            "time_sampler": {"name": "log_normal", "mean": -1.2, "std": 1.2},
             "weighting": {"name": "edm", "sigma_data": 0.5},
         },
         "network": {
             "name": "unet",
             "width": 128,
-            "multipliers": (2, 2, 2),
-            "blocks": 4,
-            "attention": (16,),
+            "channel_mult": (2, 2, 2),
+            "num_res_blocks": 4,
+            "attention_resolutions": (16,),
             "up_attention": "last",
-            "head_width": None,
+            "head_dim": None,
             "scale_shift": False,
             "resample": "projected",
             "rescale": True,

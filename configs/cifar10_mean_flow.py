@@ -1,7 +1,7 @@
 """MeanFlow on CIFAR-10 without classes, as in Geng et al. 2025 (arXiv 2505.13447), but for its augmentation.
 
 Command:   python -m experiments.train --config=configs/cifar10_mean_flow.py --workdir=runs/cifar10_mean_flow
-Data:      python -m experiments.prepare --config=configs/cifar10_mean_flow.py
+Data:      python -m experiments.prepare_data --config=configs/cifar10_mean_flow.py
            (TFDS downloads it; 50,000 and 10,000 images)
 Hardware:  the paper does not say; one step costs about 1.25 times one of flow matching.
 Expected:  FID 2.92: 50,000 samples of the averaged parameters against the training set, in one step. That is with the
@@ -23,31 +23,31 @@ def get_config() -> ml_collections.ConfigDict:
             "name": "mean_flow",
             "schedule": {"name": "flow", "shift": 1.0},
             "c_noise": "unit",
-            "times": {"name": "logit_normal", "mean": -2.0, "std": 2.0},
-            "different": 0.75,
-            "power": 0.75,
-            "constant": 1e-3,
+            "time_sampler": {"name": "logit_normal", "mean": -2.0, "std": 2.0},
+            "ratio_r_neq_t": 0.75,
+            "norm_p": 0.75,
+            "norm_eps": 1e-3,
             "guidance": 1.0,
-            "mixing": 0.0,
+            "kappa": 0.0,
             "interval": (0.0, 1.0),
             "tangent": "conditional",
         },
         "network": {
             "name": "unet",
-            "conditions": ("r",),
+            "scalar_conditions": ("step_size",),
             "width": 128,
-            "multipliers": (2, 2, 2),
-            "blocks": 4,
-            "attention": (16,),
+            "channel_mult": (2, 2, 2),
+            "num_res_blocks": 4,
+            "attention_resolutions": (16,),
             "up_attention": "last",
-            "head_width": None,
+            "head_dim": None,
             "scale_shift": False,
             "resample": "projected",
             "rescale": True,
-            "taps": (1, 1),
+            "resample_filter": (1, 1),
             "input_skip": False,
             "embedding": "sinusoidal",
-            "last_frequency": True,
+            "freq_shift": True,
             "sin_first": True,
             "epsilon": 1e-6,
             "dropout": 0.2,

@@ -4,7 +4,7 @@ steps to a few.
 Command:   python -m experiments.train --config=configs/cifar10_progressive.py:teacher --workdir=runs/cifar10_v
            python -m experiments.train --config=configs/cifar10_progressive.py:4 --workdir=runs/cifar10_progressive_4
            the argument is `teacher`, the model that is distilled, or the number of steps to end with: 8, 4, 2 or 1
-Data:      python -m experiments.prepare --config=configs/cifar10_progressive.py
+Data:      python -m experiments.prepare_data --config=configs/cifar10_progressive.py
            (TFDS downloads it; 50,000 and 10,000 images)
 Hardware:  the paper's: 8 TPU chips (recalled).
 Expected:  FID of 50,000 samples of the averaged parameters against the training set: 2.57 in 8 steps, 3.00 in 4, 4.51
@@ -28,10 +28,10 @@ def get_config(run: str = "4") -> ml_collections.ConfigDict:
     sampling_steps = 1024 if trains_teacher else end_steps
     rounds = (start_steps // end_steps).bit_length()
     teacher = {
-        "name": "ddpm",
+        "name": "denoising",
         "schedule": schedule,
         "parameterization": {"name": "v"},
-        "times": {"name": "uniform"},
+        "time_sampler": {"name": "uniform"},
         "weighting": {"name": "truncated_snr"},
     }
     student = {
@@ -54,10 +54,10 @@ def get_config(run: str = "4") -> ml_collections.ConfigDict:
         "network": {
             "name": "unet",
             "width": 256,
-            "multipliers": (1, 1, 1),
-            "blocks": 3,
-            "attention": (16, 8),
-            "head_width": None,
+            "channel_mult": (1, 1, 1),
+            "num_res_blocks": 3,
+            "attention_resolutions": (16, 8),
+            "head_dim": None,
             "scale_shift": True,
             "resample": "residual",
             "dropout": 0.2 if trains_teacher else 0.0,

@@ -5,7 +5,7 @@ Command:   python -m experiments.train --config=configs/cifar10_reflow.py:flow -
            python -m experiments.train --config=configs/cifar10_reflow.py:distill --workdir=runs/cifar10_reflow_distill
            the argument is `flow`, trained on the data; `reflow`, on the pairs of the first; or `distill`, on those of
            the second in one step
-Data:      python -m experiments.prepare --config=configs/cifar10_reflow.py
+Data:      python -m experiments.prepare_data --config=configs/cifar10_reflow.py
            (TFDS downloads it; 50,000 and 10,000 images)
 Hardware:  eight GPUs or a TPU v3-8; days for `flow` (not measured).
 Expected:  FID of 50,000 samples of the averaged parameters against the training set (recalled): 2.58 for `flow` with
@@ -26,7 +26,7 @@ def get_config(run: str = "reflow") -> ml_collections.ConfigDict:
     path = {
         "schedule": {"name": "flow", "shift": 1.0},
         "parameterization": {"name": "velocity"},
-        "times": {"name": "uniform"},
+        "time_sampler": {"name": "uniform"},
         "weighting": {"name": "simple"},
     }
     flow = {"name": "flow_matching", **path, "coupling": "independent"}
@@ -53,15 +53,15 @@ def get_config(run: str = "reflow") -> ml_collections.ConfigDict:
         "network": {
             "name": "unet",
             "width": 128,
-            "multipliers": (1, 2, 2, 2),
-            "blocks": 4,
-            "attention": (16,),
+            "channel_mult": (1, 2, 2, 2),
+            "num_res_blocks": 4,
+            "attention_resolutions": (16,),
             "up_attention": "last",
-            "head_width": None,
+            "head_dim": None,
             "scale_shift": False,
             "resample": "projected",
             "rescale": True,
-            "last_frequency": True,
+            "freq_shift": True,
             "sin_first": True,
             "epsilon": 1e-6,
             "dropout": 0.15 if run == "flow" else 0.0,

@@ -3,7 +3,7 @@
 Command:   python -m experiments.train --config=configs/cifar10_scm.py:teacher --workdir=runs/cifar10_trig
            python -m experiments.train --config=configs/cifar10_scm.py:VARIANT --workdir=runs/cifar10_VARIANT
            VARIANT is `sct`, consistency training that begins with the teacher's weights, or `scd`, distillation
-Data:      python -m experiments.prepare --config=configs/cifar10_scm.py
+Data:      python -m experiments.prepare_data --config=configs/cifar10_scm.py
            (TFDS downloads it; 50,000 and 10,000 images)
 Hardware:  eight GPUs of 80 GB; the paper does not say.
 Expected:  FID of 50,000 samples of the averaged parameters against the training set, in one step and in two, the second
@@ -25,7 +25,7 @@ def get_config(variant: str = "sct") -> ml_collections.ConfigDict:
         "name": "flow_matching",
         "schedule": {"name": "trig", "sigma_data": 0.5},
         "parameterization": {"name": "edm", "sigma_data": 0.5, "c_noise": "unit"},
-        "times": {"name": "log_normal", "mean": -1.0, "std": 1.4},
+        "time_sampler": {"name": "log_normal", "mean": -1.0, "std": 1.4},
         "weighting": {"name": "simple"},
         "coupling": "independent",
     }
@@ -55,18 +55,18 @@ def get_config(variant: str = "sct") -> ml_collections.ConfigDict:
         "network": {
             "name": "unet",
             "width": 128,
-            "multipliers": (2, 2, 2),
-            "blocks": 4,
-            "attention": (16,),
+            "channel_mult": (2, 2, 2),
+            "num_res_blocks": 4,
+            "attention_resolutions": (16,),
             "up_attention": "last",
-            "head_width": None,
+            "head_dim": None,
             "scale_shift": True,
             "resample": "projected",
             "rescale": True,
-            "taps": (1, 1),
+            "resample_filter": (1, 1),
             "input_skip": False,
             "embedding": "sinusoidal",
-            "last_frequency": True,
+            "freq_shift": True,
             "sin_first": True,
             "epsilon": 1e-6,
             "dropout": {"teacher": 0.13, "sct": 0.2, "scd": 0.0}[variant],

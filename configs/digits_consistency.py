@@ -1,55 +1,55 @@
 """Consistency models on scikit-learn's handwritten digits, in one to a few evaluations: VARIANT is `ct` or `ict` (from
-nothing), `cd` or `ect` (from the diffusion model of configs/digits_edm.py), or `cd_beside` (both in one run).
+nothing), `cd` or `ect` (from the diffusion model of configs/digits_edm.py), or `cd_joint` (both in one run).
 
 Command:   python -m experiments.train --config=configs/digits_edm.py --workdir=runs/digits_edm
            python -m experiments.train --config=configs/digits_consistency.py:VARIANT --workdir=runs/digits_VARIANT
 Hardware:  two CPU cores, about six minutes.
 Expected:  python -m experiments.evaluate --workdir=runs/digits_VARIANT
-           docs/few_step.md has the figures of all variants but cd_beside, which is not measured.
+           docs/few_step.md has the figures of all variants but cd_joint, which is not measured.
 """
 
 import ml_collections
 
-STEPS = {"ct": 2000, "ict": 2500, "ect": 3000, "cd": 1200, "cd_beside": 2500}
+STEPS = {"ct": 2000, "ict": 2500, "ect": 3000, "cd": 1200, "cd_joint": 2500}
 VARIANTS = {
     "ct": {
-        "curriculum": {"name": "square_root", "steps": STEPS["ct"], "start": 2, "end": 18, "decay": 0.5},
-        "times": {"name": "karras"},
+        "discretization": {"name": "square_root", "steps": STEPS["ct"], "start": 2, "end": 18, "decay": 0.5},
+        "time_sampler": {"name": "karras"},
         "weighting": "one",
         "metric": "l2",
         "target": "average",
     },
     "ict": {
-        "curriculum": {"name": "doubling", "steps": STEPS["ict"], "start": 10, "end": 160},
-        "times": {"name": "log_normal", "mean": -0.8, "std": 1.6, "sigma_min": 0.002, "sigma_max": 80.0},
+        "discretization": {"name": "doubling", "steps": STEPS["ict"], "start": 10, "end": 160},
+        "time_sampler": {"name": "log_normal", "mean": -0.8, "std": 1.6, "sigma_min": 0.002, "sigma_max": 80.0},
     },
     "ect": {
-        "curriculum": {"name": "ratio", "every": 500, "q": 2.0, "k": 8.0, "b": 1.0},
-        "times": {"name": "log_normal", "mean": -0.8, "std": 1.6},
+        "discretization": {"name": "ratio", "every": 500, "q": 2.0, "k": 8.0, "b": 1.0},
+        "time_sampler": {"name": "log_normal", "mean": -0.8, "std": 1.6},
         "parameterization": {"name": "edm", "sigma_data": 0.75},
         "sigma_min": 0.0,
         "teacher": "runs/digits_edm",
     },
     "cd": {
-        "curriculum": {"name": "fixed", "points": 18, "decay": 0.95},
-        "times": {"name": "karras"},
+        "discretization": {"name": "fixed", "points": 18, "decay": 0.95},
+        "time_sampler": {"name": "karras"},
         "weighting": "one",
         "metric": "l2",
         "target": "average",
         "solver": "heun",
         "teacher": "runs/digits_edm",
     },
-    "cd_beside": {
-        "curriculum": {"name": "fixed", "points": 18, "decay": 0.95},
-        "times": {"name": "karras"},
+    "cd_joint": {
+        "discretization": {"name": "fixed", "points": 18, "decay": 0.95},
+        "time_sampler": {"name": "karras"},
         "weighting": "one",
         "metric": "l2",
         "target": "average",
         "solver": "heun",
-        "beside": {
-            "name": "ddpm",
+        "joint_teacher": {
+            "name": "denoising",
             "parameterization": {"name": "edm", "sigma_data": 0.75},
-            "times": {"name": "log_normal", "mean": -0.8, "std": 1.2},
+            "time_sampler": {"name": "log_normal", "mean": -0.8, "std": 1.2},
             "weighting": {"name": "edm", "sigma_data": 0.75},
         },
     },
@@ -71,10 +71,10 @@ def get_config(variant: str = "ect") -> ml_collections.ConfigDict:
         "network": {
             "name": "unet",
             "width": 32,
-            "multipliers": (1, 2),
-            "blocks": 1,
-            "attention": (4,),
-            "head_width": 32,
+            "channel_mult": (1, 2),
+            "num_res_blocks": 1,
+            "attention_resolutions": (4,),
+            "head_dim": 32,
             "dropout": 0.0,
             "dtype": "float32",
         },

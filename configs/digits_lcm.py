@@ -30,12 +30,12 @@ def get_config() -> ml_collections.ConfigDict:
         },
         "network": {
             "name": "unet",
-            "conditions": ("guidance",),
+            "scalar_conditions": ("guidance_scale",),
             "width": 32,
-            "multipliers": (1, 2),
-            "blocks": 1,
-            "attention": (4,),
-            "head_width": 32,
+            "channel_mult": (1, 2),
+            "num_res_blocks": 1,
+            "attention_resolutions": (4,),
+            "head_dim": 32,
             "dropout": 0.0,
             "dtype": "float32",
         },
@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
         },
         "checkpoint": {"every": 1000, "keep": 2},
         "sampler": {"name": "lcm", "steps": 2, "grid": {"name": "trailing"}},
-        "guidance": {"name": "embedded", "scale": 1.5},
+        "guidance": {"name": "guidance_embedding", "scale": 1.5},
         "eval": {
             "data": {"name": "digits", "split": "test"},
             "metrics": {

@@ -1,7 +1,7 @@
 """ADM on ImageNet at 64x64 with classes, as in Dhariwal & Nichol 2021 (arXiv 2105.05233).
 
 Command:   python -m experiments.train --config=configs/imagenet64_adm.py --workdir=runs/imagenet64_adm
-Data:      python -m experiments.prepare --config=configs/imagenet64_adm.py
+Data:      python -m experiments.prepare_data --config=configs/imagenet64_adm.py
            TFDS downloads 14 GB from image-net.org (not tried): the images of Chrabaszcz et al. 2017 (arXiv 1707.08819),
            1,281,167 and 50,000, each scaled to a square as a whole, where the paper takes its middle (recalled).
 Hardware:  the paper's: V100s, about 900 days of one in half precision (recalled). bfloat16 stands in for it here.
@@ -19,20 +19,20 @@ def get_config() -> ml_collections.ConfigDict:
         "seed": 0,
         "data": {**data, "split": "train", "flip": True},
         "objective": {
-            "name": "ddpm",
+            "name": "denoising",
             "schedule": {"name": "vp", "betas": "cosine", "num_steps": 1000},
             "parameterization": {"name": "eps", "c_noise": "index"},
-            "times": {"name": "discrete"},
+            "time_sampler": {"name": "discrete"},
             "weighting": {"name": "simple"},
             "learned_variance": True,
         },
         "network": {
             "name": "unet",
             "width": 192,
-            "multipliers": (1, 2, 3, 4),
-            "blocks": 3,
-            "attention": (32, 16, 8),
-            "head_width": 64,
+            "channel_mult": (1, 2, 3, 4),
+            "num_res_blocks": 3,
+            "attention_resolutions": (32, 16, 8),
+            "head_dim": 64,
             "scale_shift": True,
             "resample": "residual",
             "null_class": False,

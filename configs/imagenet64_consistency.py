@@ -4,7 +4,7 @@
 Command:   python -m experiments.train --config=configs/imagenet64_consistency.py:ict --workdir=runs/imagenet64_ict
            cd and ect begin with a model of this network on EDM's path, in runs/imagenet64_edm: imagenet64_adm.py
            with the objective of configs/cifar10_edm.py and network.outputs = 1
-Data:      python -m experiments.prepare --config=configs/imagenet64_consistency.py
+Data:      python -m experiments.prepare_data --config=configs/imagenet64_consistency.py
            1,281,167 and 50,000 images, as in configs/imagenet64_adm.py.
 Hardware:  the papers': 64 A100 for ct and cd (recalled).
 Expected:  FID of 50,000 samples of the averaged parameters against the training set, in one step and in two: ct 13.0
@@ -19,8 +19,8 @@ STEPS = {"ct": 800_000, "cd": 600_000, "ict": 800_000, "ect": 100_000}
 VARIANTS = {
     "ct": {
         "objective": {
-            "curriculum": {"name": "square_root", "steps": STEPS["ct"], "start": 2, "end": 200, "decay": 0.95},
-            "times": {"name": "karras"},
+            "discretization": {"name": "square_root", "steps": STEPS["ct"], "start": 2, "end": 200, "decay": 0.95},
+            "time_sampler": {"name": "karras"},
             "weighting": "one",
             "metric": "l2",
             "target": "average",
@@ -32,8 +32,8 @@ VARIANTS = {
     },
     "cd": {
         "objective": {
-            "curriculum": {"name": "fixed", "points": 40, "decay": 0.95},
-            "times": {"name": "karras"},
+            "discretization": {"name": "fixed", "points": 40, "decay": 0.95},
+            "time_sampler": {"name": "karras"},
             "weighting": "one",
             "metric": "l2",
             "target": "average",
@@ -47,8 +47,8 @@ VARIANTS = {
     },
     "ict": {
         "objective": {
-            "curriculum": {"name": "doubling", "steps": STEPS["ict"], "start": 10, "end": 1280},
-            "times": {"name": "log_normal", "mean": -1.1, "std": 2.0, "sigma_min": 0.002, "sigma_max": 80.0},
+            "discretization": {"name": "doubling", "steps": STEPS["ict"], "start": 10, "end": 1280},
+            "time_sampler": {"name": "log_normal", "mean": -1.1, "std": 2.0, "sigma_min": 0.002, "sigma_max": 80.0},
         },
         "learning_rate": 1e-4,
         "batch_size": 4096,
@@ -58,8 +58,8 @@ VARIANTS = {
     "ect": {
         "objective": {
             "parameterization": {"name": "edm", "sigma_data": 0.5},
-            "curriculum": {"name": "ratio", "every": 12_500, "q": 2.0, "k": 8.0, "b": 1.0},
-            "times": {"name": "log_normal", "mean": -1.1, "std": 2.0},
+            "discretization": {"name": "ratio", "every": 12_500, "q": 2.0, "k": 8.0, "b": 1.0},
+            "time_sampler": {"name": "log_normal", "mean": -1.1, "std": 2.0},
             "sigma_min": 0.0,
             "teacher": "runs/imagenet64_edm",
         },
@@ -89,10 +89,10 @@ def get_config(variant: str = "ict") -> ml_collections.ConfigDict:
         "network": {
             "name": "unet",
             "width": 192,
-            "multipliers": (1, 2, 3, 4),
-            "blocks": 3,
-            "attention": (32, 16, 8),
-            "head_width": 64,
+            "channel_mult": (1, 2, 3, 4),
+            "num_res_blocks": 3,
+            "attention_resolutions": (32, 16, 8),
+            "head_dim": 64,
             "scale_shift": True,
             "resample": "residual",
             "null_class": False,

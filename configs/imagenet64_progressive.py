@@ -4,7 +4,7 @@ DDIM steps to a few.
 Command:   python -m experiments.train --config=configs/imagenet64_progressive.py:teacher --workdir=runs/imagenet64_v
            python -m experiments.train --config=configs/imagenet64_progressive.py:4 --workdir=runs/imagenet64_prog_4
            the argument is `teacher`, the model that is distilled, or the number of steps to end with: 8, 4, 2 or 1
-Data:      python -m experiments.prepare --config=configs/imagenet64_progressive.py
+Data:      python -m experiments.prepare_data --config=configs/imagenet64_progressive.py
            1,281,167 and 50,000 images, as in configs/imagenet64_adm.py.
 Hardware:  the paper's: 64 TPU chips (recalled). bfloat16 is ours.
 Expected:  FID of 50,000 samples of the averaged parameters against the training set, without guidance: 6.77 in 4 steps,
@@ -29,10 +29,10 @@ def get_config(run: str = "4") -> ml_collections.ConfigDict:
     sampling_steps = 256 if trains_teacher else end_steps
     rounds = (start_steps // end_steps).bit_length()
     teacher = {
-        "name": "ddpm",
+        "name": "denoising",
         "schedule": schedule,
         "parameterization": {"name": "v"},
-        "times": {"name": "uniform"},
+        "time_sampler": {"name": "uniform"},
         "weighting": {"name": "truncated_snr"},
     }
     student = {
@@ -55,10 +55,10 @@ def get_config(run: str = "4") -> ml_collections.ConfigDict:
         "network": {
             "name": "unet",
             "width": 192,
-            "multipliers": (1, 2, 3, 4),
-            "blocks": 3,
-            "attention": (32, 16, 8),
-            "head_width": 64,
+            "channel_mult": (1, 2, 3, 4),
+            "num_res_blocks": 3,
+            "attention_resolutions": (32, 16, 8),
+            "head_dim": 64,
             "scale_shift": True,
             "resample": "residual",
             "null_class": False,

@@ -4,7 +4,7 @@ EDM2's network of the smallest of the paper's sizes, S.
 Command:   python -m experiments.train --config=configs/imagenet64_scm.py:teacher --workdir=runs/imagenet64_trig
            python -m experiments.train --config=configs/imagenet64_scm.py:VARIANT --workdir=runs/imagenet64_VARIANT
            VARIANT is `sct`, consistency training that begins with the teacher's weights, or `scd`, distillation
-Data:      python -m experiments.prepare --config=configs/imagenet64_scm.py
+Data:      python -m experiments.prepare_data --config=configs/imagenet64_scm.py
            1,281,167 and 50,000 images, as in configs/imagenet64_adm.py.
 Hardware:  32 GPUs of 80 GB; the paper does not say.
 Expected:  FID of 50,000 samples of the averaged parameters against the training set, without guidance, in one step and
@@ -28,7 +28,7 @@ def get_config(variant: str = "sct") -> ml_collections.ConfigDict:
         "name": "flow_matching",
         "schedule": {"name": "trig", "sigma_data": 0.5},
         "parameterization": {"name": "edm", "sigma_data": 0.5, "c_noise": "unit"},
-        "times": {"name": "log_normal", "mean": -1.0, "std": 1.4},
+        "time_sampler": {"name": "log_normal", "mean": -1.0, "std": 1.4},
         "weighting": {"name": "simple"},
         "coupling": "independent",
     }
@@ -57,10 +57,10 @@ def get_config(variant: str = "sct") -> ml_collections.ConfigDict:
         "network": {
             "name": "edm2",
             "width": 192,
-            "multipliers": (1, 2, 3, 4),
-            "blocks": 3,
-            "attention": (16, 8),
-            "head_width": 64,
+            "channel_mult": (1, 2, 3, 4),
+            "num_res_blocks": 3,
+            "attention_resolutions": (16, 8),
+            "head_dim": 64,
             "bandwidth": 1.0,
             "dropout": 0.0,
             "dtype": "bfloat16",

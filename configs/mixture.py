@@ -12,7 +12,12 @@ import ml_collections
 
 def get_config(method: str = "ddpm_eps") -> ml_collections.ConfigDict:
     schedule = {"name": "vp", "betas": "linear", "num_steps": 1000}
-    ddpm = {"name": "ddpm", "schedule": schedule, "times": {"name": "stratified"}, "weighting": {"name": "simple"}}
+    ddpm = {
+        "name": "denoising",
+        "schedule": schedule,
+        "time_sampler": {"name": "stratified"},
+        "weighting": {"name": "simple"},
+    }
     objective = {
         "ddpm_eps": {**ddpm, "parameterization": {"name": "eps"}},
         "ddpm_x0": {**ddpm, "parameterization": {"name": "x0"}, "weighting": {"name": "min_snr", "gamma": 100.0}},
@@ -21,14 +26,14 @@ def get_config(method: str = "ddpm_eps") -> ml_collections.ConfigDict:
             "name": "flow_matching",
             "schedule": {"name": "flow", "shift": 1.0},
             "parameterization": {"name": "velocity"},
-            "times": {"name": "stratified"},
+            "time_sampler": {"name": "stratified"},
             "weighting": {"name": "simple"},
         },
         "vdm": {
             "name": "vdm",
             "schedule": {"name": "learned", "gamma_min": -9.0, "gamma_max": 9.0},
             "parameterization": {"name": "eps"},
-            "times": {"name": "stratified"},
+            "time_sampler": {"name": "stratified"},
         },
     }[method]
     return ml_collections.ConfigDict({

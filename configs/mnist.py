@@ -1,7 +1,7 @@
 """DDPM on MNIST: a class-conditional U-Net on 60,000 images of 28x28.
 
 Command:   python -m experiments.train --config=configs/mnist.py --workdir=runs/mnist
-Data:      python -m experiments.prepare --config=configs/mnist.py    (TFDS downloads it; 60,000 and 10,000 images)
+Data:      python -m experiments.prepare_data --config=configs/mnist.py    (TFDS downloads it; 60,000 and 10,000 images)
 Hardware:  not measured; meant for one GPU.
 Expected:  not measured.
 """
@@ -16,19 +16,19 @@ def get_config() -> ml_collections.ConfigDict:
         "seed": 0,
         "data": {**data, "split": "train"},
         "objective": {
-            "name": "ddpm",
+            "name": "denoising",
             "schedule": {"name": "vp", "betas": "linear", "num_steps": 1000},
             "parameterization": {"name": "eps"},
-            "times": {"name": "stratified"},
+            "time_sampler": {"name": "stratified"},
             "weighting": {"name": "simple"},
         },
         "network": {
             "name": "unet",
             "width": 64,
-            "multipliers": (1, 2, 2),  # 28, 14 and 7 pixels
-            "blocks": 2,
-            "attention": (14, 7),
-            "head_width": 64,
+            "channel_mult": (1, 2, 2),  # 28, 14 and 7 pixels
+            "num_res_blocks": 2,
+            "attention_resolutions": (14, 7),
+            "head_dim": 64,
             "dropout": 0.1,
             "dtype": "float32",
         },

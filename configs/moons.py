@@ -18,7 +18,7 @@ def get_config(coupling: str = "independent") -> ml_collections.ConfigDict:
             "name": "flow_matching",
             "schedule": {"name": "flow", "shift": 1.0},
             "parameterization": {"name": "velocity"},
-            "times": {"name": "stratified"},
+            "time_sampler": {"name": "stratified"},
             "weighting": {"name": "simple"},
             "coupling": coupling,
             "entropy": 0.05,

@@ -20,14 +20,14 @@ import numpy as np
 from absl import flags
 
 from diffusion.core.build import build
+from diffusion.core.types import Network, Spec
 from diffusion.distributed import mesh, sharding
+from diffusion.pipelines.generator import Generator
 from diffusion.sampling.loop import bind, sample
-from diffusion.training import ema, trainer, optimizer
+from diffusion.training import ema, optimizer, trainer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import Network, Spec
 from experiments import cli, data_speed, peer_speed, reliability_speed
-from diffusion.pipelines.generator import Drawer
 
 SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "sampling", "networks", "data", "reliability"], "What to measure.")
 RUNS = flags.DEFINE_integer("runs", 5, "Runs of each side; the median counts.")
@@ -63,7 +63,14 @@ def main() -> None:
         return
     network = build(
         "networks",
-        {"name": "unet", "width": 32, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 32},
+        {
+            "name": "unet",
+            "width": 32,
+            "channel_mult": (1, 2),
+            "num_res_blocks": 1,
+            "attention_resolutions": (4,),
+            "head_dim": 32,
+        },
         shape=SPEC.shape,
         num_classes=SPEC.num_classes,
     )
@@ -73,8 +80,8 @@ def main() -> None:
 def loop_overhead(network: Network) -> None:
     """Seconds a step: the jitted step on one batch again and again, and the whole loop with data, metrics and files.
     Neither counts compilation: the loop's rate is the median of its last steps, as it logs it."""
-    objective, devices = build("objectives", "ddpm"), mesh.make()
-    opt, averages = optimizer.make(steps=STEPS), ema.make()
+    objective, devices = build("objectives", "denoising"), mesh.make_mesh()
+    opt, averages = optimizer.make_optimizer(steps=STEPS), ema.make_ema()
     options = trainer.Options(steps=STEPS, batch_size=BATCH_SIZE, log_every=10)
     step = jax.jit(make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.1), donate_argnums=0)
     example = Synthetic()[0]
@@ -125,11 +132,18 @@ def scan_overhead() -> None:
     The network is larger, so that a call takes more than 10 ms."""
     network = build(
         "networks",
-        {"name": "unet", "width": 64, "multipliers": (1, 2), "blocks": 2, "attention": (4,), "head_width": 32},
+        {
+            "name": "unet",
+            "width": 64,
+            "channel_mult": (1, 2),
+            "num_res_blocks": 2,
+            "attention_resolutions": (4,),
+            "head_dim": 32,
+        },
         shape=SPEC.shape,
         num_classes=SPEC.num_classes,
     )
-    objective, evaluations = build("objectives", "ddpm"), 24
+    objective, evaluations = build("objectives", "denoising"), 24
     params = {"net": jax.jit(network.init)(jax.random.key(0))}
     x = jax.random.normal(jax.random.key(1), (32, *SPEC.shape))
     cond = {"label": jnp.arange(len(x)) % SPEC.num_classes}
@@ -172,7 +186,7 @@ def scan_overhead() -> None:
 
 def compile_time(network: Network) -> None:
     """Seconds to lower and compile DDIM over 10 and over 1,000 steps."""
-    objective = build("objectives", "ddpm")
+    objective = build("objectives", "denoising")
     params = {"net": jax.jit(network.init)(jax.random.key(0))}
     cond = {"label": jnp.zeros(8, jnp.int32)}
     times = {"compile 10 steps": [], "compile 1,000": []}
@@ -195,7 +209,7 @@ def compile_time(network: Network) -> None:
 def recompilation(network: Network) -> None:
     """How often guided sampling is compiled for several scales, intervals, grids, seeds and labels of one step
     count."""
-    objective = build("objectives", "ddpm")
+    objective = build("objectives", "denoising")
     params = {"net": jax.jit(network.init)(jax.random.key(0))}
     settings = (("trailing", 2.0, 0.1), ("karras", 2.0, 0.1), ("trailing", 4.0, 0.1), ("trailing", 2.0, 0.3))
     sections = [
@@ -205,9 +219,9 @@ def recompilation(network: Network) -> None:
         }
         for grid, scale, low in settings
     ]
-    first = Drawer(network, objective, SPEC, mesh.make(), cond_drop_rate=0.1, **sections[0])
+    first = Generator(network, objective, SPEC, mesh.make_mesh(), cond_drop_rate=0.1, **sections[0])
     for seed, section in enumerate(sections):
-        first.retuned(**section)(params, np.full(8, seed), 8, seed=seed)
+        first.with_settings(**section)(params, np.full(8, seed), 8, seed=seed)
     print(f"{len(sections)} settings of scale, interval, times, seed and labels: {first.compilations} compilation(s)")
 
 

@@ -21,11 +21,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from diffusion.core import files
+from diffusion.core.types import InputError
 from diffusion.distributed import multihost
 from diffusion.training.resilience.guards import Diverged
 from diffusion.training.resilience.preemption import STOPPED, Preempted
 from diffusion.training.resilience.watchdog import STUCK
-from diffusion.core.types import InputError
 
 BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
 
@@ -166,7 +166,7 @@ def _in_config(argv: list[str], error: Exception) -> Exception:
     return InputError(given, f"raised {type(error).__name__}: {error}")
 
 
-def keep_compiled(folder: str) -> None:
+def use_compilation_cache(folder: str) -> None:
     """Keeps every compiled program there, however fast it was compiled, and looks there first."""
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder) if "://" not in folder else folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -178,7 +178,7 @@ def _guard(main: Callable[[], None], together: bool) -> None:
         if DETERMINISTIC.value:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}"
         if COMPILED.value:
-            keep_compiled(COMPILED.value)
+            use_compilation_cache(COMPILED.value)
         if together:
             _join()
         main()
@@ -212,7 +212,7 @@ def _join() -> None:
         multihost.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     elif len(missing) < len(given):
         raise InputError(missing[0], f"is missing; {', '.join(given)} go together")
-    elif DISTRIBUTED.value or (DISTRIBUTED.value is None and multihost.is_told_of()):
+    elif DISTRIBUTED.value or (DISTRIBUTED.value is None and multihost.is_announced()):
         multihost.initialize()
     else:
         return

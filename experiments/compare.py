@@ -11,9 +11,9 @@ few_step_samples.png.
 
 from absl import flags
 
-from experiments import cli
 from diffusion.pipelines.comparison import compare
 from diffusion.pipelines.generator import check_numbers
+from experiments import cli
 
 RUNS = flags.DEFINE_list("runs", None, "Folders of the runs, trained on data of one kind.")
 NFE = flags.DEFINE_list("nfe", ["1", "2", "4", "8", "50"], "Evaluations of the model for each sample.")

@@ -20,16 +20,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from diffusion.core import files
-from diffusion.training.checkpoint import Checkpoints
+from diffusion.core.types import InputError
 from diffusion.interop import diffusers_pipeline
 from diffusion.interop.diffusers_models import Model
-from diffusion.training.state import init_state
-from diffusion.core.types import InputError
-from experiments import cli
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_sections
 from diffusion.pipelines.model import network_and_objective
 from diffusion.pipelines.run import open_run
+from diffusion.training.checkpoint import Checkpoints
+from diffusion.training.state import init_state
+from experiments import cli
 
 FROM = flags.DEFINE_string("from", None, "A run of ours, or a folder of diffusers.")
 TO = flags.DEFINE_string("to", None, "The folder to write; it must not exist, or be empty.")
@@ -79,8 +79,8 @@ def read(source: str, to: str) -> None:
     config = {**base(model.network["name"]), **(sections or {}), "network": dict(model.network)}
     check_sections(config)
     network, objective = network_and_objective(config, model.spec)
-    training = training(config)
-    state = init_state(objective, network, training["optimizer"].transform, training["ema"], jax.random.key(0))
+    keywords = training(config)
+    state = init_state(objective, network, keywords["optimizer"].transform, keywords["ema"], jax.random.key(0))
     net = jax.tree.map(jnp.asarray, model.params)
     averages = {name: {**average, "net": jax.tree.map(jnp.array, net)} for name, average in state.ema.items()}
     state = dataclasses.replace(state, params={**state.params, "net": net}, ema=averages)

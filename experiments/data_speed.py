@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from diffusion.core.build import build
-from diffusion.data.sources import array_record
-from diffusion.data.pipeline import Batches
 from diffusion.core.types import InputError, Source
+from diffusion.data.pipeline import Batches
+from diffusion.data.sources import array_record
 from experiments import peer_speed
 
 SIDE, SIZE, FILES, QUALITY = 512, 64, 512, 90

@@ -12,9 +12,9 @@ from absl import flags
 
 from diffusion.core import files
 from diffusion.core.types import SampleMetric
-from experiments import cli
-from diffusion.pipelines.run import open_run
 from diffusion.pipelines.generator import check_numbers
+from diffusion.pipelines.run import open_run
+from experiments import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the sampler. Default: the config's.")

@@ -1,6 +1,6 @@
 """Tells where the time of a run went, over all its starts.
 
-python -m experiments.goodput --workdir=runs/digits
+python -m experiments.goodput_report --workdir=runs/digits
 """
 
 from absl import flags

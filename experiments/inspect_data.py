@@ -15,14 +15,14 @@ from absl import flags
 
 from diffusion.core import files, images
 from diffusion.core.build import build
-from diffusion.data.pipeline import Batches
-from diffusion.distributed import sharding
 from diffusion.core.progress import Progress
 from diffusion.core.types import InputError, Source
-from experiments import cli
+from diffusion.data.pipeline import Batches
+from diffusion.distributed import sharding
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_sections
 from diffusion.pipelines.generator import check_numbers
+from experiments import cli
 
 CONFIG = cli.define_config()
 OUT = flags.DEFINE_string("out", "data.png", "The sheet of examples.")
@@ -81,7 +81,7 @@ def _described(source: Source) -> str:
     ignored = getattr(getattr(source, "index", None), "ignored", None)
     if ignored:
         kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in ignored.items())
-        run.append(f"ignored files: {kinds}")
+        parts.append(f"ignored files: {kinds}")
     return ", ".join(parts)
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from diffusion.process.analytic import Mixture
 from diffusion.core.build import build
-from diffusion.sampling.loop import sample
 from diffusion.core.types import Array, Schedule
+from diffusion.process.analytic import Mixture
+from diffusion.sampling.loop import sample
 from experiments import cli
 
 MIXTURE = Mixture([[1.0, 0.5], [-1.0, 0.2], [0.2, -1.0]], [0.5, 0.4, 0.6], [0.5, 0.3, 0.2])

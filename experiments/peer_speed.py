@@ -22,17 +22,17 @@ import numpy as np
 from flax import nnx
 
 from diffusion.core.build import build
+from diffusion.core.types import InputError, Network, Spec
 from diffusion.interop import diffusers_models as models
 from diffusion.layers.functional import functional
 from diffusion.layers.stack import Stack, rematerialised
-from diffusion.profiling.macs import network_macs
 from diffusion.networks.dit import Block
+from diffusion.pipelines.generator import Generator
+from diffusion.profiling.macs import network_macs
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import InputError, Network, Spec
 from experiments import cli
-from diffusion.pipelines.generator import Drawer
 
 BATCH_SIZE, IMAGES, STEPS, SCALE = 8, 2, 50, 4.0
 LEARNING_RATE, DECAY = 1e-4, 0.999
@@ -51,14 +51,14 @@ class Case:
         return build("networks", {**self.network, **options}, **keywords)
 
 
-DIT_S = {"name": "dit", "patch": 2, "width": 384, "depth": 12, "heads": 6, "last_frequency": True}
-CIFAR = {"name": "unet", "head_width": None, "scale_shift": False, "end_padding": True, "last_frequency": True,
+DIT_S = {"name": "dit", "patch_size": 2, "width": 384, "depth": 12, "num_heads": 6, "freq_shift": True}
+CIFAR = {"name": "unet", "head_dim": None, "scale_shift": False, "asymmetric_padding": True, "freq_shift": True,
          "sin_first": True, "epsilon": 1e-6}  # fmt: skip
 CASES = {
     "DiT-S/2, 32x32x4": Case(DIT_S, Spec((32, 32, 4), 1000)),
     "DDPM U-Net, 32x32x3": Case(CIFAR, Spec((32, 32, 3))),
 }
-OBJECTIVE = {"name": "ddpm", "parameterization": {"name": "eps", "c_noise": "index"}, "times": "discrete"}
+OBJECTIVE = {"name": "denoising", "parameterization": {"name": "eps", "c_noise": "index"}, "time_sampler": "discrete"}
 
 
 def networks(runs: int) -> None:
@@ -135,8 +135,8 @@ def example(case: Case) -> tuple[np.ndarray, np.ndarray]:
 def our_step(case: Case, params: Any = None, batches: Iterator[Mapping] | None = None) -> Callable[[], None]:
     """The train step as the training job runs it, on batches of `BATCH_SIZE`, or on one of its own."""
     network, objective = case.build(), build("objectives", OBJECTIVE)
-    opt = optimizer.make(steps=10**6, learning_rate=LEARNING_RATE, clip=None)
-    averages = ema.make(decays=(DECAY,), warmup=False)
+    opt = optimizer.make_optimizer(steps=10**6, learning_rate=LEARNING_RATE, clip=None)
+    averages = ema.make_ema(decays=(DECAY,), warmup=False)
     state = jax.jit(lambda: init_state(objective, network, opt.transform, averages, jax.random.key(0)))()
     if params is not None:
         state = dataclasses.replace(state, params={"net": jax.tree.map(jnp.asarray, params)})
@@ -212,8 +212,8 @@ def guided_sampling(case: Case, path: str) -> dict[str, Callable[[], Any]]:
 
     from diffusion.distributed import mesh
 
-    drawer = Drawer(
-        case.build(), build("objectives", OBJECTIVE), case.spec, mesh.make(), cond_drop_rate=0.1,
+    drawer = Generator(
+        case.build(), build("objectives", OBJECTIVE), case.spec, mesh.make_mesh(), cond_drop_rate=0.1,
         sampler={"name": "ddim", "steps": STEPS, "grid": {"name": "leading"}},
         guidance={"name": "cfg", "scale": SCALE},
     )  # fmt: skip
@@ -262,7 +262,7 @@ class Chain(nnx.Module):
 
     def __init__(self, scanned: bool, rngs: nnx.Rngs):
         def block(rngs: nnx.Rngs) -> Block:
-            return Block(width=384, heads=6, inner=1536, norm="layer", qk_norm=False, gated=False, kernel="auto",
+            return Block(width=384, num_heads=6, inner=1536, norm="layer", qk_norm=False, gated=False, kernel="auto",
                          dtype=jnp.float32, rngs=rngs)  # fmt: skip
 
         self.scanned = scanned
@@ -321,7 +321,7 @@ def compiling(runs: int) -> None:
 
 def print_first_step(name: str, folder: str) -> None:
     """What `compiling` runs in a process of its own: seconds of the first step, and of the second."""
-    cli.keep_compiled(folder)
+    cli.use_compilation_cache(folder)
     step = our_step(CASES[name])
     for _ in range(2):
         start = time.perf_counter()

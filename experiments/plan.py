@@ -11,11 +11,11 @@ import json
 from absl import flags
 
 from diffusion.core import files
-from diffusion.profiling.chips import CHIPS
 from diffusion.core.types import InputError
-from experiments import cli
 from diffusion.pipelines import capacity
 from diffusion.pipelines.config import check_sections
+from diffusion.profiling.chips import CHIPS
+from experiments import cli
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chips of a TPU slice to compile for, as in v5e:16x16 or v5p:8x8x8.")

@@ -1,7 +1,7 @@
 """Makes the data sets that a config reads.
 
-python -m experiments.prepare --config=configs/mnist.py [--data_dir=data]
-python -m experiments.prepare --config=configs/shapes.py --out=data/shapes [--num=10000]
+python -m experiments.prepare_data --config=configs/mnist.py [--data_dir=data]
+python -m experiments.prepare_data --config=configs/shapes.py --out=data/shapes [--num=10000]
 
 Sets of TensorFlow Datasets, those of `data` and `eval.data`, are downloaded and written as ArrayRecord files; one that
 is there as TFRecord is converted. This takes TensorFlow (requirements-tf.txt), and reading them does not. A builder of
@@ -20,14 +20,14 @@ from typing import Any
 from absl import flags
 
 from diffusion.core.build import build, check, find
-from diffusion.data.sources import array_record
-from diffusion.data.pipeline import in_order
-from diffusion.data.sources.tfds import builder_of
 from diffusion.core.progress import Progress
 from diffusion.core.types import InputError
-from experiments import cli
+from diffusion.data.pipeline import in_order
+from diffusion.data.sources import array_record
+from diffusion.data.sources.tfds import builder_of
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_sections
+from experiments import cli
 
 CONFIG = cli.define_config()
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of all TFDS sets. Default: the config's, or tfds' own.")

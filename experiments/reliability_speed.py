@@ -10,17 +10,24 @@ import jax
 import numpy as np
 
 from diffusion.core.build import build
-from diffusion.training.checkpoint import Checkpoints
+from diffusion.core.types import Spec
 from diffusion.distributed import mesh, sharding
 from diffusion.training import ema, optimizer
 from diffusion.training import step as steps
+from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.resilience.goodput import Goodput
-from diffusion.training.state import init_state
 from diffusion.training.resilience.watchdog import Watchdog
-from diffusion.core.types import Spec
+from diffusion.training.state import init_state
 
 SPEC = Spec(shape=(32, 32, 3), num_classes=0)
-NETWORK = {"name": "unet", "width": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention": (16,), "dropout": 0.1}
+NETWORK = {
+    "name": "unet",
+    "width": 128,
+    "channel_mult": (1, 2, 2, 2),
+    "num_res_blocks": 2,
+    "attention_resolutions": (16,),
+    "dropout": 0.1,
+}
 BATCH_SIZE, EVERY = 48, 100
 
 
@@ -28,8 +35,8 @@ def reliability(runs: int) -> None:
     """Prints a line for each. The batch is below the config's 128, which makes the steps short, and so the shares
     large: none of what is measured grows with the batch. A step takes 13 s on two cores."""
     network = build("networks", NETWORK, shape=SPEC.shape, num_classes=SPEC.num_classes)
-    objective, devices = build("objectives", "ddpm"), mesh.make()
-    opt, averages = optimizer.make(steps=1000), ema.make()
+    objective, devices = build("objectives", "denoising"), mesh.make_mesh()
+    opt, averages = optimizer.make_optimizer(steps=1000), ema.make_ema()
     batch = {"x": np.zeros((BATCH_SIZE, *SPEC.shape), np.float32), "cond": {}}
     batch = sharding.to_global(batch, sharding.by_example(devices))
 
@@ -38,7 +45,7 @@ def reliability(runs: int) -> None:
         return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
 
     state = jax.jit(lambda: init_state(objective, network, opt.transform, averages, jax.random.key(0)))()
-    with mock.patch.object(steps, "choose", lambda sound, new, old: new):
+    with mock.patch.object(steps, "select_if_ok", lambda ok, new, old: new):
         unguarded = compiled()
     programs = {"unguarded": unguarded, "guarded": compiled()}
     seconds = {name: [] for name in programs}

@@ -16,10 +16,10 @@ from absl import flags
 from diffusion.core import files, images
 from diffusion.core.types import InputError, SampleMetric
 from diffusion.pipelines import overrides
-from diffusion.pipelines.run import open_run
-from experiments import cli
 from diffusion.pipelines.generator import check_numbers
+from diffusion.pipelines.run import open_run
 from diffusion.pipelines.sampling_sweep import sweep
+from experiments import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 NUM = flags.DEFINE_integer("num", 100, "How many samples.")

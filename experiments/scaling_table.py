@@ -13,10 +13,10 @@ from typing import Any
 
 from absl import flags
 
-from diffusion.profiling import cost_model
 from diffusion.core.types import InputError
-from experiments import cli
 from diffusion.pipelines import capacity, tables
+from diffusion.profiling import cost_model
+from experiments import cli
 
 OUT = flags.DEFINE_string("out", "docs/scaling.md", "The file; its tables are replaced.")
 

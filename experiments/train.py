@@ -5,10 +5,10 @@ python -m experiments.train --config=configs/digits.py --workdir=runs/digits [--
 
 from absl import flags
 
+from diffusion.pipelines.build_training import prepared, traced
 from diffusion.training.resilience import preemption
 from diffusion.training.trainer import train
 from experiments import cli
-from diffusion.pipelines.build_training import prepared, traced
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, previews.")

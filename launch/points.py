@@ -11,10 +11,9 @@ from glob import glob
 from typing import Any
 
 from diffusion.core.types import InputError
-from experiments import cli
-from diffusion.pipelines.build_training import training
+from diffusion.pipelines.build_training import prepared, traced, training
 from diffusion.pipelines.config import check_sections
-from diffusion.pipelines.build_training import prepared, traced
+from experiments import cli
 from launch.jobs import check_name
 
 NAMED, HASH = 60, 8  # characters of a name that tell what is overridden, and that tell it from all others

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from diffusion.core import files
-from diffusion.training.resilience.preemption import STOPPED
 from diffusion.core.types import InputError
+from diffusion.training.resilience.preemption import STOPPED
 from experiments import cli
 from launch import locks, results, status
 from launch.local import Local
@@ -119,7 +119,7 @@ class Pool:
 
     def run(self) -> int:
         """Until all have ended, or a signal has ended them: then the exit code for that, else 0."""
-        drawer, drawn = status.Drawer(sys.stdout) if sys.stdout.isatty() else None, 0.0
+        drawer, drawn = status.Generator(sys.stdout) if sys.stdout.isatty() else None, 0.0
         if not drawer:
             print(f"{self.total} runs, {self.total - len(self.waiting)} of them ended before; python -m launch.status "
                   f"--workdir={self.workdir} shows them")  # fmt: skip

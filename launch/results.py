@@ -21,8 +21,8 @@ from typing import Any
 from etils import epath
 
 from diffusion.core import files
-from diffusion.training.resilience.preemption import STOPPED
 from diffusion.core.types import InputError
+from diffusion.training.resilience.preemption import STOPPED
 from experiments.cli import BAD_INPUT, DIVERGED
 from launch import locks
 

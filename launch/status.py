@@ -67,7 +67,7 @@ def table(rows: Sequence[Row], width: int | None = None, height: int | None = No
     return "\n".join(_cut(line, width, middle=False) for line in [*text, *notes, counts(rows)])
 
 
-class Drawer:
+class Generator:
     """Draws a table again and again in one place of a terminal."""
 
     def __init__(self, stream: TextIO):
@@ -85,7 +85,7 @@ class Drawer:
 
 def watch(workdir: str, every: float, stream: TextIO) -> None:
     """Draws the table again and again until all runs have ended, or somebody interrupts it."""
-    drawer = Drawer(stream)
+    drawer = Generator(stream)
     while True:
         rows = read(workdir)
         drawer.draw(rows)

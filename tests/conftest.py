@@ -50,7 +50,14 @@ def digits():
 @pytest.fixture(scope="session")
 def tiny_unet(digits):
     """A U-Net of 8x8 digits that compiles in seconds."""
-    spec = {"name": "unet", "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 8}
+    spec = {
+        "name": "unet",
+        "width": 8,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (4,),
+        "head_dim": 8,
+    }
     return build("networks", spec, shape=digits.spec.shape, num_classes=digits.spec.num_classes)
 
 
@@ -71,7 +78,7 @@ def tiny_params(tiny_unet):
 
 @pytest.fixture(scope="session")
 def ddpm():
-    return build("objectives", {"name": "ddpm"})
+    return build("objectives", {"name": "denoising"})
 
 
 @pytest.fixture(scope="session")

@@ -21,24 +21,24 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build, names
-from diffusion.objectives.base.teacher import Teacher
+from diffusion.core.types import InputError
 from diffusion.distributed import sharding
+from diffusion.objectives.base.teacher import Teacher
 from diffusion.sampling.loop import bind, prior, sample
 from diffusion.training import ema, optimizer
 from diffusion.training.state import averaged, init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import InputError
 
 TINY = {
-    "unet": {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention": (), "head_width": 4},
+    "unet": {"width": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "head_dim": 4},
     "mlp": {"width": 8, "depth": 1},
-    "dit": {"width": 8, "depth": 2, "heads": 2, "patch": 4},
-    "uvit": {"width": 8, "depth": 3, "heads": 2, "patch": 4},
-    "edm2": {"width": 4, "multipliers": (1, 2), "blocks": 1, "attention": (), "head_width": 4},
+    "dit": {"width": 8, "depth": 2, "num_heads": 2, "patch_size": 4},
+    "uvit": {"width": 8, "depth": 3, "num_heads": 2, "patch_size": 4},
+    "edm2": {"width": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "head_dim": 4},
 }
 # What an objective wants beside its defaults; `teacher` stands for one that fits it.
 OPTIONS = {
-    "consistency": {"curriculum": {"name": "fixed", "points": 4}, "sigma_min": 0.0},
+    "consistency": {"discretization": {"name": "fixed", "points": 4}, "sigma_min": 0.0},
     "continuous_consistency": {},
     "latent_consistency": {"teacher": "eps", "schedule": {"name": "vp", "num_steps": 1000}},
     "mean_flow": {},
@@ -65,7 +65,7 @@ def refusal(objective, parameterization, schedule):
     return None
 
 
-SGD = optimizer.make(steps=3, name="sgd", learning_rate=1e-4)
+SGD = optimizer.make_optimizer(steps=3, name="sgd", learning_rate=1e-4)
 OPTIMIZER = dataclasses.replace(SGD, transform=SGD.transform._replace(update=jax.jit(SGD.transform.update)))
 OBJECTIVES, NETWORKS = names("objectives"), names("networks")
 
@@ -96,7 +96,11 @@ def network_of(digits, mesh_of):
 
     @functools.cache
     def make(name, told):
-        spec = {"name": name, **TINY.get(name, {}), "conditions": ("r", "guidance") if told else ()}
+        spec = {
+            "name": name,
+            **TINY.get(name, {}),
+            "scalar_conditions": ("step_size", "guidance_scale") if told else (),
+        }
         network = build("networks", spec, shape=digits.spec.shape, num_classes=10)
         params = jax.tree.map(lambda leaf: leaf + 0.01, jax.jit(network.init)(jax.random.key(0)))
         compiled = jax.jit(network.apply)
@@ -116,9 +120,9 @@ def spec_of(objective, parameterization, schedule, network, data):
     options = {"name": objective, **OPTIONS.get(objective, {})}
     if parameterization is not None:
         options |= {"schedule": schedule, "parameterization": {"name": parameterization, "c_noise": "time"}}
-        options["times"] = "uniform"
+        options["time_sampler"] = "uniform"
     if "teacher" in options:
-        theirs = {"name": "ddpm", "schedule": options["schedule"], "parameterization": options["teacher"]}
+        theirs = {"name": "denoising", "schedule": options["schedule"], "parameterization": options["teacher"]}
         options["parameterization"] = options["teacher"]
         options["teacher"] = Teacher(network, build("objectives", theirs), data, 0.1)
     return options
@@ -151,7 +155,7 @@ def test_trains_and_samples_or_is_refused(combination, network_of, digits, digit
 
     objective = build("objectives", spec, field="objective")
     mesh = mesh_of(2, 1, 1)
-    opt, averages = OPTIMIZER, ema.make(decays=(0.5,))
+    opt, averages = OPTIMIZER, ema.make_ema(decays=(0.5,))
     state = init_state(objective, network, opt.transform, averages, jax.random.key(0))
     batch = jax.tree.map(lambda x: np.asarray(x[:4]), digits_batch)
     state = jax.device_put(state, sharding.of_state(state, mesh))

@@ -12,10 +12,10 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from diffusion.core.build import build, find
+from diffusion.core.build import build, call, find
+from diffusion.core.types import InputError
 from diffusion.interop import model_folder
 from diffusion.training import ema
-from diffusion.core.types import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(path for top in ("diffusion", "experiments", "launch") for path in (ROOT / top).rglob("*.py"))
@@ -207,7 +207,7 @@ def test_the_names_of_tensors_are_no_paths(tmp_path):
 
 def test_averages_are_named_by_numbers():
     """Their names are those of arrays in checkpoints."""
-    averages = ema.make(decays=(0.0, 1e-300, 0.999999999999))
+    averages = ema.make_ema(decays=(0.0, 1e-300, 0.999999999999))
     assert all(float(name) >= 0 and "/" not in name for name in averages.names)
     for decay in ("../x", float("nan"), -0.5):
-        refused(lambda decay=decay: run.call(ema.make, {"decays": (decay,)}, field="ema"), "ema.decays")
+        refused(lambda decay=decay: call(ema.make_ema, {"decays": (decay,)}, field="ema"), "ema.decays")

@@ -114,9 +114,7 @@ def defaults(make: Callable[..., Any], *, later: Collection[str] = ()) -> dict[s
     """Returns the default of every keyword of `make` that has one, except those named in `later`."""
     parameters = inspect.signature(make).parameters
     return {
-        key: p.default
-        for key, p in parameters.items()
-        if p.default is not inspect.Parameter.empty and key not in later
+        key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty and key not in later
     }
 
 

@@ -41,7 +41,7 @@ class Batch(TypedDict):
 
     x: Array  # [B, ...] data in [-1, 1]
     cond: Cond  # conditions, each [B, ...]
-    noise: NotRequired[Mapping[str, Array]]  # what `Objective.draw` drew, each [B, ...]
+    draws: NotRequired[Mapping[str, Array]]  # what `Objective.draw` drew, each [B, ...]
     skipped: NotRequired[Array]  # [B] bool, another example stands in for one that cannot be read
 
 
@@ -97,17 +97,19 @@ class Denoised:
       log_variance: of the reverse step, if it is learned: where it lies in the log between the posterior's two
         variances, 0 for beta-tilde and 1 for beta (`posterior.Posterior.log_variance`), so it suits steps of any size.
       conditional: E[x0 | x_t, cond] as the model gave it, where guidance has made something else of it.
-      eps_x0: the x0 that the noise is read from, where that is not `x0` itself (CFG++). A solver that goes by x0 alone
+      x0_for_eps: the x0 that the noise is read from, where that is not `x0` itself (CFG++). A solver that goes by x0 alone
         cannot follow it, and `sample.sample` refuses the pair.
       kind: what x0 is: the `mean`, as above; the `end` of the ODE's path through x_t, as a consistency model gives it;
-        or that of the straight `step` which leads to where the path is at time `cond["r"]`, as a flow map has it.
+        or that of the straight `step` which leads to where the path is at time `cond["target_time"]`, as a flow map has it.
     """
 
     x0: Array
     log_variance: Array | None = None
     conditional: Array | None = None
-    eps_x0: Array | None = None
-    kind: Literal["mean", "end", "step"] = dataclasses.field(default="mean", metadata={"static": True})
+    x0_for_eps: Array | None = None
+    kind: Literal["posterior_mean", "consistency", "flow_map"] = dataclasses.field(
+        default="posterior_mean", metadata={"static": True}
+    )
 
 
 # denoise(x [B, ...], t [] or [B], cond) -> Denoised; `cond` is bound last (`sample.bind`): denoise(x, t, **more_cond).
@@ -145,14 +147,14 @@ class Network:
       apply: of the form `Apply`.
       outputs: values that it gives for each channel of x: 1, or 2 if it has a second head (a learned variance).
       project: what its parameters are brought back to after every optimizer step, and by `init`; None if they are free.
-      conditions: the numbers, each `[B]`, that it takes in `cond` beside the noise label: `r`, `guidance`.
+      scalar_conditions: the numbers, each `[B]`, that it takes in `cond` beside the noise label: `r`, `guidance`.
     """
 
     init: Callable[[Array], Params]
     apply: Apply
     outputs: int = 1
     project: Callable[[Params], Params] | None = None
-    conditions: tuple[str, ...] = ()
+    scalar_conditions: tuple[str, ...] = ()
 
 
 class Objective(Protocol):
@@ -180,24 +182,30 @@ class Objective(Protocol):
         """The schedule to sample with."""
         ...
 
-    def memory(self) -> Mapping[str, Array]:
+    def initial_state(self) -> Mapping[str, Array]:
         """What the objective keeps from step to step beside its parameters, before the first; a part of the state."""
         ...
 
-    def prepare(
-        self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array
+    def before_step(
+        self,
+        params: Mapping,
+        ema_params: Mapping,
+        batch: Batch,
+        objective_state: Mapping[str, Array],
+        key: Array,
+        step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
         """What comes before a step: the dict of networks, with those that follow others and no gradient brought up to
         date (a target, the teacher of the next round), and the memory."""
         ...
 
-    def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> Mapping[str, Array]:
+    def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> Mapping[str, Array]:
         """All randomness of one loss, each entry `[B, ...]`: drawn for the whole batch, so that neither gradient
         accumulation nor sharding changes it."""
         ...
 
-    def remember(
-        self, memory: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
+    def update_state(
+        self, objective_state: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
         """The memory after a whole batch's noise and losses `[B]`, and metrics of them."""
         ...
@@ -205,7 +213,7 @@ class Objective(Protocol):
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """Loss `[B]` and scalar metrics. Uses `batch["noise"]` if it is there, and draws it if not."""
+        """Loss `[B]` and scalar metrics. Uses `batch["draws"]` if it is there, and draws it if not."""
         ...
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser: ...
@@ -220,11 +228,11 @@ class Sampler(Protocol):
     Attributes:
       evaluations: `evaluations(steps)`, how often a run that ends at t = 0 asks the denoiser; None if it depends.
       stochastic: whether it draws noise, and so solves no ODE that could be inverted.
-      eps_apart: whether it follows a noise that is not read from x0 (`Denoised.eps_x0`).
+      uses_separate_eps: whether it follows a noise that is not read from x0 (`Denoised.x0_for_eps`).
     """
 
     stochastic: bool
-    eps_apart: bool
+    uses_separate_eps: bool
 
     def evaluations(self, steps: int) -> int | None: ...
 

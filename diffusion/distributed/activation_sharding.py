@@ -1,6 +1,6 @@
 """Where a network's blocks meet, activations stay as the batch is laid out.
 
-A network names the places, `border(x)`, and knows no mesh; who compiles a step over many devices says what is kept
+A network names the places, `constrain(x)`, and knows no mesh; who compiles a step over many devices says what is kept
 there. Without it the partitioner may gather a batch's activations on every device instead of a block's parameters.
 """
 
@@ -17,7 +17,7 @@ from diffusion.core.types import Array, InputError
 _kept = jax.make_user_context(None)  # a part of what `jax.jit` goes by: another value is traced anew
 
 
-def border(x: Array) -> Array:
+def constrain(x: Array) -> Array:
     """The same array, `[B, ...]`; tokens are `[B, N, D]`. A part of a batch that the devices do not divide is left to
     the compiler.
 
@@ -38,7 +38,7 @@ def border(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, place)
 
 
-def kept(function: Callable, place: NamedSharding, sequence: str | None = None) -> Callable:
+def enabled(function: Callable, place: NamedSharding, sequence: str | None = None) -> Callable:
     """`function`, traced with every border's arrays laid out as `place`, which splits their leading axis, and their
     tokens over the mesh axis `sequence`."""
 

@@ -17,7 +17,7 @@ AXES = ("data", "fsdp", "model")
 MOST_PARTS, REST = 128, "fsdp_rest"
 
 
-def make(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes `data`, `fsdp` and `model`; one size may be -1, for all that is left.
 
     The batch is split over data x fsdp, parameters over fsdp and, by rule, over model. Of an fsdp of more than 128

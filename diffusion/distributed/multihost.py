@@ -10,9 +10,9 @@ from jax._src import distributed  # whose barriers have a limit; jax.experimenta
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize finds out by itself and tells nobody
 from jax.experimental import multihost_utils
 
+from diffusion.core.types import InputError
 from diffusion.distributed import roll_call
 from diffusion.distributed.roll_call import Missing
-from diffusion.core.types import InputError
 
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead, and ends the others
 LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|CoordinationService")  # in what JAX raises then
@@ -67,7 +67,7 @@ def _told() -> tuple[str, int, int]:
     return told
 
 
-def is_told_of() -> bool:
+def is_announced() -> bool:
     """Whether the environment says that this is one of several processes: Slurm's srun, or GKE with TPUs."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion.distributed.mesh import REST
 from diffusion.core.types import InputError
+from diffusion.distributed.mesh import REST
 
 # A regular expression on the path, and the mesh axis or axes (or None) of each dimension; None for a leaf left whole.
 Rule = tuple[str, tuple[str | tuple[str, ...] | None, ...] | None]

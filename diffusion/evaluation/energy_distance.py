@@ -3,8 +3,8 @@
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from diffusion.evaluation.reference import all_of
 from diffusion.core.types import InputError, Source
+from diffusion.evaluation.reference import all_of
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:

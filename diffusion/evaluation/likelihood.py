@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.evaluation import log_likelihood
 from diffusion.core.types import Array, Denoiser, InputError, Schedule, Source
+from diffusion.evaluation import log_likelihood
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import numpy as np
 from sklearn.svm import SVC
 
-from diffusion.evaluation.reference import all_of
 from diffusion.core.types import InputError, Source
+from diffusion.evaluation.reference import all_of
 
 
 class SVCAccuracy:

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 
 from diffusion.core.build import build, find
+from diffusion.core.types import InputError, Params, Spec
 from diffusion.interop import model_folder, tensors
 from diffusion.interop.tensors import Pair, conv, copies, fused, linear, norm, pointwise, same, stacked
 from diffusion.layers.norms import usual_groups
-from diffusion.core.types import InputError, Params, Spec
 
 VERSION = "0.42.1"  # written into what we write
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention before 0.13
@@ -172,16 +172,16 @@ def _read_unet(config: Mapping[str, Any], null_class: bool) -> tuple[dict[str, A
     network = {
         "name": "unet",
         "width": widths[0],
-        "multipliers": tuple(width // widths[0] for width in widths),
-        "blocks": config["layers_per_block"],
-        "attention": tuple(size >> level for level, attend in enumerate(attends) if attend),
+        "channel_mult": tuple(width // widths[0] for width in widths),
+        "num_res_blocks": config["layers_per_block"],
+        "attention_resolutions": tuple(size >> level for level, attend in enumerate(attends) if attend),
         "up_attention": "every",
         "middle_attention": config["add_attention"],
-        "head_width": config["attention_head_dim"],
+        "head_dim": config["attention_head_dim"],
         "scale_shift": scale_shift,
         "resample": "residual" if ways == {"resnet"} else "conv",
-        "end_padding": config["downsample_padding"] == 0,
-        "last_frequency": config["freq_shift"] == 1,
+        "asymmetric_padding": config["downsample_padding"] == 0,
+        "freq_shift": config["freq_shift"] == 1,
         "sin_first": not config["flip_sin_to_cos"],
         "null_class": null_class or not classes,  # without classes it says nothing
         "dropout": float(config["dropout"]),
@@ -193,18 +193,20 @@ def _read_unet(config: Mapping[str, Any], null_class: bool) -> tuple[dict[str, A
 
 
 def _unet_config(network: Mapping[str, Any], spec: Spec, normed: Collection[int]) -> dict[str, Any]:
-    _lacks(network, up_attention="every", taps=(1, 1), input_skip=False, rescale=False, embedding="sinusoidal")
+    _lacks(
+        network, up_attention="every", resample_filter=(1, 1), input_skip=False, rescale=False, embedding="sinusoidal"
+    )
     if network["resample"] == "projected":
         raise InputError("network.resample", "is 'projected'; diffusers' U-Net has 'conv' and 'residual'")
     size, _, channels = spec.shape
-    widths = [network["width"] * multiplier for multiplier in network["multipliers"]]
+    widths = [network["width"] * multiplier for multiplier in network["channel_mult"]]
     groups = {network["groups"] or usual_groups(channels) for channels in normed}
     if len(groups) > 1:
         raise InputError("network.groups", f"are {sorted(groups)} in different layers; diffusers' model has one number")
     residual = network["resample"] == "residual"
     kinds = {(False, False): "{way}Block2D", (True, False): "Attn{way}Block2D", (True, True): "Attn{way}Block2D",
              (False, True): "Resnet{way}sampleBlock2D"}  # fmt: skip
-    types = [kinds[size >> level in network["attention"], residual] for level in range(len(widths))]
+    types = [kinds[size >> level in network["attention_resolutions"], residual] for level in range(len(widths))]
     return {
         "_class_name": "UNet2DModel",
         "_diffusers_version": VERSION,
@@ -212,17 +214,17 @@ def _unet_config(network: Mapping[str, Any], spec: Spec, normed: Collection[int]
         "sample_size": size,
         "in_channels": channels,
         "out_channels": network["outputs"] * channels,
-        "freq_shift": int(network["last_frequency"]),
+        "freq_shift": int(network["freq_shift"]),
         "flip_sin_to_cos": not network["sin_first"],
         "down_block_types": [kind.format(way="Down") for kind in types],
         "up_block_types": [kind.format(way="Up") for kind in reversed(types)],
         "block_out_channels": widths,
-        "layers_per_block": network["blocks"],
-        "downsample_padding": 0 if network["end_padding"] else 1,
+        "layers_per_block": network["num_res_blocks"],
+        "downsample_padding": 0 if network["asymmetric_padding"] else 1,
         "downsample_type": "resnet" if residual else "conv",
         "upsample_type": "resnet" if residual else "conv",
         "dropout": network["dropout"],
-        "attention_head_dim": network["head_width"],
+        "attention_head_dim": network["head_dim"],
         "norm_num_groups": min(groups),
         "attn_norm_num_groups": min(groups),
         "norm_eps": network["epsilon"],
@@ -233,7 +235,7 @@ def _unet_config(network: Mapping[str, Any], spec: Spec, normed: Collection[int]
 
 
 def _unet_pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
-    levels, blocks = len(network["multipliers"]), network["blocks"]
+    levels, blocks = len(network["channel_mult"]), network["num_res_blocks"]
 
     def residual(ours: str, theirs: str, projected: bool) -> list[Pair]:
         pairs = [
@@ -270,10 +272,10 @@ def _unet_pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
         pairs.append(same("embed/label/embedding", "class_embedding.weight"))
     if network["middle_attention"]:
         pairs += attention("middle/first/attention", "mid_block.attentions.0")
-    for level, multiplier in enumerate(network["multipliers"]):
+    for level, multiplier in enumerate(network["channel_mult"]):
         down, up = f"down_blocks.{level}", f"up_blocks.{levels - 1 - level}"
-        grows = multiplier != network["multipliers"][max(level - 1, 0)]
-        attends = spec.shape[0] >> level in network["attention"]
+        grows = multiplier != network["channel_mult"][max(level - 1, 0)]
+        attends = spec.shape[0] >> level in network["attention_resolutions"]
         for block in range(blocks + 1):
             if block < blocks:
                 projected = grows and block == 0
@@ -306,31 +308,31 @@ def _read_dit(config: Mapping[str, Any]) -> tuple[dict[str, Any], Spec]:
     size = _size(config)
     network = {
         "name": "dit",
-        "patch": config["patch_size"],
+        "patch_size": config["patch_size"],
         "width": config["num_attention_heads"] * config["attention_head_dim"],
         "depth": config["num_layers"],
-        "heads": config["num_attention_heads"],
-        "last_frequency": True,
+        "num_heads": config["num_attention_heads"],
+        "freq_shift": True,
         "outputs": _outputs(config),
     }
     return network, Spec((size, size, config["in_channels"]), config["num_embeds_ada_norm"])
 
 
 def _dit_config(network: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
-    _lacks(network, mlp_ratio=4, positions="sincos", norm="layer", qk_norm=False, mlp="gelu", last_frequency=True)
+    _lacks(network, mlp_ratio=4, positions="sincos", norm="layer", qk_norm=False, mlp="gelu", freq_shift=True)
     if not spec.num_classes:
         raise InputError("data", "has no classes; diffusers' DiT is conditioned on one")
     return {
         "_class_name": "DiTTransformer2DModel",
         "_diffusers_version": VERSION,
         **_DIT_DEFAULTS,
-        "num_attention_heads": network["heads"],
-        "attention_head_dim": network["width"] // network["heads"],
+        "num_attention_heads": network["num_heads"],
+        "attention_head_dim": network["width"] // network["num_heads"],
         "in_channels": spec.shape[2],
         "out_channels": network["outputs"] * spec.shape[2],
         "num_layers": network["depth"],
         "sample_size": spec.shape[0],
-        "patch_size": network["patch"],
+        "patch_size": network["patch_size"],
         "num_embeds_ada_norm": spec.num_classes,
         "norm_eps": 1e-6,
     }
@@ -338,7 +340,7 @@ def _dit_config(network: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
 
 def _dit_pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
     prefixes = [f"transformer_blocks.{index}." for index in range(network["depth"])]
-    p, C, D = network["patch"], spec.shape[2], network["width"]
+    p, C, D = network["patch_size"], spec.shape[2], network["width"]
     embedder = [
         *linear("embed/inner", "norm1.emb.timestep_embedder.linear_1"),
         *linear("embed/outer", "norm1.emb.timestep_embedder.linear_2"),

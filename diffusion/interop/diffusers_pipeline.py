@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion.core.types import InputError
 from diffusion.interop import diffusers_models, model_folder
 from diffusion.interop.diffusers_models import VERSION, Model
-from diffusion.core.types import InputError
 
 COMPONENTS = {
     "unet": ("unet", "UNet2DModel", "DDPMPipeline"),
@@ -123,7 +123,7 @@ def _sections(scheduler: Mapping[str, Any], outputs: int) -> dict[str, Any]:
         guidance["threshold"] = {"percentile": 1.0, "limit": float(scheduler.get("clip_sample_range", 1.0))}
     return {
         "objective": {
-            "name": "ddpm",
+            "name": "denoising",
             "schedule": schedule,
             "parameterization": {"name": predictions[named["prediction_type"]], "c_noise": "index"},
             "times": {"name": "discrete"},

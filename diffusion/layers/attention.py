@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.core.types import Array, InputError
 from diffusion.layers.keys import Keys
 from diffusion.layers.residual import Style
-from diffusion.core.types import Array, InputError
 
 Kernel = Literal["auto", "xla", "cudnn", "chunked"]
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion.distributed.activation_sharding import border
-from diffusion.layers.keys import Keys
 from diffusion.core.types import Array, Cond
+from diffusion.distributed.activation_sharding import constrain
+from diffusion.layers.keys import Keys
 
 
 def sinusoidal(labels: Array, width: int, *, last: bool = False, sin_first: bool = False) -> Array:
@@ -41,10 +41,10 @@ class ConditionEmbedding(nnx.Module):
     Args:
       width: of the noise label's `sinusoidal` or `fourier` features.
       last, sin_first: see `sinusoidal`.
-      conditions: see `Numbers`.
+      scalar_conditions: see `ScalarEmbedding`.
     """
 
-    def __init__(self, width: int, out_features: int, num_classes: int, *, conditions: tuple[str, ...] = (),
+    def __init__(self, width: int, out_features: int, num_classes: int, *, scalar_conditions: tuple[str, ...] = (),
                  kind: str = "sinusoidal", last: bool = False, sin_first: bool = False, null_class: bool = True,
                  dtype, rngs: Keys):  # fmt: skip
         if kind == "fourier":
@@ -58,32 +58,34 @@ class ConditionEmbedding(nnx.Module):
             init = nnx.initializers.normal(0.02)
             rows = num_classes + null_class
             self.label = nnx.Embed(rows, out_features, embedding_init=init, dtype=dtype, rngs=rngs)
-        self.numbers = Numbers(conditions, out_features, dtype=dtype, rngs=rngs)
+        self.numbers = ScalarEmbedding(scalar_conditions, out_features, dtype=dtype, rngs=rngs)
 
     def __call__(self, c_noise: Array, cond: Cond) -> Array:
         emb_BxD = self.numbers(self.outer(jax.nn.silu(self.inner(self.features(c_noise)))), cond)
         if self.num_classes:
             label, keep = cond["label"], cond.get("keep", True)
             if self.null_class:
-                return border(emb_BxD + self.label(jnp.where(keep, label, self.num_classes)))
+                return constrain(emb_BxD + self.label(jnp.where(keep, label, self.num_classes)))
             emb_BxD += jnp.where(jnp.reshape(keep, (-1, 1)), self.label(label), 0)
-        return border(emb_BxD)
+        return constrain(emb_BxD)
 
 
-class Numbers(nnx.Module):
+class ScalarEmbedding(nnx.Module):
     """Adds to an embedding `[B, D]` those of the numbers that a network is told beside the noise label; nothing at
     initialisation, so that a network may take over the weights of one that is told fewer.
 
     Args:
-      conditions: their names in `cond`: `r`, a second time on the scale of the noise label, and `guidance`. One that is
+      scalar_conditions: their names in `cond`: `r`, a second time on the scale of the noise label, and `guidance`. One that is
         absent from `cond` adds nothing.
       width: of their sinusoidal features; that of the embedding if None.
     """
 
-    def __init__(self, conditions: tuple[str, ...], features: int, *, width: int | None = None, dtype, rngs: Keys):
-        self.width, self.names = width or features, conditions
+    def __init__(
+        self, scalar_conditions: tuple[str, ...], features: int, *, width: int | None = None, dtype, rngs: Keys
+    ):
+        self.width, self.names = width or features, scalar_conditions
         kwargs = dict(dtype=dtype, rngs=rngs)
-        for name in conditions:
+        for name in scalar_conditions:
             inner = nnx.Linear(self.width, features, **kwargs)
             outer = nnx.Linear(features, features, kernel_init=nnx.initializers.zeros, **kwargs)
             setattr(self, name, nnx.Dict({"inner": inner, "outer": outer}))

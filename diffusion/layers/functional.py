@@ -9,13 +9,13 @@ from beartype.door import is_bearable
 from flax import nnx
 from jaxtyping import Bool, Float, Integer, Real, Shaped, jaxtyped
 
-from diffusion.layers.keys import Keys
 from diffusion.core.types import Array, Cond, InputError, Network, Params
+from diffusion.layers.keys import Keys
 
 Arrays = Array | np.ndarray
 # The axes of one example, by their number, and of the conditions that the house knows.
 AXES = {3: ("height", "width", "channels"), 4: ("frames", "height", "width", "channels")}
-NUMBERS = ("r", "guidance")
+NUMBERS = ("step_size", "guidance_scale")
 CONDITIONS = {
     "label": (Integer, "batch"),
     "keep": (Bool, "batch"),
@@ -31,7 +31,7 @@ def functional(
     outputs: int = 1,
     *,
     multiple: int | None = None,
-    conditions: tuple[str, ...] = (),
+    scalar_conditions: tuple[str, ...] = (),
     project: Callable[[Params], Params] | None = None,
 ) -> Network:
     """Splits a module once.
@@ -41,13 +41,13 @@ def functional(
         be parameters alone, with string keys (`nnx.Dict`, not lists).
       shape: of one example.
       multiple: if given, heights and widths may be others than `shape`'s, if they are multiples of this.
-      outputs, conditions, project: see `Network`.
+      outputs, scalar_conditions, project: see `Network`.
 
     Its `apply` raises InputError for an input of another kind or shape, naming the axis.
     """
-    for name in conditions:
+    for name in scalar_conditions:
         if name not in NUMBERS:
-            raise InputError("conditions", f"no {name!r}; any of: {', '.join(NUMBERS)}")
+            raise InputError("scalar_conditions", f"no {name!r}; any of: {', '.join(NUMBERS)}")
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
     names = AXES.get(len(shape), [f"axis{number}" for number in range(1, len(shape) + 1)])
     free = () if multiple is None else ("height", "width")
@@ -60,7 +60,7 @@ def functional(
 
     def apply(params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array:
         for name in NUMBERS:
-            if name in cond and name not in conditions:
+            if name in cond and name not in scalar_conditions:
                 raise InputError("network.conditions", f"lacks {name!r}, which the sampler, the guidance or the "
                                  "objective tells it; train a network that has it")  # fmt: skip
         wanted = {name: CONDITIONS.get(name, (Shaped, "batch ...")) for name in cond}
@@ -71,7 +71,7 @@ def functional(
             )
         return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key)
 
-    return Network(init, apply, outputs, project, conditions)
+    return Network(init, apply, outputs, project, scalar_conditions)
 
 
 def check(arrays: dict[str, Array], wanted: dict[str, tuple[type, str]]) -> None:

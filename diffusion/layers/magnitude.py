@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion.layers.keys import Keys
 from diffusion.core.types import Array, Params
+from diffusion.layers.keys import Keys
 
 EPSILON = 1e-4  # beside every RMS that is divided by
 SILU_RMS = 0.596  # of silu(z), z ~ N(0, 1)

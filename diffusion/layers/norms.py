@@ -6,8 +6,8 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion.layers.keys import Keys
 from diffusion.core.types import Array
+from diffusion.layers.keys import Keys
 
 
 def group_norm(channels: int, groups: int | None = None, epsilon: float = 1e-5, *, dtype, rngs: Keys):

@@ -15,10 +15,10 @@ def sincos_2d(side: int, width: int) -> np.ndarray:
     return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-def rotary_angles(side: int, head_width: int) -> np.ndarray:
-    """The angles that `rotate` turns a head's pairs by, `[side^2, head_width / 2]`: by the row in the first half, by
+def rotary_angles(side: int, head_dim: int) -> np.ndarray:
+    """The angles that `rotate` turns a head's pairs by, `[side^2, head_dim / 2]`: by the row in the first half, by
     the column in the second."""
-    frequencies = 10_000.0 ** -(np.arange(head_width // 4) / (head_width // 4))
+    frequencies = 10_000.0 ** -(np.arange(head_dim // 4) / (head_dim // 4))
     places = np.divmod(np.arange(side**2), side)
     return np.concatenate([np.outer(place, frequencies) for place in places], axis=1).astype(np.float32)
 

@@ -15,26 +15,26 @@ Taps = tuple[int, ...]
 MEAN: Taps = (1, 1)
 
 
-def halve(x: Array, taps: Taps) -> Array:
+def halve(x: Array, resample_filter: Taps) -> Array:
     """`[B, H, W, C]` -> `[B, H / 2, W / 2, C]`."""
     B, H, W, C = x.shape
-    if taps == MEAN:
+    if resample_filter == MEAN:
         return x.reshape(B, H // 2, 2, W // 2, 2, C).mean((2, 4))
-    pad = (len(taps) - 1) // 2
-    return _depthwise(x, taps, window_strides=(2, 2), padding=[(pad, pad)] * 2)
+    pad = (len(resample_filter) - 1) // 2
+    return _depthwise(x, resample_filter, window_strides=(2, 2), padding=[(pad, pad)] * 2)
 
 
-def double(x: Array, taps: Taps) -> Array:
+def double(x: Array, resample_filter: Taps) -> Array:
     """`[B, H, W, C]` -> `[B, 2 H, 2 W, C]`."""
-    if taps == MEAN:  # what follows, without products
+    if resample_filter == MEAN:  # what follows, without products
         return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    pad = len(taps) - 1 - (len(taps) - 1) // 2
-    return 4 * _depthwise(x, taps, window_strides=(1, 1), padding=[(pad, pad)] * 2, lhs_dilation=(2, 2))
+    pad = len(resample_filter) - 1 - (len(resample_filter) - 1) // 2
+    return 4 * _depthwise(x, resample_filter, window_strides=(1, 1), padding=[(pad, pad)] * 2, lhs_dilation=(2, 2))
 
 
-def _depthwise(x: Array, taps: Taps, **kwargs) -> Array:
+def _depthwise(x: Array, resample_filter: Taps, **kwargs) -> Array:
     C = x.shape[-1]
-    weights = np.array(taps, np.float32) / np.sum(taps)
+    weights = np.array(resample_filter, np.float32) / np.sum(resample_filter)
     kernel = jnp.asarray(np.outer(weights, weights)[:, :, None, None].repeat(C, axis=3), x.dtype)
     return jax.lax.conv_general_dilated(
         x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=C, **kwargs

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion.core.types import Array
 from diffusion.layers.keys import Keys
 from diffusion.layers.norms import group_norm
 from diffusion.layers.resample import MEAN, Taps, double, halve
-from diffusion.core.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Style:
     dropout: float = 0.0
     scale_shift: bool = True
     rescale: bool = False
-    taps: Taps = MEAN
+    resample_filter: Taps = MEAN
     groups: int | None = None
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
@@ -79,7 +79,7 @@ class ResidualBlock(nnx.Module):
         """x `[B, H, W, Cin]`, emb `[B, E]` -> `[B, H', W', Cout]`; `key` None switches dropout off."""
         h = jax.nn.silu(self.norm1(x))
         if self.resample is not None:
-            h, x = (self.resample(part, self.style.taps) for part in (h, x))
+            h, x = (self.resample(part, self.style.resample_filter) for part in (h, x))
         h = self.conv1(h)
         emb = self.emb(jax.nn.silu(emb))[:, None, None, :]
         if self.style.scale_shift:
@@ -92,10 +92,10 @@ class ResidualBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves height and width by a strided convolution, padded all around, or (`end_padding`) below and right alone."""
+    """Halves height and width by a strided convolution, padded all around, or (`asymmetric_padding`) below and right alone."""
 
-    def __init__(self, channels: int, style: Style, *, end_padding: bool = False, rngs: Keys):
-        padding = ((0, 1), (0, 1)) if end_padding else 1
+    def __init__(self, channels: int, style: Style, *, asymmetric_padding: bool = False, rngs: Keys):
+        padding = ((0, 1), (0, 1)) if asymmetric_padding else 1
         self.conv = conv3x3(channels, channels, strides=2, padding=padding, dtype=style.dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -106,8 +106,8 @@ class Upsample(nnx.Module):
     """Doubles height and width, then convolves."""
 
     def __init__(self, channels: int, style: Style, *, rngs: Keys):
-        self.taps = style.taps
+        self.resample_filter = style.resample_filter
         self.conv = conv3x3(channels, channels, dtype=style.dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.conv(double(x, self.taps))
+        return self.conv(double(x, self.resample_filter))

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from diffusion.distributed.activation_sharding import border
-from diffusion.layers.keys import Keys
 from diffusion.core.types import Array
+from diffusion.distributed.activation_sharding import constrain
+from diffusion.layers.keys import Keys
 
 Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
@@ -53,7 +53,7 @@ class Stack(nnx.Module):
 
         def block(x: Array, params_and_own: tuple[dict[str, Any], tuple[Array, ...]]) -> tuple[Array, Array | None]:
             params, own = params_and_own
-            x = border(nnx.merge(self.graphdef, nnx.State(params))(border(x), *own, *args))
+            x = constrain(nnx.merge(self.graphdef, nnx.State(params))(constrain(x), *own, *args))
             return x, x if collect else None
 
         block = rematerialised(block, self.remat, in_scan=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
+from diffusion.core.types import Array, Cond, InputError, Network
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
@@ -14,7 +15,6 @@ from diffusion.layers.keys import Keys
 from diffusion.layers.norms import layer_norm
 from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
 from diffusion.layers.stack import Remat, Stack
-from diffusion.core.types import Array, Cond, InputError, Network
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of the noise label, whatever the network's
 
@@ -23,8 +23,8 @@ class Block(nnx.Module):
     """Attention and a perceptron, each around a norm that the condition scales and shifts and whose result it gates
     (adaLN-zero): the identity at initialisation."""
 
-    def __init__(self, *, width, heads, inner, norm, qk_norm, gated, kernel, dtype, rngs: Keys):
-        self.heads, self.gated, self.kernel, self.dtype = heads, gated, kernel, dtype
+    def __init__(self, *, width, num_heads, inner, norm, qk_norm, gated, kernel, dtype, rngs: Keys):
+        self.num_heads, self.gated, self.kernel, self.dtype = num_heads, gated, kernel, dtype
         kwargs = dict(kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
         self.norm = norm
         self.modulation = nnx.Linear(width, 6 * width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
@@ -32,7 +32,7 @@ class Block(nnx.Module):
         self.out = nnx.Linear(width, width, **kwargs)
         self.qk_norm = qk_norm
         if qk_norm:
-            self.norm_q, self.norm_k = (nnx.RMSNorm(width // heads, dtype=dtype, rngs=rngs) for _ in range(2))
+            self.norm_q, self.norm_k = (nnx.RMSNorm(width // num_heads, dtype=dtype, rngs=rngs) for _ in range(2))
         self.up = nnx.Linear(width, 2 * inner if gated else inner, **kwargs)
         self.down = nnx.Linear(inner, width, **kwargs)
 
@@ -44,7 +44,7 @@ class Block(nnx.Module):
 
     def _attend(self, h_BxNxD: Array, angles_NxF: Array | None) -> Array:
         B, N, D = h_BxNxD.shape
-        q, k, v = (part.reshape(B, N, self.heads, -1) for part in jnp.split(self.qkv(h_BxNxD), 3, axis=-1))
+        q, k, v = (part.reshape(B, N, self.num_heads, -1) for part in jnp.split(self.qkv(h_BxNxD), 3, axis=-1))
         if self.qk_norm:
             q, k = self.norm_q(q), self.norm_k(k)
         if angles_NxF is not None:
@@ -62,35 +62,41 @@ class Block(nnx.Module):
 class DiT(nnx.Module):
     """x `[B, H, W, C]`, c_noise `[B]`, cond -> `[B, H, W, outputs * C]`, float32: patches, blocks, patches."""
 
-    def __init__(self, *, size, channels, num_classes, conditions, patch, width, depth, heads, inner, positions, norm,
-                 qk_norm, gated, last_frequency, kernel, remat, unroll, outputs, dtype, rngs: Keys):  # fmt: skip
-        self.patch, self.dtype, self.norm = patch, dtype, norm
-        self.side, self.out_channels = size // patch, outputs * channels
+    def __init__(self, *, size, channels, num_classes, scalar_conditions, patch_size, width, depth, num_heads, inner, positions, norm,
+                 qk_norm, gated, freq_shift, kernel, remat, unroll, outputs, dtype, rngs: Keys):  # fmt: skip
+        self.patch_size, self.dtype, self.norm = patch_size, dtype, norm
+        self.side, self.out_channels = size // patch_size, outputs * channels
         self.embed = ConditionEmbedding(
-            FREQUENCIES, width, num_classes, conditions=conditions, last=last_frequency, dtype=dtype, rngs=rngs
+            FREQUENCIES,
+            width,
+            num_classes,
+            scalar_conditions=scalar_conditions,
+            last=freq_shift,
+            dtype=dtype,
+            rngs=rngs,
         )
         xavier = nnx.initializers.xavier_uniform()
-        self.patches_in = nnx.Linear(patch**2 * channels, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.rotary, self.head_width, self.width = positions == "rope", width // heads, width
+        self.patches_in = nnx.Linear(patch_size**2 * channels, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.rotary, self.head_dim, self.width = positions == "rope", width // num_heads, width
         self.blocks = Stack(
-            lambda rngs: Block(width=width, heads=heads, inner=inner, norm=norm, qk_norm=qk_norm, gated=gated,
+            lambda rngs: Block(width=width, num_heads=num_heads, inner=inner, norm=norm, qk_norm=qk_norm, gated=gated,
                                kernel=kernel, dtype=dtype, rngs=rngs),
             depth, remat, unroll, rngs=rngs,
         )  # fmt: skip
         zeros = nnx.initializers.zeros
         self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
         self.patches_out = nnx.Linear(
-            width, patch**2 * self.out_channels, kernel_init=zeros, dtype=jnp.float32, rngs=rngs
+            width, patch_size**2 * self.out_channels, kernel_init=zeros, dtype=jnp.float32, rngs=rngs
         )
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
-        B, side, p = len(x), self.side, self.patch
+        B, side, p = len(x), self.side, self.patch_size
         emb_BxD = self.embed(c_noise, cond)
         x = x.reshape(B, side, p, side, p, -1).swapaxes(2, 3).reshape(B, side**2, -1)
         x_BxNxD = self.patches_in(x.astype(self.dtype))
         angles_NxF = None
         if self.rotary:
-            angles_NxF = rotary_angles(side, self.head_width)
+            angles_NxF = rotary_angles(side, self.head_dim)
         else:
             x_BxNxD += sincos_2d(side, self.width).astype(self.dtype)
         x_BxNxD = self.blocks(x_BxNxD, emb_BxD, angles_NxF)
@@ -103,17 +109,17 @@ class DiT(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
-    conditions: tuple[str, ...] = (),
-    patch: int = 2,
+    scalar_conditions: tuple[str, ...] = (),
+    patch_size: int = 2,
     width: int = 384,
     depth: int = 12,
-    heads: int = 6,
+    num_heads: int = 6,
     mlp_ratio: float = 4.0,
     positions: Literal["sincos", "rope"] = "sincos",
     norm: Literal["layer", "rms"] = "layer",
     qk_norm: bool = False,
     mlp: Literal["gelu", "swiglu"] = "gelu",
-    last_frequency: bool = False,
+    freq_shift: bool = False,
     kernel: Kernel = "auto",
     remat: Remat = "dots_with_no_batch_dims_saveable",
     unroll: int = 1,
@@ -124,13 +130,13 @@ def make(
     (width, depth, heads) = (768, 12, 12) for B, (1024, 24, 16) for L, (1152, 28, 16) for XL.
 
     Args:
-      shape: `(H, W, C)`, H = W, divisible by `patch`.
+      shape: `(H, W, C)`, H = W, divisible by `patch_size`.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
-      conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
-      patch: side of the square of pixels that becomes a token.
-      width: of the tokens; divisible by 4, and by `heads`.
+      scalar_conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
+      patch_size: side of the square of pixels that becomes a token.
+      width: of the tokens; divisible by 4, and by `num_heads`.
       depth: number of blocks; they are stacked and scanned.
-      heads: of attention.
+      num_heads: of attention.
       mlp_ratio: width of the perceptron's inner layer, in units of `width`; with `swiglu` two thirds of it, which is as
         many parameters.
       positions: `sincos` embeddings that are added, or `rope`, rotations of queries and keys by row and column (Su et
@@ -138,7 +144,7 @@ def make(
       norm: `layer`, or `rms` without the mean (Zhang & Sennrich 2019, arXiv 1910.07467); neither has parameters.
       qk_norm: normalise queries and keys (Dehghani et al. 2023, arXiv 2302.05442), which keeps bf16 training stable.
       mlp: `gelu`, or gated `swiglu` (Shazeer 2020, arXiv 2002.05202).
-      last_frequency: the embedding of the noise label reaches its lowest frequency, 1 / 10,000. The paper's code
+      freq_shift: the embedding of the noise label reaches its lowest frequency, 1 / 10,000. The paper's code
         stops one short of it; weights that were trained or converted for diffusers may want it.
       kernel: how attention is computed; see `layers.attention.attend`.
       remat: what of a block the backward pass computes again; see `layers.stack.rematerialised`.
@@ -146,20 +152,26 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last layer are float32.
     """
-    checks.not_square("dit", shape)
-    checks.not_positive(
-        patch=patch, width=width, depth=depth, heads=heads, outputs=outputs, unroll=unroll, mlp_ratio=mlp_ratio
+    checks.square_images("dit", shape)
+    checks.positive(
+        patch_size=patch_size,
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        outputs=outputs,
+        unroll=unroll,
+        mlp_ratio=mlp_ratio,
     )
-    if shape[0] % patch:
-        raise InputError("patch", f"{patch} does not divide the {shape[0]} pixels of a side")
-    if width % 4 or width % heads:
-        raise InputError("width", f"must be divisible by 4 and by heads = {heads}, got {width}")
-    if positions == "rope" and width // heads % 4:
-        raise InputError("positions", f"rope wants heads of a width divisible by 4, got {width // heads}")
+    if shape[0] % patch_size:
+        raise InputError("patch_size", f"{patch_size} does not divide the {shape[0]} pixels of a side")
+    if width % 4 or width % num_heads:
+        raise InputError("width", f"must be divisible by 4 and by num_heads = {num_heads}, got {width}")
+    if positions == "rope" and width // num_heads % 4:
+        raise InputError("positions", f"rope wants heads of a width divisible by 4, got {width // num_heads}")
     inner = checks.inner_width(width * mlp_ratio * (2 / 3 if mlp == "swiglu" else 1))
     return functional(lambda rngs: DiT(
-        size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, patch=patch, width=width,
-        depth=depth, heads=heads, inner=inner, positions=positions, norm=norm, qk_norm=qk_norm, gated=mlp == "swiglu",
-        last_frequency=last_frequency, kernel=kernel, remat=remat, unroll=unroll, outputs=outputs,
+        size=shape[0], channels=shape[2], num_classes=num_classes, scalar_conditions=scalar_conditions, patch_size=patch_size, width=width,
+        depth=depth, num_heads=num_heads, inner=inner, positions=positions, norm=norm, qk_norm=qk_norm, gated=mlp == "swiglu",
+        freq_shift=freq_shift, kernel=kernel, remat=remat, unroll=unroll, outputs=outputs,
         dtype=jnp.dtype(dtype), rngs=rngs,
-    ), shape, outputs, conditions=conditions)  # fmt: skip
+    ), shape, outputs, scalar_conditions=scalar_conditions)  # fmt: skip

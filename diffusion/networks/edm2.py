@@ -8,14 +8,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
+from diffusion.core.types import Array, Cond, InputError, Network
+from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.attention import Kernel, attend
-from diffusion.distributed.activation_sharding import border
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
-from diffusion.layers.magnitude import MPConv, MPLinear, fourier_features, mp_cat, mp_silu, mp_sum, normalize_all, pixel_norm
+from diffusion.layers.magnitude import (
+    MPConv,
+    MPLinear,
+    fourier_features,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize_all,
+    pixel_norm,
+)
 from diffusion.layers.resample import MEAN, double, halve
 from diffusion.layers.stack import Remat, rematerialised
-from diffusion.core.types import Array, Cond, InputError, Network
 
 LARGEST = 256.0  # that a block's output can be, in either direction
 LABEL_BALANCE = 0.5  # share of the class in the embedding
@@ -78,32 +87,32 @@ class EDM2(nnx.Module):
     where `keep` is False.
     """
 
-    def __init__(self, *, size, channels, num_classes, conditions, width, multipliers, blocks, attention, head_width,
+    def __init__(self, *, size, channels, num_classes, scalar_conditions, width, channel_mult, num_res_blocks, attention_resolutions, head_dim,
                  concat_balance, bandwidth, remat, outputs, dtype, rngs: Keys, **block):  # fmt: skip
         self.width, self.num_classes, self.bandwidth = width, num_classes, bandwidth
         self.concat_balance, self.remat, self.dtype = concat_balance, remat, dtype
         kwargs = dict(dtype=dtype, rngs=rngs)
-        emb_features = width * max(multipliers)
+        emb_features = width * max(channel_mult)
         self.emb_noise = MPLinear(width, emb_features, **kwargs)
         self.emb_label = MPLinear(num_classes + 1, emb_features, **kwargs) if num_classes else None
-        self.conditions = conditions
-        self.numbers = nnx.Dict({name: MPLinear(width, emb_features, **kwargs) for name in conditions})
-        self.number_gains = nnx.Dict({name: nnx.Param(jnp.zeros(())) for name in conditions})
+        self.scalar_conditions = scalar_conditions
+        self.numbers = nnx.Dict({name: MPLinear(width, emb_features, **kwargs) for name in scalar_conditions})
+        self.number_gains = nnx.Dict({name: nnx.Param(jnp.zeros(())) for name in scalar_conditions})
         self.conv_in = MPConv(channels + 1, width, **kwargs)
 
         def stage(side, in_channels: int, out_channels: int, *, attends: bool = False, resample=None) -> Block:
-            heads = out_channels // head_width if attends else 0
+            heads = out_channels // head_dim if attends else 0
             return Block(in_channels, out_channels, emb_features, side=side, resample=resample, heads=heads,
                          **block, **kwargs)  # fmt: skip
 
         kept, current = [width], width
         down, up = {}, {}
-        for level, multiplier in enumerate(multipliers):
+        for level, multiplier in enumerate(channel_mult):
             if level:
                 down[f"{level}_down"] = stage("enc", current, current, resample=halve)
                 kept.append(current)
-            for index in range(blocks):
-                attends = size >> level in attention
+            for index in range(num_res_blocks):
+                attends = size >> level in attention_resolutions
                 down[f"{level}_{index}"] = stage("enc", current, width * multiplier, attends=attends)
                 current = width * multiplier
                 kept.append(current)
@@ -111,9 +120,9 @@ class EDM2(nnx.Module):
             "first": stage("dec", current, current, attends=True),
             "second": stage("dec", current, current),
         })  # fmt: skip
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            for index in range(blocks + 1):
-                attends = size >> level in attention
+        for level, multiplier in reversed(list(enumerate(channel_mult))):
+            for index in range(num_res_blocks + 1):
+                attends = size >> level in attention_resolutions
                 up[f"{level}_{index}"] = stage("dec", current + kept.pop(), width * multiplier, attends=attends)
                 current = width * multiplier
             if level:
@@ -132,7 +141,7 @@ class EDM2(nnx.Module):
             mine = None
             if key is not None:
                 key, mine = jax.random.split(key)
-            return border(rematerialised(lambda *inputs: block(*inputs), self.remat)(x, emb, mine))
+            return constrain(rematerialised(lambda *inputs: block(*inputs), self.remat)(x, emb, mine))
 
         # The channel of ones stands in for the biases that no layer has.
         x = self.conv_in(jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1))
@@ -149,7 +158,7 @@ class EDM2(nnx.Module):
 
     def _embed(self, c_noise: Array, cond: Cond) -> Array:
         emb_BxE = self.emb_noise(fourier_features(c_noise, self.width, self.bandwidth))
-        for name in self.conditions:
+        for name in self.scalar_conditions:
             if name in cond:
                 features = fourier_features(cond[name], self.width, self.bandwidth)
                 emb_BxE += self.numbers[name](features, self.number_gains[name][...])
@@ -158,18 +167,18 @@ class EDM2(nnx.Module):
             rows = self.num_classes + 1
             label_BxE = self.emb_label(jax.nn.one_hot(index, rows) * rows**0.5)
             emb_BxE = mp_sum(emb_BxE, label_BxE, LABEL_BALANCE)
-        return border(mp_silu(emb_BxE))
+        return constrain(mp_silu(emb_BxE))
 
 
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
-    conditions: tuple[str, ...] = (),
+    scalar_conditions: tuple[str, ...] = (),
     width: int = 192,
-    multipliers: tuple[int, ...] = (1, 2, 3, 4),
-    blocks: int = 3,
-    attention: tuple[int, ...] = (16, 8),
-    head_width: int = 64,
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4),
+    num_res_blocks: int = 3,
+    attention_resolutions: tuple[int, ...] = (16, 8),
+    head_dim: int = 64,
     dropout: float = 0.0,
     res_balance: float = 0.3,
     attn_balance: float = 0.3,
@@ -191,12 +200,12 @@ def make(
     Args:
       shape: `(H, W, C)`, H = W, divisible by 2 once for every level but the last.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
-      conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
+      scalar_conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
       width: channels of the first level.
-      multipliers: channels of each level, as multiples of `width`; the embedding is as wide as the widest.
-      blocks: residual blocks a level on the way down; one more on the way up.
-      attention: the resolutions at which every block has self-attention; the first in the middle always has it.
-      head_width: channels of an attention head; must divide the channels wherever there is attention.
+      channel_mult: channels of each level, as multiples of `width`; the embedding is as wide as the widest.
+      num_res_blocks: residual blocks a level on the way down; one more on the way up.
+      attention_resolutions: the resolutions at which every block has self-attention; the first in the middle always has it.
+      head_dim: channels of an attention head; must divide the channels wherever there is attention.
       dropout: rate inside the residual blocks, in [0, 1).
       res_balance, attn_balance, concat_balance: in [0, 1], the share of what a block adds, of what attention adds, and
         of what is kept on the way down beside what comes up.
@@ -207,16 +216,16 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last convolution are float32.
     """
-    checks.not_square("edm2", shape)
-    checks.not_positive(width=width, blocks=blocks, head_width=head_width, bandwidth=bandwidth, outputs=outputs)
-    checks.no_rate(dropout=dropout)
-    checks.bad_levels(shape[0], width, multipliers, attention, head_width)
+    checks.square_images("edm2", shape)
+    checks.positive(width=width, num_res_blocks=num_res_blocks, head_dim=head_dim, bandwidth=bandwidth, outputs=outputs)
+    checks.rate(dropout=dropout)
+    checks.levels(shape[0], width, channel_mult, attention_resolutions, head_dim)
     balances = {"res_balance": res_balance, "attn_balance": attn_balance, "concat_balance": concat_balance}
     for name, value in balances.items():
         if not 0 <= value <= 1:
             raise InputError(name, f"must be in [0, 1], got {value}")
     return functional(lambda rngs: EDM2(
-        size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, width=width,
-        multipliers=multipliers, blocks=blocks, attention=attention, head_width=head_width, dropout=dropout,
+        size=shape[0], channels=shape[2], num_classes=num_classes, scalar_conditions=scalar_conditions, width=width,
+        channel_mult=channel_mult, num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, head_dim=head_dim, dropout=dropout,
         bandwidth=bandwidth, kernel=kernel, remat=remat, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs, **balances,
-    ), shape, outputs, conditions=conditions, project=normalize_all)  # fmt: skip
+    ), shape, outputs, scalar_conditions=scalar_conditions, project=normalize_all)  # fmt: skip

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.distributed.activation_sharding import border
+from diffusion.core.types import Array, Cond, InputError, Network
+from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
-from diffusion.core.types import Array, Cond, InputError, Network
 
 
 class MLP(nnx.Module):
@@ -24,10 +24,10 @@ class MLP(nnx.Module):
     axis of `depth`, over which the pass scans.
     """
 
-    def __init__(self, *, shape, num_classes, conditions, width, depth, outputs, dtype, rngs: Keys):
+    def __init__(self, *, shape, num_classes, scalar_conditions, width, depth, outputs, dtype, rngs: Keys):
         self.dtype, self.out_shape = dtype, (*shape[:-1], outputs * shape[-1])
         kwargs = dict(dtype=dtype, rngs=rngs)
-        self.embed = ConditionEmbedding(width, width, num_classes, conditions=conditions, **kwargs)
+        self.embed = ConditionEmbedding(width, width, num_classes, scalar_conditions=scalar_conditions, **kwargs)
         self.linear_in = nnx.Linear(math.prod(shape), width, **kwargs)
         draw = nnx.initializers.lecun_normal(batch_axis=0)
 
@@ -55,9 +55,9 @@ class MLP(nnx.Module):
         def block(x_BxD: Array, p: dict[str, Array]) -> tuple[Array, None]:
             scale, shift = jnp.split(emb_BxD @ p["emb_kernel"] + p["emb_bias"], 2, axis=-1)
             h = (jax.nn.silu(x_BxD) @ p["kernel1"] + p["bias1"]) * (1 + scale) + shift
-            return border(x_BxD + jax.nn.silu(h) @ p["kernel2"] + p["bias2"]), None
+            return constrain(x_BxD + jax.nn.silu(h) @ p["kernel2"] + p["bias2"]), None
 
-        x_BxD = border(self.linear_in(x.reshape(len(x), -1).astype(self.dtype)))
+        x_BxD = constrain(self.linear_in(x.reshape(len(x), -1).astype(self.dtype)))
         stacked = {name: param[...].astype(self.dtype) for name, param in self.blocks.items()}
         x_BxD, _ = jax.lax.scan(block, x_BxD, stacked)
         return self.linear_out(x_BxD.astype(jnp.float32)).reshape(len(x), *self.out_shape)
@@ -66,7 +66,7 @@ class MLP(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
-    conditions: tuple[str, ...] = (),
+    scalar_conditions: tuple[str, ...] = (),
     width: int = 128,
     depth: int = 3,
     outputs: int = 1,
@@ -77,7 +77,7 @@ def make(
     Args:
       shape: of one example; at least one axis.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
-      conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
+      scalar_conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
       width: of the stream, the blocks and the embedding; must be even.
       depth: number of residual blocks.
       outputs: values for each entry of x's last axis: 2 for an objective with a learned variance.
@@ -85,10 +85,10 @@ def make(
     """
     if not shape or min(shape) < 1:
         raise InputError("shape", f"must be one or more positive numbers, got {shape}")
-    checks.not_positive(width=width, depth=depth, outputs=outputs)
+    checks.positive(width=width, depth=depth, outputs=outputs)
     if width % 2:
         raise InputError("width", f"must be even, got {width}")
     return functional(lambda rngs: MLP(
-        shape=shape, num_classes=num_classes, conditions=conditions, width=width, depth=depth, outputs=outputs,
+        shape=shape, num_classes=num_classes, scalar_conditions=scalar_conditions, width=width, depth=depth, outputs=outputs,
         dtype=jnp.dtype(dtype), rngs=rngs,
-    ), shape, outputs, conditions=conditions)  # fmt: skip
+    ), shape, outputs, scalar_conditions=scalar_conditions)  # fmt: skip

@@ -5,12 +5,12 @@
 |---|---|---|---|---|
 | scale_shift | False | False | False | True |
 | resample | conv | projected | projected | residual |
-| taps | (1, 1) | (1, 1) | (1, 3, 3, 1) | (1, 1) |
-| end_padding | True | | | |
+| resample_filter | (1, 1) | (1, 1) | (1, 3, 3, 1) | (1, 1) |
+| asymmetric_padding | True | | | |
 | input_skip | False | False | True | False |
 | rescale | False | True | True | False |
 | up_attention | every | last | last | every |
-| head_width | None | None | None | 64 |
+| head_dim | None | None | None | 64 |
 | embedding | sinusoidal | sinusoidal | fourier | sinusoidal |
 """
 
@@ -21,15 +21,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
+from diffusion.core.types import Array, Cond, InputError, Network
+from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.attention import Kernel, SpatialAttention
-from diffusion.distributed.activation_sharding import border
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.resample import MEAN, halve
 from diffusion.layers.residual import Downsample, ResidualBlock, Style, Upsample, conv3x3
 from diffusion.layers.stack import Remat, rematerialised
-from diffusion.core.types import Array, Cond, InputError, Network
 
 
 class UNet(nnx.Module):
@@ -39,19 +39,19 @@ class UNet(nnx.Module):
     more, takes them back in reverse, each joined to the channels of one block's input.
     """
 
-    def __init__(self, *, size, channels, num_classes, conditions, width, multipliers, blocks, attention, up_attention,
-                 middle_attention, head_width, resample, end_padding, input_skip, embedding, last_frequency, sin_first,
+    def __init__(self, *, size, channels, num_classes, scalar_conditions, width, channel_mult, num_res_blocks, attention_resolutions, up_attention,
+                 middle_attention, head_dim, resample, asymmetric_padding, input_skip, embedding, freq_shift, sin_first,
                  null_class, kernel, remat, outputs, style: Style, rngs: Keys):  # fmt: skip
         self.style, self.remat = style, remat
         self.embed = ConditionEmbedding(
-            2 * width if embedding == "fourier" else width, style.emb_features, num_classes, conditions=conditions,
-            kind=embedding, last=last_frequency, sin_first=sin_first, null_class=null_class, dtype=style.dtype,
+            2 * width if embedding == "fourier" else width, style.emb_features, num_classes, scalar_conditions=scalar_conditions,
+            kind=embedding, last=freq_shift, sin_first=sin_first, null_class=null_class, dtype=style.dtype,
             rngs=rngs,
         )  # fmt: skip
         self.conv_in = conv3x3(channels, width, dtype=style.dtype, rngs=rngs)
 
         def attend(channels: int) -> SpatialAttention:
-            return SpatialAttention(channels, channels // (head_width or channels), style, kernel=kernel, rngs=rngs)
+            return SpatialAttention(channels, channels // (head_dim or channels), style, kernel=kernel, rngs=rngs)
 
         def stage(in_channels: int, out_channels: int, attends: bool) -> nnx.Dict:
             parts = {"residual": ResidualBlock(in_channels, out_channels, style, rngs=rngs)}
@@ -64,17 +64,17 @@ class UNet(nnx.Module):
                 )
                 return nnx.Dict({"residual": block})
             if to == "halve":
-                return Downsample(channels, style, end_padding=end_padding, rngs=rngs)
+                return Downsample(channels, style, asymmetric_padding=asymmetric_padding, rngs=rngs)
             return Upsample(channels, style, rngs=rngs)
 
         kept, current, pyramid = [width], width, channels
         down, up, inputs = {}, {}, {}
-        for level, multiplier in enumerate(multipliers):
-            for block in range(blocks):
-                down[f"{level}_{block}"] = stage(current, width * multiplier, size >> level in attention)
+        for level, multiplier in enumerate(channel_mult):
+            for block in range(num_res_blocks):
+                down[f"{level}_{block}"] = stage(current, width * multiplier, size >> level in attention_resolutions)
                 current = width * multiplier
                 kept.append(current)
-            if level + 1 < len(multipliers):
+            if level + 1 < len(channel_mult):
                 down[f"{level}_down"] = resized(current, "halve")
                 kept.append(current)
                 if input_skip:
@@ -84,9 +84,11 @@ class UNet(nnx.Module):
             "first": stage(current, current, middle_attention),
             "second": stage(current, current, False),
         })  # fmt: skip
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            for block in range(blocks + 1):
-                attends = size >> level in attention and (up_attention == "every" or block == blocks)
+        for level, multiplier in reversed(list(enumerate(channel_mult))):
+            for block in range(num_res_blocks + 1):
+                attends = size >> level in attention_resolutions and (
+                    up_attention == "every" or block == num_res_blocks
+                )
                 up[f"{level}_{block}"] = stage(current + kept.pop(), width * multiplier, attends)
                 current = width * multiplier
             if level:
@@ -103,7 +105,7 @@ class UNet(nnx.Module):
         def run(stage: nnx.Module, x: Array) -> Array:
             nonlocal key
             if not isinstance(stage, nnx.Dict):
-                return border(stage(x))
+                return constrain(stage(x))
             mine = None
             if key is not None:
                 key, mine = jax.random.split(key)
@@ -112,7 +114,7 @@ class UNet(nnx.Module):
                 x = stage["residual"](x, emb, mine)
                 return stage["attention"](x) if "attention" in stage else x
 
-            return border(rematerialised(pass_through, self.remat)(x, emb, mine))
+            return constrain(rematerialised(pass_through, self.remat)(x, emb, mine))
 
         pyramid = x = x.astype(self.style.dtype)
         x = self.conv_in(x)
@@ -120,7 +122,7 @@ class UNet(nnx.Module):
         for name in self.down_names:
             x = run(self.down[name], x)
             if name in self.inputs:
-                pyramid = x = self.style.add(x, self.inputs[name](halve(pyramid, self.style.taps)))
+                pyramid = x = self.style.add(x, self.inputs[name](halve(pyramid, self.style.resample_filter)))
             kept.append(x)
         x = run(self.middle["second"], run(self.middle["first"], x))
         for name in self.up_names:
@@ -133,22 +135,22 @@ class UNet(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
-    conditions: tuple[str, ...] = (),
+    scalar_conditions: tuple[str, ...] = (),
     width: int = 128,
-    multipliers: tuple[int, ...] = (1, 2, 2, 2),
-    blocks: int = 2,
-    attention: tuple[int, ...] = (16,),
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2),
+    num_res_blocks: int = 2,
+    attention_resolutions: tuple[int, ...] = (16,),
     up_attention: Literal["every", "last"] = "every",
     middle_attention: bool = True,
-    head_width: int | None = 64,
+    head_dim: int | None = 64,
     scale_shift: bool = True,
     resample: Literal["conv", "residual", "projected"] = "conv",
-    taps: tuple[int, ...] = MEAN,
-    end_padding: bool = False,
+    resample_filter: tuple[int, ...] = MEAN,
+    asymmetric_padding: bool = False,
     input_skip: bool = False,
     rescale: bool = False,
     embedding: Literal["sinusoidal", "fourier"] = "sinusoidal",
-    last_frequency: bool = False,
+    freq_shift: bool = False,
     sin_first: bool = False,
     null_class: bool = True,
     dropout: float = 0.0,
@@ -165,23 +167,23 @@ def make(
       shape: `(H, W, C)`, H = W, divisible by 2 once for every level but the last; it says which levels attend, and the
         network takes images of other such sizes too.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
-      conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
+      scalar_conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
       width: channels of the first level; must be even.
-      multipliers: channels of each level, as multiples of `width`.
-      blocks: residual blocks a level on the way down; one more on the way up.
-      attention: the resolutions at which blocks are followed by self-attention.
+      channel_mult: channels of each level, as multiples of `width`.
+      num_res_blocks: residual blocks a level on the way down; one more on the way up.
+      attention_resolutions: the resolutions at which blocks are followed by self-attention.
       up_attention: after `every` block of such a level on the way up, or after the `last`; on the way down every one.
       middle_attention: also between the two blocks of the middle.
-      head_width: channels of an attention head; must divide the channels wherever there is attention. None: one head.
+      head_dim: channels of an attention head; must divide the channels wherever there is attention. None: one head.
       scale_shift: the embedding scales and shifts a block's second norm; else it is added before it.
       resample: by a strided `conv`, and one after nearest neighbours on the way up; or in a `residual` block, whose
         input may be `projected` as well.
-      taps: the filter that halves and doubles, where no strided convolution does; see `layers.resample`.
-      end_padding: strided convolutions pad below and right alone, which published DDPM weights want.
+      resample_filter: the filter that halves and doubles, where no strided convolution does; see `layers.resample`.
+      asymmetric_padding: strided convolutions pad below and right alone, which published DDPM weights want.
       input_skip: the halved input, convolved, is added after each halving.
       rescale: sums of two are divided by sqrt(2).
       embedding: of the noise label: `sinusoidal` for labels up to 1,000 or so, `fourier` for small ones (log sigma).
-      last_frequency: the sinusoidal embedding reaches its lowest frequency, 1 / 10,000, as DDPM's does and ADM's not.
+      freq_shift: the sinusoidal embedding reaches its lowest frequency, 1 / 10,000, as DDPM's does and ADM's not.
       sin_first: its sines stand before its cosines, which published DDPM weights want.
       null_class: the table of classes has a row for no class; without it, nothing is added for no class.
       dropout: rate inside the residual blocks, in [0, 1).
@@ -192,24 +194,31 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and the last convolution are float32.
     """
-    checks.not_square("unet", shape)
-    checks.not_positive(
-        width=width, blocks=blocks, outputs=outputs, epsilon=epsilon, head_width=head_width, groups=groups
+    checks.square_images("unet", shape)
+    checks.positive(
+        width=width, num_res_blocks=num_res_blocks, outputs=outputs, epsilon=epsilon, head_dim=head_dim, groups=groups
     )
-    checks.no_rate(dropout=dropout)
+    checks.rate(dropout=dropout)
     if width % 2:
         raise InputError("width", f"must be even, got {width}")
-    checks.bad_levels(shape[0], width, multipliers, attention, head_width, middle_attention=middle_attention)
-    if not taps or len(taps) % 2 or taps != taps[::-1] or sum(taps) == 0:
-        raise InputError("taps", f"must be a symmetric filter of an even number of weights, got {taps}")
-    for channels in (width * m for m in multipliers):
+    checks.levels(shape[0], width, channel_mult, attention_resolutions, head_dim, middle_attention=middle_attention)
+    if (
+        not resample_filter
+        or len(resample_filter) % 2
+        or resample_filter != resample_filter[::-1]
+        or sum(resample_filter) == 0
+    ):
+        raise InputError(
+            "resample_filter", f"must be a symmetric filter of an even number of weights, got {resample_filter}"
+        )
+    for channels in (width * m for m in channel_mult):
         if groups and channels % groups:
             raise InputError("groups", f"{groups} do not divide the {channels} channels of a level")
-    style = Style(4 * width, dropout, scale_shift, rescale, taps, groups, epsilon, jnp.dtype(dtype))
+    style = Style(4 * width, dropout, scale_shift, rescale, resample_filter, groups, epsilon, jnp.dtype(dtype))
     return functional(lambda rngs: UNet(
-        size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, width=width,
-        multipliers=multipliers, blocks=blocks, attention=attention, up_attention=up_attention,
-        middle_attention=middle_attention, head_width=head_width, resample=resample, end_padding=end_padding,
-        input_skip=input_skip, embedding=embedding, last_frequency=last_frequency, sin_first=sin_first,
+        size=shape[0], channels=shape[2], num_classes=num_classes, scalar_conditions=scalar_conditions, width=width,
+        channel_mult=channel_mult, num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, up_attention=up_attention,
+        middle_attention=middle_attention, head_dim=head_dim, resample=resample, asymmetric_padding=asymmetric_padding,
+        input_skip=input_skip, embedding=embedding, freq_shift=freq_shift, sin_first=sin_first,
         null_class=null_class, kernel=kernel, remat=remat, outputs=outputs, style=style, rngs=rngs,
-    ), shape, outputs, multiple=2 ** (len(multipliers) - 1), conditions=conditions)  # fmt: skip
+    ), shape, outputs, multiple=2 ** (len(channel_mult) - 1), scalar_conditions=scalar_conditions)  # fmt: skip

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
+from diffusion.core.types import Array, Cond, InputError, Network
 from diffusion.layers.attention import Kernel, attend
-from diffusion.layers.embeddings import Numbers, sinusoidal
+from diffusion.layers.embeddings import ScalarEmbedding, sinusoidal
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.stack import Remat, Stack
-from diffusion.core.types import Array, Cond, InputError, Network
 
 SMALL = nnx.initializers.normal(0.02)  # the paper's code truncates it at 2, which is 100 standard deviations
 UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(fan_in), for convolutions
@@ -23,8 +23,8 @@ class Block(nnx.Module):
     """Attention and a perceptron, each behind a norm and around which the input is added. `long_skip`: the tokens and
     those of an earlier block become the input by a linear map of both."""
 
-    def __init__(self, *, width, heads, inner, qkv_bias, long_skip, kernel, dtype, rngs: Keys):
-        self.heads, self.kernel, self.long_skip = heads, kernel, long_skip
+    def __init__(self, *, width, num_heads, inner, qkv_bias, long_skip, kernel, dtype, rngs: Keys):
+        self.num_heads, self.kernel, self.long_skip = num_heads, kernel, long_skip
         kwargs = dict(kernel_init=SMALL, dtype=dtype, rngs=rngs)
         if long_skip:
             self.skip = nnx.Linear(2 * width, width, **kwargs)
@@ -42,7 +42,7 @@ class Block(nnx.Module):
 
     def _attend(self, h_BxNxD: Array) -> Array:
         B, N, D = h_BxNxD.shape
-        q, k, v = (part.reshape(B, N, self.heads, -1) for part in jnp.split(self.qkv(h_BxNxD), 3, axis=-1))
+        q, k, v = (part.reshape(B, N, self.num_heads, -1) for part in jnp.split(self.qkv(h_BxNxD), 3, axis=-1))
         return self.out(attend(q, k, v, kernel=self.kernel).reshape(B, N, D))
 
 
@@ -53,25 +53,25 @@ class UViT(nnx.Module):
     the table of classes is the null embedding, used where `keep` is False.
     """
 
-    def __init__(self, *, size, channels, num_classes, conditions, patch, width, depth, heads, inner, qkv_bias,
+    def __init__(self, *, size, channels, num_classes, scalar_conditions, patch_size, width, depth, num_heads, inner, qkv_bias,
                  time_mlp, conv, kernel, remat, outputs, dtype, rngs: Keys):  # fmt: skip
-        self.patch, self.side, self.width, self.num_classes = patch, size // patch, width, num_classes
+        self.patch_size, self.side, self.width, self.num_classes = patch_size, size // patch_size, width, num_classes
         self.time_mlp, self.conv, self.dtype = time_mlp, conv, dtype
         self.extras, out_channels = 1 + bool(num_classes), outputs * channels
         kwargs = dict(kernel_init=SMALL, dtype=dtype, rngs=rngs)
         if time_mlp:
             self.time_inner = nnx.Linear(width, 4 * width, **kwargs)
             self.time_outer = nnx.Linear(4 * width, width, **kwargs)
-        self.numbers = Numbers(conditions, width, dtype=dtype, rngs=rngs)
+        self.numbers = ScalarEmbedding(scalar_conditions, width, dtype=dtype, rngs=rngs)
         if num_classes:
             init = nnx.initializers.normal(1)  # as large as the sinusoids
             self.label = nnx.Embed(num_classes + 1, width, embedding_init=init, dtype=dtype, rngs=rngs)
-        self.patches_in = nnx.Linear(patch**2 * channels, width, kernel_init=UNIFORM, dtype=dtype, rngs=rngs)
+        self.patches_in = nnx.Linear(patch_size**2 * channels, width, kernel_init=UNIFORM, dtype=dtype, rngs=rngs)
         self.positions = nnx.Param(SMALL(rngs.params(), (self.extras + self.side**2, width), jnp.float32))
 
         def stack(depth: int, long_skip: bool) -> Stack:
             return Stack(
-                lambda rngs: Block(width=width, heads=heads, inner=inner, qkv_bias=qkv_bias, long_skip=long_skip,
+                lambda rngs: Block(width=width, num_heads=num_heads, inner=inner, qkv_bias=qkv_bias, long_skip=long_skip,
                                    kernel=kernel, dtype=dtype, rngs=rngs),
                 depth, remat, rngs=rngs,
             )  # fmt: skip
@@ -80,12 +80,12 @@ class UViT(nnx.Module):
         self.in_blocks, self.out_blocks = stack(depth // 2 + 1, False), stack(depth // 2, True)
         kwargs = dict(dtype=jnp.float32, rngs=rngs)
         self.norm = nnx.LayerNorm(width, epsilon=EPSILON, **kwargs)
-        self.patches_out = nnx.Linear(width, patch**2 * out_channels, kernel_init=SMALL, **kwargs)
+        self.patches_out = nnx.Linear(width, patch_size**2 * out_channels, kernel_init=SMALL, **kwargs)
         if conv:
             self.smooth = nnx.Conv(out_channels, out_channels, (3, 3), padding=1, kernel_init=UNIFORM, **kwargs)
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
-        B, side, p = len(x), self.side, self.patch
+        B, side, p = len(x), self.side, self.patch_size
         x = x.reshape(B, side, p, side, p, -1).swapaxes(2, 3).reshape(B, side**2, -1)
         tokens = [*self._extras(c_noise, cond), self.patches_in(x.astype(self.dtype))]
         x_BxNxD = jnp.concatenate(tokens, axis=1) + self.positions[...].astype(self.dtype)
@@ -111,11 +111,11 @@ class UViT(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
-    conditions: tuple[str, ...] = (),
-    patch: int = 2,
+    scalar_conditions: tuple[str, ...] = (),
+    patch_size: int = 2,
     width: int = 512,
     depth: int = 13,
-    heads: int = 8,
+    num_heads: int = 8,
     mlp_ratio: float = 4.0,
     qkv_bias: bool = False,
     time_mlp: bool = False,
@@ -129,14 +129,14 @@ def make(
     (width, depth, heads) = (512, 17, 8) for S (deep), (768, 17, 12) for M, (1024, 21, 16) for L, (1152, 29, 16) for H.
 
     Args:
-      shape: `(H, W, C)`, H = W, divisible by `patch`.
+      shape: `(H, W, C)`, H = W, divisible by `patch_size`.
       num_classes: labels to be conditioned on; 0 for none (from the data's spec).
-      conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
-      patch: side of the square of pixels that becomes a token.
-      width: of the tokens; even, and divisible by `heads`.
+      scalar_conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
+      patch_size: side of the square of pixels that becomes a token.
+      width: of the tokens; even, and divisible by `num_heads`.
       depth: number of blocks, odd: a first half, one in the middle, and a second half, whose blocks also take what the
         first half's gave, the last one's first. They are stacked and scanned.
-      heads: of attention.
+      num_heads: of attention.
       mlp_ratio: width of the perceptron's inner layer, in units of `width`.
       qkv_bias: whether queries, keys and values have biases.
       time_mlp: whether the noise label's token goes through a perceptron of its own.
@@ -146,17 +146,19 @@ def make(
       outputs: values for each channel: 2 for an objective with a learned variance.
       dtype: of the computation; parameters, norms' statistics and all after the blocks are float32.
     """
-    checks.not_square("uvit", shape)
-    checks.not_positive(patch=patch, width=width, depth=depth, heads=heads, outputs=outputs, mlp_ratio=mlp_ratio)
+    checks.square_images("uvit", shape)
+    checks.positive(
+        patch_size=patch_size, width=width, depth=depth, num_heads=num_heads, outputs=outputs, mlp_ratio=mlp_ratio
+    )
     if depth < 3 or depth % 2 == 0:
         raise InputError("depth", f"must be odd, 3 or more: two halves and a block between them, got {depth}")
-    if shape[0] % patch:
-        raise InputError("patch", f"{patch} does not divide the {shape[0]} pixels of a side")
-    if width % 2 or width % heads:
-        raise InputError("width", f"must be divisible by 2 and by heads = {heads}, got {width}")
+    if shape[0] % patch_size:
+        raise InputError("patch_size", f"{patch_size} does not divide the {shape[0]} pixels of a side")
+    if width % 2 or width % num_heads:
+        raise InputError("width", f"must be divisible by 2 and by num_heads = {num_heads}, got {width}")
     inner = checks.inner_width(width * mlp_ratio)
     return functional(lambda rngs: UViT(
-        size=shape[0], channels=shape[2], num_classes=num_classes, conditions=conditions, patch=patch, width=width,
-        depth=depth, heads=heads, inner=inner, qkv_bias=qkv_bias, time_mlp=time_mlp, conv=conv,
+        size=shape[0], channels=shape[2], num_classes=num_classes, scalar_conditions=scalar_conditions, patch_size=patch_size, width=width,
+        depth=depth, num_heads=num_heads, inner=inner, qkv_bias=qkv_bias, time_mlp=time_mlp, conv=conv,
         kernel=kernel, remat=remat, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
-    ), shape, outputs, conditions=conditions)  # fmt: skip
+    ), shape, outputs, scalar_conditions=scalar_conditions)  # fmt: skip

@@ -5,13 +5,13 @@ arXiv 2303.01469), improved training (iCT; Song & Dhariwal 2023, arXiv 2310.1418
 
 | option | CT | CD | iCT | ECT |
 |---|---|---|---|---|
-| curriculum | square_root | fixed | doubling | ratio |
+| discretization | square_root | fixed | doubling | ratio |
 | times | karras | karras | log_normal | log_normal |
 | solver | None | heun | None | None |
 | target | average | average | student | student |
 | metric | l2 | l2 | pseudo_huber | pseudo_huber |
 | weighting | one | one | inverse_step | inverse_step |
-| teacher | | a workdir, or `beside` | | a workdir |
+| teacher | | a workdir, or `joint_teacher` | | a workdir |
 
 The papers' CT and CD measure by LPIPS, a network of its own, which is not here.
 """
@@ -26,21 +26,33 @@ import numpy as np
 
 from diffusion.core.arrays import expand, flat_mean
 from diffusion.core.build import build
-from diffusion.objectives.base.discretization import Curriculum
-from diffusion.objectives.base.teacher import Teacher, begin, check_teacher
+from diffusion.core.types import (
+    Apply,
+    Array,
+    Batch,
+    Cond,
+    Denoised,
+    Denoiser,
+    InputError,
+    Network,
+    Objective,
+    Params,
+    Schedule,
+)
+from diffusion.objectives.base.discretization import Discretization
 from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts, corrupt
+from diffusion.objectives.base.teacher import Teacher, begin, check_teacher
 from diffusion.sampling.guidance import cfg
 from diffusion.sampling.ode.first_order import coordinate, first_order
-from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Objective, Params, Schedule
 
 Solver = Literal["ddim", "euler", "heun"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Consistency(Gaussian):
+class ConsistencyObjective(Gaussian):
     """See `make`. The dict of networks is `{"net"}`, `target` if that is an average, `teacher` if there is a solver."""
 
-    curriculum: Curriculum | None = None
+    discretization: Discretization | None = None
     t_min: float = 0.0
     target: Literal["student", "average"] = "student"
     metric: Literal["l2", "pseudo_huber"] = "pseudo_huber"
@@ -49,12 +61,12 @@ class Consistency(Gaussian):
     solver: Solver | None = None
     guidance: float = 1.0
     teacher: Teacher | None = None
-    beside: Objective | None = None
+    joint_teacher: Objective | None = None
 
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
         params = super().init(network, key)
-        if self.beside is not None:
-            params["teacher"] = self.beside.init(network, jax.random.fold_in(key, 1))
+        if self.joint_teacher is not None:
+            params["teacher"] = self.joint_teacher.init(network, jax.random.fold_in(key, 1))
         elif self.teacher is not None:
             teacher = self.teacher.init(key) if teacher is None else teacher
             params["net"] = begin(params["net"], teacher["net"])
@@ -64,22 +76,28 @@ class Consistency(Gaussian):
             params["target"] = jax.tree.map(jnp.array, params["net"])
         return params
 
-    def prepare(
-        self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array
+    def before_step(
+        self,
+        params: Mapping,
+        ema_params: Mapping,
+        batch: Batch,
+        objective_state: Mapping[str, Array],
+        key: Array,
+        step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
         if self.target == "student":
-            return dict(params), memory
-        decay = self.curriculum.decay(step)
+            return dict(params), objective_state
+        decay = self.discretization.decay(step)
         target = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, params["target"], params["net"])
-        return {**params, "target": target}, memory
+        return {**params, "target": target}, objective_state
 
-    def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> dict[str, Array]:
+    def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         key, key_beside = jax.random.split(key)
-        noise = super().draw(batch, key, step, memory)
-        t, r = self.curriculum.pair(self.schedule, noise["t"], self.t_min, step)
+        noise = super().draw(batch, key, step, objective_state)
+        t, r = self.discretization.pair(self.schedule, noise["t"], self.t_min, step)
         noise = {**noise, "t": t, "r": r}
-        if self.beside is not None:
-            noise["beside"] = self.beside.draw(batch, key_beside, step, {})
+        if self.joint_teacher is not None:
+            noise["joint_teacher"] = self.joint_teacher.draw(batch, key_beside, step, {})
         return noise
 
     def end(self, net: Apply, params: Params, x: Array, t: Array, cond: Cond, key: Array | None = None) -> Array:
@@ -92,10 +110,10 @@ class Consistency(Gaussian):
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        noise = batch["noise"] if "noise" in batch else self.draw(batch, key, step, self.memory())
+        noise = batch["draws"]
         x0, cond, t, r, eps = batch["x"], batch["cond"], noise["t"], noise["r"], noise["eps"]
         x_t = corrupt(self.schedule, x0, eps, t)
-        metrics = self.curriculum.metrics(step)
+        metrics = self.discretization.metrics(step)
         if self.solver is None:
             x_r = corrupt(self.schedule, x0, eps, r)
         else:
@@ -111,15 +129,15 @@ class Consistency(Gaussian):
             at = coordinate(None, self.schedule).at
             distance /= at(t) - at(r)
         loss = noise["weight"] * distance
-        if self.beside is not None:
-            own = {**batch, "noise": noise["beside"]}
-            diffusion, _ = self.beside.loss(net, params["teacher"], ema_params["teacher"], own, key, step)
+        if self.joint_teacher is not None:
+            own = {**batch, "draws": noise["joint_teacher"]}
+            diffusion, _ = self.joint_teacher.loss(net, params["teacher"], ema_params["teacher"], own, key, step)
             loss, metrics = loss + diffusion, {**metrics, "teacher_loss": jnp.mean(diffusion)}
         return loss, metrics
 
     def _teacher(self, net: Apply, params: Mapping, ema_params: Mapping) -> Denoiser:
-        if self.beside is not None:
-            denoise = self.beside.denoiser(net, jax.lax.stop_gradient(ema_params["teacher"]))
+        if self.joint_teacher is not None:
+            denoise = self.joint_teacher.denoiser(net, jax.lax.stop_gradient(ema_params["teacher"]))
         else:
             denoise = self.teacher.denoiser(params["teacher"])
         return denoise if self.guidance == 1 else cfg(denoise, self.guidance)
@@ -142,16 +160,16 @@ class Consistency(Gaussian):
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
         def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
-            return Denoised(self.end(net, params["net"], x, jnp.broadcast_to(t, x.shape[:1]), cond), kind="end")
+            return Denoised(self.end(net, params["net"], x, jnp.broadcast_to(t, x.shape[:1]), cond), kind="consistency")
 
         return denoise
 
 
 def make(
-    curriculum: PartSpec,
+    discretization: PartSpec,
     schedule: PartSpec = "edm",
     parameterization: PartSpec = "consistency",
-    times: PartSpec = "karras",
+    time_sampler: PartSpec = "karras",
     weighting: Literal["one", "inverse_step"] = "inverse_step",
     metric: Literal["l2", "pseudo_huber"] = "pseudo_huber",
     huber: float = 0.00054,
@@ -160,22 +178,22 @@ def make(
     solver: Solver | None = None,
     guidance: float = 1.0,
     teacher: Teacher | None = None,
-    beside: Mapping[str, Any] | None = None,
-) -> Consistency:
+    joint_teacher: Mapping[str, Any] | None = None,
+) -> ConsistencyObjective:
     """A consistency model in discrete time; the table at the head of the file has what the papers choose.
 
     Args:
-      curriculum: of `diffusion.curriculum`: which two times are held equal, and how that changes over training.
+      discretization: of `diffusion.discretization`: which two times are held equal, and how that changes over training.
       schedule: the path.
       parameterization: one whose x0 is x / alpha at the level `sigma_min`: `consistency` with the same sigma_min; edm,
         v or velocity with `sigma_min = 0`.
-      times: the law of t, before the curriculum moves it to a point of its grid.
+      time_sampler: the law of t, before the discretization moves it to a point of its grid.
       weighting: of the distance: 1, or 1 / (t - r), in levels sigma / alpha, or in times where the schedule ends in
         pure noise.
       metric: mean square `l2`; or `pseudo_huber`, sqrt(mean square + huber^2) - huber, which is the paper's over the
         root of the number of dimensions.
       huber: c of the pseudo-Huber metric, for each dimension's root.
-      target: what the earlier point is given to: the `student` as it is, or an `average` of it with the curriculum's
+      target: what the earlier point is given to: the `student` as it is, or an `average` of it with the discretization's
         decay; no gradient goes there.
       sigma_min: the level of the boundary, where a path ends.
       solver: how the earlier point is found: None takes the one of the same noise, `ddim`, `euler` and `heun` a step
@@ -183,24 +201,24 @@ def make(
       guidance: of the teacher, by a scale as in `guidance.cfg`.
       teacher: a trained model on the same schedule, whose weights the student begins with and whose ODE a solver
         follows.
-      beside: in place of a teacher, the section of an objective (`{"name": "ddpm", ...}`) that trains one in the same
+      joint_teacher: in place of a teacher, the section of an objective (`{"name": "denoising", ...}`) that trains one in the same
         run, on the student's schedule; a solver follows its average.
     """
-    parts = build_parts(schedule, parameterization, times, "simple")
+    parts = build_parts(schedule, parameterization, time_sampler, "simple")
     path = parts["schedule"]
     if huber <= 0:
         raise InputError("huber", f"must be positive, got {huber}")
     if sigma_min < 0:
         raise InputError("sigma_min", f"must be at least 0, got {sigma_min}")
-    if teacher is not None and beside is not None:
-        raise InputError("beside", "trains a teacher, and there is one already; remove it or the teacher")
+    if teacher is not None and joint_teacher is not None:
+        raise InputError("joint_teacher", "trains a teacher, and there is one already; remove it or the teacher")
     trained = None
-    if beside is not None:
+    if joint_teacher is not None:
         if solver is None:
             raise InputError("solver", "is None, and the teacher would be trained for nothing; use heun")
-        if "schedule" in beside:
+        if "schedule" in joint_teacher:
             raise InputError("beside.schedule", "is the student's; remove it")
-        trained = build("objectives", {"schedule": schedule, **beside}, field="beside")
+        trained = build("objectives", {"schedule": schedule, **joint_teacher}, field="joint_teacher")
     elif solver is not None or teacher is not None:
         check_teacher(teacher, path)
     if guidance != 1 and (teacher is None or not teacher.cond_drop_rate):
@@ -214,10 +232,10 @@ def make(
     frozen = ("target",) if target == "average" else ()
     if teacher is not None and solver is not None:
         frozen += ("teacher",)
-    return Consistency(
+    return ConsistencyObjective(
         **parts,
         frozen=frozen,
-        curriculum=build("curriculum", curriculum, field="curriculum"),
+        discretization=build("discretization", discretization, field="discretization"),
         t_min=t_min,
         target=target,
         metric=metric,
@@ -226,7 +244,7 @@ def make(
         solver=solver,
         guidance=guidance,
         teacher=teacher,
-        beside=trained,
+        joint_teacher=trained,
     )
 
 

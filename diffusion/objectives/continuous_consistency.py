@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import expand, flat_mean
-from diffusion.objectives.base.teacher import Teacher, begin, check_row, check_teacher
-from diffusion.objectives.base.gaussian import Gaussian, build_parts, corrupt
+from diffusion.core.types import Apply, Array, Batch, Denoised, Denoiser, InputError, Network, Params, Schedule
 from diffusion.layers.attention import forward_mode
 from diffusion.layers.embeddings import fourier
-from diffusion.process.parameterization import Parameterization, Row
-from diffusion.core.types import Apply, Array, Batch, Denoised, Denoiser, InputError, Network, Params, Schedule
+from diffusion.objectives.base.gaussian import Gaussian, build_parts, corrupt
+from diffusion.objectives.base.teacher import Teacher, begin, check_coefficients, check_teacher
+from diffusion.process.parameterization import Coefficients, Parameterization
 
 SOFTENING = 0.1  # c of the tangent's normalisation g / (|g| + c)
 FEATURES = 128  # of the noise level, that the learned weight is linear in
@@ -53,7 +53,7 @@ class ContinuousConsistency(Gaussian):
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         """The gradient is the paper's (eq. 8); the value says little, for its minimum is at no known number."""
-        noise = batch["noise"] if "noise" in batch else self.draw(batch, key, step, self.memory())
+        noise = batch["draws"]
         x0, t, eps = batch["x"], noise["t"], noise["eps"]
         x_t = corrupt(self.schedule, x0, eps, t)
         cos, sin = expand(self.schedule.alpha(t), x0), expand(self.schedule.sigma(t), x0) / self.sigma_data
@@ -91,7 +91,7 @@ class ContinuousConsistency(Gaussian):
         denoise = super().denoiser(net, params)
 
         def end(x: Array, t: Array, cond: Mapping[str, Array]) -> Denoised:
-            return dataclasses.replace(denoise(x, t, cond), kind="end")
+            return dataclasses.replace(denoise(x, t, cond), kind="consistency")
 
         return end
 
@@ -131,7 +131,7 @@ def normalized(g: Array, kind: Literal["norm", "clip"]) -> Array:
 def _exact(edm: Parameterization) -> Parameterization:
     """The row `edm` with the coefficients that it has on this path without their rounding, so f(x, 0) is x itself."""
 
-    def row(schedule: Schedule, t: Array) -> Row:
+    def row(schedule: Schedule, t: Array) -> Coefficients:
         return dataclasses.replace(edm(schedule, t), c_skip=schedule.alpha(t), c_out=schedule.sigma(t))
 
     return row
@@ -176,7 +176,7 @@ def make(
     parts["parameterization"] = _exact(parts["parameterization"])
     if teacher is not None:
         check_teacher(teacher, parts["schedule"])
-        check_row(teacher, parts["schedule"], parts["parameterization"])
+        check_coefficients(teacher, parts["schedule"], parts["parameterization"])
     return ContinuousConsistency(
         **parts,
         frozen=("teacher",) if teacher is not None and distill else (),

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts
 from diffusion.core.types import Array, Batch, InputError
+from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,9 @@ class FlowMatching(Gaussian):
     coupling: Literal["independent", "exact", "sinkhorn"] = "independent"
     entropy: float = 0.05
 
-    def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> dict[str, Array]:
+    def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         key, key_pairs = jax.random.split(key)
-        noise = super().draw(batch, key, step, memory)
+        noise = super().draw(batch, key, step, objective_state)
         if self.coupling != "independent":
             cost = squared_distances(batch["x"], noise["eps"])
             if self.coupling == "exact":
@@ -55,7 +55,7 @@ def sinkhorn(cost: Array, entropy: float, iterations: int = 100) -> Array:
 def make(
     schedule: PartSpec = "flow",
     parameterization: PartSpec = "velocity",
-    times: PartSpec = "uniform",
+    time_sampler: PartSpec = "uniform",
     weighting: PartSpec = "simple",
     coupling: Literal["independent", "exact", "sinkhorn"] = "independent",
     entropy: float = 0.05,
@@ -71,4 +71,6 @@ def make(
     """
     if entropy <= 0:
         raise InputError("entropy", f"must be positive, got {entropy}")
-    return FlowMatching(**build_parts(schedule, parameterization, times, weighting), coupling=coupling, entropy=entropy)
+    return FlowMatching(
+        **build_parts(schedule, parameterization, time_sampler, weighting), coupling=coupling, entropy=entropy
+    )

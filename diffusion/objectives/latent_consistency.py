@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import expand, flat_mean
-from diffusion.objectives.base.teacher import Teacher, begin, check_row, check_teacher
-from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts, corrupt
 from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Params
+from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts, corrupt
+from diffusion.objectives.base.teacher import Teacher, begin, check_coefficients, check_teacher
 
 SCHEDULE: PartSpec = {"name": "vp", "betas": "scaled_linear"}  # of the models that the paper distils
 SIGMA_DATA = 0.5  # of the boundary's scalings; the paper's for any data
@@ -33,8 +33,8 @@ class LatentConsistency(Gaussian):
     teacher: Teacher | None = None
 
     @property
-    def conditions(self) -> tuple[str, ...]:
-        return ("guidance",)
+    def scalar_conditions(self) -> tuple[str, ...]:
+        return ("guidance_scale",)
 
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
         params = super().init(network, key)
@@ -42,32 +42,38 @@ class LatentConsistency(Gaussian):
         net = begin(params["net"], teacher["net"])
         return {"net": net, "target": jax.tree.map(jnp.array, net), "teacher": teacher}
 
-    def prepare(
-        self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array
+    def before_step(
+        self,
+        params: Mapping,
+        ema_params: Mapping,
+        batch: Batch,
+        objective_state: Mapping[str, Array],
+        key: Array,
+        step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
         """The target follows the student as the step before left it."""
         decay = self.target_decay
         target = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, params["target"], params["net"])
-        return {**params, "target": target}, memory
+        return {**params, "target": target}, objective_state
 
-    def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> dict[str, Array]:
+    def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         """Also the scale of each example's guidance, `guidance [B]`."""
         key, key_guidance = jax.random.split(key)
         low, high = self.guidance
         scale = jax.random.uniform(key_guidance, batch["x"].shape[:1], minval=low, maxval=high)
-        return {**super().draw(batch, key, step, memory), "guidance": scale}
+        return {**super().draw(batch, key, step, objective_state), "guidance": scale}
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        noise = batch["noise"] if "noise" in batch else self.draw(batch, key, step, self.memory())
+        noise = batch["draws"]
         t, scale, cond = noise["t"], noise["guidance"], batch["cond"]
         s = jnp.maximum(t - self.skip / self.schedule.num_steps, 0)
         x_t = corrupt(self.schedule, batch["x"], noise["eps"], t)
         fixed = jax.lax.stop_gradient(params)
         x_s = self.solved(self.teacher.denoiser(fixed["teacher"]), x_t, t, s, cond, scale)
         # One key for both: what dropout leaves out is the same, and the difference is that of the two points.
-        told = {**cond, "guidance": scale}
+        told = {**cond, "guidance_scale": scale}
         target = self.end(net, fixed["target"], x_s, s, told, key)
         square = jnp.square(self.end(net, params["net"], x_t, t, told, key) - target)
         if self.metric == "pseudo_huber":
@@ -93,11 +99,11 @@ class LatentConsistency(Gaussian):
         return x / (scaled**2 + 1) + scaled / jnp.sqrt(scaled**2 + 1) * x0
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
-        """f at the scale `cond["guidance"]`, 1 where there is none."""
+        """f at the scale `cond["guidance_scale"]`, 1 where there is none."""
 
         def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
-            told = {"guidance": jnp.ones(x.shape[:1], jnp.float32), **cond}
-            return Denoised(self.end(net, params["net"], x, jnp.broadcast_to(t, x.shape[:1]), told), kind="end")
+            told = {"guidance_scale": jnp.ones(x.shape[:1], jnp.float32), **cond}
+            return Denoised(self.end(net, params["net"], x, jnp.broadcast_to(t, x.shape[:1]), told), kind="consistency")
 
         return denoise
 
@@ -147,7 +153,7 @@ def make(
         if value <= 0:
             raise InputError(name, f"must be positive, got {value}")
     check_teacher(teacher, parts["schedule"])
-    check_row(teacher, parts["schedule"], parts["parameterization"])
+    check_coefficients(teacher, parts["schedule"], parts["parameterization"])
     if not teacher.cond_drop_rate:
         raise InputError("teacher", "was trained with train.cond_drop_rate = 0, so it cannot be guided; train one with "
                          "a rate above 0")  # fmt: skip

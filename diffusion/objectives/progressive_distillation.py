@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import expand
-from diffusion.objectives.base.teacher import Teacher
+from diffusion.core.types import Apply, Array, Batch, InputError, Params
 from diffusion.objectives.base.gaussian import PartSpec, build_parts, corrupt
 from diffusion.objectives.base.rounds import Rounds
+from diffusion.objectives.base.teacher import Teacher
 from diffusion.sampling.ode.first_order import eps_of, first_order
-from diffusion.core.types import Apply, Array, Batch, InputError, Params
 
 COSINE = {"name": "vp", "betas": "cosine"}
 
@@ -28,15 +28,21 @@ class ProgressiveDistillation(Rounds):
         """N, the steps from noise to data of the student that a training step is for."""
         return jnp.right_shift(self.start_steps, self.round_of(step))
 
-    def prepare(
-        self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array
+    def before_step(
+        self,
+        params: Mapping,
+        ema_params: Mapping,
+        batch: Batch,
+        objective_state: Mapping[str, Array],
+        key: Array,
+        step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
-        params, memory = super().prepare(params, ema_params, batch, memory, key, step)
+        params, objective_state = super().before_step(params, ema_params, batch, objective_state, key, step)
         net = jax.lax.cond(self.hands_over(step), lambda: params["teacher"]["net"], lambda: params["net"])
-        return {**params, "net": net}, memory
+        return {**params, "net": net}, objective_state
 
-    def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> dict[str, Array]:
-        noise = super().draw(batch, key, step, memory)
+    def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
+        noise = super().draw(batch, key, step, objective_state)
         if not self.continuous:
             steps = self.student_steps(step)
             noise["t"] = jnp.ceil(noise["t"] * steps) / steps
@@ -67,11 +73,11 @@ class ProgressiveDistillation(Rounds):
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        noise = batch["noise"] if "noise" in batch else self.draw(batch, key, step, self.memory())
+        noise = batch["draws"]
         x_t = corrupt(self.schedule, batch["x"], noise["eps"], noise["t"])
         x0 = jax.lax.stop_gradient(self.target(params, x_t, noise["t"], batch["cond"], step))
         # The example and the noise that the student is to see in x_t: of these it is a denoising loss like any other.
-        seen = Batch(x=x0, cond=batch["cond"], noise={**noise, "eps": eps_of(self.schedule, x_t, x0, noise["t"])})
+        seen = Batch(x=x0, cond=batch["cond"], draws={**noise, "eps": eps_of(self.schedule, x_t, x0, noise["t"])})
         loss, metrics = super().loss(net, params, ema_params, seen, key, step)
         return loss, {**metrics, "student_steps": jnp.float32(self.student_steps(step))}
 

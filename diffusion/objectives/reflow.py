@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from diffusion.objectives.base.teacher import Teacher
-from diffusion.objectives.base.gaussian import PartSpec, build_parts
-from diffusion.sampling.guidance import cfg
-from diffusion.objectives.base.rounds import Rounds
-from diffusion.sampling.ode.first_order import first_order
 from diffusion.core.types import Apply, Array, Batch, InputError, Params
+from diffusion.objectives.base.gaussian import PartSpec, build_parts
+from diffusion.objectives.base.rounds import Rounds
+from diffusion.objectives.base.teacher import Teacher
+from diffusion.sampling.guidance import cfg
+from diffusion.sampling.ode.first_order import first_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,31 +32,37 @@ class Reflow(Rounds):
             raise InputError("guidance", "needs a teacher that was trained with classes and without "
                              "(train.cond_drop_rate above 0); use 1")  # fmt: skip
 
-    def memory(self) -> Mapping[str, Array]:
+    def initial_state(self) -> Mapping[str, Array]:
         spec = self.teacher.spec
         pairs = {name: jnp.zeros((self.pool, *spec.shape)) for name in ("x0", "eps")}
         if spec.num_classes:
             pairs["label"] = jnp.zeros(self.pool, jnp.int32)
-        return {"pairs": pairs, "blocks": jnp.zeros((), jnp.int32), "times": super().memory()}
+        return {"pairs": pairs, "blocks": jnp.zeros((), jnp.int32), "time_sampler": super().initial_state()}
 
-    def prepare(
-        self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array
+    def before_step(
+        self,
+        params: Mapping,
+        ema_params: Mapping,
+        batch: Batch,
+        objective_state: Mapping[str, Array],
+        key: Array,
+        step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
         """The round's teacher, and every so often a batch of new pairs in place of the oldest."""
         size = batch["x"].shape[0]
         if self.pool % size:
             raise InputError("objective.pool", f"must be a multiple of train.batch_size = {size}, got {self.pool}")
-        params, memory = super().prepare(params, ema_params, batch, memory, key, step)
+        params, objective_state = super().before_step(params, ema_params, batch, objective_state, key, step)
         since = self.step_in_round(step)
-        fills, blocks = since % self.every == 0, jnp.where(since == 0, 0, memory["blocks"])
+        fills, blocks = since % self.every == 0, jnp.where(since == 0, 0, objective_state["blocks"])
 
         def filled() -> dict[str, Array]:
             new, start = self.pairs(params["teacher"], batch, key, step), blocks % (self.pool // size) * size
             return {name: jax.lax.dynamic_update_slice_in_dim(old, new[name].astype(old.dtype), start, axis=0)
-                    for name, old in memory["pairs"].items()}  # fmt: skip
+                    for name, old in objective_state["pairs"].items()}  # fmt: skip
 
-        pairs = jax.lax.cond(fills, filled, lambda: memory["pairs"])
-        return params, {**memory, "pairs": pairs, "blocks": blocks + fills}
+        pairs = jax.lax.cond(fills, filled, lambda: objective_state["pairs"])
+        return params, {**objective_state, "pairs": pairs, "blocks": blocks + fills}
 
     def pairs(self, teacher: Mapping, batch: Batch, key: Array, step: Array) -> dict[str, Array]:
         """Fresh noise `eps [B, ...]`, the `x0` where the teacher's ODE takes it, and the batch's labels, none dropped:
@@ -76,32 +82,32 @@ class Reflow(Rounds):
         x0, _ = jax.lax.scan(advance, start, (times[:-1], times[1:]))
         return {**cond, "x0": x0, "eps": eps}
 
-    def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> dict[str, Array]:
+    def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         key, key_pair = jax.random.split(key)
-        noise = super().draw(batch, key, step, memory["times"])
+        noise = super().draw(batch, key, step, objective_state["time_sampler"])
         size = batch["x"].shape[0]
-        filled = jnp.minimum(memory["blocks"], self.pool // size) * size
+        filled = jnp.minimum(objective_state["blocks"], self.pool // size) * size
         chosen = jax.random.randint(key_pair, (size,), 0, filled)
-        noise |= {name: values[chosen] for name, values in memory["pairs"].items()}
+        noise |= {name: values[chosen] for name, values in objective_state["pairs"].items()}
         if self.distill:
             last = self.round_of(step) == self.rounds - 1
             noise |= {name: jnp.where(last, 1, noise[name]) for name in ("t", "weight")}
         return noise
 
-    def remember(
-        self, memory: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
+    def update_state(
+        self, objective_state: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
-        times, metrics = super().remember(memory["times"], noise, loss)
-        return {**memory, "times": times}, metrics
+        times, metrics = super().update_state(objective_state["time_sampler"], noise, loss)
+        return {**objective_state, "time_sampler": times}, metrics
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         """The loss of the pairs that `draw` drew, so the batch has to bring its noise; of its own examples none is
         seen."""
-        noise = batch["noise"]
+        noise = batch["draws"]
         cond = {**batch["cond"], **({"label": noise["label"]} if "label" in noise else {})}
-        return super().loss(net, params, ema_params, Batch(x=noise["x0"], cond=cond, noise=noise), key, step)
+        return super().loss(net, params, ema_params, Batch(x=noise["x0"], cond=cond, draws=noise), key, step)
 
 
 def make(
@@ -114,7 +120,7 @@ def make(
     guidance: float = 1.0,
     schedule: PartSpec = "flow",
     parameterization: PartSpec = "velocity",
-    times: PartSpec = "uniform",
+    time_sampler: PartSpec = "uniform",
     weighting: PartSpec = "simple",
     teacher: Teacher | None = None,
 ) -> Reflow:
@@ -141,7 +147,7 @@ def make(
                                ("ode_steps", ode_steps, 1)):  # fmt: skip
         if value < least:
             raise InputError(name, f"must be at least {least}, got {value}")
-    parts = build_parts(schedule, parameterization, times, weighting)
+    parts = build_parts(schedule, parameterization, time_sampler, weighting)
     return Reflow(
         **parts, teacher=teacher, rounds=rounds + distill, round_steps=round_steps, pool=pool, every=every,
         ode_steps=ode_steps, guidance=guidance, distill=distill,

@@ -9,28 +9,34 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import expand, flat_mean
-from diffusion.objectives.base.average_velocity import FlowMap, count, room, velocity_parts, without
-from diffusion.objectives.base.gaussian import PartSpec, corrupt
 from diffusion.core.types import Apply, Array, Batch, Cond, InputError, Params
+from diffusion.objectives.base.average_velocity import (
+    AverageVelocity,
+    drop_condition,
+    max_step_examples,
+    num_step_examples,
+    velocity_parts,
+)
+from diffusion.objectives.base.gaussian import PartSpec, corrupt
 
 
 @dataclasses.dataclass(frozen=True)
-class Shortcut(FlowMap):
+class Shortcut(AverageVelocity):
     """See `make`."""
 
     base_steps: int = 128
     bootstrap: float = 0.25
     guidance: float = 1.0
 
-    def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> dict[str, Array]:
+    def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         """`t`, `r` and `weight`, all `[B]`, and `eps [B, ...]`. A step's length is 1, 1/2, ... or 2 / base_steps, each
         as probable as the others, and t any of its multiples."""
         x = batch["x"]
         key_t, key_length, key_number, key_eps = jax.random.split(key, 4)
-        t, weight = self.shuffled_times(key_t, len(x), memory)
+        t, weight = self.shuffled_times(key_t, len(x), objective_state)
         number = 2 ** jax.random.randint(key_length, t.shape, 0, self.base_steps.bit_length() - 1)
         start = jax.random.randint(key_number, t.shape, 1, number + 1)
-        is_step = jnp.arange(len(x)) < count(self.bootstrap, len(x))
+        is_step = jnp.arange(len(x)) < num_step_examples(self.bootstrap, len(x))
         t = jnp.where(is_step, start / number, t)
         return {
             "t": t,
@@ -53,11 +59,11 @@ class Shortcut(FlowMap):
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        noise = batch["noise"] if "noise" in batch else self.draw(batch, key, step, self.memory())
+        noise = batch["draws"]
         x0, t, r, cond = batch["x"], noise["t"], noise["r"], batch["cond"]
         x_t, is_step = corrupt(self.schedule, x0, noise["eps"], t), r < t
         target = self.parameterization(self.schedule, t).target(x0, noise["eps"])
-        steps = room(self.bootstrap, len(t))
+        steps = max_step_examples(self.bootstrap, len(t))
         if steps:
             # Two evaluations more, of those alone that need them.
             first = jax.tree.map(lambda a: a[:steps], (x_t, t, r, cond))
@@ -83,14 +89,14 @@ class Shortcut(FlowMap):
         own = self.average_velocity(net, params, x, t, r, cond)
         if self.guidance == 1:
             return own
-        none = self.average_velocity(net, params, x, t, r, without(cond))
+        none = self.average_velocity(net, params, x, t, r, drop_condition(cond))
         return jnp.where(expand(self.shortest(t, r), x), none + self.guidance * (own - none), own)
 
 
 def make(
     schedule: PartSpec = "flow",
     c_noise: Literal["time", "unit"] = "unit",
-    times: PartSpec = "uniform",
+    time_sampler: PartSpec = "uniform",
     base_steps: int = 128,
     bootstrap: float = 0.25,
     guidance: float = 1.0,
@@ -101,7 +107,7 @@ def make(
       schedule: the path; any whose velocity is finite at both ends.
       c_noise: what the network is told of the times: t and t - r themselves, in which what it learns of one length
         carries over to the others, or 1000 times that.
-      times: the law of t where flow matching is trained.
+      time_sampler: the law of t where flow matching is trained.
       base_steps: a power of two: the shortest step is 1 / base_steps, and taken for none.
       bootstrap: share of the batch that is trained on steps, in [0, 1); their targets are two steps of half the length
         by the average of the parameters (the config's last).
@@ -115,5 +121,5 @@ def make(
     if guidance < 0:
         raise InputError("guidance", f"must be at least 0, got {guidance}")
     return Shortcut(
-        **velocity_parts(schedule, c_noise, times), base_steps=base_steps, bootstrap=bootstrap, guidance=guidance
+        **velocity_parts(schedule, c_noise, time_sampler), base_steps=base_steps, bootstrap=bootstrap, guidance=guidance
     )

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import derivative, expand, flat_mean
+from diffusion.core.types import Apply, Array, Batch, InputError, Network, Params, Schedule
 from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts, corrupt
 from diffusion.process.decoders import level_log_likelihood
-from diffusion.core.types import Apply, Array, Batch, InputError, Network, Params, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +27,23 @@ class VDM(Gaussian):
     def schedule_for(self, params: Mapping) -> Schedule:
         return self.schedule.at(params["gamma"])
 
-    def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> dict[str, Array]:
+    def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         key, key_decode = jax.random.split(key)
-        noise = super().draw(batch, key, step, memory)
+        noise = super().draw(batch, key, step, objective_state)
         return {**noise, "decode": jax.random.normal(key_decode, batch["x"].shape, batch["x"].dtype)}
 
-    def remember(
-        self, memory: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
+    def update_state(
+        self, objective_state: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
-        return self.times.remember(memory, noise["t"], loss), {}  # bins of a schedule that moves would tell nothing
+        return self.time_sampler.update_state(
+            objective_state, noise["t"], loss
+        ), {}  # bins of a schedule that moves would tell nothing
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         """The bound of each example, nats a dimension."""
-        noise = batch["noise"] if "noise" in batch else self.draw(batch, key, step, self.memory())
+        noise = batch["draws"]
         x0, t = batch["x"], noise["t"]
         gamma = params["gamma"]
         ends, shape = {"ends": gamma["ends"]}, {name: value for name, value in gamma.items() if name != "ends"}
@@ -110,7 +112,7 @@ class _At:
 def make(
     schedule: PartSpec = "learned",
     parameterization: PartSpec = "eps",
-    times: PartSpec = "stratified",
+    time_sampler: PartSpec = "stratified",
     levels: int | None = None,
 ) -> VDM:
     """The bound in nats a dimension; the metric `bits_per_dim` is the same in bits.
@@ -118,10 +120,10 @@ def make(
     Args:
       schedule: `learned`.
       parameterization: any that needs no derivative of the schedule.
-      times: a law of t that is uniform on (0, 1], or says by how much it is not.
+      time_sampler: a law of t that is uniform on (0, 1], or says by how much it is not.
       levels: values that a channel of the data can take, evenly from -1 to 1; None for a density.
     """
-    parts = build_parts(schedule, parameterization, times, "simple", learned=True)
+    parts = build_parts(schedule, parameterization, time_sampler, "simple", learned=True)
     if levels is not None and levels < 2:
         raise InputError("levels", f"must be at least 2, got {levels}")
     name = parameterization if isinstance(parameterization, str) else parameterization["name"]

@@ -12,16 +12,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from diffusion.core.checks import at_most
 from diffusion.core.build import build, check, find
-from diffusion.distributed import sharding
-from diffusion.profiling.macs import network_macs
-from diffusion.profiling import cost_model
-from diffusion.profiling.chips import CHIPS, Chip
-from diffusion.training import program as programs
+from diffusion.core.checks import at_most
 from diffusion.core.types import InputError, Spec
+from diffusion.distributed import sharding
 from diffusion.pipelines.build_training import meta_of, program_of, training
 from diffusion.pipelines.model import network_and_objective, teacher_of
+from diffusion.profiling import cost_model
+from diffusion.profiling.chips import CHIPS, Chip
+from diffusion.profiling.macs import network_macs
+from diffusion.training import program as programs
 
 MOST_DEVICES = 4096
 NOWHERE = os.path.join(os.devnull, "workdir")  # of a run that has not begun
@@ -84,7 +84,7 @@ def spec_of(config: Mapping[str, Any], shape: str | None = None, classes: int | 
     return Spec(sizes, at_most(10**7, count, "--classes"))
 
 
-def program_of(config: Mapping[str, Any], spec: Spec, devices: Sequence[Any]) -> dict[str, Any]:
+def program_for(config: Mapping[str, Any], spec: Spec, devices: Sequence[Any]) -> dict[str, Any]:
     """The config's train step on a mesh of the devices, and what it is made of."""
     meta, teacher = meta_of(config, spec, NOWHERE)
     network, objective = network_and_objective(config, spec, teacher_of(meta))
@@ -100,7 +100,7 @@ def planned(
 ) -> tuple[dict[str, Any], cost_model.TooLarge | None]:
     """All figures of a plan, and by how much it does not fit, if so: then what only the program tells is not there.
     `effort` is the compiler's; see `cost_model.compiled`."""
-    made = program_of(config, spec, devices)
+    made = program_for(config, spec, devices)
     program, batch, mesh, options = (made[name] for name in ("program", "batch", "mesh", "options"))
     forward = 2 * network_macs(made["network"], spec.shape, spec.num_classes)
     dtype = config["network"].get("dtype", "float32")
@@ -130,7 +130,9 @@ def planned(
     # XLA counts the body of a loop once, so these are for comparing programs and not for what a step takes.
     found["xla"] = {"flops": cost.get("flops"), "bytes_accessed": cost.get("bytes accessed")}
     found["collectives"] = cost_model.traffic(step, mesh)
-    found["collectives"]["ideal"] = cost_model.ideal_traffic(program, made["objective"], mesh, dtype, options.accumulate)
+    found["collectives"]["ideal"] = cost_model.ideal_traffic(
+        program, made["objective"], mesh, dtype, options.accumulate
+    )
     short = None
     if chip:
         memory["limit"] = chip.memory
@@ -153,7 +155,7 @@ def change(
 ) -> str:
     """The cheapest change after which it fits, in words: what is computed again, smaller micro-batches, the state in
     more parts. Each that may help is compiled; those that its own bytes rule out are not."""
-    made = program_of(config, spec, devices)
+    made = program_for(config, spec, devices)
     mesh, options = made["mesh"], made["options"]
     state, room = cost_model.state_memory(made["program"], mesh), short.limit
     replicas = mesh.shape["data"]

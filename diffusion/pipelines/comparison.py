@@ -16,8 +16,8 @@ from diffusion.core import files, images
 from diffusion.core.checks import at_most
 from diffusion.core.types import InputError, SampleMetric
 from diffusion.pipelines import tables
+from diffusion.pipelines.generator import MOST_STEPS, PLACING, Generator
 from diffusion.pipelines.overrides import is_whole, sections
-from diffusion.pipelines.generator import MOST_STEPS, PLACING, Drawer
 from diffusion.pipelines.run import Run, open_run
 from diffusion.pipelines.sampling_sweep import write_table
 
@@ -34,7 +34,7 @@ class Cell:
     run: Run
     nfe: int
     sampler: Mapping[str, Any]
-    drawer: Drawer
+    drawer: Generator
 
     @property
     def label(self) -> str:
@@ -176,12 +176,15 @@ def plan(runs: Mapping[str, Run], counts: Sequence[int]) -> list[Cell]:
     """What can be drawn, run by run; says what its sampler cannot draw with so few evaluations."""
     cells, left_out = [], []
     for name, run in runs.items():
-        guidance = {"name": "embedded" if run.config["guidance"]["name"] == "embedded" else "cfg", "scale": 1.0}
+        guidance = {
+            "name": "guidance_embedding" if run.config["guidance"]["name"] == "guidance_embedding" else "cfg",
+            "scale": 1.0,
+        }
         drawer = None
         for nfe in counts:
             try:
                 sampler, _ = sections(run.config, {"evaluations": str(nfe)})
-                make = drawer.retuned if drawer else run.drawer  # what is measured for a drawer is measured once
+                make = drawer.with_settings if drawer else run.drawer  # what is measured for a drawer is measured once
                 drawer = make(sampler=sampler, guidance=guidance)
             except InputError as error:
                 if not error.field.startswith(("--evaluations", "sampler.steps", "sampler.grid")):

@@ -12,20 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion.sampling import guidance as guidances
-from diffusion.sampling import loop
-from diffusion.core.checks import at_most
 from diffusion.core.build import build, check, find
-from diffusion.distributed import sharding
+from diffusion.core.checks import at_most
 from diffusion.core.progress import Progress
 from diffusion.core.types import Array, Denoiser, InputError, Network, Objective, Params, Schedule, Spec
+from diffusion.distributed import sharding
+from diffusion.sampling import guidance as guidances
+from diffusion.sampling import loop
 
 PLACING = ("steps", "grid", "unroll")  # the sampler section's own keywords; all others are the sampler's
 MOST_STEPS, MOST_SAMPLES = 10**5, 10**7
 WRAPPERS = ("rescale", "interval", "threshold")  # from inside out: what is guided, where, and in which range
 
 
-class Drawer:
+class Generator:
     """Labels, seed, guidance's numbers and the times of a grid do not recompile it; another number of steps does.
 
     Args:
@@ -86,7 +86,7 @@ class Drawer:
         self._worse, self._compiled = worse_params, {}
         self._trace()
 
-    def retuned(self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any]) -> "Drawer":
+    def with_settings(self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any]) -> "Generator":
         """The same with other times and other numbers of guidance; what is compiled is shared."""
         other = copy.copy(self)
         placing = {key: sampler[key] for key in PLACING if key in sampler}
@@ -136,7 +136,7 @@ class Drawer:
         return np.concatenate(drawn)
 
     def _check_guidance(self, guidance: Mapping[str, Any]) -> None:
-        if is_plain(guidance) or guidance["name"] in ("autoguidance", "embedded"):
+        if is_plain(guidance) or guidance["name"] in ("autoguidance", "guidance_embedding"):
             return
         field = "guidance.scale"
         if not self.spec.num_classes:
@@ -191,7 +191,7 @@ def check_numbers(*, seed: int, **counts: int) -> None:
 
 
 def is_plain(section: Mapping[str, Any]) -> bool:
-    """Whether the guidance does nothing; `embedded` tells the network a scale of 1 like any other."""
+    """Whether the guidance does nothing; `guidance_embedding` tells the network a scale of 1 like any other."""
     return section["name"] in ("cfg", "apg", "autoguidance") and section.get("scale", 1.0) == 1.0
 
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion.core.checks import at_most
 from diffusion.core.build import build, find
+from diffusion.core.checks import at_most
 from diffusion.core.types import InputError
 from diffusion.pipelines.generator import MOST_STEPS, PLACING, WRAPPERS
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from diffusion.core import files, images
 from diffusion.core.types import InputError, SampleMetric
+from diffusion.pipelines.generator import Generator, is_plain, structure
 from diffusion.pipelines.overrides import AXES, sections
-from diffusion.pipelines.generator import Drawer, is_plain, structure
 from diffusion.pipelines.run import Run
 
 SHOWN = 16  # samples in a row of the contact sheet
@@ -67,7 +67,7 @@ def _listed(path: str) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in point.items()} for point in listed]
 
 
-def drawers(run: Run, chosen: Mapping[str, str], combinations: Sequence[Mapping[str, str]]) -> list[Drawer]:
+def drawers(run: Run, chosen: Mapping[str, str], combinations: Sequence[Mapping[str, str]]) -> list[Generator]:
     """What draws each of the combinations. Those that differ in times or in numbers of guidance share what is compiled:
     it is compiled once for each number of steps. All are built, and so refused, before the first draws."""
     made, shared = [], {}
@@ -82,7 +82,7 @@ def drawers(run: Run, chosen: Mapping[str, str], combinations: Sequence[Mapping[
     for point, sampler, guidance, fixed in wanted:
         with at(point):
             if fixed in shared:
-                made.append(shared[fixed].retuned(sampler=sampler, guidance=guidance))
+                made.append(shared[fixed].with_settings(sampler=sampler, guidance=guidance))
             else:
                 made.append(run.drawer(sampler=sampler, guidance=guidance, always_guided=fixed in guided))
                 shared[fixed] = made[-1]

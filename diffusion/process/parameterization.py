@@ -22,7 +22,7 @@ from diffusion.core.types import Array, InputError, Schedule
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Coefficients:
     """The coefficients of a parameterization at times t; each has t's shape, `[B]` or `[]`."""
 
     c_skip: Array
@@ -46,16 +46,16 @@ class Row:
         return self.target(x0, eps)
 
 
-Parameterization = Callable[[Schedule, Array], Row]
+Parameterization = Callable[[Schedule, Array], Coefficients]
 NoiseLabel = Literal["time", "unit", "index", "log_sigma"]
 
 
 def eps(c_noise: NoiseLabel = "time") -> Parameterization:
     """F is the noise (Ho et al. 2020). Does not exist where alpha is 0."""
 
-    def row(schedule: Schedule, t: Array) -> Row:
+    def row(schedule: Schedule, t: Array) -> Coefficients:
         alpha, sigma, c_in, zero = _coefficients(schedule, t)
-        return Row(1 / alpha, -sigma / alpha, c_in, _label(c_noise, schedule, t), a=zero, b=zero + 1)
+        return Coefficients(1 / alpha, -sigma / alpha, c_in, _label(c_noise, schedule, t), a=zero, b=zero + 1)
 
     return row
 
@@ -63,9 +63,9 @@ def eps(c_noise: NoiseLabel = "time") -> Parameterization:
 def x0(c_noise: NoiseLabel = "time") -> Parameterization:
     """F is the clean example."""
 
-    def row(schedule: Schedule, t: Array) -> Row:
+    def row(schedule: Schedule, t: Array) -> Coefficients:
         _, _, c_in, zero = _coefficients(schedule, t)
-        return Row(zero, zero + 1, c_in, _label(c_noise, schedule, t), a=zero + 1, b=zero)
+        return Coefficients(zero, zero + 1, c_in, _label(c_noise, schedule, t), a=zero + 1, b=zero)
 
     return row
 
@@ -73,10 +73,10 @@ def x0(c_noise: NoiseLabel = "time") -> Parameterization:
 def v(c_noise: NoiseLabel = "time") -> Parameterization:
     """F is alpha eps - sigma x0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
 
-    def row(schedule: Schedule, t: Array) -> Row:
+    def row(schedule: Schedule, t: Array) -> Coefficients:
         alpha, sigma, c_in, _ = _coefficients(schedule, t)
         power = alpha**2 + sigma**2  # 1 where the schedule is variance preserving
-        return Row(alpha / power, -sigma / power, c_in, _label(c_noise, schedule, t), a=-sigma, b=alpha)
+        return Coefficients(alpha / power, -sigma / power, c_in, _label(c_noise, schedule, t), a=-sigma, b=alpha)
 
     return row
 
@@ -85,12 +85,12 @@ def velocity(c_noise: NoiseLabel = "time") -> Parameterization:
     """F is dx_t/dt = alpha' x0 + sigma' eps (Lipman et al. 2023, arXiv 2210.02747). At t = 0 it exists where sigma' is
     finite there: not for `vp_sde` and `ve`."""
 
-    def row(schedule: Schedule, t: Array) -> Row:
+    def row(schedule: Schedule, t: Array) -> Coefficients:
         alpha, sigma, c_in, _ = _coefficients(schedule, t)
         d_alpha, d_sigma = derivative(schedule.alpha, t), derivative(schedule.sigma, t)
         determinant = alpha * d_sigma - sigma * d_alpha
         label = _label(c_noise, schedule, t)
-        return Row(d_sigma / determinant, -sigma / determinant, c_in, label, a=d_alpha, b=d_sigma)
+        return Coefficients(d_sigma / determinant, -sigma / determinant, c_in, label, a=d_alpha, b=d_sigma)
 
     return row
 
@@ -98,9 +98,9 @@ def velocity(c_noise: NoiseLabel = "time") -> Parameterization:
 def score(c_noise: NoiseLabel = "time") -> Parameterization:
     """F is the score, -eps / sigma (Song et al. 2021, arXiv 2011.13456). Exists where sigma and alpha are not 0."""
 
-    def row(schedule: Schedule, t: Array) -> Row:
+    def row(schedule: Schedule, t: Array) -> Coefficients:
         alpha, sigma, c_in, zero = _coefficients(schedule, t)
-        return Row(1 / alpha, sigma**2 / alpha, c_in, _label(c_noise, schedule, t), a=zero, b=-1 / sigma)
+        return Coefficients(1 / alpha, sigma**2 / alpha, c_in, _label(c_noise, schedule, t), a=zero, b=-1 / sigma)
 
     return row
 
@@ -110,11 +110,11 @@ def edm(sigma_data: float = 0.5, c_noise: NoiseLabel = "log_sigma") -> Parameter
     input and target have unit variance if the data's standard deviation is `sigma_data`, positive."""
     _check_sigma_data(sigma_data)
 
-    def row(schedule: Schedule, t: Array) -> Row:
+    def row(schedule: Schedule, t: Array) -> Coefficients:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         power = sigma**2 + sigma_data**2 * alpha**2  # written so that c_skip is 1 at t = 0 bit for bit
         total = jnp.sqrt(power)
-        return Row(
+        return Coefficients(
             c_skip=sigma_data**2 * alpha / power,
             c_out=sigma_data * sigma / total,
             c_in=1 / total,
@@ -136,7 +136,7 @@ def consistency(
     if sigma_min < 0:
         raise InputError("sigma_min", f"must be at least 0, got {sigma_min}")
 
-    def row(schedule: Schedule, t: Array) -> Row:
+    def row(schedule: Schedule, t: Array) -> Coefficients:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         above = jnp.maximum(sigma - sigma_min * alpha, 0)
         total = jnp.sqrt(sigma**2 + (sigma_data * alpha) ** 2)
@@ -145,7 +145,7 @@ def consistency(
         c_skip = jnp.where(above > 0, sigma_data**2 * alpha / moved, 1 / alpha)
         c_out = sigma_data * above / total
         # The target is (x0 - c_skip x_t) / c_out with the common factors cancelled: 1 - c_skip alpha = above^2 / moved.
-        return Row(
+        return Coefficients(
             c_skip,
             c_out,
             c_in=1 / total,

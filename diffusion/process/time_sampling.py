@@ -1,4 +1,4 @@
-"""Laws of t in training, by name: `uniform()` gives a `Law`, which draws t `[n]` in (0, 1]."""
+"""Laws of t in training, by name: `uniform()` gives a `TimeSampler`, which draws t `[n]` in (0, 1]."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ Draw = Callable[[Schedule, Array, int], Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Law:
+class TimeSampler:
     """A law of t. This one has no memory; `Importance` has one, a dict of arrays that lives in the train state.
 
     Attributes:
@@ -23,32 +23,32 @@ class Law:
 
     times: Draw
 
-    def memory(self) -> dict[str, Array]:
+    def initial_state(self) -> dict[str, Array]:
         """Before the first step."""
         return {}
 
-    def draw(self, schedule: Schedule, key: Array, n: int, memory: Mapping[str, Array]) -> tuple[Array, Array]:
+    def draw(self, schedule: Schedule, key: Array, n: int, objective_state: Mapping[str, Array]) -> tuple[Array, Array]:
         """t `[n]`, and the factor `[n]` on each loss that makes up for t's law."""
         t = self.times(schedule, key, n)
         return jnp.clip(t, jnp.finfo(t.dtype).tiny, 1), jnp.ones(n)
 
-    def remember(self, memory: Mapping[str, Array], t: Array, loss: Array) -> Mapping[str, Array]:
+    def update_state(self, objective_state: Mapping[str, Array], t: Array, loss: Array) -> Mapping[str, Array]:
         """The memory after a batch's losses `[n]` at `t [n]`."""
-        return memory
+        return objective_state
 
 
-def uniform() -> Law:
+def uniform() -> TimeSampler:
     """Independent and uniform on (0, 1]."""
-    return Law(lambda schedule, key, n: 1 - jax.random.uniform(key, (n,)))
+    return TimeSampler(lambda schedule, key, n: 1 - jax.random.uniform(key, (n,)))
 
 
-def stratified() -> Law:
+def stratified() -> TimeSampler:
     """One shared uniform offset on an even lattice: uniform for each example, low-discrepancy over the batch, so the
     loss has less variance (Kingma et al. 2021, arXiv 2107.00630, appendix I.1)."""
-    return Law(lambda schedule, key, n: 1 - (jax.random.uniform(key) + jnp.arange(n) / n) % 1)
+    return TimeSampler(lambda schedule, key, n: 1 - (jax.random.uniform(key) + jnp.arange(n) / n) % 1)
 
 
-def discrete(num_steps: int | None = None) -> Law:
+def discrete(num_steps: int | None = None) -> TimeSampler:
     """Uniform on 1/T, 2/T, ..., 1, the points of a table (Ho et al. 2020).
 
     Args:
@@ -60,19 +60,21 @@ def discrete(num_steps: int | None = None) -> Law:
     def times(schedule: Schedule, key: Array, n: int) -> Array:
         points = num_steps or getattr(schedule, "num_steps", None)
         if points is None:
-            raise InputError("times.num_steps", "is missing, and the schedule has no table to take it from")
+            raise InputError("time_sampler.num_steps", "is missing, and the schedule has no table to take it from")
         return (jax.random.randint(key, (n,), 0, points) + 1) / points
 
-    return Law(times)
+    return TimeSampler(times)
 
 
-def logit_normal(mean: float = 0.0, std: float = 1.0) -> Law:
+def logit_normal(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
     """logit(t) is normal; above 0, `mean` favours noise (Esser et al. 2024, arXiv 2403.03206, eq. 19)."""
     _positive("std", std)
-    return Law(lambda schedule, key, n: jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,))))
+    return TimeSampler(lambda schedule, key, n: jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,))))
 
 
-def log_normal(mean: float = -1.2, std: float = 1.2, sigma_min: float = 0.0, sigma_max: float = float("inf")) -> Law:
+def log_normal(
+    mean: float = -1.2, std: float = 1.2, sigma_min: float = 0.0, sigma_max: float = float("inf")
+) -> TimeSampler:
     """log(sigma / alpha) is normal, cut at the schedule's ends (Karras et al. 2022, arXiv 2206.00364, table 1).
 
     Args:
@@ -88,10 +90,10 @@ def log_normal(mean: float = -1.2, std: float = 1.2, sigma_min: float = 0.0, sig
         z = jax.random.truncated_normal(key, low, high, (n,)) if cut else jax.random.normal(key, (n,))
         return schedule.time(-2 * (mean + std * z))
 
-    return Law(times)
+    return TimeSampler(times)
 
 
-def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Law:
+def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> TimeSampler:
     """The power 1 / rho of sigma / alpha is uniform between two levels: with `grids.karras`, every step of the grid is
     as probable as any other (Song et al. 2023, arXiv 2303.01469, algorithm 3)."""
     _positive("rho", rho)
@@ -103,10 +105,10 @@ def karras(rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) 
         share = 1 - jax.random.uniform(key, (n,))
         return schedule.time(-2 * rho * jnp.log(low + share * (high - low)))
 
-    return Law(times)
+    return TimeSampler(times)
 
 
-def mode(scale: float = 1.29) -> Law:
+def mode(scale: float = 1.29) -> TimeSampler:
     """Favours the middle (`scale` above 0) or the ends (below), each t with positive density (Esser et al. 2024,
     eq. 20)."""
     if not -1 <= scale <= 2 / (math.pi - 2):
@@ -116,15 +118,15 @@ def mode(scale: float = 1.29) -> Law:
         u = jax.random.uniform(key, (n,))
         return 1 - u - scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)
 
-    return Law(times)
+    return TimeSampler(times)
 
 
-def cosmap() -> Law:
+def cosmap() -> TimeSampler:
     """The law under which a straight path has the log-SNR of the cosine schedule (Esser et al. 2024, eq. 21)."""
-    return Law(lambda schedule, key, n: 1 - 1 / (jnp.tan(jnp.pi / 2 * jax.random.uniform(key, (n,))) + 1))
+    return TimeSampler(lambda schedule, key, n: 1 - 1 / (jnp.tan(jnp.pi / 2 * jax.random.uniform(key, (n,))) + 1))
 
 
-def importance(bins: int = 100, history: int = 10, uniform_share: float = 0.001) -> Law:
+def importance(bins: int = 100, history: int = 10, uniform_share: float = 0.001) -> TimeSampler:
     """t in proportion to the root mean square of the losses last seen near it, each loss weighted back to the uniform
     law: less variance, the same mean (Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.3).
 
@@ -142,38 +144,38 @@ def importance(bins: int = 100, history: int = 10, uniform_share: float = 0.001)
 
 
 @dataclasses.dataclass(frozen=True)
-class Importance(Law):
+class Importance(TimeSampler):
     """See `importance`. The memory is the last losses, `[bins, history]`, and how many each bin has had."""
 
     bins: int
     history: int
     uniform_share: float
 
-    def memory(self) -> dict[str, Array]:
+    def initial_state(self) -> dict[str, Array]:
         return {"losses": jnp.zeros((self.bins, self.history)), "counts": jnp.zeros(self.bins, jnp.int32)}
 
-    def probabilities(self, memory: Mapping[str, Array]) -> Array:
+    def probabilities(self, objective_state: Mapping[str, Array]) -> Array:
         """Of each bin, `[bins]`."""
-        p = jnp.sqrt(jnp.mean(memory["losses"] ** 2, axis=1))
+        p = jnp.sqrt(jnp.mean(objective_state["losses"] ** 2, axis=1))
         p = (1 - self.uniform_share) * p / jnp.maximum(jnp.sum(p), 1e-30) + self.uniform_share / self.bins
-        return jnp.where(jnp.all(memory["counts"] >= self.history), p, 1 / self.bins)
+        return jnp.where(jnp.all(objective_state["counts"] >= self.history), p, 1 / self.bins)
 
-    def draw(self, schedule: Schedule, key: Array, n: int, memory: Mapping[str, Array]) -> tuple[Array, Array]:
-        p = self.probabilities(memory)
+    def draw(self, schedule: Schedule, key: Array, n: int, objective_state: Mapping[str, Array]) -> tuple[Array, Array]:
+        p = self.probabilities(objective_state)
         key_bin, key_inside = jax.random.split(key)
         chosen = jax.random.categorical(key_bin, jnp.log(p), shape=(n,))
         t = (chosen + 1 - jax.random.uniform(key_inside, (n,))) / self.bins
         return t, 1 / (self.bins * p[chosen])
 
-    def remember(self, memory: Mapping[str, Array], t: Array, loss: Array) -> Mapping[str, Array]:
-        def one(memory: Any, seen: tuple[Array, Array]) -> tuple[Any, None]:
+    def update_state(self, objective_state: Mapping[str, Array], t: Array, loss: Array) -> Mapping[str, Array]:
+        def one(objective_state: Any, seen: tuple[Array, Array]) -> tuple[Any, None]:
             t, loss = seen
             index = jnp.clip(jnp.ceil(t * self.bins).astype(jnp.int32) - 1, 0, self.bins - 1)
-            slot = memory["counts"][index] % self.history
-            losses = memory["losses"].at[index, slot].set(loss)
-            return {"losses": losses, "counts": memory["counts"].at[index].add(1)}, None
+            slot = objective_state["counts"][index] % self.history
+            losses = objective_state["losses"].at[index, slot].set(loss)
+            return {"losses": losses, "counts": objective_state["counts"].at[index].add(1)}, None
 
-        return jax.lax.scan(one, dict(memory), (t, loss))[0]
+        return jax.lax.scan(one, dict(objective_state), (t, loss))[0]
 
 
 def _positive(name: str, value: float) -> None:

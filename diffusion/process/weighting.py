@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import derivative
-from diffusion.process.parameterization import Row
 from diffusion.core.types import Array, InputError, Schedule
+from diffusion.process.parameterization import Coefficients
 
-Weighting = Callable[[Schedule, Row, Array], Array]
+Weighting = Callable[[Schedule, Coefficients, Array], Array]
 
 
 def simple() -> Weighting:
@@ -68,7 +68,7 @@ def sigmoid(bias: float = -1.0) -> Weighting:
     """sigmoid(bias - log SNR) on eps, for each unit of log-SNR: times the `vlb` on x0 (Hoogeboom et al. 2024, arXiv
     2410.19324, section 3.1; Kingma & Gao 2023, arXiv 2303.00848)."""
 
-    def weight(schedule: Schedule, row: Row, t: Array) -> Array:
+    def weight(schedule: Schedule, row: Coefficients, t: Array) -> Array:
         speed = -derivative(schedule.log_snr, t) / 2
         share = jax.nn.sigmoid(bias - schedule.log_snr(t))
         return speed * share * _over_eps(schedule, row, t)
@@ -80,7 +80,7 @@ def _on_x0(weight: Callable[[Array], Array]) -> Weighting:
     return lambda schedule, row, t: weight(schedule.log_snr(t)) * row.c_out**2
 
 
-def _over_eps(schedule: Schedule, row: Row, t: Array) -> Array:
+def _over_eps(schedule: Schedule, row: Coefficients, t: Array) -> Array:
     """A weight of 1 on eps, as one on F."""
     return jnp.exp(schedule.log_snr(t)) * row.c_out**2
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from diffusion.core.types import Batch, Objective
 from diffusion.distributed import sharding
-from diffusion.profiling.macs import macs
 from diffusion.profiling.chips import Chip
 from diffusion.profiling.hlo import collectives
+from diffusion.profiling.macs import macs
 from diffusion.training.program import Program
 from diffusion.training.state import trainable
-from diffusion.core.types import Batch, Objective
 
 FLAGGED = 2**20  # bytes from which an array that every device has whole is told of
 UTILISATION = 0.5  # of the peak that products reach, where a step is bound by them: MaxText has 0.52 to 0.71 on v5p

@@ -2,7 +2,7 @@
 Numbers may be traced arrays: changing them does not recompile.
 
 The first half makes one answer of two (`cfg`, `apg`, `cfg_zero`, `cfg_pp`, `autoguidance`), or asks a model that has
-learned to be guided (`embedded`); the second changes the answer of any denoiser (`rescale`, `interval`, `threshold`).
+learned to be guided (`guidance_embedding`); the second changes the answer of any denoiser (`rescale`, `interval`, `threshold`).
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import expand
-from diffusion.process.parameterization import velocity
 from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Schedule
+from diffusion.process.parameterization import velocity
 
 
 def cfg(denoise: Denoiser, scale: float | Array = 1.0, *, negative: Any = None) -> Denoiser:
@@ -98,7 +98,7 @@ def cfg_pp(denoise: Denoiser, scale: float | Array = 0.6, *, negative: Any = Non
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
         kept, dropped = _both(denoise, x, t, cond, negative)
-        return dataclasses.replace(kept, x0=dropped + scale * (kept.x0 - dropped), eps_x0=dropped)
+        return dataclasses.replace(kept, x0=dropped + scale * (kept.x0 - dropped), x0_for_eps=dropped)
 
     return guided
 
@@ -119,7 +119,7 @@ def autoguidance(denoise: Denoiser, scale: float | Array = 1.0, *, worse: Denois
     return guided
 
 
-def embedded(denoise: Denoiser, scale: float | Array = 1.0) -> Denoiser:
+def guidance_embedding(denoise: Denoiser, scale: float | Array = 1.0) -> Denoiser:
     """Tells the network the scale and leaves the rest to it, at the cost of one evaluation: for a model that was
     distilled from a guided one (Meng et al. 2023, arXiv 2210.03142), whose network has the condition `guidance`.
 
@@ -128,7 +128,7 @@ def embedded(denoise: Denoiser, scale: float | Array = 1.0) -> Denoiser:
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
-        return denoise(x, t, {**cond, "guidance": jnp.full(x.shape[:1], scale, jnp.float32)})
+        return denoise(x, t, {**cond, "guidance_scale": jnp.full(x.shape[:1], scale, jnp.float32)})
 
     return guided
 
@@ -180,7 +180,7 @@ def interval(
             return dataclasses.replace(
                 answer,
                 conditional=None if like.conditional is None else answer.x0,
-                eps_x0=None if like.eps_x0 is None else answer.x0,
+                x0_for_eps=None if like.x0_for_eps is None else answer.x0,
             )
 
         if jnp.ndim(inside) == 0:

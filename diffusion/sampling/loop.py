@@ -54,7 +54,7 @@ def sample(
       x at `times[-1]`, `[B, ...]`, which is x0 if that is 0; with `trajectory` x at each of `times`, `[N + 1, B, ...]`.
     """
     keys = key if key.shape == x.shape[:1] else sample_keys(key, jnp.arange(x.shape[0]))
-    asked = denoise if sampler.eps_apart else _with_one_x0(denoise)
+    asked = denoise if sampler.uses_separate_eps else _with_one_x0(denoise)
 
     def body(carry, inputs):
         i, t, s = inputs
@@ -93,7 +93,7 @@ def invert(
 def _with_one_x0(denoise: Denoiser) -> Denoiser:
     def asked(x: Array, t: Array, **more: Array) -> Denoised:
         denoised = denoise(x, t, **more)
-        if denoised.eps_x0 is not None:
+        if denoised.x0_for_eps is not None:
             raise InputError(
                 "guidance.name", "cfg_pp takes the noise from elsewhere than x0: use ddim, euler or euler_ancestral"
             )

@@ -24,10 +24,10 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from diffusion.core import files
+from diffusion.core.types import Array, InputError
 from diffusion.distributed import multihost
 from diffusion.distributed.sharding import path_name
 from diffusion.training.state import TrainState
-from diffusion.core.types import Array, InputError
 
 FORMAT = 2
 DAMAGED = "damaged"  # folder beside `checkpoints` that holds what is set aside
@@ -151,10 +151,10 @@ class Checkpoints:
         about, trees = self._about(step), _split(abstract)
         read = self._read(step, about, trees)
         optimizer = read["optimizer"]
-        memory = optimizer.get("memory", abstract.memory)
+        objective_state = optimizer.get("objective_state", abstract.objective_state)
         state = TrainState(
             step=optimizer["step"], params=read["params"], ema=read["ema"], opt_state=optimizer["opt_state"],
-            memory=memory, guard=optimizer["guard"],
+            objective_state=objective_state, guard=optimizer["guard"],
         )  # fmt: skip
         return state, about["position"]
 
@@ -171,7 +171,7 @@ class Checkpoints:
         read = self._read(step, self._about(step), {name: tree}, partial=True)[name]
         return read if ema is None else read[ema]
 
-    def newest_sound(self, read: Callable[[int], T]) -> tuple[int | None, T | None, list[int]]:
+    def newest_valid(self, read: Callable[[int], T]) -> tuple[int | None, T | None, list[int]]:
         """The newest checkpoint that is what was saved, and those newer than it, which are told of on stderr.
 
         Args:
@@ -199,7 +199,7 @@ class Checkpoints:
             raise InputError("workdir", f"{newest}, and no other is sound; move {folder} away to begin anew")
         return None, None, []
 
-    def set_aside(self, step: int) -> str:
+    def quarantine(self, step: int) -> str:
         """Moves a checkpoint out of the way, and returns where it is now."""
         aside = self.workdir / DAMAGED
         names = (f"{step}_{number}" if number else f"{step}" for number in itertools.count())
@@ -286,8 +286,8 @@ def _absolute(folder: epath.Path) -> epath.Path:
 
 def _split(state: TrainState) -> dict[str, Any]:
     optimizer = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
-    if state.memory:
-        optimizer["memory"] = state.memory
+    if state.objective_state:
+        optimizer["objective_state"] = state.objective_state
     return {"params": state.params, "ema": state.ema, "optimizer": optimizer}
 
 

@@ -37,7 +37,7 @@ class EMA:
         }
 
 
-def make(decays: tuple[float, ...] = (0.999,), warmup: bool = True) -> EMA:
+def make_ema(decays: tuple[float, ...] = (0.999,), warmup: bool = True) -> EMA:
     """Args: `decays`, each in [0, 1), the one that sampling takes by default last."""
     for decay in decays:
         if not 0 <= decay < 1:

@@ -19,7 +19,7 @@ class Optimizer:
     learning_rate: optax.Schedule
 
 
-def make(
+def make_optimizer(
     steps: int,
     name: str = "adamw",
     learning_rate: float = 1e-3,

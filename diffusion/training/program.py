@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from diffusion.distributed import sharding
-from diffusion.distributed import activation_sharding
+from diffusion.core.types import Batch, InputError, Network, Objective, Spec
+from diffusion.distributed import activation_sharding, sharding
 from diffusion.training.ema import EMA
-from diffusion.training.resilience.guards import Guard
 from diffusion.training.optimizer import Optimizer
+from diffusion.training.resilience.guards import Guard
 from diffusion.training.state import TrainState, init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import Batch, InputError, Network, Objective, Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Program:
     batch: NamedSharding
 
 
-def make(
+def make_program(
     *, network: Network, objective: Objective, optimizer: Optimizer, ema: EMA, mesh: Mesh,
     rules: tuple[sharding.Rule, ...] = (), sequence: str | None = None, seed: int, batch_size: int,
     cond_drop_rate: float = 0.0, accumulate: int = 1, guard: Guard | None = None, teacher: Mapping | None = None,
@@ -69,7 +68,7 @@ def make(
     step = make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=cond_drop_rate,
                      accumulate=accumulate, guard=guard)  # fmt: skip
     if mesh.size > 1:
-        step = activation_sharding.kept(step, batch, sequence)
+        step = activation_sharding.enabled(step, batch, sequence)
     return Program(
         init=jax.jit(init, out_shardings=places),
         step=jax.jit(step, in_shardings=(places, batch), out_shardings=(places, sharding.replicated(mesh)),

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion.training.resilience import guards
-from diffusion.training.ema import EMA
 from diffusion.core.types import Array, Network, Objective, Params
+from diffusion.training.ema import EMA
+from diffusion.training.resilience import guards
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +23,7 @@ class TrainState:
       params: the dict of networks, float32.
       ema: name of the average -> its copy of the trainable networks.
       opt_state: optax's, for the trainable networks.
-      memory: what the objective keeps beside its parameters (`Objective.memory`).
+      objective_state: what the objective keeps beside its parameters (`Objective.memory`).
       guard: the counters of bad steps.
     """
 
@@ -31,7 +31,7 @@ class TrainState:
     params: dict[str, Params]
     ema: dict[str, dict[str, Params]]
     opt_state: Any
-    memory: Any
+    objective_state: Any
     guard: dict[str, Array]
 
 
@@ -52,7 +52,7 @@ def init_state(
     learned = trainable(params, objective)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, ema=ema.init(learned), opt_state=transform.init(learned),
-        memory=objective.memory(), guard=guards.counters(),
+        objective_state=objective.initial_state(), guard=guards.counters(),
     )  # fmt: skip
 
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion.training.ema import EMA
-from diffusion.training.resilience.guards import Guard, choose
-from diffusion.training.optimizer import Optimizer
-from diffusion.training.state import TrainState, averaged, trainable
 from diffusion.core.types import Array, Batch, Network, Objective, Params
+from diffusion.training.ema import EMA
+from diffusion.training.optimizer import Optimizer
+from diffusion.training.resilience.guards import Guard, select_if_ok
+from diffusion.training.state import TrainState, averaged, trainable
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
@@ -34,7 +34,7 @@ def make_step(
       accumulate: micro-batches that the gradient is averaged over, one after the other; B must be divisible by it.
         Everything random is drawn for the whole batch, so only a network's dropout depends on it.
       guard: judges the step; by default for finite numbers alone. A bad one changes nothing that is learned, averaged
-        or remembered; what `prepare` makes of the step's number alone happens all the same, and the number counts on.
+        or remembered; what `before_step` makes of the step's number alone happens all the same, and the number counts on.
     """
 
     guard = guard or Guard()
@@ -43,12 +43,17 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key_keep, key_draw, key_net = jax.random.split(key, 3)
         keep = jax.random.uniform(key_keep, batch["x"].shape[:1]) >= cond_drop_rate
-        skipped, wish = batch.get("skipped"), batch.get("wish")
+        skipped, request = batch.get("skipped"), batch.get("request")
         batch = Batch(x=batch["x"], cond={**batch["cond"], "keep": keep})
-        prepared, memory = objective.prepare(
-            state.params, averaged(state, ema.names[-1]), batch, state.memory, jax.random.fold_in(key, 3), state.step
+        prepared, objective_state = objective.before_step(
+            state.params,
+            averaged(state, ema.names[-1]),
+            batch,
+            state.objective_state,
+            jax.random.fold_in(key, 3),
+            state.step,
         )
-        batch["noise"] = objective.draw(batch, key_draw, state.step, memory)
+        batch["draws"] = objective.draw(batch, key_draw, state.step, objective_state)
         learned, ema_params = trainable(prepared, objective), {**prepared, **state.ema[ema.names[-1]]}
 
         def mean_loss(learned, micro, key):
@@ -66,26 +71,28 @@ def make_step(
             keys = jax.random.split(key_net, accumulate)
             (metrics, grads), losses = _mean_over(gradient, _split(batch, accumulate), keys)
             losses = losses.swapaxes(0, 1).reshape(-1)  # as they stood before the split
-        remembered, seen = objective.remember(memory, batch["noise"], losses)
+        remembered, seen = objective.update_state(objective_state, batch["draws"], losses)
         metrics = {"loss": jnp.mean(losses), **metrics, **seen}
         if skipped is not None:
             metrics["skipped"] = jnp.sum(skipped)
-        if wish is not None:
-            metrics["wish"] = jnp.max(wish)
+        if request is not None:
+            metrics["request"] = jnp.max(request)
 
         norms = _norms(grads)
         metrics["grad_norm"] = optax.global_norm(norms)
         metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step - state.guard["bad"]))
-        sound, counters = guard.judge(state.guard, metrics["loss"], metrics["grad_norm"])
+        ok, counters = guard.check_step(state.guard, metrics["loss"], metrics["grad_norm"])
         metrics |= {"bad_steps": counters["bad"], "in_row": counters["in_row"], "norms": norms}
 
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, learned)
         updated = _projected(optax.apply_updates(learned, updates), network, prepared)
         averages = ema.update(state.ema, updated, state.step)
-        updated, averages, opt_state, memory = choose(
-            sound, (updated, averages, opt_state, remembered), (learned, state.ema, state.opt_state, memory)
+        updated, averages, opt_state, objective_state = select_if_ok(
+            ok, (updated, averages, opt_state, remembered), (learned, state.ema, state.opt_state, objective_state)
         )
-        return TrainState(state.step + 1, {**prepared, **updated}, averages, opt_state, memory, counters), metrics
+        return TrainState(
+            state.step + 1, {**prepared, **updated}, averages, opt_state, objective_state, counters
+        ), metrics
 
     return step
 

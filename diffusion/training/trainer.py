@@ -18,24 +18,29 @@ from PIL import Image
 
 from diffusion.core import files, images
 from diffusion.core.checks import at_most
-from diffusion.training.checkpoint import Checkpoints, Retention
+from diffusion.core.progress import Progress
+from diffusion.core.types import InputError, Network, Objective, Params, Source
 from diffusion.data import pipeline
 from diffusion.distributed import sharding
-from diffusion.core.progress import Progress
 from diffusion.training import program as programs
+from diffusion.training.checkpoint import Checkpoints, Retention
 from diffusion.training.ema import EMA
-from diffusion.training.resilience.goodput import Goodput
-from diffusion.training.resilience.guards import DUMP, Diverged, Guard, dump
 from diffusion.training.metrics import MetricWriter
 from diffusion.training.optimizer import Optimizer
+from diffusion.training.resilience.goodput import Goodput
+from diffusion.training.resilience.guards import DUMP, Diverged, Guard, dump
 from diffusion.training.resilience.preemption import Preempted, Preemption
-from diffusion.training.state import TrainState, averaged
 from diffusion.training.resilience.watchdog import Watchdog
-from diffusion.core.types import InputError, Network, Objective, Params, Source
+from diffusion.training.state import TrainState, averaged
 
 SAVE, STOP = 1, 2  # what a process may wish that all do
 FIRST = 10  # times as long as another step the first may take, which is compiled
-PLACES = ("path", "data_dir", "index", "on_error")  # keywords of sources that say nothing of what the examples are
+LOCATION_KEYWORDS = (
+    "path",
+    "data_dir",
+    "index",
+    "on_error",
+)  # keywords of sources that say nothing of what the examples are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Options:
       spike: a loss above so many times the running mean is bad too; None for no such limit.
       rollbacks: how often the run goes back to its newest checkpoint, and on with data not seen yet, before bad steps
         end it.
-      stuck_after: minutes without a step that end the run, with the stacks of all threads; 0 for no such watch. The
+      hang_timeout: minutes without a step that end the run, with the stacks of all threads; 0 for no such watch. The
         first step, which is compiled, saves and previews have ten times as long.
     """
 
@@ -71,7 +76,7 @@ class Options:
     patience: int = 10
     spike: float | None = None
     rollbacks: int = 0
-    stuck_after: float = 10.0
+    hang_timeout: float = 10.0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "prefetch", "patience"):
@@ -79,7 +84,7 @@ class Options:
                 raise InputError(name, f"must be at least 1, got {getattr(self, name)}")
         for name, most in (("batch_size", 10**7), ("prefetch", 10**4), ("workers", 10**4)):
             at_most(most, getattr(self, name), name)
-        for name in ("preview_every", "workers", "rollbacks", "stuck_after"):
+        for name in ("preview_every", "workers", "rollbacks", "hang_timeout"):
             if getattr(self, name) < 0:
                 raise InputError(name, f"must be at least 0, got {getattr(self, name)}")
         Guard(self.spike)
@@ -136,7 +141,7 @@ def train(
 
     Args:
       workdir: for checkpoints, `metrics.jsonl` and `previews/`.
-      rules, sequence, seed: see `program.make`.
+      rules, sequence, seed: see `program.make_program`.
       meta: JSON-able, saved with every checkpoint.
       teacher: the dict of networks that the objective's teacher has, for a run that begins; one that goes on has it.
       preview: averaged parameters -> a picture of samples, from the same noise each time.
@@ -148,7 +153,7 @@ def train(
     """
     if source.spec.captions:
         raise InputError("data.captions", "no network reads captions yet; set it False to train without")
-    program = programs.make(
+    program = programs.make_program(
         network=network, objective=objective, optimizer=optimizer, ema=ema, mesh=mesh, rules=rules, sequence=sequence,
         seed=seed, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate,
         guard=Guard(options.spike), teacher=teacher,
@@ -169,7 +174,7 @@ def train(
 
     began = time.monotonic()
     found = Checkpoints(workdir, read_only=True)
-    latest, restored, damaged = found.newest_sound(restore)
+    latest, restored, damaged = found.newest_valid(restore)
     found.close()
     state, position = restored or (None, {})  # converted weights, at step 0, have no position either
     start, skipped = latest or 0, position.get("skipped", 0)
@@ -191,7 +196,7 @@ def train(
     retention = Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best)
     checkpoints = Checkpoints(workdir, retention=retention)
     for step in damaged:
-        print(f"warning: step {step} is kept in {checkpoints.set_aside(step)}", file=sys.stderr)
+        print(f"warning: step {step} is kept in {checkpoints.quarantine(step)}", file=sys.stderr)
     print(
         f"{parameter_overview.count_parameters(state.params):,} parameters ({workdir}/parameters.txt), "
         f"{mesh.size} device{'s' if mesh.size > 1 else ''}, {len(source):,} examples, "
@@ -208,7 +213,7 @@ def train(
         nonlocal skipped
         metrics = jax.device_get(metrics)
         norms, in_row = metrics.pop("norms"), int(metrics.pop("in_row"))
-        metrics.pop("wish", None)
+        metrics.pop("request", None)
         values = {name: float(value) for name, value in metrics.items()}
         if "skipped" in values:  # of this step, here of the whole run
             skipped += round(values["skipped"])
@@ -228,16 +233,16 @@ def train(
                 writer.write(step, {**finite, "images_per_second": progress.rate() * options.batch_size})
                 meter.write(step)
 
-    def own_wish() -> int:
+    def own_request() -> int:
         late = checkpoint.minutes and time.monotonic() - saved_at > 60 * checkpoint.minutes
         return STOP if preemption.requested else SAVE if late else 0
 
     alone = jax.process_count() == 1
-    watchdog = Watchdog(60 * options.stuck_after, os.path.join(workdir, "stuck.txt"))
+    watchdog = Watchdog(60 * options.hang_timeout, os.path.join(workdir, "stuck.txt"))
     with watchdog, Preemption() as preemption:
         try:
-            step, waiting, wish, rollbacks, saved_at = start, None, 0, 0, time.monotonic()
-            while step < options.steps and wish < STOP:
+            step, waiting, request, rollbacks, saved_at = start, None, 0, 0, time.monotonic()
+            while step < options.steps and request < STOP:
                 step += 1
                 watchdog.beat(f"the data of step {step}")
                 with meter.spent("data"):
@@ -245,15 +250,15 @@ def train(
                     if waiting and not waiting[-1]["loss"].is_ready():
                         meter.count_as("step")  # the device was not kept waiting
                 if not alone:  # all save the same step: what one wishes goes through the step, and comes back to all
-                    batch["wish"] = np.full(batch["x"].shape[0], own_wish(), np.int32)
+                    batch["request"] = np.full(batch["x"].shape[0], own_request(), np.int32)
                 first = step == start + 1
                 watchdog.beat(f"step {step}", FIRST * watchdog.limit if first else None)
                 with meter.spent("compile" if first else "step"):
                     state, metrics = program.step(state, sharding.to_global(batch, program.batch))
                     # The device works on this step while the host reads the one before.
                     previous, waiting = waiting, (step, data.position()["examples"], metrics)
-                    wish = own_wish() if alone else int(previous[-1]["wish"]) if previous else 0
-                    save = step == options.steps or step % checkpoint.every == 0 or wish
+                    request = own_request() if alone else int(previous[-1]["request"]) if previous else 0
+                    save = step == options.steps or step % checkpoint.every == 0 or request
                     show = (preview is not None and options.preview_every
                             and (step == options.steps or step % options.preview_every == 0))  # fmt: skip
                     try:
@@ -317,7 +322,8 @@ def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         ours, theirs = (json.loads(json.dumps(m.get("config", {}).get(part, {}))) for m in (meta, stored))
         if part == "data":
             ours, theirs = (
-                {key: value for key, value in section.items() if key not in PLACES} for section in (ours, theirs)
+                {key: value for key, value in section.items() if key not in LOCATION_KEYWORDS}
+                for section in (ours, theirs)
             )
         if ours != theirs:
             field = next(f"{part}.{key}" for key in {**theirs, **ours} if ours.get(key) != theirs.get(key))

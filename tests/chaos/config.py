@@ -15,17 +15,17 @@ import jax
 import ml_collections
 import numpy as np
 
-from diffusion.training.checkpoint import Checkpoints
 from diffusion.data.sources.digits import Digits
 from diffusion.distributed import sharding
+from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.resilience.watchdog import Watchdog
 
 VP, TRIG, FLOW = {"name": "vp", "num_steps": 1000}, {"name": "trig"}, {"name": "flow"}
 CURRICULUM = {"name": "square_root", "steps": 40, "start": 2, "end": 9}
 TEACHERS = {
-    "eps": {"name": "ddpm", "schedule": VP, "parameterization": {"name": "eps"}},
-    "v": {"name": "ddpm", "schedule": TRIG, "parameterization": {"name": "v"}},
-    "velocity": {"name": "ddpm", "schedule": FLOW, "parameterization": {"name": "velocity"}},
+    "eps": {"name": "denoising", "schedule": VP, "parameterization": {"name": "eps"}},
+    "v": {"name": "denoising", "schedule": TRIG, "parameterization": {"name": "v"}},
+    "velocity": {"name": "denoising", "schedule": FLOW, "parameterization": {"name": "velocity"}},
 }
 
 
@@ -35,10 +35,10 @@ def taught(name, teacher, **options):
 
 
 CASES = {
-    "ddpm": {"name": "ddpm", "times": {"name": "importance", "bins": 4, "history": 2}},
+    "denoising": {"name": "denoising", "time_sampler": {"name": "importance", "bins": 4, "history": 2}},
     "flow_matching": {"name": "flow_matching"},
     "vdm": {"name": "vdm"},
-    "consistency": {"name": "consistency", "curriculum": CURRICULUM, "target": "average", "sigma_min": 0.002},
+    "consistency": {"name": "consistency", "discretization": CURRICULUM, "target": "average", "sigma_min": 0.002},
     "continuous_consistency": {"name": "continuous_consistency", "warmup": 10},
     "latent_consistency": taught("latent_consistency", "eps"),
     "mean_flow": {"name": "mean_flow"},
@@ -54,7 +54,7 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     config.objective = {**CASES, **TEACHERS}[name]
     config.network = {"name": "mlp", "width": 8, "depth": 1}
     if name in ("mean_flow", "shortcut", "latent_consistency"):
-        config.network.conditions = ("r", "guidance")
+        config.network.scalar_conditions = ("step_size", "guidance_scale")
     config.optimizer.warmup = 1
     config.train.update(
         steps=2 if name in TEACHERS else STEPS,
@@ -62,7 +62,7 @@ def get_config(name: str) -> ml_collections.ConfigDict:
         log_every=1,
         preview_every=0,
         prefetch=1,
-        stuck_after=10.0,
+        hang_timeout=10.0,
     )
     config.checkpoint.update(every=EVERY, minutes=ml_collections.config_dict.placeholder(float))
     if "NOTES" in os.environ:

@@ -71,7 +71,7 @@ SOON = 0.05  # minutes
 
 
 def test_data_that_do_not_come(start, tmp_path):
-    training = start("ddpm", tmp_path / "run", 1, hangs=3, flags=[f"--config.train.stuck_after={SOON}"])
+    training = start("ddpm", tmp_path / "run", 1, hangs=3, flags=[f"--config.train.hang_timeout={SOON}"])
     assert training.wait() == [STUCK]
     for text in (training.told(), (tmp_path / "run/stuck.txt").read_text()):
         assert re.search(r"no sign of life for .* since: the data of step \d", text) and "__getitem__" in text
@@ -80,7 +80,7 @@ def test_data_that_do_not_come(start, tmp_path):
 @pytest.mark.chaos
 def test_of_two_processes_one_stands_still(start, tmp_path):
     """The other waits for it in a collective operation, which no signal ends."""
-    training = start("ddpm", tmp_path / "run", 2, flags=[f"--config.train.stuck_after={SOON}"], pace=0.05)
+    training = start("ddpm", tmp_path / "run", 2, flags=[f"--config.train.hang_timeout={SOON}"], pace=0.05)
     training.until_doing("step 9")
     still, other = training.processes[1], training.processes[0]
     still.send_signal(signal.SIGSTOP)

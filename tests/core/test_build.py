@@ -1,8 +1,8 @@
 import pytest
 
 from diffusion.core.build import build, names
-from diffusion.sampling.samplers.ddim import DDIM
 from diffusion.core.types import InputError
+from diffusion.sampling.samplers.ddim import DDIM
 
 
 def test_builds_from_name_and_from_spec():
@@ -14,15 +14,15 @@ def test_builds_from_name_and_from_spec():
 def test_names_are_found_by_listing():
     assert {"ancestral", "ddim"} <= set(names("samplers"))
     assert {"eps", "x0", "v"} <= set(names("parameterization"))
-    assert {"uniform", "stratified"} <= set(names("times"))
+    assert {"uniform", "stratified"} <= set(names("time_sampling"))
     assert "pipeline" not in names("data")  # it has no make()
 
 
 def test_a_new_file_is_a_new_part(monkeypatch, tmp_path):
     (tmp_path / "mine.py").write_text("def make(a: int = 1):\n    return ('mine', a)\n")
-    import diffusion.samplers
+    import diffusion.sampling.samplers
 
-    monkeypatch.setattr(diffusion.samplers, "__path__", [*diffusion.samplers.__path__, str(tmp_path)])
+    monkeypatch.setattr(diffusion.sampling.samplers, "__path__", [*diffusion.sampling.samplers.__path__, str(tmp_path)])
     assert build("samplers", {"name": "mine", "a": 2}) == ("mine", 2)
 
 
@@ -42,7 +42,7 @@ def test_a_new_file_is_a_new_part(monkeypatch, tmp_path):
         ("networks", {"name": "unet", "width": 8}, r"networks.shape: is missing"),
         (
             "objectives",
-            {"name": "ddpm", "schedule": {"name": "vp", "beta_end": 3.0}},
+            {"name": "denoising", "schedule": {"name": "vp", "beta_end": 3.0}},
             r"objectives.schedule.beta_end: ",
         ),
     ],

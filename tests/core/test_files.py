@@ -11,10 +11,10 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from diffusion.core import files, images
-from diffusion.training import metrics
-from diffusion.training.resilience.goodput import Goodput, summary
-from diffusion.training.metrics import MetricWriter
 from diffusion.core.types import InputError
+from diffusion.training import metrics
+from diffusion.training.metrics import MetricWriter
+from diffusion.training.resilience.goodput import Goodput, summary
 
 
 @pytest.fixture(params=["local", "gs://"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.data.sources import array_record
 from diffusion.core.types import InputError, Spec
+from diffusion.data.sources import array_record
 
 RNG = np.random.default_rng(0)
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from diffusion.core.build import build
+from diffusion.core.types import InputError
 from diffusion.data import file_index
 from diffusion.data.file_index import FileIndex
-from diffusion.core.types import InputError
 
 
 def save(path, colour=(10, 20, 30), size=(8, 8), **options):

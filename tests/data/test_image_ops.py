@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.core.types import InputError
 from diffusion.data import image_ops
 from diffusion.data.image_ops import Transform, Unreadable, decode
-from diffusion.core.types import InputError
 
 
 def noise(height, width, mode="RGB", seed=0):

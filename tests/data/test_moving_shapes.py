@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.data.sources.moving_shapes import LANES, MOTIONS, STILL, VOCABULARY, Mover
 from diffusion.core.types import InputError, Source
+from diffusion.data.sources.moving_shapes import LANES, MOTIONS, STILL, VOCABULARY, Mover
 
 GOLDEN = "ec123f717df3e183dc48188a2a314a0b24dd492fe501edc32786ddcc06489f75"
 

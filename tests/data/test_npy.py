@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.data.pipeline import Batches
 from diffusion.core.types import InputError, Source, Spec
+from diffusion.data.pipeline import Batches
 
 IMAGES = np.random.default_rng(0).integers(256, size=(4, 6, 6, 3), dtype=np.uint8)
 IMAGES[0, 0, :3, 0] = 0, 255, 51

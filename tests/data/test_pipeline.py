@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.data.pipeline import Batches
 from diffusion.core.types import InputError, Spec
+from diffusion.data.pipeline import Batches
 
 SIZE, BATCH_SIZE, LONG = 50, 6, 200
 
 
 @dataclasses.dataclass
-class Numbers:
+class ScalarEmbedding:
     """x of example i is i; drawn in training, a number is added to it that is random."""
 
     size: int
@@ -46,7 +46,7 @@ class Numbers:
         return {**example, "x": example["x"] + rng.random(dtype=np.float32)} if self.noisy else example
 
 
-class Bucketed(Numbers):
+class Bucketed(ScalarEmbedding):
     """Every third example is longer, every twelfth is longer still."""
 
     def __init__(self, size):
@@ -73,26 +73,26 @@ def hashes(iterator, n):
 
 
 def test_every_example_once_an_epoch_in_a_new_order():
-    epochs = take(Batches(Numbers(12), batch_size=12, seed=0), 3)
+    epochs = take(Batches(ScalarEmbedding(12), batch_size=12, seed=0), 3)
     for epoch in epochs:
         assert sorted(epoch) == list(range(12))
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_batches_run_across_epochs():
-    seen = np.ravel(take(Batches(Numbers(10), batch_size=4, seed=0), 15))
+    seen = np.ravel(take(Batches(ScalarEmbedding(10), batch_size=4, seed=0), 15))
     for epoch in seen.reshape(6, 10):
         assert sorted(epoch) == list(range(10))
 
 
 def test_the_order_follows_from_the_seed():
-    first, again, other = (take(Batches(Numbers(50), batch_size=7, seed=s), 20) for s in (1, 1, 2))
+    first, again, other = (take(Batches(ScalarEmbedding(50), batch_size=7, seed=s), 20) for s in (1, 1, 2))
     assert first == again and first != other
     with pytest.raises(InputError, match="seed: must be from 0 to 2"):
-        Batches(Numbers(50), batch_size=7, seed=-1)
+        Batches(ScalarEmbedding(50), batch_size=7, seed=-1)
 
 
-@pytest.fixture(scope="module", params=[Numbers(SIZE, noisy=True), Bucketed(SIZE)], ids=["plain", "buckets"])
+@pytest.fixture(scope="module", params=[ScalarEmbedding(SIZE, noisy=True), Bucketed(SIZE)], ids=["plain", "buckets"])
 def source(request):
     return request.param
 
@@ -108,7 +108,7 @@ def test_twice_the_same(source, uninterrupted):
 
 
 def test_what_is_random_is_drawn_anew_every_epoch():
-    stream = Batches(Numbers(12, noisy=True), batch_size=12, seed=0)
+    stream = Batches(ScalarEmbedding(12, noisy=True), batch_size=12, seed=0)
     epochs = np.concatenate([np.sort(next(stream)["x"], axis=0) for _ in range(3)], axis=1) % 1
     assert (np.ptp(epochs, axis=1) > 0).all() and len(np.unique(epochs)) > 30
 
@@ -156,8 +156,10 @@ def test_going_on_with_another_number_of_processes(source, before, after):
 
 
 def test_going_on_with_another_batch_size():
-    one = np.ravel(take(Batches(Numbers(SIZE), batch_size=BATCH_SIZE, seed=3), 40))
-    rest = np.ravel(take(Batches(Numbers(SIZE), batch_size=10, seed=3, position=position(Numbers(SIZE), 5)), 10))
+    one = np.ravel(take(Batches(ScalarEmbedding(SIZE), batch_size=BATCH_SIZE, seed=3), 40))
+    rest = np.ravel(
+        take(Batches(ScalarEmbedding(SIZE), batch_size=10, seed=3, position=position(ScalarEmbedding(SIZE), 5)), 10)
+    )
     np.testing.assert_array_equal(rest, one[30:130])
     with pytest.raises(InputError, match=r"train.batch_size: 7 does not divide the 30 examples"):
         Batches(Bucketed(SIZE), batch_size=7, seed=3, position=position(Bucketed(SIZE), 5))
@@ -165,7 +167,7 @@ def test_going_on_with_another_batch_size():
 
 def test_going_on_with_other_data():
     with pytest.raises(InputError, match="data: has 51 examples, but the run began with 50"):
-        Batches(Numbers(51), batch_size=BATCH_SIZE, seed=3, position=position(Numbers(50), 5))
+        Batches(ScalarEmbedding(51), batch_size=BATCH_SIZE, seed=3, position=position(ScalarEmbedding(50), 5))
 
 
 def test_buckets():
@@ -187,7 +189,7 @@ def test_buckets():
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_what_a_source_raises_arrives(workers):
-    stream = Batches(Numbers(20, fails=13), batch_size=4, seed=0, workers=workers)
+    stream = Batches(ScalarEmbedding(20, fails=13), batch_size=4, seed=0, workers=workers)
     with pytest.raises(InputError, match=r"^data: number 13$") as caught:
         take(stream, 6)
     assert caught.value.field == "data"
@@ -196,7 +198,7 @@ def test_what_a_source_raises_arrives(workers):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_does_not_hang_the_run(workers):
-    stream = Batches(Numbers(20, fails=13, kills=True), batch_size=4, seed=0, workers=workers)
+    stream = Batches(ScalarEmbedding(20, fails=13, kills=True), batch_size=4, seed=0, workers=workers)
     with pytest.raises(RuntimeError, match="terminated unexpectedly with exit code -9"):
         take(stream, 6)
     stream.close()

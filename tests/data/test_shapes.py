@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.data.pipeline import Batches
-from diffusion.data.sources.shapes import PLACES, VOCABULARY, Thing
 from diffusion.core.types import InputError, Source
+from diffusion.data.pipeline import Batches
+from diffusion.data.sources.shapes import LOCATION_KEYWORDS, VOCABULARY, Thing
 
 SIZES = (32, 64)
 GOLDEN = "bdb0d3fe63ede84ce7f7dda45a04f5dd6c594d11d53b2f3fd923f3d7f5c6365b"
@@ -146,7 +146,7 @@ def test_captions():
 def test_every_phrase_is_read_back():
     sizes, shapes_of = ("small", "large"), ("circle", "square", "triangle")
     colours = ("red", "green", "blue", "yellow", "magenta", "cyan", "white", "grey")
-    everything = {Thing(*words) for words in itertools.product(sizes, colours, shapes_of, PLACES)}
+    everything = {Thing(*words) for words in itertools.product(sizes, colours, shapes_of, LOCATION_KEYWORDS)}
     assert len(everything) == 2 * 8 * 3 * 9
     for thing in everything:
         assert VOCABULARY.parse(VOCABULARY.caption([thing])) == {thing}

@@ -16,8 +16,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from diffusion.core.build import build
-from diffusion.data.pipeline import Batches
 from diffusion.core.types import InputError
+from diffusion.data.pipeline import Batches
 from diffusion.pipelines.run import open_run
 from tests.data import tfds_sets
 from tests.experiments.test_teachers import train
@@ -215,7 +215,7 @@ REFUSED = {
     "unknown version": ({"dataset": "mnist:9.0.0"}, "dataset: mnist:9.0.0 cannot be opened: .*only: 3.0.1"),
     "not prepared": (
         {"dataset": "mnist"},
-        "dataset: there is no .*/mnist/3.0.1; prepare it: python -m experiments.prepare --config=... --data_dir=/",
+        "dataset: there is no .*/mnist/3.0.1; prepare it: python -m experiments.prepare_data --config=... --data_dir=/",
     ),
     "unknown split": (
         {"split": "trian"},
@@ -271,7 +271,7 @@ def lose(path):
     [
         (
             as_tfrecord,
-            "has tfrecord alone, and array_record is read; convert it: python -m experiments.prepare ",
+            "has tfrecord alone, and array_record is read; convert it: python -m experiments.prepare_data ",
         ),
         (cut, "/tiny_things/1.2.0 cannot be read: .*; remove it and prepare it anew"),
         (lose, "/tiny_things/1.2.0 cannot be read: .*; remove it and prepare it anew"),

@@ -4,8 +4,8 @@ import pytest
 import sklearn.datasets
 
 from diffusion.core.build import build
-from diffusion.data.pipeline import Batches
 from diffusion.core.types import InputError
+from diffusion.data.pipeline import Batches
 
 KINDS = ("gaussian", "mixture", "checkerboard", "moons", "spiral")
 EXACT = ("gaussian", "mixture", "checkerboard")

@@ -8,14 +8,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diffusion.core.build import build
-from diffusion.distributed import activation_sharding
 from diffusion.core.types import InputError
+from diffusion.distributed import activation_sharding
 
 NETWORKS = {
-    "dit": {"width": 16, "depth": 2, "heads": 2, "patch": 2},
-    "uvit": {"width": 16, "depth": 3, "heads": 2, "patch": 2},
-    "unet": {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 8},
-    "edm2": {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 8},
+    "dit": {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 2},
+    "uvit": {"width": 16, "depth": 3, "num_heads": 2, "patch_size": 2},
+    "unet": {"width": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "head_dim": 8},
+    "edm2": {"width": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "head_dim": 8},
     "mlp": {"width": 16, "depth": 2},
 }
 
@@ -30,7 +30,7 @@ def test_every_network_has_borders_and_computes_the_same(name, mesh_of):
     place = NamedSharding(mesh_of(1, 8, 1), P("fsdp"))
     args = params, x, jnp.linspace(0.1, 0.9, 8), cond
     assert "sharding_constraint" not in str(jax.make_jaxpr(network.apply)(*args))
-    kept = activation_sharding.kept(network.apply, place)
+    kept = activation_sharding.enabled(network.apply, place)
     assert str(jax.make_jaxpr(kept)(*args)).count("sharding_constraint") >= 3
     np.testing.assert_allclose(jax.jit(kept)(*args), jax.jit(network.apply)(*args), atol=1e-5)
 
@@ -38,14 +38,14 @@ def test_every_network_has_borders_and_computes_the_same(name, mesh_of):
 def test_leaves_no_trace_behind(mesh_of):
     place = NamedSharding(mesh_of(1, 8, 1), P("fsdp"))
     with pytest.raises(ZeroDivisionError):
-        activation_sharding.kept(lambda: 1 / 0, place)()
+        activation_sharding.enabled(lambda: 1 / 0, place)()
     x = jnp.zeros(8)
-    assert activation_sharding.border(x) is x
+    assert activation_sharding.constrain(x) is x
 
 
 def test_tokens_are_split_where_they_are_asked_to_be(mesh_of):
     place = NamedSharding(mesh_of(1, 2, 4), P("fsdp"))
-    kept = jax.jit(activation_sharding.kept(activation_sharding.border, place, "model"))
+    kept = jax.jit(activation_sharding.enabled(activation_sharding.border, place, "model"))
     assert kept(jnp.zeros((2, 8, 3))).sharding.spec == P("fsdp", "model")
     assert kept(jnp.zeros((2, 8))).sharding.spec == kept(jnp.zeros((2, 8, 8, 3))).sharding.spec == P("fsdp")
     with pytest.raises(InputError, match=r"sharding.sequence: splits tokens over the 4 devices .* the 6 there are"):
@@ -55,5 +55,5 @@ def test_tokens_are_split_where_they_are_asked_to_be(mesh_of):
 def test_a_part_of_a_batch_that_does_not_divide_is_left_alone(mesh_of):
     place = NamedSharding(mesh_of(2, 4, 1), P(("data", "fsdp")))
     for rows, times in ((16, 1), (12, 0)):
-        text = str(jax.make_jaxpr(activation_sharding.kept(activation_sharding.border, place))(jnp.zeros((rows, 2))))
+        text = str(jax.make_jaxpr(activation_sharding.enabled(activation_sharding.border, place))(jnp.zeros((rows, 2))))
         assert text.count("sharding_constraint") == times

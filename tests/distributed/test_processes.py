@@ -177,4 +177,4 @@ def test_bad_flags(flags, message, tmp_path):
 )  # fmt: skip
 def test_what_the_environment_tells(name, value, told, monkeypatch):
     monkeypatch.setenv(name, value)
-    assert multihost.is_told_of() == told
+    assert multihost.is_announced() == told

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from diffusion.distributed import roll_call
 from diffusion.core.types import InputError
+from diffusion.distributed import roll_call
 
 
 @pytest.fixture

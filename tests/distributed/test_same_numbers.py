@@ -9,14 +9,21 @@ import pytest
 from configs import imagenet64_adm, imagenet256_dit
 from diffusion.core.build import build
 from diffusion.distributed import sharding
+from diffusion.pipelines.generator import Generator
 from diffusion.training import ema, optimizer, program
 from diffusion.training.state import averaged
-from diffusion.pipelines.generator import Drawer
 
 STEPS, BATCH_SIZE = 20, 32
 NETWORKS = {
-    "dit": {"name": "dit", "width": 32, "depth": 2, "heads": 8, "patch": 2},
-    "unet": {"name": "unet", "width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 4},
+    "dit": {"name": "dit", "width": 32, "depth": 2, "num_heads": 8, "patch_size": 2},
+    "unet": {
+        "name": "unet",
+        "width": 16,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (4,),
+        "head_dim": 4,
+    },
 }
 RULES = {
     "dit": imagenet256_dit.get_config("S/8").sharding.rules,
@@ -36,8 +43,11 @@ def trained(digits, mesh_of):
         mesh, objective = mesh_of(*MESHES.get(arrangement, (1, 1, 1))), build("objectives", {"name": "flow_matching"})
         network = build("networks", NETWORKS[name], shape=digits.spec.shape, num_classes=10)
         # SGD: Adam makes as much of a gradient that is 1e-9 by rounding as of one that is 1.
-        opt, averages = optimizer.make(steps=STEPS, name="sgd", learning_rate=0.05), ema.make(decays=(0.5,))
-        made = program.make(
+        opt, averages = (
+            optimizer.make_optimizer(steps=STEPS, name="sgd", learning_rate=0.05),
+            ema.make_ema(decays=(0.5,)),
+        )
+        made = program.make_program(
             network=network, objective=objective, optimizer=opt, ema=averages, mesh=mesh, rules=RULES[name], seed=0,
             batch_size=BATCH_SIZE, cond_drop_rate=0.1, **HOW.get(arrangement, {}),
         )  # fmt: skip
@@ -47,7 +57,7 @@ def trained(digits, mesh_of):
             batch = jax.tree.map(lambda *rows: np.stack(rows), *examples)
             state, metrics = made.step(state, sharding.to_global(batch, made.batch))
             losses.append(float(metrics["loss"]))
-        drawer = Drawer(
+        drawer = Generator(
             network, objective, digits.spec, mesh, sampler={"name": "heun", "steps": 4}, cond_drop_rate=0.1,
             guidance={"name": "cfg", "scale": 2.0},
         )  # fmt: skip

@@ -5,8 +5,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from diffusion.distributed import mesh, sharding
 from diffusion.core.types import InputError
+from diffusion.distributed import mesh, sharding
 
 STATE = {
     "params": {"net": {"a": {"kernel": jax.ShapeDtypeStruct((6, 16), "float32")}}},
@@ -49,7 +49,7 @@ def test_bad_rules(mesh_of, rule, message):
 
 
 def test_mesh_fills_one_axis():
-    made = mesh.make(data=-1, fsdp=2, model=2)
+    made = mesh.make_mesh(data=-1, fsdp=2, model=2)
     assert dict(made.shape) == {"data": 2, "fsdp": 2, "model": 2}
     assert set(made.axis_types) == {jax.sharding.AxisType.Auto}
     assert sharding.batch_shards(made) == 4
@@ -67,7 +67,7 @@ def test_mesh_fills_one_axis():
 )
 def test_bad_meshes(sizes, field):
     with pytest.raises(InputError, match=f"^{field}: "):
-        mesh.make(**sizes)
+        mesh.make_mesh(**sizes)
 
 
 class Part:
@@ -98,7 +98,7 @@ def shard_of(place, shape):
 
 @pytest.mark.parametrize("shape", WIDTHS)
 def test_512_parts_of_what_128_divide(shape):
-    made = mesh.make(fsdp=512, devices=parts(512))
+    made = mesh.make_mesh(fsdp=512, devices=parts(512))
     assert dict(made.shape) == {"data": 1, "fsdp": 128, "fsdp_rest": 4, "model": 1}
     assert sharding.batch_shards(made) == 512
     place = sharding.of_state(jax.ShapeDtypeStruct(shape, "float32"), made)
@@ -106,7 +106,7 @@ def test_512_parts_of_what_128_divide(shape):
 
 
 def test_an_fsdp_of_two_axes_in_a_rule():
-    made = mesh.make(fsdp=256, model=2, devices=parts(512))
+    made = mesh.make_mesh(fsdp=256, model=2, devices=parts(512))
     kernel = jax.ShapeDtypeStruct((1024, 64), "float32")
     assert sharding.of_state(kernel, made, (("", ("fsdp", "model")),)).spec == P(("fsdp", "fsdp_rest"), "model")
     assert sharding.of_state(kernel, made, (("", (None, "model")),)).spec == P(("fsdp", "fsdp_rest"), "model")
@@ -115,15 +115,15 @@ def test_an_fsdp_of_two_axes_in_a_rule():
 
 
 def test_data_runs_over_the_slices_of_a_pod_first():
-    made = mesh.make(data=4, fsdp=2, devices=parts(8, slices=2))
+    made = mesh.make_mesh(data=4, fsdp=2, devices=parts(8, slices=2))
     assert [[device.slice_index for device in row.flat] for row in made.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
     with pytest.raises(InputError, match="data: must be a multiple of the 2 slices there are, got 1"):
-        mesh.make(data=1, fsdp=8, devices=parts(8, slices=2))
+        mesh.make_mesh(data=1, fsdp=8, devices=parts(8, slices=2))
 
 
 def test_which_part_of_a_batch_a_process_reads():
     def part(devices, process, **sizes):
-        made = mesh.make(**sizes, devices=devices)
+        made = mesh.make_mesh(**sizes, devices=devices)
         return sharding.part_of_process(sharding.by_example(made), 16, process)
 
     four = parts(8)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion.process.analytic import Mixture
 from diffusion.core.build import build
 from diffusion.evaluation.log_likelihood import dequantize, ode_log_likelihood, variational_bound
+from diffusion.process.analytic import Mixture
 from diffusion.process.decoders import discretized_log_likelihood, level_log_likelihood
 
 GAUSSIAN = Mixture(means=np.zeros((1, 3)), stds=np.array([0.5]), weights=np.ones(1))

@@ -12,12 +12,12 @@ from PIL import Image
 
 from diffusion.core import images
 from diffusion.core.build import build
-from diffusion.training.trainer import train
 from diffusion.core.types import InputError, SampleMetric
-from diffusion.pipelines import overrides, comparison, tables
+from diffusion.pipelines import comparison, overrides, tables
 from diffusion.pipelines.build_training import meta_of, training
 from diffusion.pipelines.model import model_of
 from diffusion.pipelines.run import Run, open_run
+from diffusion.training.trainer import train
 from tests.jobs import job
 
 TRAILING, NUM = {"name": "trailing"}, 48
@@ -51,7 +51,7 @@ def workdirs(tmp_path_factory, mesh_of):
     flow = {"name": "flow_matching", "parameterization": {"name": "velocity"}}
     configs = {
         "flow": config_of(flow, DDIM, metrics, "train", "test"),
-        "noise": config_of({"name": "ddpm"}, PNDM, {"energy_distance": {}}, "test", "train"),
+        "noise": config_of({"name": "denoising"}, PNDM, {"energy_distance": {}}, "test", "train"),
     }
     for name, config in configs.items():
         source = build("data", config["data"])
@@ -175,7 +175,7 @@ def test_rows_of_the_contact_sheet(workdirs, tmp_path, monkeypatch, chosen, labe
     """All numbers of evaluations of one run, and the first that each of several can do."""
     seen = []
     real = images.labelled
-    monkeypatch.setattr(visualize, "labelled", lambda rows, labels: seen.append((rows, labels)) or real(rows, labels))
+    monkeypatch.setattr(images, "labelled", lambda rows, labels: seen.append((rows, labels)) or real(rows, labels))
     compared([workdirs[index] for index in chosen], "2,1" if len(chosen) == 1 else "2,6", tmp_path)
     (rows, shown), *_ = seen
     assert shown == labels

@@ -13,13 +13,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from diffusion.core.build import build
-from diffusion.objectives.base.teacher import Teacher
-from diffusion.training.state import init_state
 from diffusion.core.types import InputError
+from diffusion.objectives.base.teacher import Teacher
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_sections
+from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import network_and_objective
-from diffusion.pipelines.generator import Drawer
+from diffusion.training.state import init_state
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 ARGUMENTS = {
@@ -28,7 +28,7 @@ ARGUMENTS = {
     "cifar10_progressive": ("teacher", "1"),
     "cifar10_reflow": ("distill",),
     "cifar10_scm": ("sct", "scd"),
-    "digits_consistency": ("ct", "ict", "ect", "cd", "cd_beside"),
+    "digits_consistency": ("ct", "ict", "ect", "cd", "cd_joint"),
     "digits_reflow": ("reflow", "distill"),
     "digits_scm": ("sct", "scd"),
     "imagenet64_consistency": ("ect",),
@@ -67,7 +67,7 @@ def module_of(path):
 def with_data(config, path, doc, folder):
     """The config; if its data are arrays on disk, with a folder of two examples that are what its docstring says."""
     if config["data"]["name"] == "tfds":
-        assert f"experiments.prepare --config=configs/{path.name}\n" in doc.replace("    (", "\n")
+        assert f"experiments.prepare_data --config=configs/{path.name}\n" in doc.replace("    (", "\n")
     if config["data"]["name"] != "npy":
         return config
     kind, sides = re.search(r"x.npy, (\w+) \[\d+, (\d+, \d+, \d+)\]", doc).groups()
@@ -91,8 +91,10 @@ def teacher_of(config, spec):
             "parameterization", {"name": "edm", "sigma_data": sigma_data, "c_noise": objective.get("c_noise")}
         ),
     }
-    network = build("networks", {**config["network"], "conditions": ()}, shape=spec.shape, num_classes=spec.num_classes)
-    return Teacher(network, build("objectives", {"name": "ddpm", **theirs}), spec, 0.1)
+    network = build(
+        "networks", {**config["network"], "scalar_conditions": ()}, shape=spec.shape, num_classes=spec.num_classes
+    )
+    return Teacher(network, build("objectives", {"name": "denoising", **theirs}), spec, 0.1)
 
 
 @pytest.mark.parametrize(("path", "argument"), CASES, ids=lambda value: getattr(value, "stem", value))
@@ -116,7 +118,7 @@ def test_parts_fit(path, argument, tmp_path):
     # Describing a large network takes seconds: once will do.
     network = dataclasses.replace(network, init=lambda key: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
     jax.eval_shape(lambda: init_state(objective, network, keywords["optimizer"].transform, keywords["ema"], key))
-    drawer = Drawer(
+    drawer = Generator(
         network, objective, source.spec, keywords["mesh"], sampler=config["sampler"], guidance=config["guidance"],
         cond_drop_rate=keywords["options"].cond_drop_rate,
     )  # fmt: skip
@@ -148,7 +150,7 @@ def test_an_unknown_argument_is_told_the_choices(name):
 def test_what_a_model_cannot_sample_is_refused_before_it_is_asked(digits, tiny_unet, ddpm, mesh_of):
     sampler = {"name": "ancestral", "variance": "learned", "steps": 2}
     with pytest.raises(InputError, match=r"sampler.variance: the model has learned no variance"):
-        Drawer(
+        Generator(
             tiny_unet,
             ddpm,
             digits.spec,

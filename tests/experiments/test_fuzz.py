@@ -27,15 +27,15 @@ import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from diffusion.objectives.ddpm import DDPM
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from diffusion.core import files
 from diffusion.core.build import find, names
-from diffusion.objectives.ddpm import DDPM
 from diffusion.core.types import InputError
+from diffusion.pipelines.generator import Generator
 from experiments import cli
-from diffusion.pipelines.generator import Drawer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 EXAMPLES = int(os.environ.get("FUZZ", 220))
@@ -48,7 +48,7 @@ DIGITS = (
 )  # fmt: skip
 STUDENT = (
     *DIGITS, "--config.sampler={'name': 'consistency', 'steps': 2}",
-    "--config.objective={'name': 'consistency', 'schedule': 'vp', 'curriculum': {'name': 'fixed', 'points': 4}, "
+    "--config.objective={'name': 'consistency', 'schedule': 'vp', 'discretization': {'name': 'fixed', 'points': 4}, "
     "'teacher': 'run'}",
 )  # fmt: skip
 
@@ -122,7 +122,7 @@ class Job:
                 if cut:
                     patch = stack.enter_context(pytest.MonkeyPatch.context())
                     patch.setattr(files, "make_folder", reached)
-                    patch.setattr(Drawer, "__call__", reached)
+                    patch.setattr(Generator, "__call__", reached)
                 cli.run(self.main)
         except SystemExit as end:
             code = end.code or 0
@@ -272,10 +272,10 @@ def paths(value, above=()):
 # Training: the overrides of a config.
 
 UNET = (
-    "--config.network.width=8", "--config.network.head_width=8", "--config.network.multipliers=(1,)",
-    "--config.network.attention=(8,)",
+    "--config.network.width=8", "--config.network.head_dim=8", "--config.network.channel_mult=(1,)",
+    "--config.network.attention_resolutions=(8,)",
 )  # fmt: skip
-DIT = ("--config.network.width=16", "--config.network.depth=1", "--config.network.heads=2")
+DIT = ("--config.network.width=16", "--config.network.depth=1", "--config.network.num_heads=2")
 BASES = {
     "mixture.py": (*TINY, *MLP, "--config.data.labels=True"),
     "mixture.py:vdm": (*TINY, *MLP),
@@ -303,7 +303,7 @@ CONFIGS = {base: config_of(base) for base in BASES}
 SECTIONS = {
     "data": "data", "network": "networks", "objective": "objectives", "sampler": "samplers", "guidance": "guidance",
     "sampler.grid": "grids", "objective.schedule": "schedules", "objective.parameterization": "parameterization",
-    "objective.times": "times", "objective.weighting": "weighting",
+    "objective.time_sampler": "time_sampling", "objective.weighting": "weighting",
 }  # fmt: skip
 SYNTAX = (
     "--config.", "--config..x=1", "--config.train.steps", "--noconfig.train.steps", "--config.train=", "stray", "",
@@ -362,11 +362,11 @@ def wrong(*given, base="digits.py", check=True):
 @wrong("train.batch_size=12")
 @wrong("objective.parameterization={'name': 'edm', 'sigma_data': 1000000}", base="mixture.py:vdm", check=False)
 @wrong("network.width=1000000000")
-@wrong("network.blocks=1000000000")
-@wrong("network.multipliers=(1, 1000000000)")
+@wrong("network.num_res_blocks=1000000000")
+@wrong("network.channel_mult=(1, 1000000000)")
 @wrong("network.mlp_ratio=1e-30", base="digits_dit.py")
-@wrong("network={'name': 'uvit', 'kernel': 'cudnn', 'width': 16, 'depth': 3, 'heads': 2}")
-@wrong("network={'name': 'unet', 'taps': (1, 'a', 'a', 1)}")
+@wrong("network={'name': 'uvit', 'kernel': 'cudnn', 'width': 16, 'depth': 3, 'num_heads': 2}")
+@wrong("network={'name': 'unet', 'resample_filter': (1, 'a', 'a', 1)}")
 @wrong("objective.schedule.num_steps=2147483647")
 @wrong("data={'name': 'toy', 'size': 2147483647}", base="moons.py:sinkhorn")
 @wrong("sampler.steps=2147483647")

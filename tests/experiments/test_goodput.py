@@ -34,7 +34,7 @@ def test_prints_the_table_or_one_line(tmp_path):
             file.write(json.dumps(dict(zip(("attempt", "step", "seconds", "time"), line, strict=True))) + "\n")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         flags = [f"--workdir={tmp_path / name}" for name in ("run", "empty", "absent")]
-        done, empty, absent = pool.map(lambda flag: job("goodput", flag), flags)
+        done, empty, absent = pool.map(lambda flag: job("goodput_report", flag), flags)
     assert done.returncode == 0 and done.stdout == TABLE, done.stdout + done.stderr
     assert "workdir: " in one_line(empty) and "has no goodput.jsonl; training writes it" in empty.stderr
     assert "workdir: " in one_line(absent) and "does not exist" in absent.stderr

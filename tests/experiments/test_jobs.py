@@ -13,7 +13,7 @@ from tests.jobs import job, one_line
 
 TINY = (
     "--config=configs/digits.py --config.train.steps=2 --config.train.batch_size=16 --config.optimizer.warmup=1 "
-    "--config.network.width=8 --config.network.head_width=8 --config.train.preview_every=0 --config.sampler.steps=2"
+    "--config.network.width=8 --config.network.head_dim=8 --config.train.preview_every=0 --config.sampler.steps=2"
 ).split()
 
 
@@ -140,8 +140,8 @@ def test_train_refuses_a_workdir_it_cannot_write(tmp_path):
 
 def test_train_refuses_another_network(workdir):
     before = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*"))
-    done = job("train", *TINY, "--config.network.blocks=2", f"--workdir={workdir}")
-    assert "network.blocks: is 2, but the workdir was trained with 1" in one_line(done)
+    done = job("train", *TINY, "--config.network.num_res_blocks=2", f"--workdir={workdir}")
+    assert "network.num_res_blocks: is 2, but the workdir was trained with 1" in one_line(done)
     done = job("train", *TINY, "--config.ema.decays=(0.5,)", f"--workdir={workdir}")
     assert "workdir: " in one_line(done) and "ema/0.5/" in done.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*")) == before

@@ -62,7 +62,7 @@ def prepare(tmp_path):
         config = tmp_path / "config.py"
         digits = str(ROOT / "configs/digits.py")
         config.write_text(CONFIG.format(first=first, digits=digits, data=data, held_out=held_out))
-        return job("prepare", f"--config={config}", *flags)
+        return job("prepare_data", f"--config={config}", *flags)
 
     return run
 
@@ -127,7 +127,7 @@ def test_refusals(prepare, ready, tmp_path):
     done = prepare(here, held_out={"dataset": "mnistt"})
     assert "error: eval.data.dataset: there is no mnistt in " in one_line(done) and "mnist, " in done.stderr
     assert "data.splitt: diffusion/data/tfds.py takes no 'splitt'" in one_line(prepare(here, data={"splitt": "a"}))
-    digits = job("prepare", "--config=configs/digits.py")
+    digits = job("prepare_data", "--config=configs/digits.py")
     assert one_line(digits).startswith("error: data.name: is 'digits', and it is sets of tfds that are downloaded")
 
 
@@ -220,7 +220,7 @@ def write(tmp_path):
         data = {"name": "folder", "path": str(images), "size": 8, "channels": 1, "labels": False, **data}
         config = tmp_path / "config.py"
         config.write_text(FOLDER.format(digits=str(ROOT / "configs/digits.py"), data=data))
-        return job("prepare", f"--config={config}", f"--out={tmp_path}/set", *flags)
+        return job("prepare_data", f"--config={config}", f"--out={tmp_path}/set", *flags)
 
     return run
 
@@ -252,5 +252,5 @@ def test_a_bad_number_is_named(write, num):
 
 
 def test_a_set_without_an_end_wants_a_number(tmp_path):
-    done = job("prepare", "--config=configs/shapes.py", f"--out={tmp_path}/set")
+    done = job("prepare_data", "--config=configs/shapes.py", f"--out={tmp_path}/set")
     assert one_line(done).startswith("error: --num: must be from 1 to 2,147,483,647")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.training.checkpoint import Checkpoints
-from diffusion.training import trainer
 from diffusion.core.types import InputError
 from diffusion.pipelines.build_training import meta_of, training
 from diffusion.pipelines.model import model_of
 from diffusion.pipelines.run import open_run
+from diffusion.training import trainer
+from diffusion.training.checkpoint import Checkpoints
 from tests.jobs import ROOT, job, one_line
 
 TINY = {"name": "mlp", "width": 8, "depth": 1}
@@ -25,7 +25,7 @@ def config_of(name, variant=None, *, steps=2, teacher=None, **sections):
     """A config of the house with a network that compiles in seconds."""
     get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
     config = (get_config(variant) if variant else get_config()).to_dict()
-    config["network"] = {**TINY, "conditions": config["network"].get("conditions", ())}
+    config["network"] = {**TINY, "scalar_conditions": config["network"].get("scalar_conditions", ())}
     config["train"] |= {"steps": steps, "batch_size": 16, "preview_every": 0}
     config["optimizer"] |= {"warmup": 1, "schedule": "constant"}
     config["checkpoint"] = {"every": 2, "keep": 3}
@@ -134,9 +134,9 @@ REFUSED = {
     "half written": (
         ("digits_consistency", "cd"), {"teacher": "broken"}, "objective.teacher.workdir: .* is damaged .*no other",
     ),
-    "no second time": (("digits_mean_flow",), {"network": {"conditions": ()}}, "network.conditions: lacks 'r'"),
+    "no second time": (("digits_mean_flow",), {"network": {"scalar_conditions": ()}}, "network.conditions: lacks 'r'"),
     "no told guidance": (
-        ("digits_lcm",), {"teacher": "ddpm_v", "network": {"conditions": ()}}, "network.conditions: lacks 'guidance'",
+        ("digits_lcm",), {"teacher": "ddpm_v", "network": {"scalar_conditions": ()}}, "network.conditions: lacks 'guidance'",
     ),
     "no steps": (("digits_mean_flow",), {"train": {"steps": 0}}, "train.steps: must be at least 1, got 0"),
     "no rounds": (("digits_progressive",), {"teacher": "ddpm_v", "objective": {"round_steps": 0}},

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.process.analytic import Mixture
 from diffusion.core.arrays import fold, normal, sample_keys
 from diffusion.core.build import build
+from diffusion.process.analytic import Mixture
 
 PATH = pathlib.Path(__file__).with_suffix(".npz")
 ORACLE = Mixture([[1, 0.5], [-1, 0.2], [0.2, -1]], [0.3, 0.2, 0.4], [0.5, 0.3, 0.2])

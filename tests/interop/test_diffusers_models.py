@@ -12,24 +12,24 @@ import pytest
 import safetensors.numpy
 
 from diffusion.core.build import build
+from diffusion.core.types import InputError, Spec
 from diffusion.interop import diffusers_models as models
 from diffusion.interop.diffusers_models import Model
-from diffusion.core.types import InputError, Spec
 
-UNET = {"name": "unet", "width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 8,
+UNET = {"name": "unet", "width": 16, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "head_dim": 8,
         "groups": 4}  # fmt: skip
-DIT = {"name": "dit", "patch": 2, "width": 16, "depth": 3, "heads": 2, "last_frequency": True}
+DIT = {"name": "dit", "patch_size": 2, "width": 16, "depth": 3, "num_heads": 2, "freq_shift": True}
 UNETS = {
-    "ddpm": {"scale_shift": False, "end_padding": True, "head_width": None, "last_frequency": True, "sin_first": True,
+    "ddpm": {"scale_shift": False, "asymmetric_padding": True, "head_dim": None, "freq_shift": True, "sin_first": True,
              "epsilon": 1e-6},
-    "adm": {"resample": "residual", "outputs": 2, "blocks": 2},
-    "classes": {"attention": (), "null_class": False},
-    "null class": {"attention": (8, 4)},
-    "no attention": {"attention": (), "middle_attention": False, "scale_shift": False},
-    "three levels": {"multipliers": (1, 1, 2), "attention": (8, 2), "resample": "residual", "scale_shift": False},
-    "mixed": {"attention": (), "resample": "residual", "end_padding": False},
+    "adm": {"resample": "residual", "outputs": 2, "num_res_blocks": 2},
+    "classes": {"attention_resolutions": (), "null_class": False},
+    "null class": {"attention_resolutions": (8, 4)},
+    "no attention": {"attention_resolutions": (), "middle_attention": False, "scale_shift": False},
+    "three levels": {"channel_mult": (1, 1, 2), "attention_resolutions": (8, 2), "resample": "residual", "scale_shift": False},
+    "mixed": {"attention_resolutions": (), "resample": "residual", "asymmetric_padding": False},
 }  # fmt: skip
-DITS = {"S/2": {}, "B/4": {"patch": 4, "outputs": 2}, "learned": {"outputs": 2, "depth": 2}}
+DITS = {"S/2": {}, "B/4": {"patch_size": 4, "outputs": 2}, "learned": {"outputs": 2, "depth": 2}}
 CASES = [(UNET | options, "class" in name, name) for name, options in UNETS.items()]
 CASES += [(DIT | options, True, name) for name, options in DITS.items()]
 
@@ -131,9 +131,9 @@ def test_a_unet_that_is_not_ours_is_refused(tmp_path, config, message):
     [
         (UNET | {"rescale": True}, "network.rescale: is True; diffusers' model has False alone"),
         (UNET | {"resample": "projected"}, "network.resample"),
-        (UNET | {"groups": None, "multipliers": (1, 4)}, r"network.groups: are \[4, 8, 16, 32\] in different layers"),
+        (UNET | {"groups": None, "channel_mult": (1, 4)}, r"network.groups: are \[4, 8, 16, 32\] in different layers"),
         (DIT | {"positions": "rope"}, "network.positions"),
-        (DIT | {"last_frequency": False}, "network.last_frequency"),
+        (DIT | {"freq_shift": False}, "network.freq_shift"),
         ({"name": "mlp"}, "network.name: 'mlp' has no counterpart"),
     ],
 )

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from diffusion.core.arrays import fold, normal, sample_keys
-from diffusion.interop import diffusers_pipeline
 from diffusion.core.types import InputError
+from diffusion.interop import diffusers_pipeline
 from diffusion.pipelines.run import open_run
 from tests.jobs import job
 
 SHORT = "--config.train.steps=3 --config.train.batch_size=4 --config.train.preview_every=0 --config.optimizer.warmup=0"
-UNET = ("--config=configs/cifar10_ddpm.py --config.network.multipliers=(1,1) "
-        "--config.network.blocks=1 --config.network.attention=(4,)")  # fmt: skip
+UNET = ("--config=configs/cifar10_ddpm.py --config.network.channel_mult=(1,1) "
+        "--config.network.num_res_blocks=1 --config.network.attention_resolutions=(4,)")  # fmt: skip
 DIT = ("--config=configs/imagenet256_dit.py:S/2 --config.network.width=16 --config.network.depth=2 "
-       "--config.network.heads=2 --config.network.last_frequency=True")  # fmt: skip
+       "--config.network.num_heads=2 --config.network.freq_shift=True")  # fmt: skip
 
 
 def reading(folder, classes=0):
@@ -89,10 +89,10 @@ def test_there_and_back(unet, tmp_path):
     ("objective", "reason"),
     [
         ({"name": "flow_matching"}, "not ddpm on a vp"),
-        ({"name": "ddpm", "schedule": "edm"}, "not ddpm on a vp"),
-        ({"name": "ddpm", "parameterization": "eps"}, "was trained on times"),
-        ({"name": "ddpm", "schedule": {"name": "vp", "betas": "sigmoid"}}, "reads no betas 'sigmoid'"),
-        ({"name": "ddpm", "parameterization": {"name": "edm"}}, "knows no parameterization 'edm'"),
+        ({"name": "denoising", "schedule": "edm"}, "not ddpm on a vp"),
+        ({"name": "denoising", "parameterization": "eps"}, "was trained on times"),
+        ({"name": "denoising", "schedule": {"name": "vp", "betas": "sigmoid"}}, "reads no betas 'sigmoid'"),
+        ({"name": "denoising", "parameterization": {"name": "edm"}}, "knows no parameterization 'edm'"),
     ],
 )
 def test_an_objective_without_a_scheduler(objective, reason, unet, tmp_path):

@@ -103,9 +103,9 @@ def outcome(manifest, code=None, evicted=False):
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
     reason = "BackoffLimitExceeded"
     for rule in job["podFailurePolicy"]["rules"]:
-        exits, conditions = rule.get("onExitCodes"), rule.get("onPodConditions", ())
+        exits, scalar_conditions = rule.get("onExitCodes"), rule.get("onPodConditions", ())
         fits = exits and exits["operator"] == "In" and exits["containerName"] == MAIN and code in exits["values"]
-        if fits or (evicted and any(condition["type"] == "DisruptionTarget" for condition in conditions)):
+        if fits or (evicted and any(condition["type"] == "DisruptionTarget" for condition in scalar_conditions)):
             if rule["action"] == "Ignore":
                 return "another pod"
             reason = "PodFailurePolicy"

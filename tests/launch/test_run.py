@@ -70,7 +70,7 @@ def test_a_dry_run_prints_the_command():
 @pytest.mark.slow
 def test_the_exit_codes_of_real_runs(tmp_path):
     impatient, stuck = tmp_path / "impatient.py", tmp_path / "stuck.py"
-    for path, line in ((impatient, "train.patience = 2"), (stuck, "train.stuck_after = 0.00001")):
+    for path, line in ((impatient, "train.patience = 2"), (stuck, "train.hang_timeout = 0.00001")):
         path.write_text("from configs import moons\n\n\ndef get_config():\n    config = moons.get_config()\n"
                         f"    config.{line}\n    return config\n")  # fmt: skip
     codes = {

@@ -42,7 +42,7 @@ def test_a_wrong_input_is_named(change, message, tiny_unet):
 
 
 def test_a_network_of_one_size_takes_no_other():
-    dit = build("networks", {"name": "dit", "patch": 2, "width": 8, "depth": 1, "heads": 2}, shape=(8, 8, 1))
+    dit = build("networks", {"name": "dit", "patch_size": 2, "width": 8, "depth": 1, "num_heads": 2}, shape=(8, 8, 1))
     params = jax.eval_shape(dit.init, jax.random.key(0))
     message = "not Float[batch height=8 width=8 channels=1]: axis 2 (width) is 4 and must be 8"
     with pytest.raises(InputError, match=re.escape(message)):

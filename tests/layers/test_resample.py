@@ -15,19 +15,25 @@ def test_means_and_repeats():
 
 def test_the_smoother_filter():
     """One pixel of each, by hand."""
-    taps = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
-    np.testing.assert_allclose(halve(X, (1, 3, 3, 1))[0, 1, 2], np.einsum("hw,hwc->c", taps, X[0, 1:5, 3:7]), rtol=1e-4)
+    resample_filter = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
+    np.testing.assert_allclose(
+        halve(X, (1, 3, 3, 1))[0, 1, 2], np.einsum("hw,hwc->c", resample_filter, X[0, 1:5, 3:7]), rtol=1e-4
+    )
     near = np.outer([3, 1], [1, 3]) / 16  # above and left of the pixel's centre: three quarters of it, a quarter beyond
     np.testing.assert_allclose(
         double(X, (1, 3, 3, 1))[0, 5, 6], np.einsum("hw,hwc->c", near, X[0, 2:4, 2:4]), rtol=1e-4
     )
 
 
-@pytest.mark.parametrize("taps", FILTERS, ids=str)
-def test_doubling_is_the_transpose_of_halving(taps):
+@pytest.mark.parametrize("resample_filter", FILTERS, ids=str)
+def test_doubling_is_the_transpose_of_halving(resample_filter):
     y = np.random.default_rng(1).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    assert halve(X, taps).shape == y.shape and double(y, taps).shape == X.shape
-    np.testing.assert_allclose(jnp.vdot(double(y, taps), X), 4 * jnp.vdot(y, halve(X, taps)), rtol=1e-4)
-    # Away from the edges, a constant stays what it is; taps of another scale are the same filter.
-    np.testing.assert_allclose(double(jnp.ones((1, 8, 8, 1)), taps)[:, 4:-4, 4:-4], 1, rtol=1e-5)
-    np.testing.assert_allclose(halve(X, tuple(3 * tap for tap in taps)), halve(X, taps), rtol=1e-4, atol=1e-6)
+    assert halve(X, resample_filter).shape == y.shape and double(y, resample_filter).shape == X.shape
+    np.testing.assert_allclose(
+        jnp.vdot(double(y, resample_filter), X), 4 * jnp.vdot(y, halve(X, resample_filter)), rtol=1e-4
+    )
+    # Away from the edges, a constant stays what it is; resample_filter of another scale are the same filter.
+    np.testing.assert_allclose(double(jnp.ones((1, 8, 8, 1)), resample_filter)[:, 4:-4, 4:-4], 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        halve(X, tuple(3 * tap for tap in resample_filter)), halve(X, resample_filter), rtol=1e-4, atol=1e-6
+    )

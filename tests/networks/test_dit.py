@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
 from diffusion.core.types import InputError
+from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
 
-TINY = {"name": "dit", "patch": 2, "width": 16, "depth": 3, "heads": 2}
+TINY = {"name": "dit", "patch_size": 2, "width": 16, "depth": 3, "num_heads": 2}
 PAPER = {"S": (384, 12, 6, 33), "B": (768, 12, 12, 130), "L": (1024, 24, 16, 458), "XL": (1152, 28, 16, 675)}
 
 
@@ -28,7 +28,7 @@ C_NOISE, COND = np.float32([10, 300, 900]), {"label": np.array([0, 3, 9])}
 @pytest.mark.parametrize("size", PAPER)
 def test_the_papers_parameter_counts(size):
     width, depth, heads, millions = PAPER[size]
-    spec = {"name": "dit", "patch": 2, "width": width, "depth": depth, "heads": heads, "outputs": 2}
+    spec = {"name": "dit", "patch_size": 2, "width": width, "depth": depth, "num_heads": heads, "outputs": 2}
     network = build("networks", spec, shape=(32, 32, 4), num_classes=1000)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6) == millions
@@ -51,7 +51,7 @@ def test_blocks_are_drawn_apart():
 
 
 OPTIONS = [{}, {"positions": "rope"}, {"norm": "rms"}, {"qk_norm": True}, {"mlp": "swiglu"}, {"outputs": 2},
-           {"dtype": "bfloat16"}, {"patch": 4}]  # fmt: skip
+           {"dtype": "bfloat16"}, {"patch_size": 4}]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -134,10 +134,10 @@ def test_embeddings_of_places():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch": 3}, "patch: 3 does not divide the 8 pixels"),
+        ({"patch_size": 3}, "patch: 3 does not divide the 8 pixels"),
         ({"width": 18}, "width: must be divisible by 4"),
-        ({"heads": 3}, "width: must be divisible by 4 and by heads = 3"),
-        ({"positions": "rope", "heads": 8}, "positions: rope wants heads of a width divisible by 4, got 2"),
+        ({"num_heads": 3}, "width: must be divisible by 4 and by heads = 3"),
+        ({"positions": "rope", "num_heads": 8}, "positions: rope wants heads of a width divisible by 4, got 2"),
         ({"depth": 0}, "depth: must be positive"),
         ({"norm": "batch"}, "norm: "),
         ({"remat": "some"}, "remat: "),

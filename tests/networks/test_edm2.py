@@ -11,18 +11,25 @@ import pytest
 from flax import nnx
 
 from diffusion.core.build import build
+from diffusion.core.types import InputError, Network
 from diffusion.layers import magnitude as mp
 from diffusion.networks import edm2
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import InputError, Network
 
-TINY = {"name": "edm2", "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 8}
+TINY = {
+    "name": "edm2",
+    "width": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (4,),
+    "head_dim": 8,
+}
 PAPER = {"XS": (128, 125), "S": (192, 280), "M": (256, 498), "L": (320, 777), "XL": (384, 1119), "XXL": (448, 1523)}
 
 
-SMALLER = {"multipliers": (1,), "attention": ()}  # one level
+SMALLER = {"channel_mult": (1,), "attention_resolutions": ()}  # one level
 
 
 def drawn(network):
@@ -154,7 +161,7 @@ def test_starts_at_zero():
 
 def test_is_the_published_network():
     """Four numbers of the authors' PyTorch code with these weights, in its order (github.com/NVlabs/edm2)."""
-    spec = {**TINY, "multipliers": (1, 2, 2), "blocks": 2, "attention": (4,)}
+    spec = {**TINY, "channel_mult": (1, 2, 2), "num_res_blocks": 2, "attention_resolutions": (4,)}
     network = build("networks", spec, shape=(16, 16, 3), num_classes=5)
     x = np.random.RandomState(0).randn(2, 16, 16, 3).astype(np.float32)
     out = jax.jit(network.apply)(drawn(network), x, np.float32([-1, 0.5]), {"label": np.array([1, 4])})
@@ -168,7 +175,7 @@ def test_every_block_keeps_magnitude(monkeypatch):
     monkeypatch.setattr(
         edm2.Block, "__call__", lambda *args: seen.append(jnp.sqrt(jnp.mean((y := call(*args)) ** 2))) or y
     )
-    spec = {**TINY, "width": 32, "attention": (8,)}
+    spec = {**TINY, "width": 32, "attention_resolutions": (8,)}
     network = build("networks", spec, shape=(16, 16, 3), num_classes=10)
     params = jax.tree.map(lambda leaf: leaf if leaf.ndim else 0 * leaf, drawn(network))
     x = RNG.normal(size=(4, 16, 16, 3)).astype(np.float32)
@@ -304,8 +311,11 @@ def test_training_keeps_weights_normalised():
     """And without the hook it does not. An average that follows at once shows what it is an average of."""
     network = build("networks", {**TINY, **SMALLER}, shape=(8, 8, 1), num_classes=10)
     params = network.project(drawn(network))
-    objective = build("objectives", {"name": "ddpm", "parameterization": "v"})
-    opt, averages = optimizer.make(steps=3, name="adam", learning_rate=0.05), ema.make(decays=(0.0,), warmup=False)
+    objective = build("objectives", {"name": "denoising", "parameterization": "v"})
+    opt, averages = (
+        optimizer.make_optimizer(steps=3, name="adam", learning_rate=0.05),
+        ema.make_ema(decays=(0.0,), warmup=False),
+    )
 
     @jax.jit
     def step(state, on):
@@ -362,7 +372,10 @@ def test_what_is_projected():
     """Each trained copy of the network, after the step and before the average; neither a frozen one nor a schedule."""
     norm = np.linalg.norm
     network = Network(lambda key: {"w": jnp.ones(2)}, None, project=lambda p: {"w": p["w"] / jnp.linalg.norm(p["w"])})
-    opt, averages = optimizer.make(steps=9, name="sgd", learning_rate=0.1, clip=None), ema.make((0.5,), warmup=False)
+    opt, averages = (
+        optimizer.make_optimizer(steps=9, name="sgd", learning_rate=0.1, clip=None),
+        ema.make_ema((0.5,), warmup=False),
+    )
     state = init_state(Several(), network, opt.transform, averages, jax.random.key(0))
     state, _ = make_step(Several(), network, opt, averages, seed=0)(state, {"x": jnp.ones(4), "cond": {}})
     moved = np.array([0.9, 0.8])
@@ -379,11 +392,14 @@ def test_what_is_projected():
     [
         ({"width": 0}, "width: must be positive"),
         ({"bandwidth": 0.0}, "bandwidth: must be positive"),
-        ({"multipliers": ()}, "multipliers: must be one or more"),
-        ({"multipliers": (1, 1, 1, 1, 1)}, "multipliers: 8 pixels cannot be halved 4 times"),
-        ({"attention": (5,)}, "attention: no level has resolution 5"),
-        ({"head_width": 5}, "head_width: 5 does not divide the 16 channels"),
-        ({"multipliers": (1, 3), "attention": (8,), "head_width": 12}, "head_width: 12 does not divide the 8 channels"),
+        ({"channel_mult": ()}, "channel_mult: must be one or more"),
+        ({"channel_mult": (1, 1, 1, 1, 1)}, "channel_mult: 8 pixels cannot be halved 4 times"),
+        ({"attention_resolutions": (5,)}, "attention: no level has resolution 5"),
+        ({"head_dim": 5}, "head_dim: 5 does not divide the 16 channels"),
+        (
+            {"channel_mult": (1, 3), "attention_resolutions": (8,), "head_dim": 12},
+            "head_dim: 12 does not divide the 8 channels",
+        ),
         ({"dropout": 1.0}, "dropout: "),
         ({"res_balance": 1.5}, "res_balance: must be in"),
         ({"concat_balance": -0.1}, "concat_balance: must be in"),

@@ -8,8 +8,15 @@ import pytest
 from diffusion.core.build import build
 
 DEEP = {
-    "dit": {"patch": 2, "width": 32, "depth": 8, "heads": 2},
-    "unet": {"width": 8, "multipliers": (1,), "blocks": 1, "attention": (8,), "head_width": 8, "dropout": 0.5},
+    "dit": {"patch_size": 2, "width": 32, "depth": 8, "num_heads": 2},
+    "unet": {
+        "width": 8,
+        "channel_mult": (1,),
+        "num_res_blocks": 1,
+        "attention_resolutions": (8,),
+        "head_dim": 8,
+        "dropout": 0.5,
+    },
 }
 
 

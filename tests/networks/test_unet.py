@@ -45,7 +45,14 @@ def test_examples_do_not_mix(tiny_unet, tiny_params, digits_batch):
 
 
 def test_dropout_needs_a_key(digits, digits_batch):
-    spec = {"name": "unet", "width": 8, "multipliers": (1,), "blocks": 1, "attention": (), "head_width": 8}
+    spec = {
+        "name": "unet",
+        "width": 8,
+        "channel_mult": (1,),
+        "num_res_blocks": 1,
+        "attention_resolutions": (),
+        "head_dim": 8,
+    }
     network = build("networks", {**spec, "dropout": 0.5}, shape=digits.spec.shape, num_classes=10)
     leaves, tree = jax.tree.flatten(jax.jit(network.init)(jax.random.key(0)))
     params = jax.tree.unflatten(tree, [leaf + 0.1 for leaf in leaves])
@@ -57,7 +64,14 @@ def test_dropout_needs_a_key(digits, digits_batch):
 
 
 def test_bfloat16_computes_near_float32(digits, tiny_params, digits_batch):
-    spec = {"name": "unet", "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 8}
+    spec = {
+        "name": "unet",
+        "width": 8,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (4,),
+        "head_dim": 8,
+    }
     outs = []
     for dtype in ("float32", "bfloat16"):
         network = build("networks", {**spec, "dtype": dtype}, shape=digits.spec.shape, num_classes=10)
@@ -69,9 +83,9 @@ def test_bfloat16_computes_near_float32(digits, tiny_params, digits_batch):
     assert 1e-6 < gap < 0.05 * abs(outs[0]).max()
 
 
-SONG = {"name": "unet", "width": 8, "multipliers": (1, 2), "blocks": 2, "attention": (8,), "head_width": None,
+SONG = {"name": "unet", "width": 8, "channel_mult": (1, 2), "num_res_blocks": 2, "attention_resolutions": (8,), "head_dim": None,
         "scale_shift": False, "resample": "projected", "rescale": True, "up_attention": "last",
-        "taps": (1, 3, 3, 1), "input_skip": True, "embedding": "fourier"}  # fmt: skip
+        "resample_filter": (1, 3, 3, 1), "input_skip": True, "embedding": "fourier"}  # fmt: skip
 
 
 def random_net(spec, num_classes=0):
@@ -113,7 +127,7 @@ def test_rescaled_sums():
 
 
 def test_without_a_null_class_nothing_is_added():
-    spec = {"name": "unet", "width": 8, "multipliers": (1,), "blocks": 1, "attention": (), "head_width": 8,
+    spec = {"name": "unet", "width": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "head_dim": 8,
             "null_class": False}  # fmt: skip
     network, params = random_net(spec, num_classes=3)
     assert params["embed"]["label"]["embedding"].shape == (3, 32)
@@ -130,22 +144,29 @@ def test_without_a_null_class_nothing_is_added():
     [
         ({"width": 0}, "width"),
         ({"width": 7}, "width"),
-        ({"multipliers": ()}, "multipliers"),
-        ({"multipliers": (1, 1, 1, 1, 1)}, "multipliers"),
-        ({"attention": (5,)}, "attention"),
-        ({"head_width": 5}, "head_width"),
+        ({"channel_mult": ()}, "channel_mult"),
+        ({"channel_mult": (1, 1, 1, 1, 1)}, "channel_mult"),
+        ({"attention_resolutions": (5,)}, "attention"),
+        ({"head_dim": 5}, "head_dim"),
         ({"dropout": 1.0}, "dropout"),
         ({"dtype": "float16"}, "dtype"),
         ({"shape": (8, 4, 1)}, "shape"),
-        ({"taps": (1, 2, 1)}, "taps"),
-        ({"taps": (1, 2)}, "taps"),
+        ({"resample_filter": (1, 2, 1)}, "resample_filter"),
+        ({"resample_filter": (1, 2)}, "resample_filter"),
         ({"groups": 3}, "groups"),
         ({"epsilon": 0.0}, "epsilon"),
         ({"up_attention": "first"}, "up_attention"),
     ],
 )
 def test_bad_options(keywords, field):
-    spec = {"name": "unet", "width": 8, "multipliers": (1, 2), "attention": (4,), "head_width": 8, **keywords}
+    spec = {
+        "name": "unet",
+        "width": 8,
+        "channel_mult": (1, 2),
+        "attention_resolutions": (4,),
+        "head_dim": 8,
+        **keywords,
+    }
     shape = spec.pop("shape", (8, 8, 1))
     with pytest.raises(InputError, match=f"networks.{field}: "):
         build("networks", spec, shape=shape)

@@ -11,13 +11,13 @@ import pytest
 from diffusion.core.build import build
 from diffusion.core.types import InputError
 
-TINY = {"name": "uvit", "patch": 2, "width": 16, "depth": 7, "heads": 2}
+TINY = {"name": "uvit", "patch_size": 2, "width": 16, "depth": 7, "num_heads": 2}
 PAPER = {
     "CIFAR-10": (32, 3, 0, {}, 44),
-    "ImageNet-64 S (deep)/4": (64, 3, 1000, {"patch": 4, "depth": 17}, 58),
-    "ImageNet-64 M/4": (64, 3, 1000, {"patch": 4, "width": 768, "depth": 17, "heads": 12}, 131),
-    "ImageNet-256 L/2": (32, 4, 1000, {"width": 1024, "depth": 21, "heads": 16}, 287),
-    "ImageNet-256 H/2": (32, 4, 1000, {"width": 1152, "depth": 29, "heads": 16}, 501),
+    "ImageNet-64 S (deep)/4": (64, 3, 1000, {"patch_size": 4, "depth": 17}, 58),
+    "ImageNet-64 M/4": (64, 3, 1000, {"patch_size": 4, "width": 768, "depth": 17, "num_heads": 12}, 131),
+    "ImageNet-256 L/2": (32, 4, 1000, {"width": 1024, "depth": 21, "num_heads": 16}, 287),
+    "ImageNet-256 H/2": (32, 4, 1000, {"width": 1152, "depth": 29, "num_heads": 16}, 501),
 }
 MORE = {"time_mlp": True, "qkv_bias": True}
 X = np.random.default_rng(1).normal(size=(3, 8, 8, 1)).astype(np.float32)
@@ -66,7 +66,7 @@ def test_what_the_options_add():
         assert "bias" in more[stack]["blocks"]["qkv"] and "bias" not in plain[stack]["blocks"]["qkv"]
 
 
-OPTIONS = [{}, MORE, {"outputs": 2, "patch": 4}, {"kernel": "chunked"}, {"dtype": "bfloat16", "conv": False}]
+OPTIONS = [{}, MORE, {"outputs": 2, "patch_size": 4}, {"kernel": "chunked"}, {"dtype": "bfloat16", "conv": False}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -93,12 +93,12 @@ def test_keep_chooses_the_null_embedding():
     np.testing.assert_array_equal(other, dropped)
 
 
-@pytest.mark.parametrize("options", [{}, {**MORE, "num_classes": 0, "patch": 4}], ids=str)
+@pytest.mark.parametrize("options", [{}, {**MORE, "num_classes": 0, "patch_size": 4}], ids=str)
 def test_is_a_loop_over_blocks(options):
     """Against the paper's network, written out in float64 without a scan."""
     apply, params = tiny(**options)
     out = apply(params, X, C_NOISE, COND)
-    wanted = by_hand(params, X, C_NOISE, COND["label"], options.get("patch", 2), TINY["heads"])
+    wanted = by_hand(params, X, C_NOISE, COND["label"], options.get("patch_size", 2), TINY["num_heads"])
     np.testing.assert_allclose(out, wanted, atol=1e-5 * abs(wanted).max())
 
 
@@ -130,8 +130,8 @@ def by_hand(params, x, c_noise, label, patch, heads):
         image[:, i : i + patch, j : j + patch] = h[:, n].reshape(len(x), patch, patch, -1)
     padded, size = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0))), x.shape[1]
     kernel = params["smooth"]["kernel"]
-    taps = [padded[:, i : i + size, j : j + size] @ kernel[i, j] for i in range(3) for j in range(3)]
-    return sum(taps) + params["smooth"]["bias"]
+    resample_filter = [padded[:, i : i + size, j : j + size] @ kernel[i, j] for i in range(3) for j in range(3)]
+    return sum(resample_filter) + params["smooth"]["bias"]
 
 
 def unstacked(blocks):
@@ -233,10 +233,10 @@ def test_bfloat16_computes_near_float32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch": 3}, "patch: 3 does not divide the 8 pixels"),
-        ({"patch": 0}, "patch: must be positive"),
-        ({"width": 15, "heads": 3}, "width: must be divisible by 2"),
-        ({"heads": 3}, "width: must be divisible by 2 and by heads = 3, got 16"),
+        ({"patch_size": 3}, "patch: 3 does not divide the 8 pixels"),
+        ({"patch_size": 0}, "patch: must be positive"),
+        ({"width": 15, "num_heads": 3}, "width: must be divisible by 2"),
+        ({"num_heads": 3}, "width: must be divisible by 2 and by heads = 3, got 16"),
         ({"mlp_ratio": 0}, "mlp_ratio: must be positive"),
         ({"depth": 6}, "depth: must be odd"),
         ({"depth": 1}, "depth: must be odd, 3 or more"),

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.process.analytic import Mixture, gaussian_ode_map
 from diffusion.core.arrays import derivative, expand
 from diffusion.core.build import build
-from diffusion.objectives.base.average_velocity import count, room
+from diffusion.core.types import Denoised, InputError
+from diffusion.objectives.base.average_velocity import max_step_examples, num_step_examples
+from diffusion.process.analytic import Mixture, gaussian_ode_map
 from diffusion.sampling.ode.first_order import first_order
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import Denoised, InputError
 
 MEAN, STD = 0.3, 0.6
 DATA = Mixture([[MEAN, MEAN]], [STD], [1.0])
@@ -37,7 +37,7 @@ def exact(schedule):
     """The network that gives the exact average velocity, told the times themselves."""
 
     def net(params, x, c_noise, cond, *, key=None):
-        t, length = c_noise, cond["r"]
+        t, length = c_noise, cond["step_size"]
         x = x * expand(jnp.maximum(jnp.hypot(schedule.alpha(t), schedule.sigma(t)), 1), x)
         step = (x - flow(schedule, x, t, t - length)) / expand(jnp.where(length == 0, 1, length), x)
         return jnp.where(expand(length == 0, x), velocity(schedule, x, t), step)
@@ -65,8 +65,8 @@ def test_a_step_leads_to_where_the_path_is(x64, points, schedule):
 
     @jax.jit
     def arrived(x, t, r):
-        denoised = objective.denoiser(exact(path), {"net": None})(x, t, {"r": r})
-        assert denoised.kind == "step"
+        denoised = objective.denoiser(exact(path), {"net": None})(x, t, {"target_time": r})
+        assert denoised.kind == "flow_map"
         return jax.vmap(lambda x, x0, t, r: first_order(path, x, Denoised(x0), t, r))(x, denoised.x0, t, r)
 
     np.testing.assert_allclose(arrived(x, t, r), flow(path, x, t, r), atol=1e-9)
@@ -79,8 +79,10 @@ def test_without_a_second_time_it_is_the_mean(x64, points, schedule):
     path = objective.schedule
     x = x * expand(path.sigma(t), x)
     denoise = jax.jit(objective.denoiser(exact(path), {"net": None}))
-    mean, same, near, far = (denoise(x, t, cond) for cond in ({}, {"r": t}, {"r": t - 1e-4}, {"r": t - 0.1}))
-    assert mean.kind == "mean" and same.kind == "step"
+    mean, same, near, far = (
+        denoise(x, t, cond) for cond in ({}, {"target_time": t}, {"target_time": t - 1e-4}, {"target_time": t - 0.1})
+    )
+    assert mean.kind == "posterior_mean" and same.kind == "flow_map"
     expected = DATA.denoise(x, path.alpha(t), path.sigma(t))
     np.testing.assert_allclose(mean.x0, expected, atol=1e-9)
     np.testing.assert_array_equal(same.x0, mean.x0)
@@ -100,24 +102,24 @@ def test_network_is_told_the_length_on_the_scale_of_the_label(points, c_noise, s
         return x
 
     objective = objective_of(schedule="edm", c_noise=c_noise)
-    objective.denoiser(net, {"net": None})(x, t, {"r": r, "label": jnp.arange(8)})
+    objective.denoiser(net, {"net": None})(x, t, {"target_time": r, "label": jnp.arange(8)})
     np.testing.assert_allclose(told["t"], scale * t, rtol=1e-6)
-    np.testing.assert_allclose(told["r"], scale * (t - r), rtol=1e-4)
+    np.testing.assert_allclose(told["step_size"], scale * (t - r), rtol=1e-4)
     np.testing.assert_allclose(told["x"], x / jnp.sqrt(1 + (80 * t[:, None]) ** 2), rtol=1e-6)
     np.testing.assert_array_equal(told["label"], np.arange(8))
     objective.denoiser(net, {"net": None})(x, t, {})
-    assert (told["r"] == 0).all()
+    assert (told["step_size"] == 0).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.29, 0.3, 1 / 3, 0.75, 1.0])
 def test_every_micro_batch_has_room_for_its_steps(share):
     for n in range(1, 60):
-        first = np.arange(n) < count(share, n)
+        first = np.arange(n) < num_step_examples(share, n)
         for parts in (parts for parts in range(1, n + 1) if n % parts == 0):
             for part in range(parts):
                 micro = first[part::parts]
-                assert not micro[room(share, n // parts) :].any()
-        assert room(share, n) <= share * n + 1
+                assert not micro[max_step_examples(share, n // parts) :].any()
+        assert max_step_examples(share, n) <= share * n + 1
 
 
 @pytest.mark.parametrize("name", ["mean_flow", "shortcut"])
@@ -157,9 +159,11 @@ def test_a_network_without_a_second_time_is_refused(name):
 @pytest.mark.parametrize("name", ["mean_flow", "shortcut"])
 def test_accumulation_trains_on_the_same(name):
     """All that is random is drawn for the whole batch, and a micro-batch has its share of the steps."""
-    objective = build("objectives", {"name": name, "times": "stratified"})
-    network = build("networks", {"name": "mlp", "width": 8, "depth": 1, "conditions": ("r",)}, shape=(2,))
-    opt, averages = optimizer.make(steps=9, name="sgd", learning_rate=0.1), ema.make(decays=(0.5,))
+    objective = build("objectives", {"name": name, "time_sampler": "stratified"})
+    network = build(
+        "networks", {"name": "mlp", "width": 8, "depth": 1, "scalar_conditions": ("step_size",)}, shape=(2,)
+    )
+    opt, averages = optimizer.make_optimizer(steps=9, name="sgd", learning_rate=0.1), ema.make_ema(decays=(0.5,))
     batch = {"x": jax.random.normal(jax.random.key(0), (24, 2)), "cond": {}}
     start = jax.jit(lambda: init_state(objective, network, opt.transform, averages, jax.random.key(0)))()
     states = []

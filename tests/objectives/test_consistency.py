@@ -8,12 +8,12 @@ import optax
 import pytest
 from scipy.stats import norm
 
+from diffusion.core.build import build
+from diffusion.core.types import Denoised, InputError, Network, Spec
 from diffusion.objectives.base import discretization
+from diffusion.objectives.base.teacher import Teacher
 from diffusion.process import time_sampling
 from diffusion.process.analytic import Mixture
-from diffusion.core.build import build
-from diffusion.objectives.base.teacher import Teacher
-from diffusion.core.types import Denoised, InputError, Network, Spec
 
 MEAN, STD, LOWEST = 0.3, 0.6, 0.002
 EDM = {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0}
@@ -22,7 +22,7 @@ RATIO = {"name": "ratio", "every": 10}
 
 
 def made(**options):
-    spec = {"name": "consistency", "curriculum": {"name": "fixed"}, "schedule": EDM, "parameterization": ROW}
+    spec = {"name": "consistency", "discretization": {"name": "fixed"}, "schedule": EDM, "parameterization": ROW}
     return build("objectives", {**spec, **options}, field="objective")
 
 
@@ -69,8 +69,8 @@ def the_mean(x, level):
 
 def test_the_exact_map_answers_alike_at_both_ends_of_a_step(x64):
     """It does so along the teacher's ODE, up to the error of Heun's steps; the posterior mean does not."""
-    objective = made(curriculum={"name": "fixed", "points": 80}, solver="heun", teacher=TEACHER, metric="l2",
-                     weighting="one", times="karras")  # fmt: skip
+    objective = made(discretization={"name": "fixed", "points": 80}, solver="heun", teacher=TEACHER, metric="l2",
+                     weighting="one", time_sampler="karras")  # fmt: skip
     loss = jax.jit(lambda wanted: objective.loss(
         answering(objective, lambda x, level: jnp.where(wanted, the_end(x, level), the_mean(x, level))),
         PARAMS, PARAMS, batch_of(512), jax.random.key(0), jnp.int32(0),
@@ -84,11 +84,11 @@ def test_order_of_the_solvers(x64, solver, least, most):
     """Of the whole path from 80 to 0.002 in N steps of the karras grid."""
     errors = []
     for points in (41, 81):
-        objective = made(curriculum={"name": "fixed", "points": points}, solver=solver, teacher=TEACHER)
+        objective = made(discretization={"name": "fixed", "points": points}, solver=solver, teacher=TEACHER)
         denoise = objective._teacher(None, PARAMS, PARAMS)
         x, t = jnp.array([[50.0]]), jnp.ones(1)
         for _ in range(points - 1):
-            t, r = objective.curriculum.pair(objective.schedule, 0.999 * t, objective.t_min, jnp.int32(0))
+            t, r = objective.discretization.pair(objective.schedule, 0.999 * t, objective.t_min, jnp.int32(0))
             x, t = objective._solved(denoise, x, t, r, {}), r
         errors.append(float(abs(x - the_end(50.0, 80.0))[0, 0]))
     assert least < np.log2(errors[0] / errors[1]) < most
@@ -118,21 +118,21 @@ BOUNDARIES = [
 
 @pytest.mark.parametrize(("schedule", "row", "sigma_min"), BOUNDARIES, ids=str)
 def test_boundary_is_exact_bit_for_bit(schedule, row, sigma_min, mlp, mlp_params, digits_batch):
-    objective = made(schedule=schedule, parameterization=row, sigma_min=sigma_min, curriculum=RATIO)
+    objective = made(schedule=schedule, parameterization=row, sigma_min=sigma_min, discretization=RATIO)
     x, t = digits_batch["x"] + 0.123, jnp.full(16, objective.t_min)
     denoise = jax.jit(lambda x, t: objective.denoiser(mlp.apply, mlp_params)(x, t, digits_batch["cond"]))
     answer = denoise(x, t)
-    assert answer.kind == "end"
+    assert answer.kind == "consistency"
     np.testing.assert_array_equal(answer.x0, x)
     assert (np.asarray(denoise(x, t + 1e-3).x0) != np.asarray(x)).any()
 
 
 @pytest.mark.parametrize("spec", [
-    {"curriculum": {"name": "doubling", "steps": 600, "start": 10, "end": 80}, "sigma_min": LOWEST},
-    {"curriculum": {"name": "ratio", "every": 100}, "parameterization": {"name": "edm"}, "sigma_min": 0.0},
+    {"discretization": {"name": "doubling", "steps": 600, "start": 10, "end": 80}, "sigma_min": LOWEST},
+    {"discretization": {"name": "ratio", "every": 100}, "parameterization": {"name": "edm"}, "sigma_min": 0.0},
 ], ids=["ict", "ect"])  # fmt: skip
 def test_trained_on_a_gaussian_it_is_the_closed_form(spec):
-    objective = made(**spec, times={"name": "log_normal", "mean": -0.5, "std": 1.5, "sigma_min": 0.002})
+    objective = made(**spec, time_sampler={"name": "log_normal", "mean": -0.5, "std": 1.5, "sigma_min": 0.002})
     network = build("networks", {"name": "mlp", "width": 32, "depth": 2}, shape=(1,))
     params = objective.init(network, jax.random.key(0))
     rate = optax.cosine_decay_schedule(5e-3, 700)
@@ -161,14 +161,14 @@ def test_trained_on_a_gaussian_it_is_the_closed_form(spec):
 
 
 def test_no_gradient_into_target_teacher_or_average(mlp, mlp_params, digits_batch):
-    teacher = Teacher(mlp, build("objectives", {"name": "ddpm", "schedule": EDM, "parameterization": "edm"}),
+    teacher = Teacher(mlp, build("objectives", {"name": "denoising", "schedule": EDM, "parameterization": "edm"}),
                       Spec((8, 8, 1), 10), 0.1)  # fmt: skip
     options = {"solver": "heun", "teacher": teacher, "guidance": 2.0}
     averaged, own = made(**options, target="average"), made(**options)
     params = {"net": mlp_params["net"], "target": jax.tree.map(lambda p: 0.9 * p, mlp_params["net"]),
               "teacher": mlp_params}  # fmt: skip
     noise = averaged.draw(digits_batch, jax.random.key(0), jnp.int32(0), {})
-    batch = {**digits_batch, "noise": noise}
+    batch = {**digits_batch, "draws": noise}
 
     def loss(objective):
         return lambda params, ema: objective.loss(mlp.apply, params, ema, batch, None, jnp.int32(0))[0].mean()
@@ -183,22 +183,22 @@ def test_no_gradient_into_target_teacher_or_average(mlp, mlp_params, digits_batc
 
 
 def test_teacher_beside_learns_from_its_own_loss_alone(mlp, mlp_params, digits_batch):
-    beside = {"name": "ddpm", "parameterization": "edm", "times": "log_normal", "weighting": "edm"}
-    objective = made(solver="ddim", beside=beside)
+    joint_teacher = {"name": "denoising", "parameterization": "edm", "time_sampler": "log_normal", "weighting": "edm"}
+    objective = made(solver="ddim", joint_teacher=joint_teacher)
     assert objective.frozen == ()
     init = jax.eval_shape(lambda: objective.init(mlp, jax.random.key(0)))
     assert init.keys() == {"net", "teacher"} and init["teacher"].keys() == {"net"}
     params = {"net": mlp_params["net"], "teacher": mlp_params}
     worse = {**params, "teacher": jax.tree.map(lambda p: 1.5 * p, mlp_params)}
     noise = objective.draw(digits_batch, jax.random.key(0), jnp.int32(0), {})
-    batch = {**digits_batch, "noise": noise}
+    batch = {**digits_batch, "draws": noise}
 
     def total(params, ema):
         return objective.loss(mlp.apply, params, ema, batch, None, jnp.int32(0))[0].mean()
 
     def alone(teacher):
-        own = {**batch, "noise": noise["beside"]}
-        return objective.beside.loss(mlp.apply, teacher, teacher, own, None, jnp.int32(0))[0].mean()
+        own = {**batch, "draws": noise["joint_teacher"]}
+        return objective.joint_teacher.loss(mlp.apply, teacher, teacher, own, None, jnp.int32(0))[0].mean()
 
     grads, of_average = jax.jit(jax.grad(total, argnums=(0, 1)))(params, params)
     expected = jax.jit(jax.grad(alone))(mlp_params)
@@ -210,16 +210,16 @@ def test_teacher_beside_learns_from_its_own_loss_alone(mlp, mlp_params, digits_b
 
 
 def test_target_follows_by_the_curriculum():
-    objective = made(curriculum={"name": "square_root", "steps": 100, "decay": 0.9}, target="average")
+    objective = made(discretization={"name": "square_root", "steps": 100, "decay": 0.9}, target="average")
     assert objective.frozen == ("target",)
     params = {"net": {"w": jnp.float32(1)}, "target": {"w": jnp.float32(0)}}
     for step in (0, 50, 100):
-        prepared, _ = objective.prepare(params, params, {}, {}, None, jnp.int32(step))
+        prepared, _ = objective.before_step(params, params, {}, {}, None, jnp.int32(step))
         decay = 0.9 ** (2 / {0: 2, 50: 107, 100: 151}[step])
         np.testing.assert_allclose(prepared["target"]["w"], 1 - decay, rtol=1e-4)
         assert prepared["net"] is params["net"]
     own = made()
-    assert own.prepare({"net": 1}, {}, {}, {}, None, 0) == ({"net": 1}, {})
+    assert own.before_step({"net": 1}, {}, {}, {}, None, 0) == ({"net": 1}, {})
 
 
 @pytest.mark.parametrize(("step", "points"), [(0, 2), (8, 15), (200_000, 76), (400_000, 107), (800_000, 151),
@@ -287,10 +287,10 @@ def test_distances_and_weights_by_hand(x64):
     objective = made(huber=0.1)
     square = made(metric="l2", weighting="one")
     batch = batch_of(4)
-    batch["noise"] = objective.draw(batch, jax.random.key(0), jnp.int32(0), {})
+    batch["draws"] = objective.draw(batch, jax.random.key(0), jnp.int32(0), {})
     net = answering(objective, lambda x, level: x / (1 + level))
     loss, _ = objective.loss(net, PARAMS, PARAMS, batch, None, 0)
-    t, r, eps = (batch["noise"][name] for name in ("t", "r", "eps"))
+    t, r, eps = (batch["draws"][name] for name in ("t", "r", "eps"))
     high, low = ((batch["x"] + 80 * u[:, None] * eps) / (1 + 80 * u[:, None]) for u in (t, r))
     low = jnp.where((r == objective.t_min)[:, None], batch["x"] + LOWEST * eps, low)
     error = ((high - low) ** 2)[:, 0]
@@ -302,17 +302,17 @@ REFUSED = [
     ({"parameterization": "x0"}, "objective.parameterization"),
     ({"parameterization": {"name": "edm"}}, "objective.parameterization"),
     ({"solver": "heun"}, "objective.teacher"),
-    ({"beside": {"name": "ddpm", "parameterization": "edm"}}, "objective.solver"),
-    ({"beside": {"name": "ddpm", "schedule": "flow"}, "solver": "heun"}, "objective.beside.schedule"),
-    ({"beside": {"name": "ddpm"}, "solver": "heun", "teacher": TEACHER}, "objective.beside"),
+    ({"joint_teacher": {"name": "denoising", "parameterization": "edm"}}, "objective.solver"),
+    ({"joint_teacher": {"name": "denoising", "schedule": "flow"}, "solver": "heun"}, "objective.beside.schedule"),
+    ({"joint_teacher": {"name": "denoising"}, "solver": "heun", "teacher": TEACHER}, "objective.beside"),
     ({"teacher": TEACHER, "schedule": {"name": "edm", "sigma_max": 50.0}}, "objective.teacher"),
     ({"teacher": TEACHER, "solver": "ddim", "guidance": 2.0}, "objective.guidance"),
-    ({"curriculum": {"name": "fixed", "points": 1}}, "objective.curriculum.points"),
-    ({"curriculum": {"name": "fixed", "rho": 0.0}}, "objective.curriculum.rho"),
-    ({"curriculum": {"name": "square_root", "steps": 0}}, "objective.curriculum.steps"),
-    ({"curriculum": {"name": "doubling", "steps": 9, "end": 5}}, "objective.curriculum.end"),
-    ({"curriculum": {"name": "ratio", "every": 5, "q": 1.0}}, "objective.curriculum.q"),
-    ({"curriculum": {"name": "ratio", "every": 5, "k": -1.0}}, "objective.curriculum.k"),
+    ({"discretization": {"name": "fixed", "points": 1}}, "objective.discretization.points"),
+    ({"discretization": {"name": "fixed", "rho": 0.0}}, "objective.discretization.rho"),
+    ({"discretization": {"name": "square_root", "steps": 0}}, "objective.discretization.steps"),
+    ({"discretization": {"name": "doubling", "steps": 9, "end": 5}}, "objective.discretization.end"),
+    ({"discretization": {"name": "ratio", "every": 5, "q": 1.0}}, "objective.discretization.q"),
+    ({"discretization": {"name": "ratio", "every": 5, "k": -1.0}}, "objective.discretization.k"),
     ({"huber": 0.0}, "objective.huber"),
     ({"sigma_min": -1.0}, "objective.sigma_min"),
 ]

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.process.analytic import Mixture, gaussian_ode_map
 from diffusion.core.arrays import expand
 from diffusion.core.build import build
+from diffusion.core.types import InputError, Network, Spec
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.objectives.continuous_consistency import normalized, tangent
+from diffusion.process.analytic import Mixture, gaussian_ode_map
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import InputError, Network, Spec
 
 SIGMA = 0.75
 TRIG = build("schedules", {"name": "trig", "sigma_data": SIGMA})
@@ -184,7 +184,7 @@ def test_gradient_is_the_papers(x64, step, ramp, normalize, distilled):
     noise = objective.draw(batch, jax.random.key(1), step, {})
 
     def total(params):
-        return objective.loss(linear, params, {}, {**batch, "noise": noise}, None, step)[0].sum()
+        return objective.loss(linear, params, {}, {**batch, "draws": noise}, None, step)[0].sum()
 
     found = jax.grad(total)(params)
 
@@ -215,7 +215,7 @@ def test_gradient_is_the_papers(x64, step, ramp, normalize, distilled):
 def test_without_the_learned_weight_it_is_one():
     objective = objective_of(adaptive=False)
     batch = {"x": jax.random.normal(jax.random.key(0), (5, 2)), "cond": {}}
-    batch["noise"] = objective.draw(batch, jax.random.key(1), 0, {})
+    batch["draws"] = objective.draw(batch, jax.random.key(1), 0, {})
     params = {"net": {"w": jnp.float32(0.7), "b": jnp.float32(0.2)}}
     zero = {**params, "weight": {"kernel": jnp.zeros(128)}}
     both = objective, dataclasses.replace(objective, adaptive=True)
@@ -258,7 +258,7 @@ def test_dropout_leaves_out_the_same_for_the_frozen_copy():
         return x * jax.random.bernoulli(key, 0.5, x.shape) * params["w"]
 
     batch = {"x": jax.random.normal(jax.random.key(0), (64, 2)), "cond": {}}
-    batch["noise"] = objective.draw(batch, jax.random.key(1), 0, {})
+    batch["draws"] = objective.draw(batch, jax.random.key(1), 0, {})
     params = {"net": {"w": jnp.float32(100)}}
     loss = jax.jit(lambda: objective.loss(net, params, {}, batch, jax.random.key(2), 0)[0])()
     assert len(seen) == 2 and (loss <= 1 + 1e-3).all()
@@ -282,7 +282,7 @@ def test_boundary_is_exact(sigma_data, mlp):
     denoise = objective_of(sigma_data=sigma_data).denoiser(network.apply, {"net": params})
     x = jax.random.normal(jax.random.key(0), (256, 2)) * jnp.logspace(-6, 4, 256)[:, None]
     denoised = jax.jit(denoise)(x, jnp.float32(0), {})
-    assert denoised.kind == "end"
+    assert denoised.kind == "consistency"
     np.testing.assert_array_equal(np.asarray(denoised.x0).view(np.uint32), np.asarray(x).view(np.uint32))
 
 
@@ -299,7 +299,10 @@ def test_student_begins_with_its_teacher_and_the_teacher_stays(mlp):
     """Through the train step with its state donated; the learned weight is trained and averaged with the network."""
     network, trained = mlp
     objective = objective_of(teacher=Teacher(network, FLOW, Spec((2,))))
-    opt, averages = optimizer.make(steps=9, name="sgd", learning_rate=0.1), ema.make(decays=(0.5,), warmup=False)
+    opt, averages = (
+        optimizer.make_optimizer(steps=9, name="sgd", learning_rate=0.1),
+        ema.make_ema(decays=(0.5,), warmup=False),
+    )
     theirs = {"net": jax.tree.map(jnp.array, trained)}
     state = init_state(objective, network, opt.transform, averages, jax.random.key(0), theirs)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params)]

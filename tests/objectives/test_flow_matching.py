@@ -7,8 +7,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from diffusion.core.build import build
-from diffusion.objectives.flow_matching import sinkhorn, squared_distances
 from diffusion.core.types import InputError
+from diffusion.objectives.flow_matching import sinkhorn, squared_distances
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_target_is_the_velocity_of_the_path(batch):
         seen.update(x=x, c_noise=c_noise)
         return noise["eps"] - batch["x"]
 
-    loss, _ = objective.loss(net, {"net": None}, {}, {**batch, "noise": noise}, None, 0)
+    loss, _ = objective.loss(net, {"net": None}, {}, {**batch, "draws": noise}, None, 0)
     np.testing.assert_allclose(loss, 0, atol=1e-10)
     t = noise["t"][:, None]
     np.testing.assert_allclose(seen["x"], (1 - t) * batch["x"] + t * noise["eps"], rtol=1e-5)
@@ -70,7 +70,7 @@ def test_loss_is_logged_by_noise_level():
     objective = build("objectives", "flow_matching")
     log_snr = jnp.array([-9.0, -1.0, -1.5, 1.0, 7.0])
     noise = {"t": objective.schedule.time(log_snr), "weight": jnp.array([1.0, 1, 2, 1, 1])}
-    _, metrics = objective.remember({}, noise, jnp.array([1.0, 2, 8, 5, 6]))
+    _, metrics = objective.update_state({}, noise, jnp.array([1.0, 2, 8, 5, 6]))
     expected = {"-inf_-4": 1, "-4_-2": np.nan, "-2_0": 3, "0_2": 5, "2_4": np.nan, "4_inf": 6}
     np.testing.assert_allclose([metrics[f"loss_log_snr_{name}"] for name in expected], list(expected.values()))
 
@@ -82,7 +82,7 @@ def test_loss_is_logged_by_noise_level():
         ({"parameterization": "eps"}, "objectives.parameterization: 'eps' does not exist at t = 1"),
         ({"parameterization": "edm"}, "objectives.parameterization: 'edm' does not exist .* use c_noise = 'time'"),
         ({"schedule": "learned"}, "objectives.schedule.name: only vdm"),
-        ({"times": "discrete"}, "objectives.times.num_steps: "),
+        ({"time_sampler": "discrete"}, "objectives.time_sampler.num_steps: "),
         ({"coupling": "best"}, "objectives.coupling: "),
         ({"entropy": 0.0}, "objectives.entropy: must be positive"),
         ({"weighting": {"name": "min_snr", "gamma": -5.0}}, "objectives.weighting.gamma: must be positive"),

@@ -7,16 +7,16 @@ import pytest
 
 from diffusion.core.arrays import expand
 from diffusion.core.build import build
+from diffusion.core.types import Denoised, InputError, Network, Spec
 from diffusion.objectives.base.teacher import Teacher
-from diffusion.sampling.guidance import embedded
+from diffusion.sampling.guidance import guidance_embedding
 from diffusion.sampling.loop import bind
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import Denoised, InputError, Network, Spec
 
 VP = build("schedules", {"name": "vp", "betas": "scaled_linear"})
-DDPM = build("objectives", {"name": "ddpm", "schedule": {"name": "vp", "betas": "scaled_linear"},
+DDPM = build("objectives", {"name": "denoising", "schedule": {"name": "vp", "betas": "scaled_linear"},
                             "parameterization": {"name": "eps", "c_noise": "index"}})  # fmt: skip
 MEANS, STD, WIDE = np.array([1.0, -2.0]), 0.3, 1.5  # of the data of each label; of all data, around 0
 
@@ -71,12 +71,12 @@ def test_target_is_where_the_guided_teacher_leads(x64, skip, s):
     objective, asked = objective_of(skip=skip), []
 
     def net(params, x, c_noise, cond, *, key=None):
-        asked.append((params, x, c_noise, cond["guidance"], key))
+        asked.append((params, x, c_noise, cond["guidance_scale"], key))
         return jnp.zeros_like(x)
 
     x0, eps = jax.random.normal(jax.random.key(0), (2, 4, 2))
     noise = {"t": jnp.asarray(T), "guidance": jnp.asarray(SCALES), "eps": eps, "weight": jnp.ones(4)}
-    batch = {"x": x0, "cond": COND, "noise": noise}
+    batch = {"x": x0, "cond": COND, "draws": noise}
     params = {"net": "student", "target": "target", "teacher": {"net": {}}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "stop_gradient", lambda x: x)  # so that names will do for parameters
@@ -143,7 +143,7 @@ def test_metric(metric):
 
     t = jnp.array([0.5])
     noise = {"t": t, "guidance": jnp.ones(1), "eps": jnp.ones((1, 2)), "weight": jnp.full(1, 3.0)}
-    batch = {"x": jnp.ones((1, 2)), "cond": {"label": jnp.array([1])}, "noise": noise}
+    batch = {"x": jnp.ones((1, 2)), "cond": {"label": jnp.array([1])}, "draws": noise}
     params = {"net": jnp.array([0.3, 0.5]), "target": jnp.array([0.4, 0.2]), "teacher": {"net": {}}}
     x_t = VP.alpha(t) + VP.sigma(t) * jnp.ones((1, 2))
     s = t - 0.02
@@ -175,8 +175,8 @@ def test_times_and_scales_that_are_drawn():
 @pytest.fixture(scope="module")
 def trained():
     """A teacher and a student that is told the scale, and what the teacher learned."""
-    plain, told = (build("networks", {"name": "mlp", "width": 8, "depth": 1, "conditions": conditions}, shape=(2,),
-                         num_classes=2) for conditions in ((), ("guidance",)))  # fmt: skip
+    plain, told = (build("networks", {"name": "mlp", "width": 8, "depth": 1, "scalar_conditions": scalar_conditions}, shape=(2,),
+                         num_classes=2) for scalar_conditions in ((), ("guidance",)))  # fmt: skip
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32) / 4,
                           jax.jit(plain.init)(jax.random.key(0)))  # fmt: skip
@@ -205,7 +205,7 @@ def test_target_follows_the_student_through_training(trained):
     student. All through the train step, with its state donated."""
     teacher, network, theirs = trained
     objective = objective_of(teacher=teacher, target_decay=0.7)
-    opt, averages = optimizer.make(steps=9, name="sgd", learning_rate=0.1), ema.make(decays=(0.5,))
+    opt, averages = optimizer.make_optimizer(steps=9, name="sgd", learning_rate=0.1), ema.make_ema(decays=(0.5,))
     given = jax.tree.map(jnp.array, theirs)
     state = init_state(objective, network, opt.transform, averages, jax.random.key(0), given)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params)]
@@ -242,14 +242,14 @@ def at(tree, path):
 def test_boundary_is_exact(parameterization, trained):
     """f(x, 0) = x bit for bit, in float32, also where the noise label is infinite."""
     teacher, network, theirs = trained
-    ddpm = build("objectives", {"name": "ddpm", "schedule": {"name": "vp", "betas": "scaled_linear"},
+    ddpm = build("objectives", {"name": "denoising", "schedule": {"name": "vp", "betas": "scaled_linear"},
                                 "parameterization": parameterization})  # fmt: skip
     objective = objective_of(parameterization=parameterization, teacher=dataclasses.replace(teacher, objective=ddpm))
     params = objective.init(network, jax.random.key(1), theirs)
     x = jax.random.normal(jax.random.key(0), (256, 2)) * jnp.logspace(-6, 4, 256)[:, None]
     denoise, cond = objective.denoiser(network.apply, params), {"label": jnp.zeros(256, jnp.int32)}
     denoised = jax.jit(denoise)(x, jnp.float32(0), cond)
-    assert denoised.kind == "end"
+    assert denoised.kind == "consistency"
     np.testing.assert_array_equal(np.asarray(denoised.x0).view(np.uint32), np.asarray(x).view(np.uint32))
 
 
@@ -265,11 +265,12 @@ def test_scalings_are_the_papers(x64):
 
 def test_denoiser_is_told_the_scale_and_1_by_default():
     def net(params, x, c_noise, cond, *, key=None):
-        return x * cond["guidance"][:, None]
+        return x * cond["guidance_scale"][:, None]
 
     denoise, x = objective_of().denoiser(net, {"net": {}}), jnp.ones((3, 2))
     plain, one, three = (
-        d(x, 0.5, {}).x0 for d in (denoise, embedded(denoise, 1.0), embedded(denoise, jnp.float32(3.0)))
+        d(x, 0.5, {}).x0
+        for d in (denoise, guidance_embedding(denoise, 1.0), guidance_embedding(denoise, jnp.float32(3.0)))
     )
     np.testing.assert_array_equal(plain, one)
     alpha, sigma = float(VP.alpha(0.5)), float(VP.sigma(0.5))
@@ -279,7 +280,7 @@ def test_denoiser_is_told_the_scale_and_1_by_default():
 
 def ddpm_of(**spec):
     spec = {"schedule": {"name": "vp", "betas": "scaled_linear"}, "parameterization": {"name": "eps"}, **spec}
-    return dataclasses.replace(ANALYTIC, objective=build("objectives", {"name": "ddpm", **spec}))
+    return dataclasses.replace(ANALYTIC, objective=build("objectives", {"name": "denoising", **spec}))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.test_flow_map import MEAN, STD, exact, objective_of
 
 from diffusion.core.arrays import expand
 from diffusion.core.build import build
-from diffusion.layers import attention
 from diffusion.core.types import InputError
-from tests.test_flow_map import MEAN, STD, exact, objective_of
+from diffusion.layers import attention
 
 ANYWHERE = {"name": "uniform"}
 
@@ -32,7 +32,7 @@ def along_the_ode(schedule, t, n=2):
 @pytest.mark.parametrize("schedule", ["flow", "trig", "edm"])
 def test_exact_average_velocity_is_at_rest(x64, schedule, tangent):
     """u = v - (t - r) du/dt, so there is no error where v is the ODE's own velocity; and there is one elsewhere."""
-    objective = objective_of(schedule=schedule, times=ANYWHERE, tangent=tangent, different=0.75, power=0.0)
+    objective = objective_of(schedule=schedule, time_sampler=ANYWHERE, tangent=tangent, ratio_r_neq_t=0.75, norm_p=0.0)
     noise = drawn(objective, {"x": jnp.zeros((32, 2))})
     x0, eps = along_the_ode(objective.schedule, noise["t"])
     net = exact(objective.schedule)
@@ -40,8 +40,8 @@ def test_exact_average_velocity_is_at_rest(x64, schedule, tangent):
     @jax.jit
     def errors(eps, length):
         """Of the network, if what it is told of a step's length is so many times as much."""
-        told = lambda params, x, t, cond, key: net(params, x, t, {"r": length * cond["r"]})  # noqa: E731
-        batch = {"x": x0, "cond": {}, "noise": {**noise, "eps": eps}}
+        told = lambda params, x, t, cond, key: net(params, x, t, {"step_size": length * cond["step_size"]})  # noqa: E731
+        batch = {"x": x0, "cond": {}, "draws": {**noise, "eps": eps}}
         return objective.loss(told, {"net": None}, {}, batch, None, 0)[0]
 
     right, elsewhere, velocity = errors(eps, 1.0), errors(1.1 * eps, 1.0), errors(eps, 0.0)
@@ -55,17 +55,17 @@ def test_exact_average_velocity_is_at_rest(x64, schedule, tangent):
 
 def polynomial(params, x, c_noise, cond, *, key=None):
     """Its derivative is done by hand: of w (x t + h^2), along (v, 1), it is w (v t + x + 2 h)."""
-    return params["w"] * (x * expand(c_noise, x) + expand(cond["r"] ** 2, x))
+    return params["w"] * (x * expand(c_noise, x) + expand(cond["step_size"] ** 2, x))
 
 
-@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("norm_p", [0.0, 0.75, 1.0])
 @pytest.mark.parametrize("tangent", ["conditional", "predicted"])
-def test_loss_and_gradient_by_hand(x64, tangent, power):
+def test_loss_and_gradient_by_hand(x64, tangent, norm_p):
     """No gradient goes through the target, the tangent or the weight."""
-    objective = objective_of(times=ANYWHERE, different=0.5, tangent=tangent, power=power, constant=0.1)
+    objective = objective_of(time_sampler=ANYWHERE, ratio_r_neq_t=0.5, tangent=tangent, norm_p=norm_p, norm_eps=0.1)
     x0, w = jax.random.normal(jax.random.key(0), (6, 2), float), 0.7
     noise = drawn(objective, {"x": x0})
-    batch = {"x": x0, "cond": {}, "noise": noise}
+    batch = {"x": x0, "cond": {}, "draws": noise}
 
     def loss(params, ema):
         return objective.loss(polynomial, params, ema, batch, None, 0)[0]
@@ -77,7 +77,7 @@ def test_loss_and_gradient_by_hand(x64, tangent, power):
     slope = w * (along * t + x + 2 * h)
     difference = w * (x * t + h**2) - (v - h * slope)
     error = (difference**2).sum(axis=1)
-    weight = (error + 0.1) ** -power
+    weight = (error + 0.1) ** -norm_p
     params = {"net": {"w": w}}
     np.testing.assert_allclose(jax.jit(loss)(params, params), weight * error, rtol=1e-12)
     own, of_average = jax.jit(jax.jacobian(loss, argnums=(0, 1)))(params, params)
@@ -86,12 +86,12 @@ def test_loss_and_gradient_by_hand(x64, tangent, power):
 
 
 def test_error_is_reported_without_its_weight():
-    objective = objective_of(power=1.0)
+    objective = objective_of(norm_p=1.0)
     batch = {"x": jnp.ones((8, 2)), "cond": {}}
-    batch["noise"] = drawn(objective, batch)
+    batch["draws"] = drawn(objective, batch)
     zero = lambda params, x, c_noise, cond, key: 0 * x  # noqa: E731
     _, metrics = losses(objective, zero, batch)
-    np.testing.assert_allclose(metrics["error"], jnp.mean((batch["noise"]["eps"] - 1) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(metrics["error"], jnp.mean((batch["draws"]["eps"] - 1) ** 2), rtol=1e-6)
 
 
 # Guidance within training.
@@ -99,23 +99,23 @@ def test_error_is_reported_without_its_weight():
 
 def by_condition(params, x, c_noise, cond, *, key=None):
     """3 where the condition is kept and -2 where it is not; 10 more for a step, so that one is told from the other."""
-    return jnp.where(expand(cond["keep"], x), 3.0, -2.0) + 10 * expand(cond["r"] > 0, x) + 0 * x
+    return jnp.where(expand(cond["keep"], x), 3.0, -2.0) + 10 * expand(cond["step_size"] > 0, x) + 0 * x
 
 
-@pytest.mark.parametrize(("guidance", "mixing"), [(2.5, 0.0), (2.5, 0.92), (1.0, 0.5)])
-def test_guided_velocity_by_hand(x64, guidance, mixing):
+@pytest.mark.parametrize(("guidance", "kappa"), [(2.5, 0.0), (2.5, 0.92), (1.0, 0.5)])
+def test_guided_velocity_by_hand(x64, guidance, kappa):
     """omega v + kappa u(c) + (1 - omega - kappa) u(none), omega = (1 - kappa) guidance, for those who keep their
     condition within the interval."""
     low, high = 0.2, 0.7
-    objective = objective_of(times=ANYWHERE, different=0.0, power=0.0, guidance=guidance, mixing=mixing,
+    objective = objective_of(time_sampler=ANYWHERE, ratio_r_neq_t=0.0, norm_p=0.0, guidance=guidance, kappa=kappa,
                              interval=(low, high))  # fmt: skip
     keep = jnp.arange(64) % 2 == 0
     batch = {"x": jax.random.normal(jax.random.key(0), (64, 2), float), "cond": {"label": jnp.zeros(64, int)}}
-    noise = batch["noise"] = drawn(objective, batch)
+    noise = batch["draws"] = drawn(objective, batch)
     batch["cond"]["keep"] = keep
     loss, _ = losses(objective, by_condition, batch)
-    omega, v = (1 - mixing) * guidance, noise["eps"] - batch["x"]
-    target = omega * v + mixing * 3 + (1 - omega - mixing) * -2
+    omega, v = (1 - kappa) * guidance, noise["eps"] - batch["x"]
+    target = omega * v + kappa * 3 + (1 - omega - kappa) * -2
     changed = keep & (noise["t"] >= low) & (noise["t"] <= high)
     assert 10 < changed.sum() < 32
     output = jnp.where(keep, 3, -2)[:, None]
@@ -124,28 +124,32 @@ def test_guided_velocity_by_hand(x64, guidance, mixing):
 
 
 def test_without_keep_all_are_guided(x64):
-    objective = objective_of(different=0.0, power=0.0, guidance=2.0)
+    objective = objective_of(ratio_r_neq_t=0.0, norm_p=0.0, guidance=2.0)
     batch = {"x": jnp.ones((4, 2)), "cond": {"label": jnp.zeros(4, int)}}
-    batch["noise"] = drawn(objective, batch)
+    batch["draws"] = drawn(objective, batch)
     net = lambda params, x, c_noise, cond, key: by_condition(  # noqa: E731
         params, x, c_noise, {"keep": jnp.ones(len(x), bool), **cond}
     )
     loss, _ = losses(objective, net, batch)
-    v = batch["noise"]["eps"] - 1
+    v = batch["draws"]["eps"] - 1
     np.testing.assert_allclose(loss, ((3 - (2 * v + 2)) ** 2).sum(axis=1), rtol=1e-12)
 
 
 def test_guidance_is_drawn_for_each_example_and_told(x64):
-    objective = objective_of(different=0.5, power=0.0, guidance=(1.0, 5.0))
-    assert objective.conditions == ("r", "guidance") and objective_of(guidance=2.0).conditions == ("r",)
+    objective = objective_of(ratio_r_neq_t=0.5, norm_p=0.0, guidance=(1.0, 5.0))
+    assert objective.scalar_conditions == ("step_size", "guidance_scale") and objective_of(
+        guidance=2.0
+    ).scalar_conditions == ("step_size",)
     batch = {"x": jnp.zeros((2000, 2)), "cond": {"label": jnp.zeros(2000, int), "keep": jnp.ones(2000, bool)}}
-    noise = batch["noise"] = drawn(objective, batch)
+    noise = batch["draws"] = drawn(objective, batch)
     scale = noise["guidance"]
     assert 1 <= scale.min() < 1.01 and 4.99 < scale.max() <= 5
     np.testing.assert_allclose([scale.mean(), scale.var()], [3, 4 / 3], atol=0.1)
 
     def net(params, x, c_noise, cond, *, key=None):
-        return by_condition(params, x, 0, {**cond, "r": 0 * cond["r"]}) + expand(cond["guidance"], x)
+        return by_condition(params, x, 0, {**cond, "step_size": 0 * cond["step_size"]}) + expand(
+            cond["guidance_scale"], x
+        )
 
     # v is eps here; dropped it is -2 + w, so that the guided velocity is w eps + (1 - w) (w - 2).
     loss, _ = losses(objective, net, batch)
@@ -155,14 +159,16 @@ def test_guidance_is_drawn_for_each_example_and_told(x64):
     denoise, x, told = objective.denoiser(net, {"net": None}), jnp.zeros((3, 2)), {"keep": jnp.ones(3, bool)}
     at = jnp.float64(0.5)
     np.testing.assert_allclose(denoise(x, at, told).x0, -0.5 * 4)
-    np.testing.assert_allclose(denoise(x, at, {**told, "guidance": jnp.array([1.0, 2, 4])}).x0[:, 0], [-2, -2.5, -3.5])
+    np.testing.assert_allclose(
+        denoise(x, at, {**told, "guidance_scale": jnp.array([1.0, 2, 4])}).x0[:, 0], [-2, -2.5, -3.5]
+    )
 
 
 def test_dropped_examples_are_not_guided_through_the_tangent():
     """The predicted tangent is that of the example's own condition."""
-    objective = objective_of(times=ANYWHERE, different=1.0, power=0.0, tangent="predicted")
+    objective = objective_of(time_sampler=ANYWHERE, ratio_r_neq_t=1.0, norm_p=0.0, tangent="predicted")
     batch = {"x": jnp.zeros((4, 1)), "cond": {"label": jnp.zeros(4, int), "keep": jnp.array([True, False] * 2)}}
-    noise = batch["noise"] = drawn(objective, batch)
+    noise = batch["draws"] = drawn(objective, batch)
 
     def net(params, x, c_noise, cond, *, key=None):
         return jnp.where(expand(cond["keep"], x), 3.0, -2.0) + x - jax.lax.stop_gradient(x)
@@ -178,7 +184,7 @@ def test_dropped_examples_are_not_guided_through_the_tangent():
 
 @pytest.mark.parametrize("law", ["uniform", "stratified"])
 def test_times_are_the_larger_and_the_smaller_of_two(law):
-    objective = objective_of(times=law, different=0.5)
+    objective = objective_of(time_sampler=law, ratio_r_neq_t=0.5)
     noise = drawn(objective, {"x": jnp.zeros((20_000, 1))})
     t, r = noise["t"], noise["r"]
     step = jnp.arange(20_000) < 10_000
@@ -196,9 +202,9 @@ def test_times_are_the_larger_and_the_smaller_of_two(law):
 
 def test_weights_of_the_law_are_multiplied():
     """With importance sampling the two factors make up for both draws."""
-    objective = objective_of(times={"name": "importance", "bins": 4, "history": 2}, different=1.0)
-    memory = {"losses": jnp.array([[1.0, 1], [2, 2], [4, 4], [1, 1]]), "counts": jnp.full(4, 2)}
-    noise = jax.jit(objective.draw)({"x": jnp.zeros((40_000, 1))}, jax.random.key(0), 0, memory)
+    objective = objective_of(time_sampler={"name": "importance", "bins": 4, "history": 2}, ratio_r_neq_t=1.0)
+    objective_state = {"losses": jnp.array([[1.0, 1], [2, 2], [4, 4], [1, 1]]), "counts": jnp.full(4, 2)}
+    noise = jax.jit(objective.draw)({"x": jnp.zeros((40_000, 1))}, jax.random.key(0), 0, objective_state)
     weight, t, r = noise["weight"], noise["t"], noise["r"]
     for values, mean in ((1.0, 1), (t, 2 / 3), (r, 1 / 3), (t * r, 1 / 4)):
         np.testing.assert_allclose(jnp.mean(weight * values), mean, atol=0.02)
@@ -207,7 +213,7 @@ def test_weights_of_the_law_are_multiplied():
 def test_derivative_is_taken_in_forward_mode_alone(monkeypatch):
     """A network on a GPU whose attention has no forward mode chooses another for it, and keeps its own elsewhere."""
     monkeypatch.setattr(attention, "_nvidia_capability", lambda: (9, 0))
-    objective, chosen = objective_of(different=0.25), []
+    objective, chosen = objective_of(ratio_r_neq_t=0.25), []
 
     def net(params, x, c_noise, cond, *, key=None):
         q = jnp.zeros((len(x), 4, 1, 8), jnp.bfloat16)
@@ -220,7 +226,7 @@ def test_derivative_is_taken_in_forward_mode_alone(monkeypatch):
 
 def test_dropout_is_one_for_the_output_and_its_derivative():
     """Both come from one call, and what is left out of the rest is drawn anew."""
-    objective, seen, key = objective_of(different=0.5), [], jax.random.key(5)
+    objective, seen, key = objective_of(ratio_r_neq_t=0.5), [], jax.random.key(5)
 
     def net(params, x, c_noise, cond, *, key=None):
         seen.append(key)
@@ -233,11 +239,11 @@ def test_dropout_is_one_for_the_output_and_its_derivative():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"different": 1.5}, r"different: must be in \[0, 1\]"),
-        ({"power": -1.0}, r"power: must be at least 0"),
-        ({"constant": 0.0}, r"constant: must be positive"),
+        ({"ratio_r_neq_t": 1.5}, r"different: must be in \[0, 1\]"),
+        ({"norm_p": -1.0}, r"power: must be at least 0"),
+        ({"norm_eps": 0.0}, r"constant: must be positive"),
         ({"guidance": (3.0, 1.0)}, r"guidance: must be at least 0, or two"),
-        ({"mixing": 1.0}, r"mixing: must be in \[0, 1\)"),
+        ({"kappa": 1.0}, r"mixing: must be in \[0, 1\)"),
         ({"interval": (0.7, 0.2)}, r"interval: must be two times"),
         ({"tangent": "exact"}, r"tangent: "),
     ],

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.process.analytic import Mixture
 from diffusion.core.build import build
+from diffusion.core.types import Denoised, InputError, Network, Spec
 from diffusion.objectives.base.teacher import Teacher
+from diffusion.process.analytic import Mixture
 from diffusion.sampling.ode.first_order import first_order
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import Denoised, InputError, Network, Spec
 
 DATA = Mixture(means=[[0.6, -0.2], [-0.5, 0.3]], stds=[0.3, 0.2], weights=[0.4, 0.6])
 COSINE = {"name": "vp", "betas": "cosine"}
@@ -24,7 +24,7 @@ PATHS = [(COSINE, "v"), (ZERO_SNR, "v"), ("flow", "velocity"), ({"name": "edm"},
 
 def exact(schedule, parameterization):
     """A teacher that knows the data; `shift` is added to its output."""
-    objective = build("objectives", {"name": "ddpm", "schedule": schedule, "parameterization": parameterization})
+    objective = build("objectives", {"name": "denoising", "schedule": schedule, "parameterization": parameterization})
 
     def net(params, scaled, c_noise, cond, *, key=None):
         t = c_noise / 1000
@@ -95,10 +95,10 @@ def test_loss_is_zero_for_who_does_two_steps_in_one(x64, schedule, parameterizat
         return {"net": {"shift": shift}, "teacher": {"net": {"shift": 0.0}}}
 
     batch = {"x": DATA.sample(jax.random.key(0), 8), "cond": {}}
-    batch["noise"] = objective.draw(batch, jax.random.key(1), step, {})
+    batch["draws"] = objective.draw(batch, jax.random.key(1), step, {})
     loss, metrics = objective.loss(student, params(0.0), {}, batch, None, step)
     assert jnp.max(loss) < 1e-20 and metrics["student_steps"] == 2
-    t = batch["noise"]["t"]
+    t = batch["draws"]["t"]
     off, _ = objective.loss(student, params(0.5), {}, batch, None, step)
     weight = jnp.maximum(jnp.exp(path.log_snr(t)), 1) * objective.parameterization(path, t).c_out ** 2
     np.testing.assert_allclose(off, 0.25 * weight, rtol=1e-9)
@@ -133,11 +133,11 @@ def test_times_are_those_of_the_round():
 
 def test_average_becomes_teacher_and_student_where_a_round_begins_and_nowhere_else():
     objective = made()  # rounds begin at 0, 10, 20
-    prepare = jax.jit(lambda step: objective.prepare(params, average, {}, {}, jax.random.key(0), step)[0])
+    before_step = jax.jit(lambda step: objective.before_step(params, average, {}, {}, jax.random.key(0), step)[0])
     params = {"net": {"shift": 1.0}, "teacher": {"net": {"shift": 2.0}, "other": 4.0}}
     average = {"net": {"shift": 3.0}}
     for step in (0, 1, 9, 10, 11, 19, 20, 21, 29, 30, 31, 40, 100):
-        prepared = prepare(step)
+        prepared = before_step(step)
         found = [float(prepared["net"]["shift"]), float(prepared["teacher"]["net"]["shift"])]
         assert found == ([3, 3] if step in (10, 20) else [1, 2]), step
         assert prepared["teacher"]["other"] == 4
@@ -148,7 +148,7 @@ def test_student_begins_as_its_teacher():
     params = objective.init(objective.teacher.network, jax.random.key(0), given)
     assert (params["net"]["shift"] == given["net"]["shift"]).all() and params["teacher"].keys() == {"net"}
     assert params["net"]["shift"] is not params["teacher"]["net"]["shift"]
-    told = Network(lambda key: {"shift": jnp.zeros(2), "number": jnp.zeros(2)}, None, conditions=("r",))
+    told = Network(lambda key: {"shift": jnp.zeros(2), "number": jnp.zeros(2)}, None, scalar_conditions=("step_size",))
     with pytest.raises(InputError, match=r"^network.conditions: "):
         objective.init(told, jax.random.key(0), given)
 
@@ -159,7 +159,7 @@ def test_gradients_are_finite_everywhere_and_none_for_the_teacher(schedule, para
     t = jnp.array([1.0, 1 - 1e-6, 0.5, 0.25, 0.125, 1e-3, 2e-7])
     eps = jax.random.normal(jax.random.key(0), (7, 2))
     batch = {"x": DATA.sample(jax.random.key(1), 7), "cond": {}}
-    batch["noise"] = {"t": t, "weight": jnp.ones(7), "eps": eps}
+    batch["draws"] = {"t": t, "weight": jnp.ones(7), "eps": eps}
 
     def loss(params, step):
         return objective.loss(objective.teacher.network.apply, params, {}, batch, None, step)[0]
@@ -179,8 +179,11 @@ def test_interrupted_run_goes_on_bit_for_bit():
 
     def parts():
         teacher = Teacher(network, exact(COSINE, "v").objective, Spec((2,)))
-        objective, opt = made(teacher=teacher, round_steps=2), optimizer.make(steps=6, cycles=3, learning_rate=0.1)
-        return objective, network, opt, ema.make(decays=(0.5,))
+        objective, opt = (
+            made(teacher=teacher, round_steps=2),
+            optimizer.make_optimizer(steps=6, cycles=3, learning_rate=0.1),
+        )
+        return objective, network, opt, ema.make_ema(decays=(0.5,))
 
     def run(step, state, batches):
         teachers = []
@@ -212,7 +215,7 @@ class FewStep:
         return {}
 
     def denoiser(self, net, params):
-        return lambda x, t, cond: Denoised(x, kind="end")
+        return lambda x, t, cond: Denoised(x, kind="consistency")
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.sampling import grids
-from diffusion.process.analytic import Mixture, gaussian_ode_map
 from diffusion.core.build import build
-from diffusion.objectives.base.teacher import Teacher
+from diffusion.core.types import InputError, Network, Spec
 from diffusion.distributed import sharding
+from diffusion.objectives.base.teacher import Teacher
+from diffusion.process.analytic import Mixture, gaussian_ode_map
+from diffusion.sampling import grids
 from diffusion.sampling.loop import bind, sample
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import InputError, Network, Spec
 
 FLOW = build("objectives", "flow_matching")
 GAUSSIAN = Mixture(means=[[0.5, -0.5]], stds=[0.5], weights=[1.0])
@@ -71,52 +71,52 @@ def test_pairs_are_ends_of_the_teachers_paths(x64):
     assert 0.9 < jnp.std(pairs["eps"]) < 1.1
 
 
-def filled(objective, step, memory, params=PARAMS, average=None, label=3):
-    return objective.prepare(params, average or params, batch_of(label=label), memory, jax.random.key(step),
+def filled(objective, step, objective_state, params=PARAMS, average=None, label=3):
+    return objective.before_step(params, average or params, batch_of(label=label), objective_state, jax.random.key(step),
                              jnp.int32(step))  # fmt: skip
 
 
 def test_new_pairs_take_the_place_of_the_oldest():
     """A batch of them at every second step, three of which the pool holds; the labels stay with their pairs."""
     objective = made(round_steps=100)
-    memory, written = objective.memory(), []
-    shapes = jax.tree.map(jnp.shape, memory)
+    objective_state, written = objective.initial_state(), []
+    shapes = jax.tree.map(jnp.shape, objective_state)
     for step in range(10):
-        _, memory = filled(objective, step, memory, label=step % 6)
+        _, objective_state = filled(objective, step, objective_state, label=step % 6)
         if step % 2 == 0:
             written.append(
                 (step, objective.pairs(PARAMS["teacher"], batch_of(label=step % 6), jax.random.key(step), 0))
             )
-        assert memory["blocks"] == len(written)
+        assert objective_state["blocks"] == len(written)
         for index, (age, pairs) in list(enumerate(written))[-3:]:
             slot = slice(4 * (index % 3), 4 * (index % 3) + 4)
-            np.testing.assert_allclose(memory["pairs"]["eps"][slot], pairs["eps"], rtol=1e-6)
-            np.testing.assert_allclose(memory["pairs"]["x0"][slot], age % 6, atol=1e-5)
-            assert (memory["pairs"]["label"][slot] == age % 6).all()
-    assert jax.tree.map(jnp.shape, memory) == shapes and len(written) == 5
+            np.testing.assert_allclose(objective_state["pairs"]["eps"][slot], pairs["eps"], rtol=1e-6)
+            np.testing.assert_allclose(objective_state["pairs"]["x0"][slot], age % 6, atol=1e-5)
+            assert (objective_state["pairs"]["label"][slot] == age % 6).all()
+    assert jax.tree.map(jnp.shape, objective_state) == shapes and len(written) == 5
 
 
 def test_only_pairs_of_this_round_are_drawn_all_of_them():
     objective = made(rounds=2)
-    memory = objective.memory()
+    objective_state = objective.initial_state()
     draw = jax.jit(jax.vmap(objective.draw, (None, 0, None, None)))
     keys = jax.random.split(jax.random.key(0), 40)
     for step, blocks in {0: 1, 1: 1, 2: 2, 3: 2, 4: 3, 5: 3, 6: 4, 9: 5, 10: 1, 11: 1, 12: 2, 30: 11}.items():
         before = 7 if step == 10 else blocks - (step % 2 == 0)  # 7 of the round that is over
-        memory["blocks"] = jnp.int32(before)
-        _, memory = filled(objective, step, memory, label=step % 5)
-        assert memory["blocks"] == blocks, step
-        drawn = draw(batch_of(), keys, jnp.int32(step), memory)
+        objective_state["blocks"] = jnp.int32(before)
+        _, objective_state = filled(objective, step, objective_state, label=step % 5)
+        assert objective_state["blocks"] == blocks, step
+        drawn = draw(batch_of(), keys, jnp.int32(step), objective_state)
         np.testing.assert_allclose(drawn["x0"][..., 0], drawn["label"], atol=1e-5)
-        there = memory["pairs"]["eps"][: 4 * min(blocks, 3), 0]
+        there = objective_state["pairs"]["eps"][: 4 * min(blocks, 3), 0]
         assert set(drawn["eps"][..., 0].ravel().tolist()) == set(there.tolist())
 
 
 def test_loss_is_flow_matching_on_the_pairs_and_their_labels():
     objective = made()
-    _, memory = filled(objective, 0, objective.memory(), label=5)
+    _, objective_state = filled(objective, 0, objective.initial_state(), label=5)
     batch = batch_of(label=2)
-    noise = objective.draw(batch, jax.random.key(1), jnp.int32(0), memory)
+    noise = objective.draw(batch, jax.random.key(1), jnp.int32(0), objective_state)
     np.testing.assert_allclose(noise["x0"], 5, atol=1e-5)
 
     def student(params, x, c_noise, cond, *, key=None):
@@ -125,7 +125,7 @@ def test_loss_is_flow_matching_on_the_pairs_and_their_labels():
         np.testing.assert_allclose(x, (1 - t) * noise["x0"] + t * noise["eps"], rtol=1e-5)
         return noise["eps"] - noise["x0"] + 0.5
 
-    loss, _ = objective.loss(student, PARAMS, {}, {**batch, "noise": noise}, None, jnp.int32(0))
+    loss, _ = objective.loss(student, PARAMS, {}, {**batch, "draws": noise}, None, jnp.int32(0))
     np.testing.assert_allclose(loss, 0.25, rtol=1e-4)
     assert len({float(t) for t in noise["t"]}) == 4
 
@@ -136,25 +136,28 @@ def test_average_teaches_the_next_round():
     params = {"net": {"shift": jnp.full(2, 0.1)}, "teacher": {"net": {"shift": jnp.full(2, 0.2)}}}
     average = {"net": {"shift": jnp.full(2, 0.3)}}
     for step in (0, 1, 2, 9, 10, 12, 19, 20, 22, 30, 40):
-        prepared, memory = filled(objective, step, objective.memory(), params, average)
+        prepared, objective_state = filled(objective, step, objective.initial_state(), params, average)
         taught = 0.3 if step in (10, 20) else 0.2
         assert (prepared["net"]["shift"] == jnp.float32(0.1)).all()
         np.testing.assert_allclose(prepared["teacher"]["net"]["shift"], taught, rtol=1e-6)
         if step % 2 == 0:
-            np.testing.assert_allclose(memory["pairs"]["x0"][:4], 3 + taught, rtol=1e-5)
+            np.testing.assert_allclose(objective_state["pairs"]["x0"][:4], 3 + taught, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2])
 def test_distillation_is_at_pure_noise_alone(rounds):
-    objective = made(rounds=rounds, distill=True, times="importance")
+    objective = made(rounds=rounds, distill=True, time_sampler="importance")
     for step in (0, 9, 10, 19, 20, 25, 50):
-        _, memory = filled(objective, step - step % 2, objective.memory())
-        memory["times"] = {"losses": jnp.tile(jnp.arange(100.0)[:, None], 10), "counts": jnp.full(100, 10)}
-        noise = objective.draw(batch_of(), jax.random.key(0), jnp.int32(step), memory)
+        _, objective_state = filled(objective, step - step % 2, objective.initial_state())
+        objective_state["time_sampler"] = {
+            "losses": jnp.tile(jnp.arange(100.0)[:, None], 10),
+            "counts": jnp.full(100, 10),
+        }
+        noise = objective.draw(batch_of(), jax.random.key(0), jnp.int32(step), objective_state)
         for name in ("t", "weight"):
             assert bool((noise[name] == 1).all()) == (step >= 10 * rounds)
-        after, _ = objective.remember(memory, noise, jnp.ones(4))
-        assert after["times"]["counts"].sum() == 1004 and after["pairs"] is memory["pairs"]
+        after, _ = objective.update_state(objective_state, noise, jnp.ones(4))
+        assert after["time_sampler"]["counts"].sum() == 1004 and after["pairs"] is objective_state["pairs"]
 
 
 def test_guidance_is_the_first_teachers():
@@ -172,7 +175,10 @@ def test_a_round_straightens_the_paths():
     mlp = build("networks", {"name": "mlp", "width": 32, "depth": 2}, shape=(2,))
     network = knowing(data.distribution, mlp.init, mlp.apply)
     objective = made(Teacher(network, FLOW, data.spec), round_steps=300, pool=2048, every=3, ode_steps=30)
-    opt, averages = optimizer.make(steps=300, learning_rate=3e-3, schedule="cosine"), ema.make(decays=(0.9,))
+    opt, averages = (
+        optimizer.make_optimizer(steps=300, learning_rate=3e-3, schedule="cosine"),
+        ema.make_ema(decays=(0.9,)),
+    )
     state = init_state(objective, network, opt.transform, averages, jax.random.key(0))
     curvature = build("evaluation", {"name": "straightness", "num": 500, "steps": 50}, train=data, held_out=data)
 
@@ -191,7 +197,12 @@ def parts():
     network = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=(2,), num_classes=6)
     teacher = Teacher(network, FLOW, Spec((2,), num_classes=6), 0.1)
     objective = made(teacher, rounds=2, distill=True, round_steps=2, every=1, pool=16)
-    return objective, network, optimizer.make(steps=6, cycles=3, learning_rate=0.1), ema.make(decays=(0.5,))
+    return (
+        objective,
+        network,
+        optimizer.make_optimizer(steps=6, cycles=3, learning_rate=0.1),
+        ema.make_ema(decays=(0.5,)),
+    )
 
 
 def begun():
@@ -221,7 +232,7 @@ def test_interrupted_run_goes_on_bit_for_bit():
     step = jax.jit(make_step(*parts(), seed=0, cond_drop_rate=0.2))
     again = run(step, jax.tree.map(jnp.asarray, kept), all_batches[3:])
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
-    assert (whole.params["teacher"]["net"]["linear_out"]["bias"] != 0).any() and whole.memory["blocks"] == 2
+    assert (whole.params["teacher"]["net"]["linear_out"]["bias"] != 0).any() and whole.objective_state["blocks"] == 2
 
 
 def test_neither_the_mesh_nor_micro_batches_change_the_run(mesh_of):
@@ -229,7 +240,7 @@ def test_neither_the_mesh_nor_micro_batches_change_the_run(mesh_of):
     mesh = mesh_of(2, 2, 1)
     state = begun()
     places = sharding.of_state(state, mesh)
-    assert "fsdp" in places.memory["pairs"]["x0"].spec
+    assert "fsdp" in places.objective_state["pairs"]["x0"].spec
     step = jax.jit(make_step(*parts(), seed=0, cond_drop_rate=0.2, accumulate=2), out_shardings=(places, None))
     split = (sharding.to_global(batch, sharding.by_example(mesh)) for batch in batches(4))
     divided = run(step, jax.device_put(state, places), split)
@@ -260,4 +271,4 @@ def test_what_cannot_be_is_refused(options, message):
 def test_pool_of_broken_batches_is_refused():
     objective = made(pool=10)
     with pytest.raises(InputError, match=r"^objective.pool: must be a multiple of train.batch_size = 4, got 10"):
-        filled(objective, 0, objective.memory())
+        filled(objective, 0, objective.initial_state())

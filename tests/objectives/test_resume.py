@@ -1,5 +1,5 @@
 """Every objective interrupted and resumed from a checkpoint ends bit for bit where it would have: parameters, targets,
-teachers, averages, moments and memory, over the steps at which a curriculum or a round changes."""
+teachers, averages, moments and memory, over the steps at which a discretization or a round changes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build, names
-from diffusion.training.checkpoint import Checkpoints
+from diffusion.core.types import Batch
 from diffusion.training import ema, optimizer
+from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import Batch
 from tests.test_coverage import spec_of
 
 CURRICULUM = {"name": "square_root", "steps": 4, "start": 2, "end": 9}
 CASES = {name: {} for name in names("objectives")} | {
-    "consistency": {"curriculum": CURRICULUM, "target": "average", "sigma_min": 0.002},
+    "consistency": {"discretization": CURRICULUM, "target": "average", "sigma_min": 0.002},
     "continuous_consistency": {"warmup": 4},
-    "ddpm": {"times": {"name": "importance", "bins": 2, "history": 2}},
+    "denoising": {"time_sampler": {"name": "importance", "bins": 2, "history": 2}},
     "progressive_distillation": {"round_steps": 2},
     "reflow": {"round_steps": 2, "rounds": 2},
 }
@@ -27,7 +27,7 @@ SAVED, STEPS = 3, 5
 
 @pytest.fixture(scope="module")
 def network(digits):
-    spec = {"name": "mlp", "width": 8, "depth": 1, "conditions": ("r", "guidance")}
+    spec = {"name": "mlp", "width": 8, "depth": 1, "scalar_conditions": ("step_size", "guidance_scale")}
     return build("networks", spec, shape=digits.spec.shape, num_classes=10)
 
 
@@ -37,7 +37,7 @@ def test_resumed_is_uninterrupted(name, network, digits, digits_batch, tmp_path)
     told = name in ("mean_flow", "shortcut", "latent_consistency")
     spec = spec_of(name, None, None, plain, digits.spec) | CASES[name]
     objective, network = build("objectives", spec), network if told else plain
-    opt, averages = optimizer.make(steps=STEPS, learning_rate=1e-2, cycles=1), ema.make(decays=(0.5, 0.9))
+    opt, averages = optimizer.make_optimizer(steps=STEPS, learning_rate=1e-2, cycles=1), ema.make_ema(decays=(0.5, 0.9))
     step = jax.jit(make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.3))
     state = init_state(objective, network, opt.transform, averages, jax.random.key(0))
 

@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.test_flow_map import exact, flow, velocity
 
 from diffusion.core.arrays import expand
 from diffusion.core.build import build
 from diffusion.core.types import InputError
-from tests.test_flow_map import exact, flow, velocity
 
 
 def objective_of(**options):
@@ -37,15 +37,15 @@ def test_two_half_steps_are_one(x64, schedule):
 
 
 def linear(params, x, c_noise, cond, *, key=None):
-    return params["w"] * (x * expand(c_noise, x) + expand(cond["r"], x) + 1)
+    return params["w"] * (x * expand(c_noise, x) + expand(cond["step_size"], x) + 1)
 
 
 def test_loss_and_gradient_by_hand(x64):
     """The halves are those of the averaged parameters, and no gradient goes there or through the target."""
-    objective = objective_of(base_steps=4, bootstrap=0.75, times="uniform")
+    objective = objective_of(base_steps=4, bootstrap=0.75, time_sampler="uniform")
     x0, w, average = jax.random.normal(jax.random.key(0), (32, 2), float), 0.7, 0.4
     batch = {"x": x0, "cond": {}}
-    noise = batch["noise"] = objective.draw(batch, jax.random.key(1), 0, {})
+    noise = batch["draws"] = objective.draw(batch, jax.random.key(1), 0, {})
 
     def loss(params, ema):
         return objective.loss(linear, params, ema, batch, None, 0)
@@ -69,7 +69,7 @@ def test_loss_and_gradient_by_hand(x64):
 
 
 def test_steps_are_of_all_lengths_and_lie_on_their_lattice():
-    objective = objective_of(base_steps=16, bootstrap=0.5, times="stratified")
+    objective = objective_of(base_steps=16, bootstrap=0.5, time_sampler="stratified")
     noise = jax.jit(objective.draw)({"x": jnp.zeros((16_000, 1))}, jax.random.key(0), 0, {})
     t, length = np.asarray(noise["t"]), np.asarray(noise["t"] - noise["r"])
     assert (length[8000:] == 0).all() and (noise["weight"] == 1).all()
@@ -94,8 +94,8 @@ def test_network_is_told_of_the_shortest_steps_as_of_none(c_noise, scale):
     t = jnp.array([1.0, 1.0, 0.5, 0.125, 0.3])
     r = t - jnp.array([1.0, 0.25, 1 / 8, 1 / 8, 0.0])
     denoise = objective.denoiser(net, {"net": None})
-    assert denoise(jnp.ones((5, 2)), t, {"r": r}).kind == "step"
-    np.testing.assert_allclose(told["r"], scale * jnp.array([1, 0.25, 0, 0, 0]), rtol=1e-6)
+    assert denoise(jnp.ones((5, 2)), t, {"target_time": r}).kind == "flow_map"
+    np.testing.assert_allclose(told["step_size"], scale * jnp.array([1, 0.25, 0, 0, 0]), rtol=1e-6)
 
 
 def test_guidance_is_of_the_shortest_steps_and_of_kept_conditions(x64):

@@ -68,7 +68,7 @@ def test_gradient_of_gamma(vdm):
     """Its ends get the gradient of the bound, what is between them the gradient of the bound's square."""
     objective, params = vdm
     example = batch(8)
-    example["noise"] = objective.draw(example, jax.random.key(3), 0, {})
+    example["draws"] = objective.draw(example, jax.random.key(3), 0, {})
 
     def losses(gamma):
         return objective.loss(optimal(objective), {**params, "gamma": gamma}, {}, example, None, 0)[0]
@@ -77,7 +77,7 @@ def test_gradient_of_gamma(vdm):
 
     def diffusion(gamma):
         """The diffusion term by itself, written out."""
-        schedule, noise = objective.schedule.at(gamma), example["noise"]
+        schedule, noise = objective.schedule.at(gamma), example["draws"]
         t = noise["t"]
         x_t = schedule.alpha(t)[:, None] * example["x"] + schedule.sigma(t)[:, None] * noise["eps"]
         guess = optimal(objective)(None, x_t, -schedule.log_snr(t) / 8, {})

@@ -6,7 +6,7 @@ import pytest
 from diffusion.core.build import build
 from diffusion.core.types import InputError
 from diffusion.pipelines import overrides, sampling_sweep
-from diffusion.pipelines.generator import Drawer, is_plain
+from diffusion.pipelines.generator import Generator, is_plain
 
 CONFIG = {
     "sampler": {"name": "ddim", "eta": 0.5, "steps": 4, "grid": {"name": "trailing"}},
@@ -75,7 +75,7 @@ def drawer_of(digits, tiny_unet, mesh_of):
     def make(sampler, guidance, *, objective="ddpm", cond_drop_rate=0.1, mesh=(1, 1, 1), **keywords):
         mesh = mesh_of(*mesh)
         objective = build("objectives", objective)
-        return Drawer(tiny_unet, objective, digits.spec, mesh, sampler={"steps": 4, **sampler}, guidance=guidance,
+        return Generator(tiny_unet, objective, digits.spec, mesh, sampler={"steps": 4, **sampler}, guidance=guidance,
                       cond_drop_rate=cond_drop_rate, **keywords)  # fmt: skip
 
     return make
@@ -145,10 +145,10 @@ def test_retuning_shares_what_is_compiled(drawer_of, tiny_params):
         ({}, {**guidance, "rescale": {"factor": 1.0}}),
         ({"grid": "leading"}, guidance),
     ):
-        tuned = first.retuned(sampler={"name": "ddim", "steps": 4, **sampler}, guidance=other)
+        tuned = first.with_settings(sampler={"name": "ddim", "steps": 4, **sampler}, guidance=other)
         assert abs(drawn(tuned) - base).max() > 1e-4
     assert first.compilations == 1
-    drawn(first.retuned(sampler={"name": "ddim", "steps": 5}, guidance=guidance))
+    drawn(first.with_settings(sampler={"name": "ddim", "steps": 5}, guidance=guidance))
     assert first.compilations == 2
 
 

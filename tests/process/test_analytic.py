@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from diffusion.process.analytic import Mixture, gaussian_ode_map
 from diffusion.core.build import build
 from diffusion.core.types import InputError
+from diffusion.process.analytic import Mixture, gaussian_ode_map
 
 # Nothing equal, so that no weight, deviation or mean can stand in for another.
 MIXTURE = Mixture(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.process.posterior import posterior, x0_errors
 from diffusion.core.types import Denoised
+from diffusion.process.posterior import posterior, x0_errors
 
 
 def test_is_the_papers_for_a_table(x64):

@@ -10,14 +10,14 @@ from diffusion.core.types import InputError
 N = 20_000
 
 
-def draw(spec, schedule="vp", n=N, memory=None):
-    law = build("times", spec)
-    memory = law.memory() if memory is None else memory
-    t, weight = law.draw(build("schedules", schedule), jax.random.key(0), n, memory)
+def draw(spec, schedule="vp", n=N, objective_state=None):
+    law = build("time_sampling", spec)
+    objective_state = law.initial_state() if objective_state is None else objective_state
+    t, weight = law.draw(build("schedules", schedule), jax.random.key(0), n, objective_state)
     return np.asarray(t), np.asarray(weight)
 
 
-@pytest.mark.parametrize("name", names("times"))
+@pytest.mark.parametrize("name", names("time_sampling"))
 def test_in_range(name):
     t, weight = draw(name)
     assert t.shape == weight.shape == (N,) and t.min() > 0 and t.max() <= 1
@@ -86,13 +86,13 @@ def steep(t):
 
 def test_importance_keeps_the_mean_and_lowers_the_variance():
     spec = {"name": "importance", "bins": 20, "history": 4}
-    law, schedule = build("times", spec), build("schedules", "vp")
-    memory, remember = law.memory(), jax.jit(law.remember)
+    law, schedule = build("time_sampling", spec), build("schedules", "vp")
+    objective_state, update_state = law.initial_state(), jax.jit(law.update_state)
     for step in range(40):
-        t, _ = law.draw(schedule, jax.random.key(step), 64, memory)
-        memory = remember(memory, t, steep(t))
-    assert memory["counts"].min() >= 4 and memory["counts"].sum() == 40 * 64
-    t, weight = draw(spec, memory=memory)
+        t, _ = law.draw(schedule, jax.random.key(step), 64, objective_state)
+        objective_state = update_state(objective_state, t, steep(t))
+    assert objective_state["counts"].min() >= 4 and objective_state["counts"].sum() == 40 * 64
+    t, weight = draw(spec, objective_state=objective_state)
     plain, weighted = np.asarray(steep(draw("uniform")[0])), weight * np.asarray(steep(t))
     assert abs(weighted.mean() - (1 - np.exp(-8)) / 8) < 5 * weighted.std() / N**0.5
     assert weighted.std() < 0.5 * plain.std()
@@ -100,11 +100,11 @@ def test_importance_keeps_the_mean_and_lowers_the_variance():
 
 
 def test_importance_remembers_the_last_losses_of_each_bin():
-    law = build("times", {"name": "importance", "bins": 4, "history": 2})
+    law = build("time_sampling", {"name": "importance", "bins": 4, "history": 2})
     t, loss = jnp.array([0.1, 0.25, 0.26, 1.0, 0.2]), jnp.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    memory = law.remember(law.memory(), t, loss)
-    np.testing.assert_array_equal(memory["counts"], [3, 1, 0, 1])
-    np.testing.assert_array_equal(memory["losses"], [[5, 2], [3, 0], [0, 0], [4, 0]])
+    objective_state = law.update_state(law.initial_state(), t, loss)
+    np.testing.assert_array_equal(objective_state["counts"], [3, 1, 0, 1])
+    np.testing.assert_array_equal(objective_state["losses"], [[5, 2], [3, 0], [0, 0], [4, 0]])
 
 
 @pytest.mark.parametrize(
@@ -121,4 +121,4 @@ def test_importance_remembers_the_last_losses_of_each_bin():
 )
 def test_bad_options(spec, field):
     with pytest.raises(InputError, match=f"times.{field}: "):
-        build("times", spec)
+        build("time_sampling", spec)

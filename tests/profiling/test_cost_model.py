@@ -5,16 +5,15 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from diffusion.core.build import build
-from diffusion.distributed import sharding
-from diffusion.distributed import activation_sharding
+from diffusion.core.types import InputError, Spec
+from diffusion.distributed import activation_sharding, sharding
 from diffusion.profiling import cost_model
 from diffusion.profiling.chips import CHIPS
 from diffusion.training import ema, optimizer, program
 from diffusion.training.state import init_state
-from diffusion.core.types import InputError, Spec
 
 SPEC = Spec((8, 8, 4), 10)
-TINY = {"name": "dit", "width": 128, "depth": 3, "heads": 4, "patch": 2}
+TINY = {"name": "dit", "width": 128, "depth": 3, "num_heads": 4, "patch_size": 2}
 # Tables of docs/scaling.md, and what else a user may take: data, fsdp.
 MESHES = [(1, 4), (8, 32), (16, 32), (1, 8), (4, 128), (32, 8), (64, 8)]
 
@@ -22,14 +21,14 @@ MESHES = [(1, 4), (8, 32), (16, 32), (1, 8), (4, 128), (32, 8), (64, 8)]
 def parts_of(network, shape=SPEC.shape, classes=SPEC.num_classes):
     return dict(
         network=build("networks", network, shape=shape, num_classes=classes),
-        objective=build("objectives", {"name": "ddpm", "learned_variance": network.get("outputs") == 2}),
-        optimizer=optimizer.make(steps=10),
-        ema=ema.make((0.9,)),
+        objective=build("objectives", {"name": "denoising", "learned_variance": network.get("outputs") == 2}),
+        optimizer=optimizer.make_optimizer(steps=10),
+        ema=ema.make_ema((0.9,)),
     )
 
 
 def step_of(mesh, batch_size=64, network=TINY, shape=SPEC.shape, **options):
-    made = program.make(**parts_of(network, shape), mesh=mesh, seed=0, batch_size=batch_size, **options)
+    made = program.make_program(**parts_of(network, shape), mesh=mesh, seed=0, batch_size=batch_size, **options)
     return made, program.abstract_batch(Spec(shape, SPEC.num_classes), batch_size, made.batch)
 
 
@@ -76,13 +75,13 @@ def test_borders_keep_activations_where_they_are(mesh_of, monkeypatch):
     mesh = mesh_of(1, 8, 1)
     made, batch = step_of(mesh, 512)
     kept = cost_model.traffic(cost_model.compiled(made, batch), mesh)["total"]
-    monkeypatch.setattr(borders, "kept", lambda function, place, sequence: function)
+    monkeypatch.setattr(activation_sharding, "enabled", lambda function, place, sequence: function)
     made, batch = step_of(mesh, 512)
     assert cost_model.traffic(cost_model.compiled(made, batch), mesh)["total"] > 1.3 * kept
 
 
 def test_tokens_split_between_the_blocks_take_a_part_of_the_memory(mesh_of):
-    dit = {"name": "dit", "width": 32, "depth": 2, "heads": 2, "kernel": "xla"}
+    dit = {"name": "dit", "width": 32, "depth": 2, "num_heads": 2, "kernel": "xla"}
     temporaries = [cost_model.compiled(*step_of(mesh_of(1, 1, 8), 2, network=dit, shape=(32, 32, 1), sequence=sequence))
                    .memory_analysis().temp_size_in_bytes for sequence in (None, "model")]  # fmt: skip
     assert temporaries[1] < temporaries[0] / 4
@@ -95,7 +94,7 @@ def test_refuses_a_batch_that_does_not_divide(mesh_of):
 
 @pytest.mark.parametrize(("data", "fsdp"), MESHES)
 def test_no_large_array_of_dit_xl_is_whole_anywhere(data, fsdp):
-    network = {"name": "dit", "width": 1152, "depth": 28, "heads": 16, "outputs": 2}
+    network = {"name": "dit", "width": 1152, "depth": 28, "num_heads": 16, "outputs": 2}
     parts = parts_of(network, (32, 32, 4), 1000)
     state = jax.eval_shape(
         lambda: init_state(parts["objective"], parts["network"], parts["optimizer"].transform, parts["ema"],

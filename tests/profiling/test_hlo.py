@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from diffusion.profiling.hlo import collectives
 from diffusion.core.types import InputError
+from diffusion.profiling.hlo import collectives
 
 TPU = """\
 HloModule jit_step, is_scheduled=true

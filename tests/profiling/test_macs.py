@@ -154,7 +154,7 @@ def test_cudnns_attention(monkeypatch):
     assert counts[0] == counts[1]
 
 
-SMALL = {"name": "dit", "patch": 2, "width": 16, "depth": 3, "heads": 2, "outputs": 2}
+SMALL = {"name": "dit", "patch_size": 2, "width": 16, "depth": 3, "num_heads": 2, "outputs": 2}
 
 
 def dit_parts(size, channels, classes, patch, width, depth, outputs):
@@ -195,7 +195,7 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152
 @pytest.mark.parametrize(("size", "patch"), PUBLISHED_DIT)
 def test_the_papers_dits(size, patch):
     width, depth, heads = SIZES[size]
-    spec = {"name": "dit", "patch": patch, "width": width, "depth": depth, "heads": heads, "outputs": 2}
+    spec = {"name": "dit", "patch_size": patch, "width": width, "depth": depth, "num_heads": heads, "outputs": 2}
     work = network_macs(build("networks", spec, shape=(32, 32, 4), num_classes=1000), (32, 32, 4), 1000)
     assert work / 1e9 == pytest.approx(PUBLISHED_DIT[size, patch], rel=1e-3)
 
@@ -216,13 +216,20 @@ def test_unet_by_hand():
     middle = 2 * residual(4, 16, 16) + attention(4, 16)
     up = residual(4, 16 + 16, 16) + residual(4, 16 + 8, 16) + 2 * attention(4, 16) + conv(8, 16, 16)
     up += residual(8, 16 + 8, 8) + residual(8, 8 + 8, 8) + conv(8, 8, 1)
-    spec = {"name": "unet", "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 8}
+    spec = {
+        "name": "unet",
+        "width": 8,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (4,),
+        "head_dim": 8,
+    }
     network = build("networks", spec, shape=(8, 8, 1), num_classes=10)
     assert network_macs(network, (8, 8, 1), 10) == embedding + down + middle + up
 
 
-DDPM = {"scale_shift": False, "end_padding": True, "head_width": None, "last_frequency": True}
-ADM = {"width": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8), "resample": "residual",
+DDPM = {"scale_shift": False, "asymmetric_padding": True, "head_dim": None, "freq_shift": True}
+ADM = {"width": 192, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3, "attention_resolutions": (32, 16, 8), "resample": "residual",
        "outputs": 2}  # fmt: skip
 
 

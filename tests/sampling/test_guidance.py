@@ -11,10 +11,20 @@ import pytest
 
 from diffusion.core.arrays import expand, normal
 from diffusion.core.build import build
-from diffusion.sampling.guidance import apg, autoguidance, cfg, cfg_pp, cfg_zero, embedded, interval, rescale, threshold
-from diffusion.sampling.loop import bind, sample
 from diffusion.core.types import Denoised, InputError, Spec
-from diffusion.pipelines.generator import Drawer, is_plain
+from diffusion.pipelines.generator import Generator, is_plain
+from diffusion.sampling.guidance import (
+    apg,
+    autoguidance,
+    cfg,
+    cfg_pp,
+    cfg_zero,
+    guidance_embedding,
+    interval,
+    rescale,
+    threshold,
+)
+from diffusion.sampling.loop import bind, sample
 
 FLOW, VP = build("schedules", "flow"), build("schedules", "vp")
 X = np.random.default_rng(0).normal(size=(4, 3, 2)).astype(np.float32)
@@ -131,9 +141,9 @@ def test_scale_1_is_conditional(name, t):
     guided = GUIDES[name](model, 1.0)(X, t, COND)
     close(guided.x0, kept)
     if name == "cfg_pp":
-        close(guided.eps_x0, dropped)
+        close(guided.x0_for_eps, dropped)
     else:
-        assert guided.eps_x0 is None
+        assert guided.x0_for_eps is None
 
 
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "per-example"])
@@ -161,11 +171,11 @@ def test_a_model_of_the_paths_end_stays_one(name, t):
     """So that consistency models are guided too, also through an interval."""
 
     def end(x, t, cond):
-        return dataclasses.replace(model(x, t, cond), kind="end")
+        return dataclasses.replace(model(x, t, cond), kind="consistency")
 
     guided = GUIDES[name](end, 2.0)
-    assert guided(X, t, COND).kind == "end"
-    assert interval(guided, 0.3, 0.8, plain=end, schedule=FLOW)(X, t, COND).kind == "end"
+    assert guided(X, t, COND).kind == "consistency"
+    assert interval(guided, 0.3, 0.8, plain=end, schedule=FLOW)(X, t, COND).kind == "consistency"
 
 
 def test_no_negative_condition_is_none():
@@ -389,27 +399,27 @@ def test_autoguidance_asks_both_models_the_same():
 
 def told(x, t, cond):
     """A model that has learned to be guided by the scale that it is told."""
-    return Denoised(X * expand(cond["guidance"] * cond["label"] * t, X))
+    return Denoised(X * expand(cond["guidance_scale"] * cond["label"] * t, X))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5, np.float32([0.5, 1.0, 2.0, 4.0])], ids=["1", "2.5", "per-example"])
 def test_embedded_tells_the_scale_and_nothing_else(scale):
     """Once, and at a scale of 1 too; what else was asked stays."""
-    x, t, cond = asked_by(lambda denoise: embedded(denoise, scale), {**COND, "text": X[:, 0]})
-    assert x is X and t == 0.35 and cond.keys() == {"label", "text", "guidance"}
-    assert cond["label"] is COND["label"] and cond["guidance"].dtype == np.float32
-    np.testing.assert_array_equal(cond["guidance"], np.broadcast_to(np.float32(scale), 4))
+    x, t, cond = asked_by(lambda denoise: guidance_embedding(denoise, scale), {**COND, "text": X[:, 0]})
+    assert x is X and t == 0.35 and cond.keys() == {"label", "text", "guidance_scale"}
+    assert cond["label"] is COND["label"] and cond["guidance_scale"].dtype == np.float32
+    np.testing.assert_array_equal(cond["guidance_scale"], np.broadcast_to(np.float32(scale), 4))
 
 
 def drawer(network, objective, cond_drop_rate, num_classes, mesh, scale):
-    return Drawer(network, objective, Spec((2,), num_classes), mesh, sampler={"name": "ddim", "steps": 2},
-                  guidance={"name": "embedded", "scale": scale}, cond_drop_rate=cond_drop_rate)  # fmt: skip
+    return Generator(network, objective, Spec((2,), num_classes), mesh, sampler={"name": "ddim", "steps": 2},
+                  guidance={"name": "guidance_embedding", "scale": scale}, cond_drop_rate=cond_drop_rate)  # fmt: skip
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_embedded_needs_no_classes_and_no_training_without_condition(num_classes, ddpm, mesh_of):
     """And is no plain sampling at a scale of 1, which the network is told like any other."""
-    spec = {"name": "mlp", "width": 8, "depth": 1, "conditions": ("guidance",)}
+    spec = {"name": "mlp", "width": 8, "depth": 1, "scalar_conditions": ("guidance_scale",)}
     inner = build("networks", spec, shape=(2,), num_classes=num_classes)
     asked = []
 
@@ -419,9 +429,9 @@ def test_embedded_needs_no_classes_and_no_training_without_condition(num_classes
 
     network = dataclasses.replace(inner, apply=apply)
     for scale in (1.0, 2.5):
-        assert not is_plain({"name": "embedded", "scale": scale})
+        assert not is_plain({"name": "guidance_embedding", "scale": scale})
         drawer(network, ddpm, 0.0, num_classes, mesh_of(1, 1, 1), scale)
-    wanted = ["guidance", "label"] if num_classes else ["guidance"]
+    wanted = ["guidance_scale", "label"] if num_classes else ["guidance_scale"]
     assert asked and all(names == wanted for names in asked)
 
 
@@ -446,7 +456,7 @@ def test_rescale_is_the_papers_formula(name, factor):
     close(rescaled.x0, expected)
     if factor == 1:
         close(np.std(rescaled.x0, axis=(1, 2), keepdims=True), wanted)
-    for field in ("conditional", "log_variance", "eps_x0"):
+    for field in ("conditional", "log_variance", "x0_for_eps"):
         np.testing.assert_array_equal(getattr(rescaled, field), getattr(guided, field))
 
 
@@ -532,7 +542,7 @@ def test_an_interval_of_cfg_pp_is_plain_outside_of_it(t):
     inside = (broadcast(t) > 0.2) & (broadcast(t) < 0.6)
     found = between(0.2, 0.6, guide=cfg_pp)(X, t, COND)
     close(found.x0, np.where(inside, guided.x0, plain.x0))
-    close(found.eps_x0, np.where(inside, guided.eps_x0, plain.x0))
+    close(found.x0_for_eps, np.where(inside, guided.x0_for_eps, plain.x0))
     close(found.conditional, plain.x0)
 
 
@@ -546,7 +556,7 @@ def test_a_sampler_follows_cfg_pp_through_an_interval():
 
 def far(x, t, cond):
     """x0 far outside of the data's range, by example: the last is inside."""
-    return Denoised(X * np.float32([5.0, 2.0, 1.0, 0.1]).reshape(4, 1, 1), X, conditional=2 * X, eps_x0=3 * X)
+    return Denoised(X * np.float32([5.0, 2.0, 1.0, 0.1]).reshape(4, 1, 1), X, conditional=2 * X, x0_for_eps=3 * X)
 
 
 @pytest.mark.parametrize("limit", [1.0, 0.5])
@@ -571,7 +581,7 @@ def test_dynamic_thresholding_is_the_papers_formula(percentile, limit):
 @pytest.mark.parametrize("percentile", [1.0, 0.9])
 def test_threshold_keeps_the_other_fields(percentile):
     found, given = threshold(far, percentile)(X, 0.35, COND), far(X, 0.35, COND)
-    for field in ("log_variance", "conditional", "eps_x0"):
+    for field in ("log_variance", "conditional", "x0_for_eps"):
         assert getattr(found, field) is not None
         np.testing.assert_array_equal(getattr(found, field), getattr(given, field))
 
@@ -612,7 +622,7 @@ TRACED = {
     "cfg_zero": (GUIDES["cfg_zero"], [(2.0, 0.9), (5.0, 0.2)]),
     "cfg_pp": (cfg_pp, [(0.4,), (0.9,)]),
     "autoguidance": (GUIDES["autoguidance"], [(2.0,), (5.0,)]),
-    "embedded": (lambda _, scale: embedded(told, scale), [(2.0,), (5.0,)]),
+    "guidance_embedding": (lambda _, scale: guidance_embedding(told, scale), [(2.0,), (5.0,)]),
     "rescale": (lambda _, factor: rescale(cfg(model, 5.0), factor), [(0.1,), (0.9,)]),
     "interval": (lambda _, low, high: interval(cfg(model, 5.0), low, high, **ON), [(0.2, 0.4), (0.4, 0.6)]),
     "interval in sigma": (

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build, find
+from diffusion.core.types import Denoised
 from diffusion.sampling.guidance import cfg
 from diffusion.sampling.loop import bind, in_batches, noised, prior, sample
-from diffusion.core.types import Denoised
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+from diffusion.core.types import InputError
+from diffusion.distributed import sharding
 from diffusion.training import checkpoint
 from diffusion.training.checkpoint import Checkpoints, Damaged, Retention
-from diffusion.distributed import sharding
 from diffusion.training.resilience import guards
 from diffusion.training.state import TrainState
-from diffusion.core.types import InputError
 
 META = {"config": {"seed": 0}, "spec": {"shape": [8]}}
 
@@ -107,7 +107,7 @@ def test_damage_is_detected_or_harmless(tmp_path, how, capsys):
         shutil.copytree(tmp_path / "whole", tmp_path / "run")
         DAMAGES[how](tmp_path / "run/checkpoints/4" / name)
         found = Checkpoints(str(tmp_path / "run"), read_only=True)
-        step, read, damaged = found.newest_sound(lambda step: found.restore(step, abstract(state())))  # noqa: B023
+        step, read, damaged = found.newest_valid(lambda step: found.restore(step, abstract(state())))  # noqa: B023
         assert read is not None and read[1] == {"examples": step}, name
         jax.tree.map(np.testing.assert_array_equal, read[0], state(value=float(step)))
         if step == 4:
@@ -128,12 +128,12 @@ def test_a_damaged_checkpoint_is_set_aside(saved):
     with pytest.raises(
         InputError, match=r"checkpoints/3 is damaged \(.*\), and no other is sound; move .*checkpoints away"
     ):
-        checkpoints.newest_sound(checkpoints.meta)
-    assert checkpoints.set_aside(3) == str(saved / "damaged/3") and checkpoints.steps() == []
+        checkpoints.newest_valid(checkpoints.meta)
+    assert checkpoints.quarantine(3) == str(saved / "damaged/3") and checkpoints.steps() == []
     assert (saved / "damaged/3/about/metadata").exists()
     checkpoints.save(3, state(), {"examples": 6}, META)
     checkpoints.wait()
-    assert checkpoints.set_aside(3) == str(saved / "damaged/3_1")
+    assert checkpoints.quarantine(3) == str(saved / "damaged/3_1")
     checkpoints.close()
 
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.core.types import Network
 from diffusion.distributed import sharding
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,21 +21,21 @@ class Linear:
     def init(self, network, key, teacher=None):
         return {"net": network.init(key), "teacher": {"w": jnp.float32(5)}}
 
-    def memory(self):
+    def initial_state(self):
         return {"losses": jnp.zeros(16)}
 
-    def prepare(self, params, ema_params, batch, memory, key, step):
-        return params, memory
+    def before_step(self, params, ema_params, batch, objective_state, key, step):
+        return params, objective_state
 
-    def draw(self, batch, key, step, memory):
+    def draw(self, batch, key, step, objective_state):
         return {"n": jax.random.normal(key, batch["x"].shape)}
 
-    def remember(self, memory, noise, loss):
+    def update_state(self, objective_state, noise, loss):
         return {"losses": loss}, {"matched": jnp.sum(loss * noise["n"])}
 
     def loss(self, net, params, ema_params, batch, key, step):
         predicted = net(params["net"], batch["x"], None, batch["cond"]) + 0 * params["teacher"]["w"]
-        loss = (predicted - batch["noise"]["n"]) ** 2
+        loss = (predicted - batch["draws"]["n"]) ** 2
         return loss, {"kept": batch["cond"]["keep"].mean(), "averaged": ema_params["net"]["w"]}
 
 
@@ -49,8 +49,8 @@ BATCH = {"x": jnp.arange(1.0, 17.0), "cond": {}}
 
 def run(steps=1, *, objective=None, opt=None, averages=None, **options):
     objective = objective or Linear(frozen=("teacher",))
-    opt = opt or optimizer.make(steps=100, name="sgd", learning_rate=1e-3, clip=None)
-    averages = averages or ema.make(decays=(0.5,), warmup=False)
+    opt = opt or optimizer.make_optimizer(steps=100, name="sgd", learning_rate=1e-3, clip=None)
+    averages = averages or ema.make_ema(decays=(0.5,), warmup=False)
     state = init_state(objective, NETWORK, opt.transform, averages, jax.random.key(0))
     step = jax.jit(make_step(objective, NETWORK, opt, averages, seed=0, **options))
     states, metrics = [state], []
@@ -74,7 +74,7 @@ def test_gradient_step_by_hand():
 
 
 def test_every_average_follows():
-    averages = ema.make(decays=(0.5, 0.9), warmup=False)
+    averages = ema.make_ema(decays=(0.5, 0.9), warmup=False)
     states, metrics = run(3, averages=averages)
     for name, decay in (("0.5", 0.5), ("0.9", 0.9)):
         expected = float(states[0].params["net"]["w"])
@@ -86,7 +86,7 @@ def test_every_average_follows():
 
 
 def test_warm_up_of_averages():
-    states, _ = run(2, averages=ema.make(decays=(0.999,)))
+    states, _ = run(2, averages=ema.make_ema(decays=(0.999,)))
     w = [float(state.params["net"]["w"]) for state in states]
     first = 0.1 * w[0] + 0.9 * w[1]
     np.testing.assert_allclose(states[1].ema["0.999"]["net"]["w"], first, rtol=1e-6)
@@ -98,7 +98,7 @@ def test_accumulation_changes_nothing(accumulate):
     (_, whole), (expected,) = run(cond_drop_rate=0.3)
     (_, parts), (metrics,) = run(cond_drop_rate=0.3, accumulate=accumulate)
     np.testing.assert_allclose(parts.params["net"]["w"], whole.params["net"]["w"], rtol=1e-6)
-    np.testing.assert_allclose(parts.memory["losses"], whole.memory["losses"], rtol=1e-6)
+    np.testing.assert_allclose(parts.objective_state["losses"], whole.objective_state["losses"], rtol=1e-6)
     assert metrics.keys() == expected.keys()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, expected)
 
@@ -112,14 +112,14 @@ def test_condition_is_dropped_at_the_rate():
 
 
 def test_gradient_is_clipped():
-    opt = optimizer.make(steps=100, name="sgd", learning_rate=1.0, clip=0.01)
+    opt = optimizer.make_optimizer(steps=100, name="sgd", learning_rate=1.0, clip=0.01)
     (before, after), (metrics,) = run(opt=opt)
     np.testing.assert_allclose(abs(after.params["net"]["w"] - before.params["net"]["w"]), 0.01, rtol=1e-5)
     assert metrics["grad_norm"] > 1  # as it was before clipping
 
 
 def test_frozen_networks_have_no_moments_and_no_average():
-    opt = optimizer.make(steps=100, name="adamw", learning_rate=1e-2)
+    opt = optimizer.make_optimizer(steps=100, name="adamw", learning_rate=1e-2)
     states, _ = run(2, opt=opt)
     assert states[2].params["teacher"]["w"] == 5 and states[2].params["net"]["w"] != 2
     paths = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(states[2])]
@@ -133,5 +133,5 @@ def test_frozen_networks_have_no_moments_and_no_average():
     [("constant", [0, 0.5, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.75, 0.5]), ("cosine", [0, 0.5, 1, 0.853553, 0.5])],
 )
 def test_learning_rate(schedule, expected):
-    rate = optimizer.make(steps=6, learning_rate=1.0, schedule=schedule, warmup=2).learning_rate
+    rate = optimizer.make_optimizer(steps=6, learning_rate=1.0, schedule=schedule, warmup=2).learning_rate
     np.testing.assert_allclose([rate(step) for step in range(5)], expected, atol=1e-6)

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from diffusion.core.build import build
-from diffusion.training.checkpoint import Checkpoints
-from diffusion.distributed import sharding
-from diffusion.training import ema, trainer, optimizer
 from diffusion.core.types import InputError
+from diffusion.distributed import sharding
+from diffusion.training import ema, optimizer, trainer
+from diffusion.training.checkpoint import Checkpoints
 
 STEPS = 10
 
@@ -36,13 +36,13 @@ def hashed():
 @pytest.fixture(scope="module")
 def run(tiny_mlp, digits, mesh_of):
     # With a law of t that has a memory, so that the state has all that a state can have.
-    ddpm = build("objectives", {"name": "ddpm", "times": {"name": "importance", "bins": 4, "history": 2}})
+    ddpm = build("objectives", {"name": "denoising", "time_sampler": {"name": "importance", "bins": 4, "history": 2}})
 
     def train(workdir, steps=STEPS, *, mesh=(1, 1, 1), every=3, rules=(), preview=None, network=tiny_mlp, **options):
         return trainer.train(
             str(workdir), source=digits, network=network, objective=ddpm,
-            optimizer=optimizer.make(steps=STEPS, learning_rate=1e-2, schedule="cosine", warmup=1),
-            ema=ema.make(decays=(0.9, 0.99)), mesh=mesh_of(*mesh), rules=rules,
+            optimizer=optimizer.make_optimizer(steps=STEPS, learning_rate=1e-2, schedule="cosine", warmup=1),
+            ema=ema.make_ema(decays=(0.9, 0.99)), mesh=mesh_of(*mesh), rules=rules,
             options=trainer.Options(steps=steps, batch_size=16, log_every=1, **options),
             checkpoint=trainer.CheckpointOptions(every=every), seed=0,
             meta={"config": {"network": {"width": 8}, "objective": {}, "data": {"name": "digits"}}}, preview=preview,
@@ -115,7 +115,14 @@ def test_a_finished_run_is_left_alone(run, whole):
 
 def test_eight_devices_train_as_one(run, tmp_path, digits):
     """Data 2 x fsdp 2 x model 2, with layers split over `model`, against one device: the same losses."""
-    spec = {"name": "unet", "width": 8, "multipliers": (1,), "blocks": 1, "attention": (8,), "head_width": 8}
+    spec = {
+        "name": "unet",
+        "width": 8,
+        "channel_mult": (1,),
+        "num_res_blocks": 1,
+        "attention_resolutions": (8,),
+        "head_dim": 8,
+    }
     unet = build("networks", spec, shape=digits.spec.shape, num_classes=digits.spec.num_classes)
     rules = ((r"conv1/kernel$", (None, None, None, "model")), (r"qkv/kernel$", (None, "model")))
     one = run(tmp_path / "one", every=100, network=unet)

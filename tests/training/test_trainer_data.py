@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from diffusion.core.build import build
-from diffusion.training import ema, trainer, optimizer
 from diffusion.core.types import InputError
+from diffusion.training import ema, optimizer, trainer
 
 BATCH_SIZE = 4
 
@@ -35,7 +35,7 @@ def run(mesh_of):
         source = build("data", {**data, "captions": captions}, field="data")
         return trainer.train(
             str(workdir), source=source, network=build("networks", network, shape=source.spec.shape, num_classes=0),
-            objective=build("objectives", "ddpm"), optimizer=optimizer.make(steps=10), ema=ema.make(),
+            objective=build("objectives", "denoising"), optimizer=optimizer.make_optimizer(steps=10), ema=ema.make_ema(),
             mesh=mesh_of(*mesh), options=trainer.Options(steps=steps, batch_size=BATCH_SIZE, log_every=1, workers=workers),
             checkpoint=trainer.CheckpointOptions(every=100), seed=0,
             meta={"config": {"network": network, "objective": {}, "data": data}},
@@ -77,7 +77,14 @@ def test_other_data_are_refused(run, tmp_path, folder):
 
 
 def test_batches_of_several_sizes(run, tmp_path, folder):
-    unet = {"name": "unet", "width": 8, "multipliers": (1,), "blocks": 1, "attention": (), "head_width": 8}
+    unet = {
+        "name": "unet",
+        "width": 8,
+        "channel_mult": (1,),
+        "num_res_blocks": 1,
+        "attention_resolutions": (),
+        "head_dim": 8,
+    }
     run(tmp_path / "run", 5, folder, network=unet, size=((8, 8), (8, 16)))
     assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
     run(tmp_path / "run", 10, folder, network=unet, size=((8, 8), (8, 16)))

@@ -74,7 +74,7 @@ class ArrayRecord:
 
 
 def make(path: str, flip: bool = False, labels: bool = True, captions: bool = False) -> ArrayRecord:
-    """A set that `python -m experiments.prepare --config=... --out=PATH` has written.
+    """A set that `python -m experiments.prepare_data --config=... --out=PATH` has written.
 
     Args:
       path: of its folder.
@@ -87,7 +87,7 @@ def make(path: str, flip: bool = False, labels: bool = True, captions: bool = Fa
             info = json.load(file)
         version = info["format"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError("path", f"{path} is no prepared set; write one: python -m experiments.prepare --config=... "
+        raise InputError("path", f"{path} is no prepared set; write one: python -m experiments.prepare_data --config=... "
                          f"--out={path}") from None  # fmt: skip
     if version != FORMAT:
         raise InputError("path", f"{path} has format {version}; this code reads {FORMAT}; prepare it anew")

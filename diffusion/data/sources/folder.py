@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from diffusion.core.types import InputError, Spec
 from diffusion.data import image_ops
 from diffusion.data.file_index import FileIndex
-from diffusion.core.types import InputError, Spec
 
 Size = tuple[int, int]
 

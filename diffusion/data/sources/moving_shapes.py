@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from diffusion.core.types import InputError, Spec
 from diffusion.data import geometry
 from diffusion.data.geometry import COLOUR_NAMES, FINE, PALETTE, RADII, SHAPES
-from diffusion.core.types import InputError, Spec
 
 STILL = "standing still"
 # The lanes of a video are all rows or all columns. The motions go up and down the axis that a lane lies along.

@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
+from diffusion.core.types import InputError, Spec
 from diffusion.data import geometry
 from diffusion.data.geometry import COLOUR_NAMES, PALETTE, RADII, SHAPES
-from diffusion.core.types import InputError, Spec
 
-PLACES = {
+LOCATION_KEYWORDS = {
     "top left": "at the top left",
     "top": "at the top",
     "top right": "at the top right",
@@ -27,7 +27,7 @@ PLACES = {
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One shape: `size` of RADII, `colour` of COLOURS, `shape` of SHAPES, `place` of PLACES, all words."""
+    """One shape: `size` of RADII, `colour` of COLOURS, `shape` of SHAPES, `place` of LOCATION_KEYWORDS, all words."""
 
     size: str
     colour: str
@@ -36,7 +36,7 @@ class Thing:
 
 
 def _phrase(thing: Thing) -> str:
-    return f"a {thing.size} {thing.colour} {thing.shape} {PLACES[thing.place]}"
+    return f"a {thing.size} {thing.colour} {thing.shape} {LOCATION_KEYWORDS[thing.place]}"
 
 
 def _apart(things: Iterable[Thing]) -> bool:
@@ -45,7 +45,7 @@ def _apart(things: Iterable[Thing]) -> bool:
 
 
 VOCABULARY = geometry.Vocabulary(
-    _phrase, itertools.starmap(Thing, itertools.product(RADII, COLOUR_NAMES, SHAPES, PLACES)), _apart
+    _phrase, itertools.starmap(Thing, itertools.product(RADII, COLOUR_NAMES, SHAPES, LOCATION_KEYWORDS)), _apart
 )
 
 
@@ -61,7 +61,7 @@ class Shapes(geometry.Drawn):
         self.max_things = max_things
         self._templates = _templates(size)
         cells = [geometry.cell(number, geometry.scale_of(size)) for number in range(3)]
-        self._windows = list(itertools.product(cells, cells))  # in the order of PLACES
+        self._windows = list(itertools.product(cells, cells))  # in the order of LOCATION_KEYWORDS
 
     def draws(self, things: frozenset[Thing]) -> bool:
         """Whether the set has pictures of these things."""
@@ -69,7 +69,7 @@ class Shapes(geometry.Drawn):
 
     def closest(self, x: np.ndarray) -> tuple[list[frozenset[Thing]], np.ndarray]:
         found = [[] for _ in x]
-        for place, window in zip(PLACES, self._windows, strict=True):
+        for place, window in zip(LOCATION_KEYWORDS, self._windows, strict=True):
             for parts, mask, colour, gain in zip(found, *self._templates.nearest(x[:, *window]), strict=True):
                 if gain > 0:
                     parts.append(self._part(place, window, mask, colour))
@@ -77,7 +77,7 @@ class Shapes(geometry.Drawn):
         return things, np.array([self._paint(parts) for parts in found]).reshape(-1, *self.spec.shape)
 
     def _parts(self, below: Callable[[int], int]) -> list[geometry.Part]:
-        free = list(zip(PLACES, self._windows, strict=True))
+        free = list(zip(LOCATION_KEYWORDS, self._windows, strict=True))
         parts = []
         for _ in range(1 + below(self.max_things)):
             place, window = free.pop(below(len(free)))

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from diffusion.data import image_ops
 from diffusion.core.types import InputError, Spec
+from diffusion.data import image_ops
 
-PREPARE = "python -m experiments.prepare --config=..."
+PREPARE = "python -m experiments.prepare_data --config=..."
 Keys = tuple[str, ...]  # of a feature in the nested dicts of an example
 
 
@@ -87,7 +87,9 @@ class Tfds:
         if "label" in read:
             label = int(read["label"])
             if not 0 <= label < self.spec.num_classes:  # tfds has -1 where a test set keeps its labels to itself
-                raise image_ops.Unreadable(f"has the label {label}, not one of {self.spec.num_classes}; set labels=False")
+                raise image_ops.Unreadable(
+                    f"has the label {label}, not one of {self.spec.num_classes}; set labels=False"
+                )
             example["cond"]["label"] = np.int32(label)
         if "caption" in read:
             example["caption"] = _caption(read["caption"], rng)
@@ -108,7 +110,7 @@ def make(
     label: str | None = None,
     caption: str | None = None,
 ) -> Tfds:
-    """A set that `python -m experiments.prepare` has prepared. A feature inside another is named as `attributes/Male`.
+    """A set that `python -m experiments.prepare_data` has prepared. A feature inside another is named as `attributes/Male`.
 
     Args:
       dataset: name, config and version as tfds has them, such as `mnist` or `imagenet_resized/64x64`.

@@ -5,9 +5,9 @@ from typing import Any, Literal
 import numpy as np
 from scipy.special import logsumexp
 
-from diffusion.process.analytic import Mixture
 from diffusion.core.checks import at_most
 from diffusion.core.types import InputError, Spec
+from diffusion.process.analytic import Mixture
 
 CELLS = 4  # of the checkerboard, along each side
 

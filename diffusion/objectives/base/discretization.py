@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.sampling.ode.first_order import coordinate
 from diffusion.core.types import Array, InputError, Schedule
+from diffusion.sampling.ode.first_order import coordinate
 
 HIGHEST = 80.0  # the level sigma / alpha that a grid has last before pure noise
 
 
 @dataclasses.dataclass(frozen=True)
-class Curriculum:
+class Discretization:
     """See the functions below.
 
     Attributes:
@@ -33,7 +33,7 @@ class Curriculum:
     metrics: Callable[[Array], dict[str, Array]]
 
 
-def fixed(points: int = 18, rho: float = 7.0, decay: float = 0.95) -> Curriculum:
+def fixed(points: int = 18, rho: float = 7.0, decay: float = 0.95) -> Discretization:
     """The grid of consistency distillation (Song et al. 2023, arXiv 2303.01469, algorithm 2): N points whose levels are
     even in their power 1 / rho. A drawn t goes up to the next point.
 
@@ -45,7 +45,7 @@ def fixed(points: int = 18, rho: float = 7.0, decay: float = 0.95) -> Curriculum
     return _on_grid(lambda step: jnp.int32(points), lambda step: jnp.float32(decay), rho)
 
 
-def square_root(steps: int, start: int = 2, end: int = 150, rho: float = 7.0, decay: float = 0.95) -> Curriculum:
+def square_root(steps: int, start: int = 2, end: int = 150, rho: float = 7.0, decay: float = 0.95) -> Discretization:
     """Consistency training's: the squares of the numbers of points rise evenly from `start` to `end`, and the decay of
     the target rises with them (Song et al. 2023, appendix C).
 
@@ -65,7 +65,7 @@ def square_root(steps: int, start: int = 2, end: int = 150, rho: float = 7.0, de
     return _on_grid(points, lambda step: jnp.exp(start * math.log(decay) / points(step)), rho)
 
 
-def doubling(steps: int, start: int = 10, end: int = 1280, rho: float = 7.0) -> Curriculum:
+def doubling(steps: int, start: int = 10, end: int = 1280, rho: float = 7.0) -> Discretization:
     """Improved consistency training's: the number of steps of the grid doubles from `start` to `end`, each for as long
     as the others (Song & Dhariwal 2023, arXiv 2310.14189, section 3.4). Its target is the student itself.
 
@@ -85,7 +85,7 @@ def doubling(steps: int, start: int = 10, end: int = 1280, rho: float = 7.0) -> 
     return _on_grid(points, lambda step: jnp.float32(0), rho)
 
 
-def ratio(every: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Curriculum:
+def ratio(every: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Discretization:
     """Easy consistency tuning's (Geng et al. 2024, arXiv 2406.14548, section 3.2): r / t = 1 - n(t) / q^a with
     n(t) = 1 + k sigmoid(-b t), where a is 1 and rises by one `every` so many steps, so r comes near t. At first r is
     mostly 0, which is the training of a diffusion model. t and r are levels sigma / alpha, or times where the schedule
@@ -113,10 +113,10 @@ def ratio(every: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Curricu
         r = jnp.minimum(r, jnp.nextafter(t, jnp.zeros_like(t)))
         return t, jnp.maximum(r, t_min)
 
-    return Curriculum(pair, lambda step: jnp.float32(0), lambda step: {"gap": 1 / stage(step)})
+    return Discretization(pair, lambda step: jnp.float32(0), lambda step: {"gap": 1 / stage(step)})
 
 
-def _on_grid(points: Callable[[Array], Array], decay: Callable[[Array], Array], rho: float) -> Curriculum:
+def _on_grid(points: Callable[[Array], Array], decay: Callable[[Array], Array], rho: float) -> Discretization:
     """Neighbours on the grid of `points(step)` levels, from that of t_min to the schedule's highest."""
     if rho <= 0:
         raise InputError("rho", f"must be positive, got {rho}")
@@ -137,7 +137,7 @@ def _on_grid(points: Callable[[Array], Array], decay: Callable[[Array], Array], 
 
         return at(index), at(index - 1)
 
-    return Curriculum(pair, decay, lambda step: {"points": points(step), "target_decay": decay(step)})
+    return Discretization(pair, decay, lambda step: {"points": points(step), "target_decay": decay(step)})
 
 
 def _check(**numbers: int) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 
 from diffusion.core.arrays import expand, flat_mean
 from diffusion.core.build import build
-from diffusion.process.parameterization import Parameterization
-from diffusion.process.time_sampling import Law
 from diffusion.core.types import Apply, Array, Batch, Denoised, Denoiser, InputError, Network, Params, Schedule
+from diffusion.process.parameterization import Parameterization
+from diffusion.process.time_sampling import TimeSampler
 from diffusion.process.weighting import Weighting
 
 PartSpec = str | Mapping[str, Any]  # a part's name, or {"name": ..., **keywords}
@@ -27,7 +27,7 @@ class Gaussian:
 
     schedule: Schedule
     parameterization: Parameterization
-    times: Law
+    time_sampler: TimeSampler
     weighting: Weighting
     frozen: tuple[str, ...] = ()
 
@@ -37,16 +37,16 @@ class Gaussian:
         return 1
 
     @property
-    def conditions(self) -> tuple[str, ...]:
+    def scalar_conditions(self) -> tuple[str, ...]:
         """The numbers that the network has to take beside the noise label (`Network.conditions`)."""
         return ()
 
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
         if network.outputs != self.outputs:
             raise InputError("network.outputs", f"is {network.outputs}, but the objective needs {self.outputs}")
-        for name in self.conditions:
-            if name not in network.conditions:
-                all_of_them = tuple(dict.fromkeys((*network.conditions, *self.conditions)))
+        for name in self.scalar_conditions:
+            if name not in network.scalar_conditions:
+                all_of_them = tuple(dict.fromkeys((*network.scalar_conditions, *self.scalar_conditions)))
                 raise InputError("network.conditions", f"lacks {name!r}, which the objective tells it; "
                                  f"set network.conditions = {all_of_them}")  # fmt: skip
         return {"net": network.init(key)}
@@ -54,22 +54,28 @@ class Gaussian:
     def schedule_for(self, params: Mapping) -> Schedule:
         return self.schedule
 
-    def memory(self) -> Mapping[str, Array]:
-        return self.times.memory()
+    def initial_state(self) -> Mapping[str, Array]:
+        return self.time_sampler.initial_state()
 
-    def prepare(
-        self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array
+    def before_step(
+        self,
+        params: Mapping,
+        ema_params: Mapping,
+        batch: Batch,
+        objective_state: Mapping[str, Array],
+        key: Array,
+        step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
-        return dict(params), memory
+        return dict(params), objective_state
 
-    def draw(self, batch: Batch, key: Array, step: Array, memory: Mapping[str, Array]) -> dict[str, Array]:
+    def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         """`t [B]`, the factor `weight [B]` that makes up for its law, and `eps [B, ...]`."""
         key_t, key_eps = jax.random.split(key)
-        t, weight = self.times.draw(self.schedule, key_t, batch["x"].shape[0], memory)
+        t, weight = self.time_sampler.draw(self.schedule, key_t, batch["x"].shape[0], objective_state)
         return {"t": t, "weight": weight, "eps": jax.random.normal(key_eps, batch["x"].shape, batch["x"].dtype)}
 
-    def remember(
-        self, memory: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
+    def update_state(
+        self, objective_state: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
         """The law's memory; the mean loss between each two of LOG_SNR_EDGES, NaN where there is no example."""
         t, loss = noise["t"], loss / noise["weight"]
@@ -79,12 +85,12 @@ class Gaussian:
             f"loss_log_snr_{low:g}_{high:g}": jnp.mean(loss, where=bins == index)
             for index, (low, high) in enumerate(itertools.pairwise(edges))
         }
-        return self.times.remember(memory, t, loss), metrics
+        return self.time_sampler.update_state(objective_state, t, loss), metrics
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        noise = batch["noise"] if "noise" in batch else self.draw(batch, key, step, self.memory())
+        noise = batch["draws"]
         x0, t, eps = batch["x"], noise["t"], noise["eps"]
         x_t = corrupt(self.schedule, x0, eps, t)
         row = self.parameterization(self.schedule, t)
@@ -116,7 +122,12 @@ class Gaussian:
 
 
 def build_parts(
-    schedule: PartSpec, parameterization: PartSpec, times: PartSpec, weighting: PartSpec, *, learned: bool = False
+    schedule: PartSpec,
+    parameterization: PartSpec,
+    time_sampler: PartSpec,
+    weighting: PartSpec,
+    *,
+    learned: bool = False,
 ) -> dict[str, Any]:
     """The parts of a `Gaussian` from their specs, held against one another.
 
@@ -129,7 +140,7 @@ def build_parts(
     parts = {
         "schedule": build("schedules", schedule, field="schedule"),
         "parameterization": build("parameterization", parameterization, field="parameterization"),
-        "times": build("times", times, field="times"),
+        "time_sampler": build("time_sampling", time_sampler, field="time_sampler"),
         "weighting": build("weighting", weighting, field="weighting"),
     }
     if learned != hasattr(parts["schedule"], "at"):
@@ -144,7 +155,8 @@ def build_parts(
                 + ("use c_noise = 'time'" if name == "c_noise" else "use v, x0 or velocity there"),
             )
     jax.eval_shape(
-        lambda key: parts["times"].draw(parts["schedule"], key, 1, parts["times"].memory()), jax.random.key(0)
+        lambda key: parts["time_sampler"].draw(parts["schedule"], key, 1, parts["time_sampler"].initial_state()),
+        jax.random.key(0),
     )
     return parts
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from diffusion.objectives.base.teacher import Teacher, begin, check_row, check_teacher
-from diffusion.objectives.base.gaussian import Gaussian
 from diffusion.core.types import Array, Batch, InputError, Network, Params
+from diffusion.objectives.base.gaussian import Gaussian
+from diffusion.objectives.base.teacher import Teacher, begin, check_coefficients, check_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Rounds(Gaussian):
         if self.round_steps < 1:
             raise InputError("round_steps", f"must be at least 1, got {self.round_steps}")
         check_teacher(self.teacher, self.schedule)
-        check_row(self.teacher, self.schedule, self.parameterization)
+        check_coefficients(self.teacher, self.schedule, self.parameterization)
 
     def round_of(self, step: Array) -> Array:
         """The round that a step belongs to, counted from 0."""
@@ -55,8 +55,14 @@ class Rounds(Gaussian):
                              "them, for the student becomes a teacher itself")  # fmt: skip
         return {"net": net, "teacher": dict(teacher)}
 
-    def prepare(
-        self, params: Mapping, ema_params: Mapping, batch: Batch, memory: Mapping[str, Array], key: Array, step: Array
+    def before_step(
+        self,
+        params: Mapping,
+        ema_params: Mapping,
+        batch: Batch,
+        objective_state: Mapping[str, Array],
+        key: Array,
+        step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
         taught = jax.lax.cond(self.hands_over(step), lambda: ema_params["net"], lambda: params["teacher"]["net"])
-        return {**params, "teacher": {**params["teacher"], "net": taught}}, memory
+        return {**params, "teacher": {**params["teacher"], "net": taught}}, objective_state

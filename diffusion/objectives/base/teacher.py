@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.process.parameterization import Parameterization
 from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Network, Objective, Params, Schedule, Spec
+from diffusion.process.parameterization import Parameterization
 
 PROBES = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which two schedules are compared
 
@@ -35,10 +35,10 @@ class Teacher:
 
     def denoiser(self, params: Mapping) -> Denoiser:
         """Of the dict of networks `params`. It is not told numbers that its network does not take."""
-        denoise, numbers = self.objective.denoiser(self.network.apply, params), self.network.conditions
+        denoise, numbers = self.objective.denoiser(self.network.apply, params), self.network.scalar_conditions
 
         def asked(x: Array, t: Array, cond: Cond) -> Denoised:
-            kept = {name: cond[name] for name in cond if name not in ("r", "guidance") or name in numbers}
+            kept = {name: cond[name] for name in cond if name not in ("step_size", "guidance_scale") or name in numbers}
             return denoise(x, t, kept)
 
         return asked
@@ -62,11 +62,11 @@ def check_teacher(teacher: Teacher | None, schedule: Schedule) -> None:
     answer = jax.eval_shape(
         lambda key: teacher.denoiser(teacher.init(key))(x, jnp.float32(0.5), cond), jax.random.key(0)
     )
-    if answer.kind != "mean":
+    if answer.kind != "posterior_mean":
         raise InputError("teacher", "is a few-step model itself; give one that predicts the mean of x0")
 
 
-def check_row(teacher: Teacher, schedule: Schedule, parameterization: Parameterization) -> None:
+def check_coefficients(teacher: Teacher, schedule: Schedule, parameterization: Parameterization) -> None:
     """Refuses a teacher whose network is given or gives something else than the student's (another parameterization or
     noise label), so that its weights would be of no use there. The schedule is the same (`check_teacher`)."""
     for t in map(jnp.float32, PROBES):

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core.arrays import normal
-from diffusion.sampling.ode.multistep import History, check_steps, differences, integrals
+from diffusion.core.types import Array, Denoised, Denoiser, Schedule
 from diffusion.process.posterior import posterior
 from diffusion.sampling.ode.first_order import Solver, eps_of, first_order, half_log_snr
-from diffusion.core.types import Array, Denoised, Denoiser, Schedule
+from diffusion.sampling.ode.multistep import History, check_steps, differences, integrals
 
 Prediction = Literal["x0", "eps"]
 

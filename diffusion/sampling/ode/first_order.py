@@ -17,7 +17,7 @@ class Solver:
     """The base of samplers: a solver of the ODE with one evaluation a step, whose carry is a dict with x in it."""
 
     stochastic = False
-    eps_apart = False
+    uses_separate_eps = False
 
     def evaluations(self, steps: int) -> int | None:
         return steps
@@ -41,8 +41,8 @@ def first_order(schedule: Schedule, x: Array, denoised: Denoised, t: Array, s: A
     2010.02502, eq. 12) and Euler's step of y = x / alpha in sigma / alpha. Finite for every s, and for every t but
     0."""
     alpha_t, alpha_s, ratio = schedule.alpha(t), schedule.alpha(s), schedule.sigma(s) / schedule.sigma(t)
-    if denoised.eps_x0 is not None:
-        return ratio * (x - alpha_t * denoised.eps_x0) + alpha_s * denoised.x0
+    if denoised.x0_for_eps is not None:
+        return ratio * (x - alpha_t * denoised.x0_for_eps) + alpha_s * denoised.x0
     return ratio * x + (alpha_s - alpha_t * ratio) * denoised.x0
 
 

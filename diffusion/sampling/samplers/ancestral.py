@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core.arrays import normal
+from diffusion.core.types import Array, Denoised, Denoiser, InputError, Schedule
 from diffusion.process.posterior import Posterior, posterior
 from diffusion.sampling.ode.first_order import OneStep
-from diffusion.core.types import Array, Denoised, Denoiser, InputError, Schedule
 
 Variance = Literal["beta", "beta_tilde", "learned", "analytic"]
 

@@ -5,12 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from diffusion.core.arrays import normal
-from diffusion.sampling.ode.first_order import OneStep
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
+from diffusion.sampling.ode.first_order import OneStep
 
 
 @dataclasses.dataclass(frozen=True)
-class Consistency(OneStep):
+class ConsistencySampler(OneStep):
     """To the end of the path at one stroke, and back to time s with fresh noise."""
 
     sigma_min: float = 0.002
@@ -18,7 +18,7 @@ class Consistency(OneStep):
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
         denoised = denoise(x, t)
-        if denoised.kind != "end":
+        if denoised.kind != "consistency":
             raise InputError(
                 "sampler.name", "samples consistency models, and this model gives the mean of x0; use ddim or unipc"
             )
@@ -28,7 +28,7 @@ class Consistency(OneStep):
         return schedule.alpha(s) * denoised.x0 + fresh * normal(keys, x.shape[1:], x.dtype)
 
 
-def make(sigma_min: float = 0.002) -> Consistency:
+def make(sigma_min: float = 0.002) -> ConsistencySampler:
     """One evaluation a step.
 
     Args:
@@ -36,4 +36,4 @@ def make(sigma_min: float = 0.002) -> Consistency:
     """
     if sigma_min < 0:
         raise InputError("sigma_min", f"must be at least 0, got {sigma_min}")
-    return Consistency(sigma_min)
+    return ConsistencySampler(sigma_min)

@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from diffusion.core.arrays import normal
-from diffusion.sampling.ode.first_order import OneStep, first_order
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
+from diffusion.sampling.ode.first_order import OneStep, first_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class DDIM(OneStep):
     the ancestral sampler."""
 
     eta: float = 0.0
-    eps_apart = True
+    uses_separate_eps = True
 
     @property
     def stochastic(self) -> bool:
@@ -30,7 +30,7 @@ class DDIM(OneStep):
         # sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 is the variance of q(x_t | x_s).
         fresh = self.eta * sigma_s / sigma_t * jnp.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
         less = jnp.sqrt(jnp.maximum(sigma_s**2 - fresh**2, 0)) - sigma_s  # of the noise that x_t holds
-        source = denoised.x0 if denoised.eps_x0 is None else denoised.eps_x0
+        source = denoised.x0 if denoised.x0_for_eps is None else denoised.x0_for_eps
         return held + less / sigma_t * (x - alpha_t * source) + fresh * normal(keys, x.shape[1:], x.dtype)
 
 

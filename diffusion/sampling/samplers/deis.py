@@ -1,8 +1,8 @@
 """DEIS: Adams-Bashforth on the noise, exact for polynomials in log(sigma / alpha) (Zhang & Chen 2023, arXiv 2204.13902,
 the log-rho variant)."""
 
-from diffusion.sampling.ode.exponential import Multistep
 from diffusion.core.types import InputError
+from diffusion.sampling.ode.exponential import Multistep
 
 
 def make(order: int = 3) -> Multistep:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import normal
-from diffusion.sampling.ode.first_order import OneStep, eps_of, first_order
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
+from diffusion.sampling.ode.first_order import OneStep, eps_of, first_order
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,8 @@
 
 from typing import Literal
 
-from diffusion.sampling.ode.exponential import Multistep, Singlestep
 from diffusion.core.types import InputError
+from diffusion.sampling.ode.exponential import Multistep, Singlestep
 
 
 def make(

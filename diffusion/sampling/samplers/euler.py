@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from diffusion.sampling.ode.first_order import CoordinateName, OneStep, coordinate, first_order
 from diffusion.core.types import Array, Denoiser, Schedule
+from diffusion.sampling.ode.first_order import CoordinateName, OneStep, coordinate, first_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,7 +11,7 @@ class Euler(OneStep):
     coordinate: CoordinateName = None
 
     @property
-    def eps_apart(self) -> bool:
+    def uses_separate_eps(self) -> bool:
         return self.coordinate != "time"
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:

@@ -7,8 +7,8 @@ from typing import Literal
 import jax.numpy as jnp
 
 from diffusion.core.arrays import derivative, normal
-from diffusion.sampling.ode.first_order import OneStep, Time, ends_in_noise, eps_of, first_order
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
+from diffusion.sampling.ode.first_order import OneStep, Time, ends_in_noise, eps_of, first_order
 
 Diffusion = Literal["sigma", "constant", "sin2", "sbdm"]
 

@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from diffusion.core.arrays import expand
-from diffusion.sampling.ode.multistep import History, check_steps, integrals
-from diffusion.sampling.ode.first_order import CoordinateName, Solver, coordinate
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
+from diffusion.sampling.ode.first_order import CoordinateName, Solver, coordinate
+from diffusion.sampling.ode.multistep import History, check_steps, integrals
 
 
 @dataclasses.dataclass(frozen=True)

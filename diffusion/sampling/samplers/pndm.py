@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.sampling.ode.multistep import History, check_steps
-from diffusion.sampling.ode.first_order import NoiseLevel, Solver, Time, coordinate
 from diffusion.core.types import Array, Denoiser, Schedule
+from diffusion.sampling.ode.first_order import NoiseLevel, Solver, Time, coordinate
+from diffusion.sampling.ode.multistep import History, check_steps
 
 # Weights of the newest slope, the one before it, ...: orders 1 to 4.
 _ADAMS = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24

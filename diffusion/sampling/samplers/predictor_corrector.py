@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from diffusion.core.arrays import fold, normal
 from diffusion.core.build import build
-from diffusion.sampling.ode.first_order import OneStep, eps_of
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
+from diffusion.sampling.ode.first_order import OneStep, eps_of
 
 
 @dataclasses.dataclass(frozen=True)

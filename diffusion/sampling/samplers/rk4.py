@@ -4,8 +4,8 @@ import dataclasses
 
 import jax
 
-from diffusion.sampling.ode.first_order import CoordinateName, OneStep, coordinate, first_order
 from diffusion.core.types import Array, Denoiser, Schedule
+from diffusion.sampling.ode.first_order import CoordinateName, OneStep, coordinate, first_order
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core.arrays import expand, flat_mean
-from diffusion.sampling.ode.first_order import OneStep, first_order
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
+from diffusion.sampling.ode.first_order import OneStep, first_order
 
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 _ROWS = (

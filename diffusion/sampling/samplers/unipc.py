@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from diffusion.sampling.ode.exponential import Prediction, correction, in_steps, kernel, predicted, total
-from diffusion.sampling.ode.multistep import History, check_steps, integrals
-from diffusion.sampling.ode.first_order import Solver, first_order, half_log_snr
 from diffusion.core.types import Array, Denoised, Denoiser, InputError, Schedule
+from diffusion.sampling.ode.exponential import Prediction, correction, in_steps, kernel, predicted, total
+from diffusion.sampling.ode.first_order import Solver, first_order, half_log_snr
+from diffusion.sampling.ode.multistep import History, check_steps, integrals
 
 
 @dataclasses.dataclass(frozen=True)

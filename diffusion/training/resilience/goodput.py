@@ -52,7 +52,7 @@ class Goodput:
         if kind not in KINDS:
             raise ValueError(f"no kind {kind!r}; one of {KINDS}")
         self._count()
-        if kind == "step":
+        if kind == "flow_map":
             self._open[0] = "other"
         self._open.append(kind)
         try:

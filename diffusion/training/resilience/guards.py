@@ -41,24 +41,24 @@ class Guard:
         if self.spike is not None and self.spike <= 1:
             raise InputError("spike", f"must be above 1, got {self.spike}")
 
-    def judge(self, counters: dict[str, Array], loss: Array, grad_norm: Array) -> tuple[Array, dict[str, Array]]:
+    def check_step(self, counters: dict[str, Array], loss: Array, grad_norm: Array) -> tuple[Array, dict[str, Array]]:
         """Whether a step is sound, and the counters after it."""
-        sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if self.spike is not None:
             mean = counters["loss"] / (1 - MEMORY ** counters["sound"].astype(jnp.float32))
-            sound &= (counters["sound"] < WARMUP) | (loss <= self.spike * mean)
-        bad = 1 - sound.astype(jnp.int32)
-        return sound, {
+            ok &= (counters["sound"] < WARMUP) | (loss <= self.spike * mean)
+        bad = 1 - ok.astype(jnp.int32)
+        return ok, {
             "bad": counters["bad"] + bad,
             "in_row": (counters["in_row"] + 1) * bad,
             "sound": counters["sound"] + 1 - bad,
-            "loss": jnp.where(sound, MEMORY * counters["loss"] + (1 - MEMORY) * loss, counters["loss"]),
+            "loss": jnp.where(ok, MEMORY * counters["loss"] + (1 - MEMORY) * loss, counters["loss"]),
         }
 
 
-def choose(sound: Array, new: Any, old: Any) -> Any:
+def select_if_ok(ok: Array, new: Any, old: Any) -> Any:
     """`new` where the step is sound, bit for bit `old` where it is not."""
-    return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
 
 
 def dump(workdir: str, step: int, found: Mapping[str, Any]) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build, find, names
-from diffusion.sampling.loop import invert, prior, sample
 from diffusion.core.types import Denoised, InputError
+from diffusion.sampling.loop import invert, prior, sample
 
 MEAN = np.array([0.4, -0.2])
 COVARIANCE = np.array([[0.3, 0.12], [0.12, 0.1]])
@@ -55,13 +55,13 @@ def optimal(schedule, *, end=False):
         """x's components along the data's axes, each multiplied."""
         return (x @ vectors * gains) @ vectors.T
 
-    def denoise(x, t, r=None):
+    def denoise(x, t, target_time=None):
         alpha, sigma, total = at(t)
-        gains, kind = (jnp.sqrt(values / total), "end") if end else (alpha * values / total, "mean")
-        if r is not None:
-            alpha_r, sigma_r, total_r = at(r)
+        gains, kind = (jnp.sqrt(values / total), "consistency") if end else (alpha * values / total, "posterior_mean")
+        if target_time is not None:
+            alpha_r, sigma_r, total_r = at(target_time)
             gains = (jnp.sqrt(total_r / total) - sigma_r / sigma) / (alpha_r - alpha * sigma_r / sigma)
-            kind = "step"
+            kind = "flow_map"
         return Denoised((mean + scaled(x - alpha * mean, gains)).astype(x.dtype), kind=kind)
 
     return denoise

@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.test_flow_map import exact, flow, objective_of
 
 from diffusion.core.build import build
+from diffusion.core.types import Denoised, InputError
 from diffusion.sampling.guidance import cfg
 from diffusion.sampling.loop import bind, invert, prior, sample
-from diffusion.core.types import Denoised, InputError
-from tests.test_flow_map import exact, flow, objective_of
 
 SAMPLER = build("samplers", "flow_map")
 SCHEDULES = ["flow", "trig", "vp", "edm"]

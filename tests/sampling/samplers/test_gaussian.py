@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build, find
-from diffusion.sampling.loop import prior, sample
 from diffusion.core.types import Denoised
+from diffusion.sampling.loop import prior, sample
 
 STD = 0.5
 

@@ -8,8 +8,8 @@ import pytest
 
 from diffusion.core.arrays import expand
 from diffusion.core.build import build
-from diffusion.sampling.loop import sample
 from diffusion.core.types import Denoised
+from diffusion.sampling.loop import sample
 from tests.golden.schedulers import CASES, ORACLE, lcm_scalings
 
 # Peers in float64 agree to about 1e-12; 1e-9 leaves room for other machines.
@@ -30,7 +30,7 @@ def denoiser_of(case, schedule):
     def with_boundary(x, t):
         c_skip, c_out = lcm_scalings(t)
         x0 = denoise(x, t).x0
-        return Denoised(expand(c_out, x) * x0 + expand(c_skip, x) * x, kind="end")
+        return Denoised(expand(c_out, x) * x0 + expand(c_skip, x) * x, kind="consistency")
 
     return with_boundary
 

@@ -5,9 +5,9 @@ import importlib.util
 
 import numpy as np
 import pytest
+from tests.samplers.test_golden import TOLERANCE, ours
 
 from tests.golden.schedulers import CASES, run_peer
-from tests.samplers.test_golden import TOLERANCE, ours
 
 pytestmark = [
     pytest.mark.peers,

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from diffusion.core.types import InputError
 from diffusion.training.resilience import goodput
 from diffusion.training.resilience.goodput import Goodput, summary
-from diffusion.core.types import InputError
 
 
 class Clock:

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
+from diffusion.core.types import InputError, Network
+from diffusion.training import ema, optimizer, trainer
 from diffusion.training.checkpoint import Checkpoints
-from diffusion.training import ema, trainer, optimizer
 from diffusion.training.resilience import guards
 from diffusion.training.resilience.guards import Diverged, Guard
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.core.types import InputError, Network
 from tests.training.test_step import BATCH, NETWORK, Linear
 
-OPT = optimizer.make(steps=100, name="adam", learning_rate=1e-2, schedule="cosine", clip=1.0)
-AVERAGES = ema.make(decays=(0.5,), warmup=True)
+OPT = optimizer.make_optimizer(steps=100, name="adam", learning_rate=1e-2, schedule="cosine", clip=1.0)
+AVERAGES = ema.make_ema(decays=(0.5,), warmup=True)
 
 
 class Told(Linear):
@@ -105,7 +105,7 @@ def test_a_spike_changes_nothing(monkeypatch):
 def test_the_mean_of_losses_is_theirs():
     counters = guards.counters()
     for loss in (2.0, 4.0, 9.0):
-        _, counters = Guard(5.0).judge(counters, jnp.float32(loss), jnp.float32(1))
+        _, counters = Guard(5.0).check_step(counters, jnp.float32(loss), jnp.float32(1))
     weights = guards.MEMORY ** np.arange(2, -1, -1)
     np.testing.assert_allclose(counters["loss"], (1 - guards.MEMORY) * weights @ [2, 4, 9], rtol=1e-5)
 
@@ -139,8 +139,8 @@ class Damaged:
 def run(tiny_mlp, digits, mesh_of):
     def train(workdir, *, source=digits, network=tiny_mlp, steps=12, every=2, keep_best=None, **options):
         return trainer.train(
-            str(workdir), source=source, network=network, objective=build("objectives", "ddpm"),
-            optimizer=optimizer.make(steps=steps, learning_rate=1e-2), ema=ema.make(), mesh=mesh_of(1, 1, 1),
+            str(workdir), source=source, network=network, objective=build("objectives", "denoising"),
+            optimizer=optimizer.make_optimizer(steps=steps, learning_rate=1e-2), ema=ema.make_ema(), mesh=mesh_of(1, 1, 1),
             options=trainer.Options(steps=steps, batch_size=16, log_every=1, **options),
             checkpoint=trainer.CheckpointOptions(every=every, keep_best=keep_best), seed=0,
             meta={"config": {"network": {}, "objective": {}, "data": {}}},

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from diffusion.training.resilience.watchdog import Watchdog
 from diffusion.core.types import InputError
+from diffusion.training.resilience.watchdog import Watchdog
 
 ROOT = pathlib.Path(__file__).parents[3]
 # The wall clock of all these runs backwards. PyDLL holds the GIL during a call.

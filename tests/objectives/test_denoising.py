@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build, names
+from diffusion.core.types import InputError
 from diffusion.process.decoders import discretized_log_likelihood
 from diffusion.process.posterior import posterior
 from diffusion.sampling.loop import bind
-from diffusion.core.types import InputError
 
 STD = 0.5
 
@@ -17,7 +17,7 @@ STD = 0.5
 def test_loss_at_the_optimum(x64, name, schedule):
     """Data N(0, s^2): the network that turns the optimal denoiser into F leaves exactly the posterior's variance,
     s^2 sigma^2 / (alpha^2 s^2 + sigma^2), divided by c_out^2."""
-    objective = build("objectives", {"name": "ddpm", "parameterization": name, "schedule": schedule})
+    objective = build("objectives", {"name": "denoising", "parameterization": name, "schedule": schedule})
     schedule, n = objective.schedule, 200_000
     t = jnp.full((n,), 0.3)
     alpha, sigma, row = schedule.alpha(t), schedule.sigma(t), objective.parameterization(schedule, t)
@@ -28,7 +28,7 @@ def test_loss_at_the_optimum(x64, name, schedule):
         return (x0 - row.c_skip[:, None] * x_t) / row.c_out[:, None]
 
     x0, eps = STD * jax.random.normal(jax.random.key(0), (n, 1)), jax.random.normal(jax.random.key(1), (n, 1))
-    batch = {"x": x0, "cond": {}, "noise": {"t": t, "eps": eps, "weight": jnp.ones(n)}}
+    batch = {"x": x0, "cond": {}, "draws": {"t": t, "eps": eps, "weight": jnp.ones(n)}}
     loss, _ = objective.loss(net, {"net": None}, {}, batch, None, jnp.int32(0))
     assert loss.shape == (n,)
     expected = STD**2 * sigma[0] ** 2 / (alpha[0] ** 2 * STD**2 + sigma[0] ** 2) / row.c_out[0] ** 2
@@ -38,7 +38,7 @@ def test_loss_at_the_optimum(x64, name, schedule):
 @pytest.mark.parametrize("name", names("parameterization"))
 def test_denoiser_undoes_the_target(x64, name):
     """A network that answers with the target denoises to x0 itself, at a scalar t and at one t an example."""
-    objective = build("objectives", {"name": "ddpm", "parameterization": name})
+    objective = build("objectives", {"name": "denoising", "parameterization": name})
     x0, eps = jax.random.normal(jax.random.key(0), (2, 5, 3))
     for t in (jnp.float64(0.4), jnp.linspace(0.1, 0.9, 5)):
         times = jnp.broadcast_to(t, 5)
@@ -66,13 +66,13 @@ def test_draw_gives_each_example_its_own_noise(ddpm, digits_batch):
 def test_loss_draws_its_noise_from_the_key(ddpm, digits_batch, tiny_unet, tiny_params):
     loss = jax.jit(lambda batch, key: ddpm.loss(tiny_unet.apply, tiny_params, {}, batch, key, 0)[0])
     key = jax.random.key(5)
-    given = {**digits_batch, "noise": ddpm.draw(digits_batch, key, 0, {})}
+    given = {**digits_batch, "draws": ddpm.draw(digits_batch, key, 0, {})}
     np.testing.assert_allclose(loss(digits_batch, key), loss(given, key), rtol=1e-6)
 
 
 @pytest.fixture
 def learned(x64):
-    spec = {"name": "ddpm", "learned_variance": True, "schedule": {"name": "vp", "num_steps": 20}, "levels": 17}
+    spec = {"name": "denoising", "learned_variance": True, "schedule": {"name": "vp", "num_steps": 20}, "levels": 17}
     return build("objectives", spec)
 
 
@@ -103,14 +103,14 @@ def test_learned_variance_loss_is_the_bound(learned):
 def test_learned_variance_does_not_train_the_mean(learned):
     """Of the two heads the bound trains the second alone; the first has the simple loss."""
     x0, t = jax.random.normal(jax.random.key(0), (4, 2)), jnp.array([0.05, 0.3, 0.7, 1.0])
-    batch = {"x": x0, "cond": {}, "noise": {"t": t, "eps": jnp.ones_like(x0), "weight": jnp.ones(4)}}
+    batch = {"x": x0, "cond": {}, "draws": {"t": t, "eps": jnp.ones_like(x0), "weight": jnp.ones(4)}}
 
     def loss(objective, heads):
         return objective.loss(lambda *args, key=None: heads, {"net": None}, {}, batch, None, 0)[0].sum()
 
     heads = jax.random.normal(jax.random.key(1), (4, 4)) / 3
     both = jax.grad(lambda heads: loss(learned, heads))(heads)
-    plain = build("objectives", {"name": "ddpm", "schedule": {"name": "vp", "num_steps": 20}})
+    plain = build("objectives", {"name": "denoising", "schedule": {"name": "vp", "num_steps": 20}})
     alone = jax.grad(lambda heads: loss(plain, heads))(heads[:, :2])
     np.testing.assert_allclose(both[:, :2], alone, rtol=1e-12)
     assert (both[:, 2:] != 0).all()
@@ -151,7 +151,7 @@ def test_outputs_must_fit(learned, ddpm, tiny_unet):
         ({"schedule": "learned"}, "objectives.schedule.name: only vdm"),
         ({"schedule": {"name": "vp", "num_steps": 0}}, "objectives.schedule.num_steps: must be at least 1"),
         ({"schedule": {"name": "vp", "beta_end": 1.5}}, "objectives.schedule.beta_end: must be between 0 and 1"),
-        ({"schedule": "edm", "times": "discrete"}, "objectives.times.num_steps: is missing"),
+        ({"schedule": "edm", "time_sampler": "discrete"}, "objectives.time_sampler.num_steps: is missing"),
         ({"schedule": "edm", "parameterization": {"name": "eps", "c_noise": "index"}}, "objectives.*c_noise: 'index'"),
         ({"bound_weight": 0.0}, "objectives.bound_weight: must be positive"),
         ({"levels": 1}, "objectives.levels: must be at least 2"),
@@ -159,4 +159,4 @@ def test_outputs_must_fit(learned, ddpm, tiny_unet):
 )
 def test_impossible_combinations(spec, message):
     with pytest.raises(InputError, match=message):
-        build("objectives", {"name": "ddpm", **spec})
+        build("objectives", {"name": "denoising", **spec})

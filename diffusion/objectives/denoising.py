@@ -7,10 +7,10 @@ import math
 import jax.numpy as jnp
 
 from diffusion.core.arrays import expand, flat_mean
+from diffusion.core.types import Array, InputError
 from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts
 from diffusion.process.decoders import discretized_log_likelihood
 from diffusion.process.posterior import posterior
-from diffusion.core.types import Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DDPM(Gaussian):
 def make(
     schedule: PartSpec = "vp",
     parameterization: PartSpec = "eps",
-    times: PartSpec = "uniform",
+    time_sampler: PartSpec = "uniform",
     weighting: PartSpec = "simple",
     learned_variance: bool = False,
     bound_weight: float = 0.001,
@@ -57,13 +57,13 @@ def make(
     """DDPM from the specs of its parts, each a name or `{"name": ..., **keywords}`.
 
     Args:
-      schedule, parameterization, times, weighting: any; `times="discrete"` is the paper's chain, others are continuous.
+      schedule, parameterization, time_sampler, weighting: any; `time_sampler="discrete"` is the paper's chain, others are continuous.
       learned_variance: the network's second output is the reverse step's variance, for `ancestral(variance="learned")`,
         trained on the variational bound. Needs a schedule with a table and a network with `outputs = 2`.
       bound_weight: of that bound, for each of the T steps.
       levels: values that a channel of the data can take, for the bound's last step.
     """
-    parts = build_parts(schedule, parameterization, times, weighting)
+    parts = build_parts(schedule, parameterization, time_sampler, weighting)
     if learned_variance and not hasattr(parts["schedule"], "num_steps"):
         raise InputError("learned_variance", "needs a schedule with a table of steps (vp)")
     if learned_variance and parts["schedule"].num_steps < 2:
