@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for all tests, and the small parts that many of them share."""
+"""Sets up eight virtual CPU devices for all tests, and defines small parts that many of them share."""
 
 import gc
 import importlib.metadata
@@ -7,16 +7,17 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Most of the tests' time is compiling, and hardly any running.
+# Most of the time of the tests is spent on compilation.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-# A train step's kernels are made in half the time without XLA's newer emitters, and as one module, not as 32. XLA ends
-# the process at a flag that it does not know, so this is for the versions that do.
+# A train step compiles in half the time without XLA's newer emitters, and as one module instead of 32. XLA aborts on
+# unknown flags, so these are set only for the versions that have them.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
-os.environ["EPATH_USE_TF"] = "0"  # buckets are fsspec's, which has a stand-in, even where TensorFlow is installed
-# Whatever is compiled once in a session, in this process, in one beside it or in a job that a test starts, is not
-# compiled again.
+os.environ["EPATH_USE_TF"] = (
+    "0"  # access buckets by fsspec, which the tests can replace, even if TensorFlow is installed
+)
+# All processes of a session, including the jobs that tests start, share one compilation cache.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
@@ -30,14 +31,14 @@ import pytest
 from diffusion.core.build import build
 from diffusion.distributed.mesh import AXES
 
-# Traces are many objects of which nearly all live on: to look through them again and again is a tenth of the time.
+# Traces consist of many long-lived objects. Collecting garbage less often saves a tenth of the time.
 gc.freeze()
 gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture
 def x64():
-    """float64 for tests that hold formulas to 1e-12."""
+    """Enables float64, for tests that check formulas to 1e-12."""
     with jax.enable_x64(True):
         yield
 
@@ -49,7 +50,7 @@ def digits():
 
 @pytest.fixture(scope="session")
 def tiny_unet(digits):
-    """A U-Net of 8x8 digits that compiles in seconds."""
+    """Returns a U-Net for 8x8 digits that compiles in seconds."""
     spec = {
         "name": "unet",
         "width": 8,
@@ -63,14 +64,14 @@ def tiny_unet(digits):
 
 @pytest.fixture(scope="session")
 def tiny_mlp(digits):
-    """For tests that train without looking at the network: a tenth of the U-Net's arrays, and of its compilation."""
+    """Returns an MLP, with a tenth of the U-Net's arrays and compilation time, for tests that train any network."""
     spec = {"name": "mlp", "width": 8, "depth": 1}
     return build("networks", spec, shape=digits.spec.shape, num_classes=digits.spec.num_classes)
 
 
 @pytest.fixture(scope="session")
 def tiny_params(tiny_unet):
-    """Parameters with nothing left at zero, so that every input matters."""
+    """Returns parameters of the U-Net, none of them zero, so that every input matters."""
     params = jax.jit(tiny_unet.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     return {"net": jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)}
@@ -83,7 +84,7 @@ def ddpm():
 
 @pytest.fixture(scope="session")
 def digits_batch(digits):
-    """Sixteen digits."""
+    """Returns a batch of sixteen digits."""
     examples = [digits[i] for i in range(16)]
     return {
         "x": jnp.stack([e["x"] for e in examples]),
@@ -93,7 +94,7 @@ def digits_batch(digits):
 
 @pytest.fixture(scope="session")
 def mesh_of():
-    """`mesh_of(data, fsdp, model)`: a mesh over the first devices, as many as it takes."""
+    """Returns `mesh_of(data, fsdp, model)`, which makes a mesh over as many of the first devices as necessary."""
 
     def make(*sizes: int) -> jax.sharding.Mesh:
         devices = jax.devices()[: int(np.prod(sizes))]

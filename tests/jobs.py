@@ -1,6 +1,6 @@
-"""Jobs as a user runs them, each in a process of its own: what they write, print and end with.
+"""Runs jobs as a user does, each in a separate process, and returns their output and exit codes.
 
-The processes are forked from one that has everything imported, which is most of what a short job takes.
+The processes are forked from one that has imported everything, because imports take most of the time of a short job.
 """
 
 import atexit
@@ -19,17 +19,19 @@ import pytest
 import diffusion
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Not the jobs themselves: they define their flags when they are imported.
+# The jobs themselves must not be imported in advance, because they define their flags on import.
 IMPORTED = [module.name for module in pkgutil.walk_packages(diffusion.__path__, "diffusion.")]
 IMPORTED += ["diffusion.pipelines.comparison", "diffusion.pipelines.generator", "tests.jobs"]
 
 
 def job(name, *flags):
-    """`python -m experiments.NAME FLAGS`, or of a module whose name has dots, on one device, from the root of the
-    repository."""
+    """Runs `python -m experiments.NAME FLAGS` on one device, in the root of the repository.
+
+    A name with dots is that of a module outside `experiments`.
+    """
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     context = multiprocessing.get_context("forkserver")
-    with pytest.MonkeyPatch.context() as patch:  # JAX reads its environment when it is imported, there
+    with pytest.MonkeyPatch.context() as patch:  # JAX reads its environment on import, which happens in the fork server
         for key in ("JAX_NUM_CPU_DEVICES", "PYTHONPATH"):
             patch.setenv(key, environment[key])
         context.set_forkserver_preload(IMPORTED)
@@ -46,17 +48,17 @@ def job(name, *flags):
 
 
 def one_line(done):
-    """The one line of a refusal."""
+    """Returns the only line of standard error of a job that ended with exit code 2."""
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
 
 
 def children(pid):
-    """The processes that a process has started, the oldest first."""
+    """Returns the ids of a process's children in increasing order."""
     found = []
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it may have ended
+        with contextlib.suppress(OSError):  # the process may have ended
             if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
                 found.append(int(path.parent.name))
     return sorted(found)
@@ -72,5 +74,5 @@ def _run(name, flags, environment, streams):
     os.chdir(ROOT)
     sys.argv = [name, *flags]
     with contextlib.ExitStack() as stack:
-        stack.callback(atexit._run_exitfuncs)  # which multiprocessing leaves out
+        stack.callback(atexit._run_exitfuncs)  # multiprocessing skips exit handlers
         runpy.run_module(name if "." in name else f"experiments.{name}", run_name="__main__", alter_sys=True)

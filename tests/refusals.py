@@ -1,4 +1,4 @@
-"""Helpers that check which field a refusal names, whatever its wording."""
+"""Helpers that check which field an error message names, independent of its wording."""
 
 import contextlib
 import subprocess

@@ -90,10 +90,11 @@ def test_libraries_are_imported_in_their_places_only():
         roots = {name.partition(".")[0] for name in used}
         assert where == "training/checkpoint.py" or "orbax" not in roots, where
         assert "ml_collections" not in roots or where.startswith("pipelines/"), where
-        # absl's flags for grain alone, which must find them parsed.
+        # The data pipeline makes grain's absl flags readable in programs that do not parse flags.
         assert where == "data/pipeline.py" or "absl" not in roots, where
         assert not roots & {"torch", "diffusers", "transformers", "tensorflow"}, where
-        assert where == "data/sources/tfds.py" or "tensorflow_datasets" not in roots, where
+        tfds = ("data/sources/tfds.py", "pipelines/tfds_preparation.py")
+        assert where in tfds or "tensorflow_datasets" not in roots, where
         assert where.startswith(("layers/", "networks/", "encoders/", "adapters/")) or "flax" not in roots, where
 
 
@@ -102,6 +103,8 @@ def test_the_library_neither_prints_nor_exits():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
+                if called == "os._exit" and path.match("data/pipeline.py"):
+                    continue  # ends a data worker process, and never the main process
                 assert called not in ("print", "sys.exit", "exit", "quit", "os._exit"), f"{path}:{node.lineno} {called}"
 
 

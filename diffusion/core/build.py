@@ -1,8 +1,9 @@
 """Builds a part from its name and keywords: `build("samplers", {"name": "ddim", "eta": 0.5})`.
 
-There is no registry. A family is a package whose modules each define `make` (`diffusion.sampling.samplers`), or one
-module whose public functions are the parts (`diffusion.sampling.grids`). Adding a file adds a part. Wherever a name is
-accepted, so are `"package.module:attribute"` and a callable, which name a part outside this package.
+There is no registry. A family is either a package whose modules each define `make` (`diffusion.sampling.samplers`), or
+a single module whose parts are the functions listed in its `__all__`, or all its public functions if it defines none
+(`diffusion.sampling.grids`). Adding a file or a function adds a part. Wherever a name is accepted, so are
+`"package.module:attribute"` and a callable, so that a part may be defined outside this package.
 """
 
 import difflib
@@ -36,9 +37,9 @@ FAMILIES = {
     "time_sampling": "diffusion.process.time_sampling",
     "weighting": "diffusion.process.weighting",
 }
-LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, (2 - 2.0**-23) * 2.0**127  # int32 and float32, in which JAX computes
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, (2 - 2.0**-23) * 2.0**127  # of int32 and float32, JAX's default precision
 
-_NUMBERS = BeartypeConf(is_pep484_tower=True)  # accept an int where a float is expected
+_NUMBERS = BeartypeConf(is_pep484_tower=True)  # accepts an int where a float is expected
 
 
 def build(
@@ -47,15 +48,15 @@ def build(
     """Builds one part.
 
     Args:
-      family: a key of `FAMILIES`.
+      family: A key of `FAMILIES`.
       spec: `{"name": ..., **keywords}` as in a config, or a bare name, which is short for `{"name": name}`. The name
-        may also be `"package.module:attribute"` or a callable; either is called with the keywords.
-      field: the path of `spec` in the config, for error messages; defaults to the name of the family.
-      **given: keywords that the caller supplies and no config may set (a network's `shape`, for example). A callable
+        may also be `"package.module:attribute"` or a callable, which is called with the keywords.
+      field: The path of `spec` in the config, for error messages; defaults to the name of the family.
+      **given: Keywords that the caller supplies and no config may set (a network's `shape`, for example). A callable
         or attribute receives only those that its signature accepts.
 
     Raises:
-      InputError: an unknown name, an unknown, missing or ill-typed keyword, or a value that the part rejects.
+      InputError: The name is unknown, a keyword is unknown, missing or of the wrong type, or the part rejects a value.
     """
     field = field or family
     if isinstance(spec, str) or callable(spec):
@@ -68,17 +69,16 @@ def build(
         raise InputError(f"{field}.{clash[0]}", "is derived from other parts of the config; remove it")
     make = find(family, spec["name"], field=f"{field}.name")
     if is_external(spec["name"]):
-        parameters = inspect.signature(make).parameters
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        given = {key: value for key, value in given.items() if takes_all or key in parameters}
+        named, takes_any = _keywords_of(make)
+        given = {key: value for key, value in given.items() if takes_any or key in named}
     return call(make, {**keywords, **given}, field=field)
 
 
 def find(family: str, name: str | Callable[..., Any], *, field: str) -> Callable[..., Any]:
-    """Returns the callable that makes part `name` of a family.
+    """Returns the callable that builds the part `name` of a family.
 
     Raises:
-      InputError: there is no such part; the message lists all names.
+      InputError: There is no such part, or `"package.module:attribute"` cannot be imported.
     """
     if callable(name):
         return name
@@ -93,16 +93,18 @@ def find(family: str, name: str | Callable[..., Any], *, field: str) -> Callable
 
 
 def is_external(name: Any) -> bool:
-    """Returns whether a part's name is a callable or `"package.module:attribute"`, and not the name of a family's."""
+    """Returns whether `name` is a callable or `"package.module:attribute"`, rather than the name of a family's part."""
     return callable(name) or (isinstance(name, str) and ":" in name)
 
 
 def names(family: str) -> list[str]:
-    """Returns the names of a family's parts, found by listing its folder or its functions."""
+    """Returns the names of a family's parts, found by listing its package's files or its module's functions."""
     module = importlib.import_module(FAMILIES[family])
     if hasattr(module, "__path__"):
         modules = (info.name for info in pkgutil.iter_modules(module.__path__) if not info.ispkg)
         return sorted(name for name in modules if _has_make(f"{FAMILIES[family]}.{name}"))
+    if hasattr(module, "__all__"):
+        return sorted(name for name in module.__all__ if isinstance(getattr(module, name), types.FunctionType))
     return sorted(
         name
         for name, value in vars(module).items()
@@ -119,12 +121,18 @@ def defaults(make: Callable[..., Any], *, later: Collection[str] = ()) -> dict[s
 
 
 def call(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str) -> Any:
-    """`make(**keywords)` once they pass `check`, with a float for an integer where it wants one; what it refuses itself
-    is named under `field`."""
+    """Returns `make(**keywords)` after `check`, with integers converted to floats where `make` expects floats.
+
+    Raises:
+      InputError: See `check`; errors that `make` itself raises get `field` as a prefix.
+    """
     check(make, keywords, field=field)
     parameters = inspect.signature(make).parameters
-    floats = {key: float(value) for key, value in keywords.items()
-              if type(value) is int and key in parameters and _wants_float(parameters[key].annotation)}  # fmt: skip
+    floats = {
+        key: float(value)
+        for key, value in keywords.items()
+        if type(value) is int and key in parameters and _expects_float(parameters[key].annotation)
+    }
     try:
         return make(**{**keywords, **floats})
     except InputError as error:
@@ -132,67 +140,82 @@ def call(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str) -
 
 
 def check(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str, later: Collection[str] = ()) -> None:
-    """Holds keywords against the signature and the type annotations of `make`.
+    """Checks keywords against the signature and the type annotations of `make`.
 
     Args:
-      later: parameters that will be given when it is called.
+      later: Parameters that the caller will supply when it calls `make`.
 
     Raises:
-      InputError: an unknown, ill-typed or missing keyword, or a number that JAX does not have: NaN, one beyond int32 or
-        float32, or infinity where the keyword is not infinite by default.
+      InputError: A keyword is unknown, missing or of the wrong type, or a number is NaN, out of the range of int32 or
+        float32, or infinite where the default is not.
     """
     parameters = inspect.signature(make).parameters
-    named = [key for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD and key not in later]
-    where = inspect.getmodule(make).__name__.replace(".", "/") + ".py"
+    named, takes_any = _keywords_of(make)
+    named = [key for key in named if key not in later]
+    where = (getattr(make, "__module__", None) or type(make).__module__).replace(".", "/") + ".py"
     for key, value in keywords.items():
         if key not in named:
-            if len(named) + len(later) < len(parameters):  # it takes any keyword
+            if takes_any:
                 continue
             raise InputError(f"{field}.{key}", f"{where} takes no {key!r}{_nearest(key, named)}")
         _check_numbers(value, f"{field}.{key}", by_default=parameters[key].default)
-        wanted = parameters[key].annotation
-        if wanted is inspect.Parameter.empty or isinstance(wanted, str):
+        expected = parameters[key].annotation
+        if expected is inspect.Parameter.empty or isinstance(expected, str):
             continue
-        if not _is_a(value, wanted):
-            raise InputError(f"{field}.{key}", f"{where} wants {_spell(wanted)}, got {value!r}")
+        if not _is_a(value, expected):
+            raise InputError(f"{field}.{key}", f"{where} expects {_spell(expected)}, got {value!r}")
     for key in named:
         if key not in keywords and parameters[key].default is inspect.Parameter.empty:
-            raise InputError(f"{field}.{key}", f"is missing; {where} needs it")
+            raise InputError(f"{field}.{key}", f"is missing; {where} requires it")
 
 
-def _is_a(value: Any, wanted: Any) -> bool:
-    """Whether a value has a type, with all its items: beartype looks at one of them, drawn at random."""
-    kinds = typing.get_args(wanted)
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+def _keywords_of(make: Callable[..., Any]) -> tuple[list[str], bool]:
+    """Returns the names of the keywords of `make`, and whether it accepts any other keyword as well."""
+    parameters = inspect.signature(make).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _is_a(value: Any, expected: Any) -> bool:
+    """Returns whether a value matches a type. Checks every item of a tuple; beartype checks only a random one."""
+    kinds = typing.get_args(expected)
+    if typing.get_origin(expected) is typing.Annotated:
+        return _is_a(value, kinds[0])
+    if getattr(expected, "_is_protocol", False) and not getattr(expected, "_is_runtime_protocol", False):
+        return True  # a protocol that cannot be checked
+    if typing.get_origin(expected) in (typing.Union, types.UnionType):
         return any(_is_a(value, kind) for kind in kinds)
-    if typing.get_origin(wanted) is tuple and kinds[-1] is ...:
+    if typing.get_origin(expected) is tuple and kinds[-1] is ...:
         return isinstance(value, tuple) and all(_is_a(item, kinds[0]) for item in value)
-    if typing.get_origin(wanted) is tuple and kinds:
+    if typing.get_origin(expected) is tuple and kinds:
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
-    return is_bearable(value, wanted, conf=_NUMBERS) and not (isinstance(value, bool) and wanted in (int, float))
+    return is_bearable(value, expected, conf=_NUMBERS) and not (isinstance(value, bool) and expected in (int, float))
 
 
-def _wants_float(annotation: Any) -> bool:
-    # The square of an integer may be beyond int32, where that of a float is not beyond float32.
+def _expects_float(annotation: Any) -> bool:
+    # An integer given for a float must become one: its square may exceed int32 where that of a float fits float32.
     kinds = typing.get_args(annotation) or (annotation,)
     return float in kinds and int not in kinds
 
 
 def _check_numbers(value: Any, field: str, by_default: Any) -> None:
-    """Those in a tuple as well; in a section they are the part's that is built of it."""
+    """Raises InputError if a number is NaN, infinite or out of range.
+
+    Recurses into tuples, but not into nested sections, which are checked when their part is built.
+    """
     if isinstance(value, (tuple, list)):
         for item in value:
             _check_numbers(item, field, by_default)
     if not isinstance(value, (int, float)) or (isinstance(by_default, float) and value == by_default == math.inf):
         return
     if isinstance(value, int) and abs(value) > LARGEST_INT:
-        raise InputError(field, f"must be at most {LARGEST_INT:,} in size, got {value}")
-    if not abs(value) <= LARGEST_FLOAT:  # nor is NaN
-        raise InputError(field, f"must be a finite number, in float32, got {value}")
+        raise InputError(field, f"must be at most {LARGEST_INT:,} in magnitude, got {value}")
+    if not abs(value) <= LARGEST_FLOAT:  # also true for NaN
+        raise InputError(field, f"must be finite in float32, got {value}")
 
 
 def _import(name: str, field: str) -> Callable[..., Any]:
-    """Imports `package.module:attribute`; the attribute may have dots."""
+    """Imports `package.module:attribute`, where the attribute may contain dots."""
     module, _, attribute = name.partition(":")
     try:
         found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
@@ -200,12 +223,16 @@ def _import(name: str, field: str) -> Callable[..., Any]:
         raise InputError(field, f"cannot import {name!r}: {error}") from error
     if not callable(found):
         raise InputError(field, f"{name!r} is not callable")
+    try:
+        inspect.signature(found)
+    except ValueError as error:  # some functions of C extensions
+        raise InputError(field, f"{name!r} cannot be used: {error}; wrap it in a Python function") from error
     return found
 
 
 @functools.cache
 def _has_make(module: str) -> bool:
-    # Read from the source, so that listing a family imports none of its optional dependencies.
+    # Reads the source instead of importing it: listing a family must not import its optional dependencies.
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.origin or spec.submodule_search_locations:
         return False
@@ -219,7 +246,11 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _spell(annotation: Any) -> str:
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not Array]
-    if Array in typing.get_args(annotation) and len(kinds) == 1:  # an array where a config gives a number
-        annotation = kinds[0]
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _spell(annotation.__origin__)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):  # omit arrays, which no config can contain
+        return " | ".join(_spell(kind) for kind in typing.get_args(annotation) if kind is not Array)
+    if annotation is types.NoneType:
+        return "None"
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return name.replace("typing.", "").replace("collections.abc.", "")

@@ -1,45 +1,82 @@
-"""What several networks refuse, in one line that names the option. Each raises InputError."""
+"""Checks of options that users set. Each raises an InputError that names the option."""
 
 from collections.abc import Collection, Sequence
 
 from diffusion.core.types import InputError
 
-LARGEST = 2**16  # of a network's numbers: beyond it lies no network, and building one would fill the memory
-MOST = {"num_res_blocks": 1000}  # which are built one by one
+LARGEST = 2**16  # limit for sizes of a network: a larger one is a typing error, and building it would fill the memory
+MOST = {"num_res_blocks": 1000}  # smaller limits for the numbers of blocks, which are built one by one
 
 
 def square_images(network: str, shape: tuple[int, ...]) -> None:
+    """Checks that examples are square images `[H, W, C]`."""
     if len(shape) != 3 or shape[0] != shape[1]:
-        problem = f"{network} takes square images (H, W, C), got {shape}; choose another network or data"
+        problem = f"{network} requires square images (H, W, C), got {shape}; choose another network or other data"
         raise InputError("shape", problem)
 
 
 def positive(**numbers: float | None) -> None:
-    """Nor is any absurdly large; None is an option that is not set."""
+    """Checks that each number is positive; None, an option that is not set, passes."""
     for name, value in numbers.items():
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise InputError(name, f"must be positive, got {value}")
-        at_most(MOST.get(name, LARGEST), value or 0, name)
 
 
-def inner_width(width: float) -> int:
-    """Of a perceptron's inner layer, as a whole number."""
-    if width < 1:
-        raise InputError("mlp_ratio", f"leaves no unit for the inner layer, {width:g}; use a larger one")
-    return int(width)
+def at_least(minimum: float, **numbers: float | None) -> None:
+    """Checks that each number is at least `minimum`; None passes."""
+    for name, value in numbers.items():
+        if value is not None and not value >= minimum:
+            raise InputError(name, f"must be at least {minimum}, got {value}")
+
+
+def at_most(most: int, number: int, field: str) -> int:
+    """Returns `number` after checking that it is at most `most`.
+
+    The limit is generous: a number beyond it is a typing error that would exhaust the memory.
+
+    Raises:
+      InputError: The number is larger; the error names `field`.
+    """
+    if number > most:
+        raise InputError(field, f"must be at most {most:,}, got {number}")
+    return number
 
 
 def rate(**rates: float) -> None:
+    """Checks that each rate is in [0, 1)."""
     for name, value in rates.items():
         if not 0 <= value < 1:
             raise InputError(name, f"must be in [0, 1), got {value}")
 
 
+def network_size(**numbers: float | None) -> None:
+    """Checks that each size of a network is positive and not so large that building the network fills the memory."""
+    positive(**numbers)
+    for name, value in numbers.items():
+        at_most(MOST.get(name, LARGEST), value or 0, name)
+
+
+def inner_width(width: float) -> int:
+    """Returns the width of a perceptron's inner layer as an integer, after checking that it is at least 1."""
+    if width < 1:
+        raise InputError("mlp_ratio", f"must give the inner layer at least one unit, gives {width:g}; increase it")
+    return int(width)
+
+
 def levels(
-    size: int, width: int, channel_mult: Sequence[int], attention_resolutions: Collection[int], head_dim: int | None, *,
+    size: int,
+    width: int,
+    channel_mult: Sequence[int],
+    attention_resolutions: Collection[int],
+    head_dim: int | None,
+    *,
     middle_attention: bool = True,
-) -> None:  # fmt: skip
-    """Of a U-Net: images that cannot be halved so often, attention where there is no level, heads that do not fit."""
+) -> None:
+    """Checks a U-Net's levels.
+
+    The images must be divisible by 2 once per level after the first, each attention resolution must be that of a level,
+    and the attention heads must divide the channels that they attend to.
+    """
     if not channel_mult or min(channel_mult) < 1:
         raise InputError("channel_mult", f"must be one or more positive numbers, got {channel_mult}")
     at_most(LARGEST, width * max(channel_mult), "channel_mult")
@@ -54,11 +91,4 @@ def levels(
     attended |= {channel_mult[-1]} if middle_attention else set()
     for channels in (width * m for m in sorted(attended)):
         if head_dim and channels % head_dim:
-            raise InputError("head_dim", f"{head_dim} does not divide the {channels} channels that attend")
-
-
-def at_most(most: int, number: int, field: str) -> int:
-    """The number. Raises InputError naming `field` if it is larger: what is a slip, and would fill the memory."""
-    if number > most:
-        raise InputError(field, f"must be at most {most:,}, got {number}")
-    return number
+            raise InputError("head_dim", f"must divide the {channels} channels of an attention block, got {head_dim}")

@@ -1,5 +1,7 @@
-"""Writing files: whole or not at all, or line by line; on a local disk or at a place such as `gs://bucket/run`; by the
-first process alone, where a job has several."""
+"""Writes files atomically or line by line, on a local disk or in remote storage such as `gs://bucket/run`.
+
+If a job has several processes, only the first writes.
+"""
 
 import contextlib
 import errno
@@ -15,20 +17,28 @@ from etils import epath
 
 from diffusion.core.types import InputError
 
-REWRITE = 60.0  # seconds between two writings of a remote file's lines
+Path = str | os.PathLike[str]
+
+REWRITE = 60.0  # minimum time in seconds between two uploads of a remote file that grows by lines
 
 
 def writes() -> bool:
-    """Whether this process is the one that writes. It does not wake the devices up where there is one process."""
+    """Returns whether this process writes files. Does not initialize the devices if there is only one process."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    return "://" in str(path)
+def is_remote(path: Path) -> bool:
+    """Returns whether a path is a URL such as `gs://bucket/run`."""
+    return "://" in os.fspath(path)
 
 
-def make_folder(path: str, field: str) -> str:
-    """Makes a folder for output, and returns it. Raises InputError naming `field` if nothing can be written there."""
+def make_folder(path: Path, field: str) -> str:
+    """Creates an output folder and returns its path.
+
+    Raises:
+      InputError: Nothing can be written there; the error names `field`.
+    """
+    path = os.fspath(path)
     try:
         if is_remote(path):
             epath.Path(path).mkdir(parents=True, exist_ok=True)
@@ -40,28 +50,33 @@ def make_folder(path: str, field: str) -> str:
         raise InputError(field, f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def is_folder(path: str | os.PathLike, field: str) -> bool:
-    """Whether there is such a folder. Raises InputError naming `field` if it cannot be known."""
+def is_folder(path: Path, field: str) -> bool:
+    """Returns whether the folder exists.
+
+    Raises:
+      InputError: The storage cannot be reached; the error names `field`.
+    """
     try:
         return epath.Path(path).is_dir()
-    except Exception as error:  # each kind of storage raises its own
+    except Exception as error:  # each storage backend raises its own exceptions
         missing = "; pip install gcsfs" if isinstance(error, ImportError) else ""
         raise InputError(field, f"{path} cannot be reached: {error}{missing}") from error
 
 
 @contextlib.contextmanager
-def replace(path: str, mode: str = "w") -> Iterator[IO]:
-    """Opens a file that takes the place of `path` at the end, unless something was raised."""
+def replace(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Opens a temporary file that replaces `path` when the context ends without an exception."""
+    path = os.fspath(path)
     encoding = None if "b" in mode else "utf-8"
     if not writes():
-        yield io.BytesIO() if "b" in mode else io.StringIO()  # not the null device, where an archive cannot seek
+        yield io.BytesIO() if "b" in mode else io.StringIO()  # not os.devnull, in which zipfile cannot seek
         return
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
-            whole = os.path.join(folder, "whole")
-            with open(whole, mode, encoding=encoding) as file:
+            local = os.path.join(folder, "file")
+            with open(local, mode, encoding=encoding) as file:
                 yield file
-            epath.Path(whole).copy(path, overwrite=True)
+            epath.Path(local).copy(path, overwrite=True)
         return
     partial = f"{path}.partial"
     try:
@@ -74,27 +89,29 @@ def replace(path: str, mode: str = "w") -> Iterator[IO]:
 
 
 class Lines:
-    """A text file that grows by lines. On a local disk each is there once it is added; a remote file, which can only be
-    written whole, has them a minute later, or when it is closed.
+    """A text file that grows line by line.
+
+    A local file contains each line as soon as it is added. A remote file can only be written as a whole, so it is
+    uploaded about once a minute and when it is closed.
 
     Args:
-      path: of the file, which may exist.
+      path: The file, which may exist.
 
     Raises:
-      OSError: from every method, as writing does; also where the file was removed meanwhile.
+      OSError: From every method, if writing fails or if the file has been removed in the meantime.
     """
 
-    def __init__(self, path: str):
-        self.path, self._file, self._lines = path, None, []
+    def __init__(self, path: Path):
+        self.path, self._file, self._lines = os.fspath(path), None, []
         self.keep(lambda line: True)
 
-    def keep(self, wanted: Callable[[str], bool]) -> None:
-        """Removes all other lines, and one that a kill has cut short."""
+    def keep(self, predicate: Callable[[str], bool]) -> None:
+        """Removes the lines for which `predicate` is False, and an incomplete last line."""
         self.close()
-        there = epath.Path(self.path)
-        text = there.read_bytes().decode(errors="replace") if there.exists() else ""
+        path = epath.Path(self.path)
+        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
         lines = text.splitlines(keepends=True)
-        self._lines = [line for line in lines if line.endswith("\n") and wanted(line)]
+        self._lines = [line for line in lines if line.endswith("\n") and predicate(line)]
         if len(self._lines) < len(lines):
             self._rewrite()
         if not is_remote(self.path):
@@ -103,9 +120,9 @@ class Lines:
         self._written = time.monotonic()
 
     def add(self, line: str) -> None:
-        """Adds a line, given without its end."""
+        """Adds a line, given without its newline."""
         if self._file is not None:
-            if not os.fstat(self._file.fileno()).st_nlink:  # or it would grow where nobody can see it
+            if not os.fstat(self._file.fileno()).st_nlink:  # without this, the lines would go to an unlinked file
                 raise FileNotFoundError(errno.ENOENT, "was removed", self.path)
             self._file.write(line + "\n")
             self._file.flush()
@@ -116,7 +133,7 @@ class Lines:
             self._written = time.monotonic()
 
     def close(self) -> None:
-        """Ends the writing, with all lines in the file."""
+        """Writes all lines and closes the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,4 +1,4 @@
-"""Pictures of samples."""
+"""Draws samples as images."""
 
 import math
 from collections.abc import Sequence
@@ -10,23 +10,23 @@ from diffusion.core import files
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0 .. 255, rounded to the nearest and cut at the ends."""
+    """Converts [-1, 1] to 0 .. 255, rounded to the nearest integer and clipped."""
     return np.clip(np.round((np.asarray(x, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def from_uint8(pixels: np.ndarray) -> np.ndarray:
-    """0 .. 255 -> [-1, 1], float32."""
+    """Converts 0 .. 255 to [-1, 1], float32."""
     return pixels.astype(np.float32) / 127.5 - 1
 
 
 def grid(images: np.ndarray, columns: int | None = None, *, min_side: int = 48, gap: int = 2) -> Image.Image:
-    """Images side by side.
+    """Arranges images in a grid.
 
     Args:
       images: uint8 `[N, H, W, C]`, C = 1 or 3.
-      columns: of the grid; a near-square if left out.
-      min_side: small images are enlarged by whole factors to at least so many pixels.
-      gap: white pixels between them.
+      columns: Number of columns; by default the grid is nearly square.
+      min_side: Small images are enlarged by an integer factor so that their shorter side has at least this many pixels.
+      gap: White pixels between the images.
     """
     num, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(num))
@@ -42,13 +42,18 @@ def grid(images: np.ndarray, columns: int | None = None, *, min_side: int = 48, 
 
 
 def picture(x: np.ndarray, columns: int | None = None) -> Image.Image:
-    """Samples: images `[N, H, W, C]` in [-1, 1] side by side, the first 400; latents likewise, their channels in a row,
-    from -3 to 3; points `[N, 2]` as a cloud."""
+    """Draws samples.
+
+    Args:
+      x: Images `[N, H, W, 1 or 3]` in [-1, 1], the first 400 of which are drawn in a grid; latents `[N, H, W, C]`,
+        whose channels are drawn next to each other and scaled from [-3, 3]; or points `[N, 2]`, drawn as a density.
+      columns: Number of columns; by default the grid is nearly square.
+    """
     return grid(_pixels(x[:400]), columns) if x.ndim == 4 else cloud(x)
 
 
 def _pixels(x: np.ndarray) -> np.ndarray:
-    """uint8 `[N, H, W, 1 or 3]`; of another number of channels `[N, H, C W, 1]`."""
+    """Returns uint8 images `[N, H, W, 1 or 3]`; other numbers of channels are tiled, `[N, H, C W, 1]`."""
     num, height, width, channels = x.shape
     if channels in (1, 3):
         return to_uint8(x)
@@ -56,10 +61,11 @@ def _pixels(x: np.ndarray) -> np.ndarray:
 
 
 def labelled(rows: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
-    """A contact sheet: a row of samples for each label, which stands before it.
+    """Draws rows of samples, each with its label to the left.
 
     Args:
-      rows: samples in [-1, 1], each `[N, H, W, C]` or points `[N, 2]`.
+      rows: Samples in [-1, 1], each `[N, H, W, C]` or points `[N, 2]`.
+      labels: One label per row.
     """
     pictures = [grid(_pixels(x), len(x)) if x.ndim == 4 else cloud(x, side=240) for x in rows]
     font = ImageFont.load_default(14)
@@ -74,17 +80,19 @@ def labelled(rows: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
 
 
 def captioned(examples: Sequence[np.ndarray], texts: Sequence[str], *, min_side: int = 96) -> Image.Image:
-    """A sheet of single examples, each with its text below it.
+    """Draws examples in a grid, each with its text below it.
 
     Args:
-      examples: in [-1, 1], `[H, W, C]`, or videos `[T, H, W, C]`, whose frames stand in a row; or points `[2]`, which
-        make one cloud. They need not be of one size.
+      examples: Images `[H, W, C]` in [-1, 1], or videos `[T, H, W, C]`, whose frames are drawn in a row; sizes may
+        differ. Or points `[2]`, drawn together as one density.
+      texts: One text per example; not drawn for points.
+      min_side: See `grid`.
     """
     if examples[0].ndim == 1:
         return cloud(np.stack(examples))
     font = ImageFont.load_default(12)
-    cells = [grid(_pixels(x if x.ndim == 4 else x[None]), len(x) if x.ndim == 4 else 1, min_side=min_side)
-             for x in examples]  # fmt: skip
+    videos = [x if x.ndim == 4 else x[None] for x in examples]
+    cells = [grid(_pixels(video), len(video), min_side=min_side) for video in videos]
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     lines = [_wrapped(text, font, width - 4) for text in texts]
     height += 14 * max(map(len, lines)) + 6
@@ -99,7 +107,7 @@ def captioned(examples: Sequence[np.ndarray], texts: Sequence[str], *, min_side:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Its words in lines of no more than a width in pixels, where a word is not wider itself."""
+    """Breaks a text into lines of at most `width` pixels; a longer word gets its own line."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -111,8 +119,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def cloud(points: np.ndarray, *, side: int = 480, extent: float = 1.5) -> Image.Image:
-    """How many of the points `[N, 2]` lie in each of 120 x 120 cells of the square [-extent, extent]^2, the darker the
-    more."""
+    """Draws the density of points `[N, 2]`: their counts in 120 x 120 cells of the square [-extent, extent]^2."""
     cells = 120
     edges = np.linspace(-extent, extent, cells + 1)
     counts, _, _ = np.histogram2d(-points[:, 1], points[:, 0], bins=edges)
@@ -120,7 +127,7 @@ def cloud(points: np.ndarray, *, side: int = 480, extent: float = 1.5) -> Image.
     return Image.fromarray(shades.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
 
 
-def save_png(image: Image.Image, path: str) -> None:
-    """Writes a PNG that is there whole or not at all."""
+def save_png(image: Image.Image, path: files.Path) -> None:
+    """Writes a PNG file atomically."""
     with files.replace(path, "wb") as file:
         image.save(file, format="PNG")

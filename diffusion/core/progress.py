@@ -1,4 +1,4 @@
-"""One line that says how far long work has come."""
+"""A line that reports the progress of long work."""
 
 import collections
 import io
@@ -11,15 +11,17 @@ from diffusion.core import files
 
 
 class Progress:
-    """Prints `title 120/2000 6% loss 0.0312 1,234 images/s 1:32 left`: rewritten in place on a terminal, a new line
-    every 30 seconds elsewhere. The rate is the median of the last updates, so that no
-    compilation or pause is in it.
+    """A progress line such as `train 120/2,000 (6 %)  loss 0.0312  1,234 images/s  1:32 left`.
+
+    On a terminal it is rewritten in place; elsewhere a new line is printed every 30 seconds. The rate is the median
+    over the last updates, so that compilation and pauses do not affect it.
 
     Args:
-      title: what is going on.
-      total: units of the whole work.
-      done: units done before this start.
-      weight: images a unit.
+      title: Name of the work.
+      total: Number of units of the whole work.
+      done: Number of units done before this start.
+      weight: Images per unit.
+      stream: Where to write; standard error by default, and nowhere in processes other than the first.
     """
 
     def __init__(self, title: str, total: int, *, done: int = 0, weight: int = 1, stream=None):
@@ -31,7 +33,7 @@ class Progress:
         self.printed_at = self.marks[0][0]
 
     def update(self, done: int, **values: float) -> None:
-        """Tells that `done` units are done, with values to show beside it."""
+        """Records that `done` units are done, and prints the line if it is due; `values` are shown in it."""
         now = time.monotonic()
         self.marks.append((now, done))
         if now - self.printed_at < self.interval and done < self.total:
@@ -48,7 +50,7 @@ class Progress:
             self.stream.flush()
 
     def rate(self) -> float:
-        """Units a second: the median over the last updates."""
+        """Returns the units per second, the median over the last updates."""
         rates = [(n - m) / max(b - a, 1e-9) for (a, m), (b, n) in itertools.pairwise(self.marks)]
         return statistics.median(rates) if rates else 0.0
 

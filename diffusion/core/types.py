@@ -1,10 +1,10 @@
-"""The contracts that the parts of the library meet. Everything else imports this file; it imports nothing of ours.
+"""The contracts between the parts of the library. Every other module imports this file; it imports none of them.
 
-Conventions held everywhere:
+Conventions used throughout:
   - Time `t` is in [0, 1]: 0 is data, 1 is noise. `x_t = alpha(t) x0 + sigma(t) eps`.
-  - Images are NHWC in [-1, 1], tokens `[B, N, D]`; B is the batch.
-  - A condition is a dict of arrays with leading axis B, plus `keep [B]` bool: where it is False the network uses
-    its own null embedding in place of the condition. An absent `keep` means True everywhere.
+  - Images are NHWC in [-1, 1], tokens are `[B, N, D]`; B is the batch size.
+  - Conditions are a dict of arrays with leading axis B, plus `keep [B]` bool: where it is False the network uses
+    its own null embedding instead of the condition. An absent `keep` means True everywhere.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ Cond = Mapping[str, Array]
 
 
 class InputError(ValueError):
-    """A user's input that cannot be used: which field it is, and how to mend it, in one line.
+    """An error in a user's input. Its one-line message names the field and says how to fix it.
 
-    Parts raise it with the name of their own keyword; whoever built the part puts its own name in front
-    (`within`), so the user reads the whole path, as in `objective.schedule.beta_start: must be ...`.
+    A part raises it with the name of a keyword, and each caller that builds the part prepends its name (`within`), so
+    that the user sees the full path, as in `objective.schedule.beta_start: must be ...`.
     """
 
     def __init__(self, field: str, problem: str):
@@ -30,30 +30,31 @@ class InputError(ValueError):
         self.field, self.problem = field, problem
 
     def within(self, parent: str) -> "InputError":
+        """Returns the same error with `parent` prepended to the field."""
         return InputError(f"{parent}.{self.field}", self.problem)
 
     def __reduce__(self):
-        return InputError, (self.field, self.problem)  # it crosses from a data worker's process
+        return InputError, (self.field, self.problem)  # pickled by the data workers' processes
 
 
 class Batch(TypedDict):
-    """One batch of examples."""
+    """A batch of examples."""
 
     x: Array  # [B, ...] data in [-1, 1]
     cond: Cond  # conditions, each [B, ...]
-    draws: NotRequired[Mapping[str, Array]]  # what `Objective.draw` drew, each [B, ...]
-    skipped: NotRequired[Array]  # [B] bool, another example stands in for one that cannot be read
+    draws: NotRequired[Mapping[str, Array]]  # the result of `Objective.draw`, each [B, ...]
+    skipped: NotRequired[Array]  # [B] bool, True for an example that replaces one that cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a data set's examples look like; the network's shape comes from here and nowhere else.
+    """A description of a data set's examples. A network's input shape comes from here and nowhere else.
 
     Attributes:
-      shape: of one example `x`, without the batch axis.
-      num_classes: labels are `0 .. num_classes - 1`; 0 means that there are none.
-      low, high: the values that -1 and 1 stand for in the raw data.
-      captions: whether an example has one, in English.
+      shape: Shape of one example `x`, without the batch axis.
+      num_classes: Labels are `0 .. num_classes - 1`; 0 means that there are none.
+      low, high: Values of the raw data that are mapped to -1 and 1.
+      captions: Whether each example has a caption, in English.
     """
 
     shape: tuple[int, ...]
@@ -64,20 +65,20 @@ class Spec:
 
     @property
     def is_image(self) -> bool:
-        """Whether an example is a picture of 8 bits a channel, and not points or an autoencoder's latents."""
+        """Whether an example is an image of 8 bits per channel, as opposed to points or an autoencoder's latents."""
         return len(self.shape) == 3 and self.shape[-1] in (1, 3) and (self.low, self.high) != (-1.0, 1.0)
 
 
-@runtime_checkable
+@runtime_checkable  # `build` checks the arguments `train` and `held_out` of a metric
 class Source(Protocol):
-    """Random access to examples: dicts of numpy arrays without a batch axis, `{"x": ..., "cond": {...}}`, with a string
-    `caption` where `spec.captions` says so.
+    """Random access to examples.
 
-    `source[index]` has nothing random in it. These a source may have beside it:
-      draw(index, rng: np.random.Generator): the example as training sees it, with its random crop and flip.
-      class_names: a tuple of `spec.num_classes` strings.
-      buckets: `[len]` integers; examples of one number have one shape of `x`, and a batch is of one number.
-      stages: pairs of a name and a function, which one after the other make `source[index]` of `index`.
+    An example is a dict of numpy arrays without a batch axis, `{"x": ..., "cond": {...}}`, and has a string `caption`
+    if `spec.captions` is True. `source[index]` is deterministic. A source may also define:
+      draw(index, rng: np.random.Generator): Returns the example for training, with a random crop and flip.
+      class_names: A tuple of `spec.num_classes` strings.
+      buckets: Integers `[len]`. Examples with the same number have the same shape of `x`, and a batch has one number.
+      stages: Pairs of a name and a function. Composed in order, the functions map `index` to `source[index]`.
     """
 
     spec: Spec
@@ -90,17 +91,19 @@ class Source(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Denoised:
-    """A denoiser's answer, `[B, ...]` each.
+    """The output of a denoiser, `[B, ...]` each.
 
     Attributes:
-      x0: its estimate of E[x0 | x_t].
-      log_variance: of the reverse step, if it is learned: where it lies in the log between the posterior's two
-        variances, 0 for beta-tilde and 1 for beta (`posterior.Posterior.log_variance`), so it suits steps of any size.
-      conditional: E[x0 | x_t, cond] as the model gave it, where guidance has made something else of it.
-      x0_for_eps: the x0 that the noise is read from, where that is not `x0` itself (CFG++). A solver that goes by x0 alone
-        cannot follow it, and `sample.sample` refuses the pair.
-      kind: what x0 is: the `mean`, as above; the `end` of the ODE's path through x_t, as a consistency model gives it;
-        or that of the straight `step` which leads to where the path is at time `cond["target_time"]`, as a flow map has it.
+      x0: The estimate of x0; `kind` says of which kind.
+      log_variance: The learned variance of the reverse step, or None. It interpolates between the logarithms of the
+        posterior's two variances, 0 for beta-tilde and 1 for beta (`posterior.Posterior.log_variance`), so that it
+        applies to steps of any size.
+      conditional: The model's own E[x0 | x_t, cond], if guidance has changed `x0`.
+      x0_for_eps: The x0 from which eps is computed, if it is not `x0` itself (CFG++). Solvers that use x0 alone cannot
+        follow it, and `sampling.loop.sample` rejects the combination.
+      kind: What `x0` estimates. `posterior_mean`: E[x0 | x_t]. `consistency`: the end, at t = 0, of the ODE trajectory
+        through x_t. `flow_map`: the x0 for which one first-order step from t lands on the ODE trajectory at time
+        `cond["target_time"]`.
     """
 
     x0: Array
@@ -112,42 +115,49 @@ class Denoised:
     )
 
 
-# denoise(x [B, ...], t [] or [B], cond) -> Denoised; `cond` is bound last (`sample.bind`): denoise(x, t, **more_cond).
+# denoise(x [B, ...], t [] or [B], cond) -> Denoised. `cond` may hold `target_time [B]`, the time that a flow map steps
+# to. Samplers call a denoiser with the condition bound (`sampling.loop.bind`): denoise(x, t, **more_cond).
 Denoiser = Callable[..., Denoised]
 
 
 class Schedule(Protocol):
-    """`x_t = alpha(t) x0 + sigma(t) eps`, exact at both ends. All take and return arrays of one shape."""
+    """A noise schedule `x_t = alpha(t) x0 + sigma(t) eps`, exact at both ends.
+
+    All methods are elementwise: they take and return arrays of the same shape.
+    """
 
     def alpha(self, t: Array) -> Array: ...
 
     def sigma(self, t: Array) -> Array: ...
 
     def log_snr(self, t: Array) -> Array:
-        """`log(alpha^2 / sigma^2)`, falling in t."""
+        """Returns `log(alpha^2 / sigma^2)`, which decreases in t."""
         ...
 
     def time(self, log_snr: Array) -> Array:
-        """The inverse of `log_snr`."""
+        """Returns the time at which the log-SNR has the given value; the inverse of `log_snr`."""
         ...
 
 
 class Apply(Protocol):
-    """A network as a pure function. `key=None` switches dropout off."""
+    """A network as a pure function. `key=None` disables dropout."""
 
     def __call__(self, params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network split once into its two halves.
+    """A network as a pair of pure functions.
 
     Attributes:
       init: `init(key) -> params`.
-      apply: of the form `Apply`.
-      outputs: values that it gives for each channel of x: 1, or 2 if it has a second head (a learned variance).
-      project: what its parameters are brought back to after every optimizer step, and by `init`; None if they are free.
-      scalar_conditions: the numbers, each `[B]`, that it takes in `cond` beside the noise label: `r`, `guidance`.
+      apply: The forward pass; see `Apply`.
+      outputs: Output values per channel of x: 1, or 2 if the network has a second head (a learned variance).
+      project: Applied to the parameters after `init` and after every optimizer step (forced weight normalization, for
+        example), or None.
+      scalar_conditions: Names of the scalars, each `[B]`, that the network receives in `cond` in addition to the noise
+        label. `step_size`: for flow maps, the noise label at t minus that at the target time. `guidance_scale`: the
+        scale that a guidance-distilled network reproduces.
     """
 
     init: Callable[[Array], Params]
@@ -158,32 +168,36 @@ class Network:
 
 
 class Objective(Protocol):
-    """Ties schedule, parameterization, law of t and weighting together, for training and sampling alike.
+    """A training method: schedule, parameterization, time distribution and loss weighting, for training and sampling.
 
     Attributes:
-      schedule: the noise schedule that training and sampling share (a learned one: as it is before training).
-      frozen: names in the dict of networks that no gradient trains (a teacher, a target): they get neither optimizer
-        state nor EMA, and `denoiser` does without them.
+      schedule: The noise schedule shared by training and sampling; for a learned one, its state before training.
+      frozen: Names of networks that are not trained by gradients (a teacher, an EMA target). They have neither
+        optimizer state nor EMA, and `denoiser` does not use them.
     """
 
     schedule: Schedule
     frozen: tuple[str, ...]
 
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
-        """The dict of networks, `{"net": ...}` and whatever else the method trains or reads.
+        """Returns the dict of networks: `{"net": ...}` and any others that the method trains or reads.
 
         Args:
-          teacher: the dict of networks of the trained model that the objective was built with, if it was; without it
-            the shapes are right and the values are not.
+          teacher: The networks of the trained model that the objective was built with, if there is one. If it is
+            omitted, the result has the right shapes but not the right values.
         """
         ...
 
     def schedule_for(self, params: Mapping) -> Schedule:
-        """The schedule to sample with."""
+        """Returns the schedule to sample with."""
         ...
 
     def initial_state(self) -> Mapping[str, Array]:
-        """What the objective keeps from step to step beside its parameters, before the first; a part of the state."""
+        """Returns the objective state before the first step.
+
+        The objective state holds what the method carries from step to step in addition to its parameters. It is stored
+        in the train state.
+        """
         ...
 
     def before_step(
@@ -195,69 +209,92 @@ class Objective(Protocol):
         key: Array,
         step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
-        """What comes before a step: the dict of networks, with those that follow others and no gradient brought up to
-        date (a target, the teacher of the next round), and the memory."""
+        """Runs before each step and returns the updated dict of networks and objective state.
+
+        It updates the networks that are not trained by gradients (an EMA target, the teacher of the next round).
+        """
         ...
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> Mapping[str, Array]:
-        """All randomness of one loss, each entry `[B, ...]`: drawn for the whole batch, so that neither gradient
-        accumulation nor sharding changes it."""
+        """Draws all random numbers of one loss, each entry `[B, ...]`.
+
+        They are drawn for the whole batch, so that they depend on neither gradient accumulation nor sharding.
+        """
         ...
 
     def update_state(
-        self, objective_state: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
+        self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Array
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
-        """The memory after a whole batch's noise and losses `[B]`, and metrics of them."""
+        """Returns the objective state after a step, and metrics, from the whole batch's draws and losses `[B]`."""
         ...
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """Loss `[B]` and scalar metrics. Uses `batch["draws"]` if it is there, and draws it if not."""
+        """Returns the loss `[B]` and scalar metrics. `batch["draws"]` must hold the result of `draw`."""
         ...
 
-    def denoiser(self, net: Apply, params: Mapping) -> Denoiser: ...
+    def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
+        """Returns the denoiser of a trained model."""
+        ...
 
 
 class Sampler(Protocol):
-    """One step of a solver, in the shape of an optax transformation; `diffusion.sample.sample` scans over it.
+    """One step of a solver, in the form of an optax transformation; `sampling.loop.sample` scans over it.
 
-    `t` and `s` are scalars, `t > s`; a solver of the ODE also goes up, from `t` to `s > t`. `keys` holds one key a
-    sample, so a sample does not depend on its neighbours.
+    `t` and `s` are scalars with `t > s`; ODE solvers also integrate towards noise, with `s > t`. `keys` holds one key
+    per sample, so that a sample does not depend on the others in its batch.
 
     Attributes:
-      evaluations: `evaluations(steps)`, how often a run that ends at t = 0 asks the denoiser; None if it depends.
-      stochastic: whether it draws noise, and so solves no ODE that could be inverted.
-      uses_separate_eps: whether it follows a noise that is not read from x0 (`Denoised.x0_for_eps`).
+      stochastic: Whether the sampler draws noise, in which case it does not solve an invertible ODE.
+      uses_separate_eps: Whether it supports a noise that is not computed from x0 (`Denoised.x0_for_eps`).
     """
 
     stochastic: bool
     uses_separate_eps: bool
 
-    def evaluations(self, steps: int) -> int | None: ...
+    def evaluations(self, steps: int) -> int | None:
+        """Returns how often a run of `steps` steps that ends at t = 0 calls the denoiser; None if it varies."""
+        ...
 
-    def init(self, x: Array, times: Array) -> Any: ...
+    def init(self, x: Array, times: Array) -> Any:
+        """Returns the carry before the first step, from the initial `x [B, ...]` and all `times`."""
+        ...
 
-    def step(self, carry: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Any: ...
+    def step(self, carry: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Any:
+        """Returns the carry after the step from time t to time s."""
+        ...
 
-    def finish(self, carry: Any) -> Array: ...
+    def finish(self, carry: Any) -> Array:
+        """Returns the samples `[B, ...]` from the last carry."""
+        ...
 
 
 @runtime_checkable
 class SampleMetric(Protocol):
-    """A figure of merit of samples. `num` and `guidance` say what to draw for it."""
+    """A metric of samples. `num` and `guidance` set the number of samples and their guidance scale."""
 
     num: int
     guidance: float
 
     def __call__(self, x: Any, labels: Sequence[int] | None) -> Mapping[str, float]:
-        """Args: `x [N, ...]` samples in [-1, 1], `labels [N]` the classes asked for."""
+        """Returns metrics by name.
+
+        Args:
+          x: Samples `[N, ...]` in [-1, 1].
+          labels: The class that each sample is conditioned on, `[N]`, or None.
+        """
         ...
 
 
 class ModelMetric(Protocol):
-    """A figure of merit of a model itself."""
+    """A metric of a model itself."""
 
     def __call__(self, denoise: Denoiser, schedule: Schedule, key: Array) -> Mapping[str, float]:
-        """Args: `denoise(x, t, cond)`, and the schedule it was trained with."""
+        """Returns metrics by name.
+
+        Args:
+          denoise: `denoise(x, t, cond)`.
+          schedule: The schedule that the model was trained with.
+        """
         ...

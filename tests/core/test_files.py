@@ -1,7 +1,10 @@
-"""Files that are written whole or by lines, on a local disk and in a bucket that is a folder here."""
+"""Tests files that are written atomically or line by line, on a local disk and in a bucket simulated by a folder."""
 
 import json
 import os
+import pathlib
+import sys
+import types
 
 import fsspec
 import numpy as np
@@ -11,15 +14,14 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from diffusion.core import files, images
-from diffusion.core.types import InputError
-from diffusion.training import metrics
-from diffusion.training.metrics import MetricWriter
+from diffusion.training.metrics import JsonLines, TensorBoard
 from diffusion.training.resilience.goodput import Goodput, summary
+from tests.refusals import refused
 
 
 @pytest.fixture(params=["local", "gs://"])
 def folder(request, tmp_path, monkeypatch):
-    """A run's folder, to be written to by its name."""
+    """Returns the path of a run's folder."""
     if request.param == "local":
         return str(tmp_path / "run")
 
@@ -31,12 +33,11 @@ def folder(request, tmp_path, monkeypatch):
             path = str(path)
             return path.replace("gs://bucket", str(tmp_path / "bucket")) if "gs://" in path else path
 
-    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)  # TensorFlow would go to the bucket by itself
     monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: Bucket(skip_instance_cache=True))
-    return f"gs://bucket/{tmp_path.name}"  # epath keeps the first file system of a kind
+    return f"gs://bucket/{tmp_path.name}"  # unique, because epath caches the first file system of each kind
 
 
-def test_whole_or_not_at_all(folder):
+def test_files_are_replaced_atomically(folder):
     files.make_folder(folder, "workdir")
     path = f"{folder}/config.json"
     for text in ("one", "another"):
@@ -44,7 +45,7 @@ def test_whole_or_not_at_all(folder):
             file.write(text)
         assert epath.Path(path).read_text() == text
     with pytest.raises(KeyError), files.replace(path) as file:
-        file.write("half")
+        file.write("incomplete")
         raise KeyError
     assert epath.Path(path).read_text() == "another"
     images.save_png(Image.new("L", (3, 2)), f"{folder}/a.png")
@@ -54,7 +55,7 @@ def test_whole_or_not_at_all(folder):
     assert {path.name for path in epath.Path(folder).iterdir()} == {"config.json", "a.png", "x.npz"}
 
 
-def test_lines(folder):
+def test_lines_are_kept_and_incomplete_ones_removed(folder):
     files.make_folder(folder, "workdir")
     path = epath.Path(folder) / "lines"
     lines = files.Lines(str(path))
@@ -64,7 +65,7 @@ def test_lines(folder):
     lines.add("7")
     lines.close()
     assert path.read_text() == "0\n1\n2\n7\n"
-    path.write_text(path.read_text() + "half")
+    path.write_text(path.read_text() + "incomplete")
     lines = files.Lines(str(path))
     assert path.read_text() == "0\n1\n2\n7\n"
     lines.add("8")
@@ -72,22 +73,37 @@ def test_lines(folder):
     assert path.read_text() == "0\n1\n2\n7\n8\n"
 
 
-def test_a_remote_file_is_written_now_and_then(folder, monkeypatch):
+def test_paths_are_strings_or_path_objects(tmp_path):
+    """Both work everywhere, and so do remote paths of `epath`."""
+    folder = files.make_folder(tmp_path / "run", "workdir")
+    assert folder == str(tmp_path / "run") and files.is_folder(pathlib.Path(folder), "workdir")
+    with files.replace(pathlib.Path(folder) / "a") as file:
+        file.write("1")
+    lines = files.Lines(pathlib.Path(folder) / "b")
+    lines.add("2")
+    lines.close()
+    images.save_png(Image.new("L", (1, 1)), pathlib.Path(folder) / "c.png")
+    assert {path.name for path in pathlib.Path(folder).iterdir()} == {"a", "b", "c.png"}
+    assert files.is_remote(epath.Path("gs://bucket/run")) and not files.is_remote(pathlib.Path(folder))
+
+
+def test_a_remote_file_is_uploaded_about_once_a_minute(folder, monkeypatch):
     files.make_folder(folder, "workdir")
     now = [0.0]
     monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
     path = epath.Path(folder) / "lines"
     lines = files.Lines(str(path))
     lines.add("1")
+    assert path.exists() == (not files.is_remote(folder))
     now[0] += files.REWRITE + 1
     lines.add("2")
     assert path.read_text() == "1\n2\n"
 
 
-def test_metrics_and_goodput(folder):
+def test_metrics_and_goodput_after_a_restart(folder):
     files.make_folder(folder, "workdir")
     for start, end in ((0, 5), (3, 7)):
-        writer, meter = MetricWriter(folder, start), Goodput(folder, start)
+        writer, meter = JsonLines(folder, start), Goodput(folder, start)
         for step in range(start + 1, end + 1):
             writer.write(step, {"loss": 1.0})
         meter.write(end)
@@ -98,33 +114,35 @@ def test_metrics_and_goodput(folder):
     assert summary(folder)["starts"] == 2 and summary(folder)["step"] == 7
 
 
-def test_a_damaged_line_of_metrics_goes(tmp_path):
+def test_corrupt_lines_of_metrics_are_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\0\0\xff\n[]\n{"loss": 2}\n{"step": 2}\n{"step": "x"}\n')
-    MetricWriter(str(tmp_path), 2).close()
+    JsonLines(str(tmp_path), 2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_errors_of_tensorboard_are_those_of_files(tmp_path, monkeypatch):
+def test_errors_of_tensorboard_become_os_errors(tmp_path, monkeypatch):
     error = type("ResourceExhaustedError", (Exception,), {"__module__": "tensorflow.python.framework.errors_impl"})
 
     class Full:
         def write_scalars(self, step, scalars):
             raise error("{{function_node Flush:CPU:0}} log: No space left on device\nand more")
 
-    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: Full())
+    clu = types.ModuleType("clu")
+    clu.metric_writers = types.SimpleNamespace(SummaryWriter=lambda workdir: Full())
+    monkeypatch.setitem(sys.modules, "clu", clu)
     with pytest.raises(OSError, match=r"^log: No space left on device$"):
-        MetricWriter(str(tmp_path), 0).write(1, {"loss": 1.0})
+        TensorBoard(str(tmp_path)).write(1, {"loss": 1.0})
 
 
-def test_a_file_that_was_removed(tmp_path):
+def test_adding_to_a_removed_file_fails(tmp_path):
     lines = files.Lines(str(tmp_path / "lines"))
     os.remove(tmp_path / "lines")
-    with pytest.raises(FileNotFoundError, match="was removed"):
+    with pytest.raises(FileNotFoundError):
         lines.add("1")
 
 
-def test_another_process_writes_nothing(tmp_path, monkeypatch):
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "writes", lambda: False)
     with files.replace(str(tmp_path / "a")) as file:
         file.write("1")
@@ -134,7 +152,7 @@ def test_another_process_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"--out: .*/file/x cannot be written: Not a directory"):
+    with refused("--out"):
         files.make_folder(str(tmp_path / "file/x"), "--out")

@@ -1,12 +1,12 @@
-"""What diffusers' schedulers make of a model that is a closed form, for our samplers to be held to.
+"""Reference results of diffusers' schedulers ("peers") for a model in closed form, to which the samplers are compared.
 
-    python -m tests.golden.schedulers       (needs requirements-peers.txt)
+    python -m tests.golden.schedulers       (requires requirements-peers.txt)
 
-writes `schedulers.npz` beside this file. `CASES` and `lcm_scalings` need neither torch nor diffusers.
+writes `schedulers.npz` next to this file. `CASES` and `lcm_scalings` require neither torch nor diffusers.
 
-A peer is compared in its update alone: it is given the exact x0 at the noise level that its own update uses, even where
-it would tell a network a rounded timestep; where it computes in float32 it is made to use float64; and its last step
-goes to sigma = 0. Where a case leaves the peer's plain use, it says so.
+Only the update of a peer is compared. It receives the exact x0 at the noise level that its update uses, even if it
+would pass a rounded timestep to a network; float32 is replaced by float64; and the last step ends at sigma = 0. Other
+deviations from the normal use of a peer are stated in its case.
 """
 
 import contextlib
@@ -31,29 +31,30 @@ from diffusion.process.analytic import Mixture
 PATH = pathlib.Path(__file__).with_suffix(".npz")
 ORACLE = Mixture([[1, 0.5], [-1, 0.2], [0.2, -1]], [0.3, 0.2, 0.4], [0.5, 0.3, 0.2])
 BATCH, TABLE = 8, 1000
-NEARLY_ZERO = 1e-12  # of sigma / alpha
+NEARLY_ZERO = 1e-12  # value of sigma / alpha
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """One run of a peer, and the sampler of ours that does the same.
+    """One run of a peer, and the equivalent sampler of this project.
 
     Attributes:
-      name: the key in the file is `"<name>/times"`, and so on.
-      schedule, sampler: specs for `build`.
-      steps: of our sampler.
-      peer, options: the class in diffusers, and its keywords.
-      levels: what the peer's loop goes over. `table`: indices of the table of betas. `ratio`: sigma / alpha. `scaled`:
-        the same, with x / alpha for x. `flow`: sigma = 1 - alpha, and a model of the velocity. `edm`: sigma, alpha = 1,
-        and a model of EDM's raw F.
-      step: further keywords of the peer's `step`.
-      nearly_zero: the peer's last step divides 0 by 0 (or multiplies it by infinity) at sigma = 0, so it goes to
-        `NEARLY_ZERO`.
-      first_order_end: the peer would take its last step to sigma = 0 at full order, and is made to take it at first.
-      peer_halves_second_derivative: the peer's third-order multistep update has half of the right second derivative of
-        x0 (or of the noise) in log(alpha / sigma), which leaves second order. "/x" is what it gives; "/mended" is
-        what it gives with the other half, and is what a right solver gives.
-      lcm_boundary: the peer takes c_out x0 + c_skip x for the model's x0; see `lcm_scalings`.
+      name: Prefix of the keys in the file, `"<name>/times"` and so on.
+      schedule, sampler: Specs for `build`.
+      steps: Number of steps of this project's sampler.
+      peer, options: The class in diffusers, and its keywords.
+      levels: What the peer iterates over. `table`: indices of the table of betas. `ratio`: sigma / alpha. `scaled`:
+        sigma / alpha, with x / alpha in place of x. `flow`: sigma = 1 - alpha, and the model predicts the velocity.
+        `edm`: sigma with alpha = 1, and the model predicts EDM's raw F.
+      step: Further keywords of the peer's `step`.
+      nearly_zero: Whether the peer's last step ends at `NEARLY_ZERO`, because at sigma = 0 it would divide 0 by 0 or
+        multiply 0 by infinity.
+      first_order_end: Whether the peer is forced to take its last step, to sigma = 0, at first order instead of at full
+        order.
+      peer_halves_second_derivative: Whether the peer's third-order multistep update contains only half of the correct
+        second derivative of x0 (or of the noise) in log(alpha / sigma), which makes it second order. "/x" is its result
+        as it is; "/mended" is its result with the other half added, as from a correct solver.
+      lcm_boundary: Whether the peer uses c_out x0 + c_skip x as the model's x0; see `lcm_scalings`.
     """
 
     name: str
@@ -75,20 +76,20 @@ BETAS = {
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
 }
-# Of the three spacings, any will do for those that go over a list of sigmas. The last cosine beta is 0.999: what starts
-# there and goes by the noise leaves the data far behind at so few steps, so some start a little lower.
+# Peers that iterate over a list of sigmas work with any of the three spacings. The last cosine beta is 0.999. Solvers
+# that use the noise and start there are far from the data after so few steps, so some start at a slightly lower level.
 ANY = {"linear": "linspace", "scaled_linear": "leading", "cosine": "trailing"}
 LOWER = {"linear": "trailing", "scaled_linear": "linspace", "cosine": "leading"}
-# DDIM and PNDM go down by T // steps whatever their timesteps are, so only where those do too is their grid one grid.
+# DDIM and PNDM always step by T // steps, so they are consistent only with timesteps that have the same spacing.
 EVEN = {"linear": "trailing", "scaled_linear": "leading", "cosine": "trailing"}
 EVEN_LOWER = {**EVEN, "cosine": "leading"}
-# DDPM adds noise, of the full variance beta, in a last step that does not start from index 0.
+# DDPM adds noise with the full variance beta in a last step that does not start at index 0.
 FROM_ZERO = {"linear": "linspace", "scaled_linear": "leading", "cosine": "leading"}
 NONE = dict.fromkeys(BETAS)
 
 KARRAS = {"use_karras_sigmas": True}
-EXPONENTIAL = {"use_exponential_sigmas": True}  # even in log(sigma / alpha)
-# The forms in the noise refuse final_sigmas_type="zero", and euler_at_final is what that type else entails.
+EXPONENTIAL = {"use_exponential_sigmas": True}  # evenly spaced in log(sigma / alpha)
+# The noise-prediction forms do not accept final_sigmas_type="zero"; euler_at_final has the same effect.
 NOISE_FORM = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 NOISE_MULTI = {**NOISE_FORM, "euler_at_final": True}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
@@ -141,11 +142,11 @@ def _vp_cases() -> Iterator[Case]:
         sampler = {"name": "dpm_solver", "order": order, "singlestep": False}
         options, fields = {"solver_order": order, **NOISE_MULTI}, HALVES if order == 3 else {}
         yield from cases(f"dpm_solver-{order}m", sampler, MULTI, options, "ratio", ANY, nearly_zero=True, **fields)
-    # On a grid even in log(sigma / alpha) it is all one whether a singlestep solver's inner points are the grid's, as
-    # with the peer, or even parts of its step, as in the paper. Elsewhere the peer's "midpoint" of order 3 is not of
-    # third order: it wants its last inner point at 2/3.
+    # The inner points of a singlestep solver are grid points in the peer, and equal parts of the step in the paper.
+    # Both agree on a grid that is evenly spaced in log(sigma / alpha). On other grids the peer's "midpoint" of order 3
+    # is not of third order, because it requires its last inner point at 2/3.
     for order, kind in ((2, "midpoint"), (3, "midpoint"), (3, "heun")):
-        # Ten, eleven and twelve leave each of the three remainders to the end.
+        # Divided by 3, the steps 10, 11 and 12 have all remainders.
         steps, label = ((10, 25), "s") if order == 2 else ((10, 11, 12, 25), f"s-{kind}")
         options = {"solver_order": order, "solver_type": kind, "lower_order_final": True, **EXPONENTIAL}
         sampler = {**plus, "order": order, "singlestep": True, "solver_type": kind}
@@ -157,7 +158,7 @@ def _vp_cases() -> Iterator[Case]:
         for variant in ("bh1", "bh2"):
             sampler = {"name": "unipc", "order": order, "variant": variant}
             options = {"solver_order": order, "solver_type": variant, "lower_order_final": True}
-            fields = {"nearly_zero": variant == "bh1"}  # B(h) = h is infinite, and the peer multiplies it by 0
+            fields = {"nearly_zero": variant == "bh1"}  # the peer multiplies 0 by B(h) = h, which is infinite
             yield from cases(f"unipc-{order}-{variant}", sampler, UNIPC, options, "ratio", ANY, **fields)
     sampler = {"name": "unipc", "order": 2, "variant": "bh2", "prediction": "eps"}
     options = {"solver_order": 2, "solver_type": "bh2", "lower_order_final": True, "predict_x0": False}
@@ -168,8 +169,9 @@ def _vp_cases() -> Iterator[Case]:
         yield from cases(f"deis-{order}", sampler, "DEISMultistepScheduler", options, "ratio", ANY, **fields)
 
     # With r = T // steps and the first index a, the model is evaluated at a, a-r, a-r, a-2r, a-3r, ...: steps + 1
-    # times, twice in the first step. With Runge-Kutta at a, a-r/2, a-r/2, a-r; a-r, a-3r/2, a-3r/2, a-2r; a-2r, a-5r/2,
-    # a-5r/2, a-3r; and a-3r, a-4r, ...: steps + 9 times, four times in each of the first three steps.
+    # times, with two evaluations in the first step. With Runge-Kutta it is evaluated at a, a-r/2, a-r/2, a-r; a-r,
+    # a-3r/2, a-3r/2, a-2r; a-2r, a-5r/2, a-5r/2, a-3r; and a-3r, a-4r, ...: steps + 9 times, with four evaluations in
+    # each of the first three steps.
     for label, ours, skip in (("", {}, True), ("-prk", {"prk": True}, False)):
         options = {"skip_prk_steps": skip, "set_alpha_to_one": True}
         yield from cases(f"pndm{label}", {"name": "pndm", **ours}, "PNDMScheduler", options, "table", EVEN_LOWER)
@@ -179,7 +181,7 @@ def _vp_cases() -> Iterator[Case]:
 
 def _other_cases() -> Iterator[Case]:
     for steps in (10, 25):
-        # Both flow peers shift their last sigma twice, which moves the grid and nothing else.
+        # Both flow peers shift their last sigma twice, which affects only the grid.
         for shift in (1.0, 3.0):
             for name, peer in (
                 ("euler", "FlowMatchEulerDiscreteScheduler"),
@@ -200,16 +202,19 @@ CASES = (*_vp_cases(), *_other_cases())
 
 
 def lcm_scalings(t):
-    """(c_skip, c_out) of the peer's LCM at our times t. The peer's clock is the index of the table."""
+    """Returns (c_skip, c_out) of the peer's LCM at times t; the peer computes them from the index into the table."""
     scaled = 10 * (t * TABLE - 1)
     return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
 
 
 def run_peer(case: Case) -> dict[str, np.ndarray]:
-    """`times [steps + 1]`, `start [8, 2]` and `x [8, 2]` in our coordinates, and `mended [8, 2]` where the peer halves
-    the second derivative; all float64."""
+    """Runs a peer and returns its results in this project's conventions, in float64.
+
+    Returns:
+      `times [steps + 1]`, `start [8, 2]`, `x [8, 2]`, and `mended [8, 2]` if the peer halves the second derivative.
+    """
     with jax.enable_x64(True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the forms in the noise are deprecated there
+        warnings.simplefilter("ignore")  # diffusers deprecates the noise-prediction forms
         result = _run(case)
         if case.peer_halves_second_derivative:
             result["mended"] = _run(case, mend=True)["x"]
@@ -225,7 +230,7 @@ def _run(case: Case, mend: bool = False) -> dict[str, np.ndarray]:
         scheduler.set_timesteps(case.steps)
         if case.levels != "table":
             scheduler.set_begin_index(0)
-            scheduler.is_scale_input_called = True  # the schedulers that look for it get x as they would scale it
+            scheduler.is_scale_input_called = True  # x is already scaled
         if case.nearly_zero:
             scheduler.sigmas[-1] = NEARLY_ZERO
         if mend:
@@ -238,7 +243,7 @@ def _run(case: Case, mend: bool = False) -> dict[str, np.ndarray]:
         x = torch.tensor(start / alpha if scaled else start)
         for k, timestep in enumerate(scheduler.timesteps):
             if case.first_order_end and k == len(scheduler.timesteps) - 1:
-                scheduler.lower_order_nums = 0  # as if no earlier value were known
+                scheduler.lower_order_nums = 0  # discards the history
             alpha, sigma = _alpha_sigma(case, _level(case, scheduler, k))
             output = _network(case, x.numpy() * (alpha if scaled else 1), alpha, sigma)
             x = scheduler.step(torch.tensor(output), timestep, x, **case.step).prev_sample
@@ -247,20 +252,20 @@ def _run(case: Case, mend: bool = False) -> dict[str, np.ndarray]:
 
 
 def _grid(case: Case, scheduler) -> np.ndarray:
-    """The levels that our steps begin at, `[steps]`."""
+    """Returns the levels at which this project's steps begin, `[steps]`."""
     if case.levels == "table":
-        # PNDM's timesteps come several to a step, its `_timesteps` one to a step and rising.
+        # PNDM has several `timesteps` per step, but one of the increasing `_timesteps` per step.
         indices = scheduler._timesteps[::-1] if case.peer == "PNDMScheduler" else scheduler.timesteps.numpy()
         return np.array([_ratio(scheduler, index) for index in indices])
     sigmas = scheduler.sigmas.numpy()
-    if scheduler.order == 2:  # all but the first come twice
+    if scheduler.order == 2:  # all but the first appear twice
         sigmas = np.append(sigmas[0], sigmas[1::2])
     assert case.nearly_zero or sigmas[case.steps] == 0
     return sigmas[: case.steps]
 
 
 def _level(case: Case, scheduler, k: int) -> float:
-    """The level that the peer's update number k is for."""
+    """Returns the level of the peer's k-th update."""
     if case.levels == "table":
         return _ratio(scheduler, scheduler.timesteps[k])
     if case.peer.startswith("KDPM2") and not scheduler.state_in_first_order:
@@ -281,9 +286,9 @@ def _alpha_sigma(case: Case, level: float) -> tuple[float, float]:
 
 
 def _times(case: Case, grid: np.ndarray) -> np.ndarray:
-    """Our times of the levels, and 0."""
+    """Returns the times of the levels, followed by 0."""
     schedule = build("schedules", case.schedule)
-    with np.errstate(divide="ignore"):  # a flow's alpha is 0 at t = 1
+    with np.errstate(divide="ignore"):  # alpha of `flow` is 0 at t = 1
         log_snr = 2 * np.array([np.log(alpha / sigma) for alpha, sigma in (_alpha_sigma(case, u) for u in grid)])
     return np.append(np.asarray(schedule.time(log_snr), np.float64), 0)
 
@@ -292,17 +297,17 @@ _denoise = jax.jit(ORACLE.denoise)
 
 
 def _network(case: Case, x: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
-    """The output that stands for the exact x0."""
+    """Returns the network output that corresponds to the exact x0."""
     x0 = np.asarray(_denoise(x, alpha, sigma))
     if case.levels == "edm":
-        data = 0.5  # its sigma_data
+        data = 0.5  # EDM's sigma_data
         return (x0 - data**2 / (sigma**2 + data**2) * x) * (sigma**2 + data**2) ** 0.5 / (sigma * data)
     eps = (x - alpha * x0) / sigma
     return eps - x0 if case.levels == "flow" else eps
 
 
 def _noise() -> Iterator:
-    """What our samplers draw, a step at a time."""
+    """Yields the noise that this project's samplers draw, step by step."""
     import torch
 
     keys = sample_keys(jax.random.key(0), jnp.arange(BATCH))
@@ -312,7 +317,10 @@ def _noise() -> Iterator:
 
 @contextlib.contextmanager
 def _in_float64(case: Case) -> Iterator[None]:
-    """In the peer's module, float32 means float64, and random numbers are ours. All peers draw one a step, in order."""
+    """Replaces float32 by float64 and the random numbers by `_noise` in the peer's module.
+
+    All peers draw once per step, in order.
+    """
     import diffusers
     import torch
 
@@ -343,12 +351,12 @@ class _Double:
 
 
 def _mend_third_order(scheduler) -> None:
-    """Adds to the third-order multistep update what it lacks.
+    """Adds the missing term to the third-order multistep update.
 
-    With f its quantity (x0, or the noise), h the step in l = log(alpha / sigma) and f'' from the three known values, a
-    right update has `w f''`, where w is the integral over the step of the solver's kernel times (l - l_s)^2 / 2. The
-    peer has `w f'' / 2`. For the SDE its w is also too small by alpha h^2: it subtracts the 1/2 that it should add, and
-    its samples spread too wide.
+    Let f be the predicted quantity (x0 or the noise), h the step in l = log(alpha / sigma), and f'' the second
+    derivative from the three known values. A correct update contains `w f''`, where w is the integral over the step of
+    the solver's kernel times (l - l_s)^2 / 2. The peer has `w f'' / 2`. For the SDE its w is also too small by
+    alpha h^2, because it subtracts 1/2 instead of adding it, and its samples are too widely spread.
     """
     peer = scheduler.multistep_dpm_solver_third_order_update
 
