@@ -1,4 +1,4 @@
-"""How probable a model finds held-out data: by the probability-flow ODE, and by the variational bound."""
+"""The likelihood of held-out data under a model, by the probability-flow ODE and by the variational bound."""
 
 import dataclasses
 from typing import Literal
@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.core import checks
 from diffusion.core.types import Array, Denoiser, InputError, Schedule, Source
 from diffusion.evaluation import log_likelihood
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """See `make`. A `ModelMetric`."""
+    """A `ModelMetric`; see `make`."""
 
     held_out: Source
     num: int
@@ -24,8 +25,13 @@ class Likelihood:
     log_snr: tuple[float, float]
 
     def __call__(self, denoise: Denoiser, schedule: Schedule, key: Array) -> dict[str, float]:
-        """`nll` and `bound` of -log p in nats a dimension, or in bits a dimension if the data has levels; beside them
-        `entropy`, the same of the data's own density, where that is known."""
+        """Returns the mean of -log p, in nats per dimension, or in bits per dimension if the data is discrete.
+
+        Returns:
+          nll: By the probability-flow ODE.
+          bound: The variational upper bound.
+          entropy: By the true density of the data, if the data has a `log_density`.
+        """
         examples = [self.held_out[index] for index in range(min(self.num, len(self.held_out)))]
         x0 = jnp.stack([example["x"] for example in examples])
         cond = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[example["cond"] for example in examples])
@@ -69,20 +75,19 @@ def make(
     levels: int | None = None,
     log_snr: tuple[float, float] = (9.0, -10.0),
 ) -> Likelihood:
-    """Args:
-    num: held-out examples, the first ones.
-    steps: of the ODE's solver.
-    bound_steps: of the bound's chain.
-    trace: of the ODE's Jacobian: `exact` for few dimensions, `hutchinson` for images.
-    log_snr: where x is taken to be clean and where it is taken to be noise. For a density of detail s the first costs
-      about (exp(-log_snr) / s^2)^2 / 4 nats a dimension.
-    levels: values that a channel of the data can take, evenly from -1 to 1; None for a density.
+    """Builds the metric.
+
+    Args:
+      num: Number of held-out examples; the first ones are used.
+      steps: Number of steps of the ODE solver.
+      bound_steps: Number of steps of the variational bound's chain.
+      trace: How to compute the trace of the ODE's Jacobian: `exact` for few dimensions, `hutchinson` for images.
+      levels: Number of values of a channel of discrete data, evenly spaced from -1 to 1; None for a density.
+      log_snr: Log-SNRs at which x is treated as clean and as pure noise. For a density with details of scale s, the
+        first causes an error of about (exp(-log_snr) / s^2)^2 / 4 nats per dimension.
     """
-    for name, value in (("num", num), ("steps", steps), ("bound_steps", bound_steps)):
-        if value < 1:
-            raise InputError(name, f"must be at least 1, got {value}")
-    if levels is not None and levels < 2:
-        raise InputError("levels", f"must be at least 2, got {levels}")
+    checks.at_least(1, num=num, steps=steps, bound_steps=bound_steps)
+    checks.at_least(2, levels=levels)
     if log_snr[0] <= log_snr[1]:
-        raise InputError("log_snr", f"must fall, from clean to noisy; got {log_snr}")
+        raise InputError("log_snr", f"must be decreasing, from clean to noisy, got {log_snr}")
     return Likelihood(held_out, num, steps, bound_steps, trace, levels, log_snr)

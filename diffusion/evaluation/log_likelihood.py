@@ -1,4 +1,4 @@
-"""How probable a model finds data: by the probability-flow ODE, and by the variational bound."""
+"""Estimates of the log-likelihood of data under a model, by the probability-flow ODE and by the variational bound."""
 
 import math
 from typing import Literal
@@ -21,21 +21,22 @@ def ode_log_likelihood(
     trace: Literal["exact", "hutchinson"] = "exact",
     data_std: float = 1.0,
 ) -> Array:
-    """log p(x0) in nats, `[B]`, by the change of variables along the probability-flow ODE (Song et al. 2021, arXiv
-    2011.13456, eq. 39).
+    """Returns log p(x0) in nats, `[B]`, by the change of variables along the probability-flow ODE.
 
-    The ODE is solved for y = x_t / alpha in u = log(sigma / alpha), where it is dy/du = (y - E[x0 | x_t]) for every
-    schedule, by the classical fourth-order Runge-Kutta method on even steps of u.
+    See Song et al. 2021, arXiv 2011.13456, eq. 39. The ODE is solved for y = x_t / alpha as a function of
+    u = log(sigma / alpha), where it is dy/du = y - E[x0 | x_t] for every schedule, by the classical fourth-order
+    Runge-Kutta method with equal steps in u.
 
     Args:
-      denoise: `denoise(x, t) -> Denoised`.
-      x0: `[B, ...]`.
-      key: for Hutchinson's probes.
-      steps: of the solver, four evaluations each.
-      log_snr: where the ODE starts and ends; at the first the data is taken to be clean, at the second to be normal.
-      trace: of the Jacobian: `exact`, by as many products as there are dimensions, or `hutchinson`, unbiased from one
-        random probe (Grathwohl et al. 2019, arXiv 1810.01367).
-      data_std: of the data, which the normal distribution at the far end takes into account.
+      denoise: `denoise(x, t) -> Denoised`, with the condition bound.
+      schedule: The schedule that the model was trained with.
+      x0: Data `[B, ...]`.
+      key: For Hutchinson's probes.
+      steps: Number of steps of the solver, with four evaluations of the denoiser each.
+      log_snr: Log-SNRs at which the ODE starts and ends. At the first, x is treated as clean; at the second, as normal.
+      trace: How to compute the trace of the Jacobian: `exact`, with one Jacobian-vector product per dimension, or
+        `hutchinson`, an unbiased estimate from one random probe (Grathwohl et al. 2019, arXiv 1810.01367).
+      data_std: Standard deviation of the data, which contributes to that of the normal distribution at the end.
     """
     batch, dims = x0.shape[0], math.prod(x0.shape[1:])
     probes = jax.random.rademacher(key, x0.shape, x0.dtype)
@@ -45,9 +46,11 @@ def ode_log_likelihood(
         return y - denoise(schedule.alpha(t) * y, t).x0
 
     def divergence(y: Array, u: Array) -> tuple[Array, Array]:
-        """The drift and its trace, `[B, ...]` and `[B]`: examples are independent, so one product serves all."""
-        product = jax.linearize(lambda y: drift(y, u), y)
-        value, jvp = product
+        """Returns the drift `[B, ...]` and its divergence `[B]`.
+
+        Examples are independent, so one Jacobian-vector product serves the whole batch.
+        """
+        value, jvp = jax.linearize(lambda y: drift(y, u), y)
         if trace == "hutchinson":
             return value, jnp.sum((probes * jvp(probes)).reshape(batch, -1), axis=1)
         basis = jnp.eye(dims, dtype=y.dtype).reshape(dims, 1, *y.shape[1:])
@@ -87,13 +90,18 @@ def variational_bound(
     *,
     levels: int | None = None,
 ) -> dict[str, Array]:
-    """An upper bound of -log p(x0) in nats, `[B]`, of the chain over `times` with the posterior's own variance (Ho et
-    al. 2020, eq. 5; Kingma et al. 2021, arXiv 2107.00630, eq. 11 to 13). One noise a step: an unbiased estimate.
+    """Estimates the variational upper bound on -log p(x0) in nats, `[B]`.
+
+    The chain over `times` uses the variance of the posterior (Ho et al. 2020, eq. 5; Kingma et al. 2021, arXiv
+    2107.00630, eq. 11 to 13). The estimate is unbiased and uses one noise sample per step.
 
     Args:
-      denoise: `denoise(x, t) -> Denoised`.
-      times: `[N + 1]`, rising from just above 0, where x is decoded, to 1.
-      levels: values that a channel can take if the data is discrete, evenly spaced from -1 to 1; None for a density.
+      denoise: `denoise(x, t) -> Denoised`, with the condition bound.
+      schedule: The schedule that the model was trained with.
+      x0: Data `[B, ...]`.
+      key: For the noise.
+      times: `[N + 1]`, increasing from just above 0, where x is decoded, to 1.
+      levels: Number of values of a channel of discrete data, evenly spaced from -1 to 1; None for a density.
 
     Returns:
       `prior`, `diffusion`, `reconstruction` and their sum `total`, each `[B]`.
@@ -115,11 +123,11 @@ def variational_bound(
     diffusion, _ = jax.lax.scan(term, jnp.zeros(batch, x0.dtype), inputs)
 
     alpha, sigma = schedule.alpha(times[-1]), schedule.sigma(times[-1])
-    # Against N(0, sigma^2) where the path explodes, against N(0, 1) where it preserves the variance.
+    # The prior is N(0, sigma^2) for variance exploding paths and N(0, 1) for variance preserving ones.
     scale = jnp.maximum(sigma, 1)
     prior = (squares(alpha * x0 / scale) + dims * ((sigma / scale) ** 2 - 1 - 2 * jnp.log(sigma / scale))) / 2
 
-    std = jnp.exp(-schedule.log_snr(times[0]) / 2)  # of x_t / alpha around x0
+    std = jnp.exp(-schedule.log_snr(times[0]) / 2)  # standard deviation of x_t / alpha around x0
     if levels is None:
         reconstruction = jnp.full(batch, dims / 2) * (jnp.log(2 * jnp.pi * std**2) + 1)
     else:
@@ -131,17 +139,16 @@ def variational_bound(
 
 
 def dequantize(x: Array, key: Array, levels: int) -> tuple[Array, float]:
-    """Discrete data, `levels` even values from -1 to 1, spread evenly over their bins.
+    """Adds uniform noise to discrete data (Theis et al. 2016, arXiv 1511.01844, section 3.1).
+
+    Args:
+      x: Data, each entry one of `levels` evenly spaced values from -1 to 1.
+      key: For the noise.
+      levels: Number of values.
 
     Returns:
-      x with uniform noise, and what is to be added to the log-likelihood of a dimension, in nats: log of a bin's width,
-      for the discrete probability is at least the density's mean over the bin times it (Theis et al. 2016, arXiv
-      1511.01844, section 3.1).
+      x, uniform over the bin of each entry, and the log of the bin's width. Adding the latter to the log-density per
+      dimension gives a lower bound on the log-probability of the discrete data, in nats.
     """
     width = 2 / (levels - 1)
     return x + width * (jax.random.uniform(key, x.shape, x.dtype) - 0.5), math.log(width)
-
-
-def bits_per_dim(nats: Array, dims: int) -> Array:
-    """Nats of one example as bits a dimension."""
-    return nats / (dims * math.log(2))

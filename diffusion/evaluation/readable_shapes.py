@@ -1,18 +1,22 @@
-"""How many samples are pictures that the data could have: of as many shapes, each of them whole and in its place."""
+"""The share of samples that the synthetic shapes data could contain: as many shapes, each complete and in place."""
 
 from collections import Counter
 
 import numpy as np
 
+from diffusion.core import checks
 from diffusion.core.types import InputError, Source
 
-CHUNK = 250  # samples read at a time
+CHUNK = 250  # samples parsed at a time
 
 
 class ReadableShapes:
-    """The data's own parser finds the picture nearest to a sample. The sample is readable if the data has such pictures
-    and if it is close to this one everywhere: in each ninth of each frame. The whole frame's mean would not do: it is
-    mostly black, and half of a shape may be missing before it shows."""
+    """A `SampleMetric` that uses the data's parser to find the rendered image nearest to a sample.
+
+    A sample is readable if the data can contain that image, and if the sample is close to it in each ninth of each
+    frame. The mean over a whole frame is not sensitive enough: the frame is mostly black, so that half of a shape could
+    be missing unnoticed.
+    """
 
     def __init__(self, num: int, guidance: float, limit: float, held_out: Source):
         self.num, self.guidance, self.limit, self.source = num, guidance, limit, held_out
@@ -20,46 +24,49 @@ class ReadableShapes:
         self.counts = _shares([len(held_out.things(index)) for index in real])
 
     def __call__(self, x: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Args: `x [N, ..., H, W, 3]` in [-1, 1]; the labels are not looked at.
+        """Returns metrics of samples `x [N, ..., H, W, 3]` in [-1, 1]; the labels are ignored.
 
         Returns:
-          readable_shapes: share of the samples that are readable.
-          shapes_off: the median over samples of the RMS error, in their worst ninth, of the picture nearest to them.
-          shape_count_distance: total variation between the numbers of shapes in samples and in the data, 0 to 1.
+          readable_shapes: Share of the samples that are readable.
+          shapes_off: Median over samples of the RMS distance to the nearest rendered image, in the worst ninth.
+          shape_count_distance: Total variation distance between the distributions of the number of shapes in samples
+            and data, in [0, 1].
         """
         things, worst = [], []
         for start in range(0, len(x), CHUNK):
-            those = x[start : start + CHUNK]
-            found, pictures = self.source.closest(those)
+            chunk = x[start : start + CHUNK]
+            found, rendered = self.source.closest(chunk)
             things += found
-            worst.append(_worst_ninth(those - pictures))
+            worst.append(_worst_ninth(chunk - rendered))
         worst = np.concatenate(worst)
-        drawn = np.array([self.source.draws(those) for those in things])
-        counts = _shares([len(those) for those in things])
+        possible = np.array([self.source.draws(shapes) for shapes in things])
+        counts = _shares([len(shapes) for shapes in things])
         return {
-            "readable_shapes": float((drawn & (worst < self.limit)).mean()),
+            "readable_shapes": float((possible & (worst < self.limit)).mean()),
             "shapes_off": float(np.median(worst)),
             "shape_count_distance": sum(abs(counts[n] - self.counts[n]) for n in counts | self.counts) / 2,
         }
 
 
 def make(train: Source, held_out: Source, num: int = 1000, guidance: float = 1.0, limit: float = 0.2) -> ReadableShapes:
-    """Args:
-    num, guidance: how many samples, and how they are drawn.
-    limit: of the RMS error of a readable sample in its worst ninth, of values in [-1, 1]. Noise of deviation 0.15 is
-      below 0.2, and so is a blur of half a pixel; a shape cut in half, or a cross of two, is mostly above it.
+    """Builds the metric.
+
+    Args:
+      num: Number of samples.
+      guidance: Guidance scale of the samples.
+      limit: Largest RMS error of a readable sample in its worst ninth, for values in [-1, 1]. Noise of standard
+        deviation 0.15 is below 0.2, and so is a blur of half a pixel; a shape cut in half, or a mixture of two, is
+        mostly above it.
     """
-    if num < 1:
-        raise InputError("num", f"must be at least 1, got {num}")
-    if limit <= 0:
-        raise InputError("limit", f"must be above 0, got {limit}")
+    checks.at_least(1, num=num)
+    checks.positive(limit=limit)
     if not all(hasattr(held_out, name) for name in ("read", "closest", "draws", "things")):
-        raise InputError("name", "readable_shapes needs data that can be read: shapes or moving_shapes")
+        raise InputError("name", "readable_shapes requires data with a parser: shapes or moving_shapes")
     return ReadableShapes(num, guidance, limit, held_out)
 
 
 def _worst_ninth(error: np.ndarray) -> np.ndarray:
-    """The highest RMS `[N]` over the 3 x 3 parts of every frame of `[N, ..., H, W, 3]`."""
+    """Returns the highest RMS `[N]` over the 3 x 3 parts of every frame of `[N, ..., H, W, 3]`."""
 
     def means(squares: np.ndarray, axis: int) -> np.ndarray:
         return np.stack([part.mean(axis) for part in np.array_split(squares, 3, axis)], axis)
@@ -69,4 +76,5 @@ def _worst_ninth(error: np.ndarray) -> np.ndarray:
 
 
 def _shares(numbers: list[int]) -> Counter:
+    """Returns the relative frequency of each number."""
     return Counter({number: count / len(numbers) for number, count in Counter(numbers).items()})

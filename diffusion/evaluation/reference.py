@@ -6,7 +6,7 @@ from diffusion.core.types import Source
 
 
 def all_of(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Every example of a small source as vectors `[N, D]`, float64, and its labels `[N]` (zeros if it has none)."""
+    """Returns all examples of a small source as float64 vectors `[N, D]`, and their labels `[N]` (zeros if absent)."""
     examples = [source[index] for index in range(len(source))]
     x = np.stack([np.ravel(example["x"]) for example in examples]).astype(np.float64)
     return x, np.array([example["cond"].get("label", 0) for example in examples])

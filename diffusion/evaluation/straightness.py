@@ -1,17 +1,18 @@
-"""How straight the paths of a learned flow are."""
+"""The straightness of the ODE trajectories of a learned flow."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.arrays import derivative
 from diffusion.core.types import Array, Denoiser, InputError, Schedule, Source
 
 
 @dataclasses.dataclass(frozen=True)
 class Straightness:
-    """See `make`. A `ModelMetric`."""
+    """A `ModelMetric`; see `make`."""
 
     shape: tuple[int, ...]
     num: int
@@ -37,16 +38,16 @@ class Straightness:
 
 
 def make(train: Source, held_out: Source, num: int = 2000, steps: int = 200) -> Straightness:
-    """The mean over paths and times of |dx/dt - (x_1 - x_0)|^2: 0 for straight paths at constant speed, which one Euler
-    step follows to the end (Liu et al. 2023, arXiv 2209.03003, eq. 6).
+    """Builds the metric: the mean of |dx/dt - (x_1 - x_0)|^2 over trajectories and times.
+
+    It is 0 for straight trajectories at constant speed, which a single Euler step solves exactly (Liu et al. 2023,
+    arXiv 2209.03003, eq. 6).
 
     Args:
-      num: paths, each from its own noise.
-      steps: Euler steps along them.
+      num: Number of trajectories, each from independent noise.
+      steps: Number of Euler steps per trajectory.
     """
-    for name, value in (("num", num), ("steps", steps)):
-        if value < 1:
-            raise InputError(name, f"must be at least 1, got {value}")
+    checks.at_least(1, num=num, steps=steps)
     if train.spec.num_classes:
-        raise InputError("name", "straightness is of unconditional flows; the data has classes")
+        raise InputError("name", "straightness requires an unconditional flow, but the data has classes")
     return Straightness(train.spec.shape, num, steps)

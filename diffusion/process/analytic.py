@@ -1,7 +1,7 @@
-"""Data whose noised density, score and denoiser are closed forms: the oracle that methods and samplers are held to.
+"""A data distribution whose noised density, score and optimal denoiser have closed forms, to test methods and samplers.
 
-`x_t = alpha x0 + sigma eps` of a mixture of isotropic Gaussians N(m_k, s_k^2 I) is again such a mixture, with means
-alpha m_k and variances v_k = alpha^2 s_k^2 + sigma^2.
+If x0 follows a mixture of isotropic Gaussians N(m_k, s_k^2 I), then `x_t = alpha x0 + sigma eps` follows such a mixture
+too, with means alpha m_k and variances v_k = alpha^2 s_k^2 + sigma^2.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Sc
 class Mixture:
     """A mixture of K isotropic Gaussians over vectors of D numbers; with K = 1, a Gaussian.
 
-    Every `alpha` and `sigma` is a scalar or `[B]`, and not both are 0. The parameters are kept in float64; results are
-    in JAX's precision, float64 if x64 is on.
+    All methods accept `alpha` and `sigma` as scalars or `[B]`; they must not both be 0. The parameters are stored in
+    float64; results are in JAX's default precision, which is float64 if x64 is enabled.
 
     Attributes:
       means: m_k, `[K, D]`.
       stds: s_k, `[K]`, positive.
-      weights: `[K]`, positive; kept scaled to sum to 1.
+      weights: `[K]`, positive; normalized to sum to 1.
     """
 
     means: np.ndarray
@@ -39,31 +39,36 @@ class Mixture:
         for name in ("stds", "weights"):
             value = getattr(self, name)
             if value.shape != self.means.shape[:1] or not (value > 0).all():
-                raise InputError(name, f"must be {len(self.means)} positive numbers, one a mean, got {value.tolist()}")
+                raise InputError(
+                    name, f"must be {len(self.means)} positive numbers, one per mean, got {value.tolist()}"
+                )
         object.__setattr__(self, "weights", self.weights / self.weights.sum())
 
     def _parameters(self) -> tuple[Array, Array, Array]:
-        """m_k, s_k and the weights in JAX's precision. JAX gives a float64 array of NumPy's, while a trace that it was
-        used in lives, the precision of that trace again, whether x64 is on by now or not; what is made anew has its
-        own."""
+        """Returns m_k, s_k and the weights in JAX's default precision.
+
+        The conversion is explicit because JAX caches how it converted a NumPy array: while a trace in float32 is alive,
+        the same float64 array would stay float32 even after x64 has been enabled.
+        """
         return tuple(jnp.asarray(a, jnp.result_type(float)) for a in (self.means, self.stds, self.weights))
 
     def log_density(self, x: Array, alpha: Array | float = 1.0, sigma: Array | float = 0.0) -> Array:
-        """The log-density of x_t at `x [B, D]` in nats, `[B]`."""
+        """Returns the log-density of x_t at `x [B, D]` in nats, `[B]`."""
         logits, _ = self._joint(x, alpha, sigma)
         return jax.nn.logsumexp(logits, axis=1)
 
     def score(self, x: Array, alpha: Array | float, sigma: Array | float) -> Array:
-        """The gradient of `log_density` in `x [B, D]`, `[B, D]`."""
+        """Returns the gradient of `log_density` with respect to `x [B, D]`, `[B, D]`."""
         means, _, _ = self._parameters()
         logits, variance_BxK = self._joint(x, alpha, sigma)
         pull_BxK = jax.nn.softmax(logits, axis=1) / variance_BxK
         return expand(alpha, x) * (pull_BxK @ means) - pull_BxK.sum(axis=1, keepdims=True) * x
 
     def denoise(self, x: Array, alpha: Array | float, sigma: Array | float) -> Array:
-        """E[x0 | x_t = x] for `x [B, D]`, `[B, D]`.
+        """Returns E[x0 | x_t = x] for `x [B, D]`, `[B, D]`.
 
-        A component's answer is (sigma^2 m_k + alpha s_k^2 x) / v_k: written so, neither end divides by 0.
+        The posterior mean of a component is (sigma^2 m_k + alpha s_k^2 x) / v_k. In this form there is no division by 0
+        at either end.
         """
         means, stds, _ = self._parameters()
         logits, variance_BxK = self._joint(x, alpha, sigma)
@@ -72,8 +77,11 @@ class Mixture:
         return sigma**2 * (weight_BxK @ means) + alpha * (weight_BxK @ stds**2)[:, None] * x
 
     def denoiser(self, schedule: Schedule) -> Denoiser:
-        """`denoise` at the times of a schedule, for x of any trailing shape of size D and t scalar or `[B]`; x0 has the
-        dtype of x. The condition is not looked at."""
+        """Returns the optimal denoiser on a schedule.
+
+        Its x may have any trailing shape of size D, and t may be a scalar or `[B]`. x0 has the dtype of x. The
+        condition is ignored.
+        """
 
         def denoise(x: Array, t: Array, cond: Cond | None = None) -> Denoised:
             x0 = self.denoise(x.reshape(len(x), -1), schedule.alpha(t), schedule.sigma(t))
@@ -82,7 +90,7 @@ class Mixture:
         return denoise
 
     def sample(self, key: Array, n: int) -> Array:
-        """n independent draws of x0, `[n, D]`."""
+        """Draws n independent samples of x0, `[n, D]`."""
         key_component, key_noise = jax.random.split(key)
         means, stds, weights = self._parameters()
         component = jax.random.categorical(key_component, jnp.log(weights), shape=(n,))
@@ -90,39 +98,15 @@ class Mixture:
         return means[component] + stds[component, None] * noise
 
     def entropy(self, key: Array, n: int) -> tuple[Array, Array]:
-        """The entropy of x0 in nats, a mean over n > 1 draws of -log p, and the standard error of that mean."""
-        surprise = -self.log_density(self.sample(key, n))
-        return surprise.mean(), surprise.std(ddof=1) / n**0.5
+        """Returns an estimate of the entropy of x0 in nats and its standard error, from -log p of n > 1 samples."""
+        nll = -self.log_density(self.sample(key, n))
+        return nll.mean(), nll.std(ddof=1) / n**0.5
 
     def _joint(self, x: Array, alpha: Array | float, sigma: Array | float) -> tuple[Array, Array]:
-        """log p(k, x_t = x) and v_k, both `[B, K]`, or v_k `[1, K]`."""
+        """Returns log p(k, x_t = x), `[B, K]`, and v_k, `[B, K]` or `[1, K]`."""
         means, stds, weights = self._parameters()
         alpha, sigma = expand(alpha, x), expand(sigma, x)
         variance = alpha**2 * stds**2 + sigma**2
         distance = jnp.sum((x[:, None] - alpha[..., None] * means) ** 2, axis=-1)
         log_normal = -0.5 * (distance / variance + x.shape[1] * jnp.log(2 * np.pi * variance))
         return jnp.log(weights) + log_normal, variance
-
-
-def gaussian_ode_map(
-    x: Array,
-    mean: Array | float,
-    std: Array | float,
-    alpha_t: Array | float,
-    sigma_t: Array | float,
-    alpha_s: Array | float,
-    sigma_s: Array | float,
-) -> Array:
-    """Where the probability-flow ODE (Song et al. 2021, arXiv 2011.13456, eq. 13) takes x from time t to time s if the
-    data are N(mean, std^2 I): it keeps each point's distance from the mean, counted in standard deviations.
-
-    Args:
-      x: `[B, ...]`.
-      mean: of the data, one example's shape or a scalar.
-      std: of the data, in every direction; a scalar.
-      alpha_t, sigma_t, alpha_s, sigma_s: the schedule at both times, scalars or `[B]`.
-    """
-    alpha_t, sigma_t, alpha_s, sigma_s = (expand(a, x) for a in (alpha_t, sigma_t, alpha_s, sigma_s))
-    std_t = jnp.sqrt(alpha_t**2 * std**2 + sigma_t**2)
-    std_s = jnp.sqrt(alpha_s**2 * std**2 + sigma_s**2)
-    return alpha_s * mean + (x - alpha_t * mean) * (std_s / std_t)

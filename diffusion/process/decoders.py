@@ -7,8 +7,14 @@ from diffusion.core.types import Array
 
 
 def level_log_likelihood(x: Array, seen: Array, std: Array, levels: int) -> Array:
-    """log p(x | seen), entry by entry, for x one of `levels` even values from -1 to 1 and `seen` normal around it
-    (Kingma et al. 2021, eq. 8 and its appendix)."""
+    """Returns log p(x | seen) elementwise (Kingma et al. 2021, eq. 8 and its appendix).
+
+    Args:
+      x: Data, each entry one of `levels` evenly spaced values from -1 to 1.
+      seen: Noisy observations, normally distributed around x.
+      std: Standard deviation of `seen`.
+      levels: Number of values.
+    """
     values = jnp.linspace(-1, 1, levels, dtype=x.dtype)
     logits = -(((seen[..., None] - values) / std) ** 2) / 2
     chosen = jnp.round((x + 1) * (levels - 1) / 2).astype(jnp.int32)
@@ -16,11 +22,13 @@ def level_log_likelihood(x: Array, seen: Array, std: Array, levels: int) -> Arra
 
 
 def discretized_log_likelihood(x: Array, mean: Array, std: Array, levels: int) -> Array:
-    """log of the mass that N(mean, std^2) has in the bin of x, entry by entry, for `levels` even values from -1 to 1;
-    the outer bins reach to infinity (Ho et al. 2020, eq. 13)."""
+    """Returns the log of the mass of N(mean, std^2) in the bin of x, elementwise (Ho et al. 2020, eq. 13).
+
+    The bins lie around `levels` evenly spaced values from -1 to 1; the outer bins extend to infinity.
+    """
     half = 1 / (levels - 1)
     upper, lower = (x - mean + half) / std, (x - mean - half) / std
-    # On the side of the tail that does not cancel.
+    # Mirror to the lower tail, where the difference of the CDFs does not cancel.
     flip = upper + lower > 0
     upper, lower = jnp.where(flip, -lower, upper), jnp.where(flip, -upper, lower)
     at_top, at_bottom = x > 1 - half, x < -1 + half

@@ -1,4 +1,4 @@
-"""A train step compiled and read: what lies on each device, what goes between them, and how long a step may take."""
+"""A cost model of a compiled train step: memory per device, communication between devices, and time per step."""
 
 import collections
 import dataclasses
@@ -19,9 +19,9 @@ from diffusion.profiling.macs import macs
 from diffusion.training.program import Program
 from diffusion.training.state import trainable
 
-FLAGGED = 2**20  # bytes from which an array that every device has whole is told of
-UTILISATION = 0.5  # of the peak that products reach, where a step is bound by them: MaxText has 0.52 to 0.71 on v5p
-# A TPU's compiler says it in two ways: of arrays that it finds no place for, and of a program that is too large anyway.
+FLAGGED = 2**20  # size in bytes above which a replicated array is reported
+UTILISATION = 0.5  # fraction of peak FLOP/s of a compute-bound step: MaxText reaches 0.52 to 0.71 on v5p
+# The TPU compiler has two such messages: for arrays that it cannot place, and for a program that is too large anyway.
 NO_ROOM = re.compile(
     r"Used [\d.]+[KMGT]? of [\d.]+[KMGT]? hbm|\([\d.]+[KMGT]?\) exceeds available HBM \([\d.]+[KMGT]?\)"
 )
@@ -29,11 +29,11 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class TooLarge(Exception):
-    """The compiler found no room.
+    """Raised if a program does not fit into the memory of a device.
 
     Attributes:
-      used: bytes that a device would need.
-      limit: bytes that it has for programs.
+      used: Bytes that a device would need.
+      limit: Bytes that a device has available for programs.
     """
 
     def __init__(self, used: float, limit: float):
@@ -42,13 +42,15 @@ class TooLarge(Exception):
 
 
 def compiled(program: Program, batch: Batch, effort: float = 0.0) -> jax.stages.Compiled:
-    """The step for the devices of its mesh, which need not exist.
+    """Returns the train step, compiled for the devices of its mesh, which need not exist.
 
     Args:
-      effort: 0 as for training; -1 is the least that a TPU's compiler spends on speed.
+      program: The training program.
+      batch: An abstract batch.
+      effort: 0 optimizes as for training; at -1 the TPU compiler spends the least time on optimization.
 
     Raises:
-      TooLarge: one has too little memory.
+      TooLarge: The program does not fit into the memory of a device.
     """
     options = {"exec_time_optimization_effort": effort} if effort else None
     try:
@@ -62,7 +64,7 @@ def compiled(program: Program, batch: Batch, effort: float = 0.0) -> jax.stages.
 
 
 def parameters(params: Any) -> list[dict[str, Any]]:
-    """The modules at the top of each network: their numbers and bytes, the largest first."""
+    """Returns the parameter count and bytes of each network's top-level modules, the largest first."""
     found = collections.defaultdict(lambda: [0, 0])
     for path, leaf in jax.tree.leaves_with_path(params):
         module = found["/".join(sharding.path_name(path).split("/")[:2])]
@@ -73,40 +75,51 @@ def parameters(params: Any) -> list[dict[str, Any]]:
 
 
 def arrays(state: Any) -> list[dict[str, Any]]:
-    """Every array of an abstract state with its place, the largest on a device first."""
+    """Returns every array of an abstract state with its sharding, sorted by decreasing bytes per device."""
     found = [
-        {"name": sharding.path_name(path), "shape": list(leaf.shape), "dtype": str(leaf.dtype), "bytes": _bytes(leaf),
-         "bytes_per_device": _own_bytes(leaf), "spec": str(tuple(leaf.sharding.spec)),
-         "replicated": leaf.sharding.is_fully_replicated and leaf.sharding.num_devices > 1}
+        {
+            "name": sharding.path_name(path),
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "bytes": _bytes(leaf),
+            "bytes_per_device": _bytes_per_device(leaf),
+            "spec": str(tuple(leaf.sharding.spec)),
+            "replicated": leaf.sharding.is_fully_replicated and leaf.sharding.num_devices > 1,
+        }
         for path, leaf in jax.tree.leaves_with_path(state)
-    ]  # fmt: skip
+    ]
     return sorted(found, key=lambda one: (-one["bytes_per_device"], one["name"]))
 
 
 def state_memory(program: Program, mesh: Mesh) -> dict[str, float]:
-    """Bytes per device of the state, by what they are for; and the ideal, an even share on every part of the mesh but
-    `data`."""
+    """Returns the bytes per device of the state and its parts, and the ideal: evenly split over all axes but `data`."""
     state = program.state
     parts = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema}
-    found = {name: sum(map(_own_bytes, jax.tree.leaves(part))) for name, part in parts.items()}
-    found["state"] = sum(map(_own_bytes, jax.tree.leaves(state)))
+    found = {name: sum(map(_bytes_per_device, jax.tree.leaves(part))) for name, part in parts.items()}
+    found["state"] = sum(map(_bytes_per_device, jax.tree.leaves(state)))
     found["state_ideal"] = sum(map(_bytes, jax.tree.leaves(state))) * mesh.shape["data"] / mesh.size
     return found
 
 
 def step_memory(step: jax.stages.Compiled, batch: Batch) -> dict[str, float]:
-    """Bytes per device beside the state, as XLA has them: the batch, `temporaries` (activations, gathered parameters,
-    gradients) and the program; and the `total` with the state, of which the step's results take the place."""
+    """Returns the bytes per device that a step needs in addition to the state, according to XLA.
+
+    These are the `batch`, the `temporaries` (activations, gathered parameters, gradients) and the `program`. The
+    `total` includes the state, whose buffers the results of the step reuse.
+    """
     found = step.memory_analysis()
-    own = sum(map(_own_bytes, jax.tree.leaves(batch)))
-    beside = found.temp_size_in_bytes + found.generated_code_size_in_bytes
+    temporaries, program = found.temp_size_in_bytes, found.generated_code_size_in_bytes
     results = found.output_size_in_bytes - found.alias_size_in_bytes
-    return {"batch": own, "temporaries": found.temp_size_in_bytes, "program": found.generated_code_size_in_bytes,
-            "total": found.argument_size_in_bytes + results + beside}  # fmt: skip
+    return {
+        "batch": sum(map(_bytes_per_device, jax.tree.leaves(batch))),
+        "temporaries": temporaries,
+        "program": program,
+        "total": found.argument_size_in_bytes + results + temporaries + program,
+    }
 
 
 def traffic(step: jax.stages.Compiled, mesh: Mesh) -> dict[str, Any]:
-    """Bytes that each device sends in a step, by kind of collective, and the largest of them."""
+    """Returns the bytes that each device sends per step, by kind of collective, and the ten largest collectives."""
     found = collectives(step.as_text(), mesh.size)
     kinds = collections.defaultdict(lambda: {"runs": 0, "bytes": 0.0})
     for one in found:
@@ -121,32 +134,52 @@ def traffic(step: jax.stages.Compiled, mesh: Mesh) -> dict[str, Any]:
 
 
 def ideal_traffic(program: Program, objective: Objective, mesh: Mesh, dtype: Any, accumulate: int) -> float:
-    """Bytes that each device must send: of each trained parameter, in the dtype that the network computes in, two
-    gathers (for the forward and the backward pass) and one reduce-scatter of its gradient over the devices that split
-    it, and an all-reduce of what is left of the gradient over those that have the same part; each once for every
-    micro-batch. What tensor parallelism sends is not in it."""
-    rows = sharding.batch_shards(mesh)
+    """Returns the least number of bytes that each device must send per step.
+
+    For each trained parameter and micro-batch, in the network's compute dtype, these are two all-gathers (for the
+    forward and the backward pass) and one reduce-scatter of the gradient over the devices that shard the parameter, and
+    an all-reduce of the gradient's shard over the devices that hold the same shard. The communication of tensor
+    parallelism is not included.
+
+    Args:
+      program: The training program.
+      objective: The objective, which says what is trained.
+      mesh: The mesh of the program.
+      dtype: Compute dtype of the network.
+      accumulate: Number of micro-batches per step.
+    """
+    batch_shards = sharding.batch_shards(mesh)
     total = 0.0
     for leaf in jax.tree.leaves(trainable(program.state.params, objective)):
         model = math.prod(mesh.shape[axis] for axis in _axes(leaf) if axis == "model")
         split = math.prod(mesh.shape[axis] for axis in _axes(leaf) if axis != "model")
         whole = math.prod(leaf.shape) * jnp.dtype(dtype).itemsize / model
-        copies = rows / split
+        copies = batch_shards / split
         total += 3 * whole * (split - 1) / split + 2 * whole / split * (copies - 1) / copies
     return total * accumulate
 
 
 def products(program: Program, batch: Batch) -> float | None:
-    """FLOPs of the products of one step, as it is traced: all that it computes, also what it computes again. None if a
-    loop hides how many there are."""
+    """Returns the FLOPs of the products of one step as traced, with recomputation; None if they cannot be counted."""
     try:
         return 2.0 * macs(program.step, program.state, batch)
     except ValueError:
         return None
 
 
-def prediction(chip: Chip, devices: int, batch_size: int, flops: float, memory: Mapping[str, float], sent: float):
-    """A roofline: a step takes as long as the slowest of the three would take alone."""
+def prediction(
+    chip: Chip, devices: int, batch_size: int, flops: float, memory: Mapping[str, float], sent: float
+) -> dict[str, Any]:
+    """Predicts the time per step by a roofline model: the longest of computation, memory access and communication.
+
+    Args:
+      chip: The accelerator.
+      devices: Number of devices.
+      batch_size: Examples per step.
+      flops: FLOPs per step, over all devices.
+      memory: Bytes per device; see `state_memory` and `step_memory`.
+      sent: Bytes that each device sends per step.
+    """
     moved = 2 * memory["state"] + 2 * memory["temporaries"]
     seconds = {
         "compute": flops / devices / (chip.flops * UTILISATION),
@@ -160,16 +193,16 @@ def prediction(chip: Chip, devices: int, batch_size: int, flops: float, memory: 
         "bound": bound,
         "images_per_second": batch_size / seconds[bound],
         "assumptions": [
-            f"products, of float32 too, at {UTILISATION:.0%} of bfloat16's peak, {chip.flops / 1e12:.0f} TFLOP/s",
-            f"memory: the state and the temporaries written and read once, at {chip.bandwidth / 1e9:.0f} GB/s",
-            f"interconnect: {chip.interconnect / 1e9:.0f} GB/s a chip, all of its links in use, one way",
-            "the three overlap wholly, and the data arrive in time",
+            f"compute: {UTILISATION:.0%} of the bfloat16 peak of {chip.flops / 1e12:.0f} TFLOP/s, also for float32",
+            f"memory: state and temporaries are written and read once, at {chip.bandwidth / 1e9:.0f} GB/s",
+            f"interconnect: {chip.interconnect / 1e9:.0f} GB/s per chip, one way, with all links in use",
+            "compute, memory access and communication overlap fully, and the input pipeline keeps up",
         ],
     }
 
 
 def _axes(leaf: jax.ShapeDtypeStruct) -> list[str]:
-    """The mesh axes that split an array."""
+    """Returns the mesh axes that an array is sharded over."""
     return [axis for axes in leaf.sharding.spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)]
 
 
@@ -177,5 +210,5 @@ def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
-def _own_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

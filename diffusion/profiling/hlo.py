@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text: XLA's own analysis says nothing of it."""
+"""Reads a compiled program's collective operations from its HLO text, because XLA's cost analysis omits them."""
 
 import dataclasses
 import functools
@@ -21,15 +21,15 @@ TRIPS = re.compile(r"known_trip_count\D*(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One operation between devices.
+    """A collective operation.
 
     Attributes:
-      kind: one of `KINDS`.
-      arrays: what it works on, as HLO writes types.
-      sent: bytes that each device sends in one run: of n devices' rings, (n - 1) / n of the whole array for a gather, a
-        scatter and an exchange, twice that for an all-reduce.
-      group: n.
-      runs: in one run of the program, with loops taken as often as they go round.
+      kind: One of `KINDS`.
+      arrays: Types of the arrays, in HLO's notation.
+      sent: Bytes that each device sends per run. In a ring of n devices it is (n - 1) / n of the whole array for an
+        all-gather, reduce-scatter or all-to-all, and twice that for an all-reduce.
+      group: Number of devices n that communicate with each other.
+      runs: Number of runs per run of the program, counting each iteration of a loop.
     """
 
     kind: str
@@ -40,30 +40,34 @@ class Collective:
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """The operations between the devices of `compiled.as_text()`.
+    """Returns the collective operations of a program.
 
-    A TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and a slice, and an operation that goes on
-    beside others as many fusions, each with the operation in it, of one channel: it counts once. Of a condition's
-    branches all count.
+    The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice. It writes an asynchronous
+    operation as several fusions that each contain the operation with the same channel; such an operation counts once.
+    All branches of a conditional count.
+
+    Args:
+      text: The result of `compiled.as_text()`.
+      devices: Number of devices of the program.
 
     Raises:
-      InputError: there is a loop with such an operation, and the text does not tell its number of rounds.
+      InputError: A loop contains a collective operation, and its number of iterations cannot be determined.
     """
     bodies, entry = _computations(text)
 
     @functools.cache
     def inside(name: str) -> tuple[tuple[str, Collective], ...]:
-        """Those of a computation and of what it calls, each with what tells it from others."""
+        """Returns the operations of a computation and of those that it calls, each with a key that identifies it."""
         found = {}
         for number, line in enumerate(bodies.get(name, ())):
             loop, operation = LOOP.search(line), OPERATION.search(line)
             if loop:
-                rounds = _rounds(line, bodies.get(loop[1], []))
+                trips = _trip_count(line, bodies.get(loop[1], []))
                 for key, one in inside(loop[2]):
-                    if rounds is None:
-                        problem = f"its step has a {one.kind} in the loop {loop[2]}, whose number of rounds is not told"
-                        raise InputError("config", f"{problem} by the compiler: what it sends cannot be counted")
-                    found[name, number, key] = dataclasses.replace(one, runs=one.runs * rounds)
+                    if trips is None:
+                        problem = f"its step has {one.kind} operations in the loop {loop[2]} of unknown length"
+                        raise InputError("config", f"{problem}, so the bytes sent cannot be counted")
+                    found[name, number, key] = dataclasses.replace(one, runs=one.runs * trips)
             elif operation:
                 channel = re.search(r"channel_id=(\d+)", line)
                 found[channel[1] if channel else (name, number)] = _collective(operation, line, name, devices)
@@ -76,7 +80,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by its name, and which is the program's."""
+    """Returns the lines of each computation by its name, and the name of the entry computation."""
     bodies, entry, lines = {}, "", []
     for line in text.splitlines():
         head = None if line.startswith(" ") else COMPUTATION.match(line)
@@ -89,12 +93,13 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _called(line: str) -> Iterator[str]:
+    """Yields the names of the computations that a line calls."""
     for one, several in CALLED.findall(line):
         yield from (name.strip().lstrip("%") for name in (one or several).split(","))
 
 
-def _rounds(line: str, condition: list[str]) -> int | None:
-    """How often a loop runs: as the compiler knows, or where it counts from 0 to a constant, as a scan does."""
+def _trip_count(line: str, condition: list[str]) -> int | None:
+    """Returns the number of iterations of a loop if the compiler states it or the loop counts from 0 to a constant."""
     known = TRIPS.search(line)
     if known:
         return int(known[1])
@@ -108,12 +113,12 @@ def _collective(operation: re.Match, line: str, computation: str, devices: int) 
     sizes = [
         math.prod(map(int, filter(None, shape.split(",")))) * _width(dtype) for dtype, shape in ARRAY.findall(types)
     ]
-    if started and kind != "all-reduce":  # a tuple of operands, results and counters
+    if started and kind != "all-reduce":  # the type is a tuple of operands, results and counters
         sizes = [max(sizes)]
     group = _group(line, devices)
     whole = sum(sizes)
     if kind == "reduce-scatter":
-        whole *= group  # its result is a part
+        whole *= group  # its result is one of the parts
     elif kind == "all-reduce" and "all-reduce-scatter" in computation:
         kind = "reduce-scatter"
     times = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1, "collective-broadcast": 1}
@@ -122,7 +127,7 @@ def _collective(operation: re.Match, line: str, computation: str, devices: int) 
 
 
 def _width(dtype: str) -> float:
-    """Bytes of an element."""
+    """Returns the size of an element in bytes."""
     if dtype == "pred":
         return 1
     bits = re.search(r"\d+", dtype)
@@ -130,8 +135,7 @@ def _width(dtype: str) -> float:
 
 
 def _group(line: str, devices: int) -> int:
-    """How many devices work together, in each of the ways that HLO writes groups: one by one, as rows of a table, as
-    axes of a mesh."""
+    """Returns the number of devices per group, for each of HLO's notations: lists, rows of a table, axes of a mesh."""
     rows = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line)
     if rows:
         return int(rows[2])

@@ -1,8 +1,8 @@
-"""The work of a network, counted from its shapes: multiply-accumulates (MACs), 2 FLOPs each.
+"""Counts the multiply-accumulates (MACs, 2 FLOPs each) of a function from its shapes.
 
-Counted are the products, matrix products and convolutions, as in the papers' tables (whose "Gflops" are MACs); not what
-is done element by element, reductions and gathers. XLA's own cost analysis counts the body of a scan once, however
-often it runs, and so a stack of blocks as one block.
+Matrix products and convolutions are counted, as in the papers' tables (whose "Gflops" are MACs). Elementwise
+operations, reductions and gathers are not. XLA's cost analysis is no alternative: it counts the body of a scan once,
+regardless of its length, and therefore a stack of blocks as one block.
 """
 
 import math
@@ -16,37 +16,39 @@ from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
 from diffusion.core.types import Network
 
-OFTEN = ("while", "pallas_call", "shard_map")  # run their bodies an unknown number of times
-HIDING = ("dot", "matmul", "ffi_call")  # in the names of other primitives: these multiply, and no equation shows it
+REPEATING = ("while", "pallas_call", "shard_map")  # primitives that run their bodies an unknown number of times
+OPAQUE = ("dot", "matmul", "ffi_call")  # parts of the names of other primitives whose products are not in their jaxprs
 
 
 def network_macs(network: Network, shape: tuple[int, ...], num_classes: int = 0) -> int:
-    """MACs of one example's forward pass.
+    """Returns the MACs of one example's forward pass.
 
     Args:
-      shape, num_classes: those that the network was built with.
+      network: The network.
+      shape, num_classes: The values that the network was built with.
     """
     params = jax.eval_shape(network.init, jax.random.key(0))
 
-    def one(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    def batch_of_one(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *shape), dtype)
 
-    cond = {"label": one(dtype=jnp.int32)} if num_classes else {}
-    return macs(network.apply, params, one(*shape), one(), cond)
+    cond = {"label": batch_of_one(dtype=jnp.int32)} if num_classes else {}
+    return macs(network.apply, params, batch_of_one(*shape), batch_of_one(), cond)
 
 
 def macs(function: Callable[..., Any], *args: Any) -> int:
-    """MACs of `function(*args)`, which is traced and not run.
+    """Returns the MACs of `function(*args)`, which is traced but not run.
 
-    All that is traced counts, used or not: what chunked attention pads, too. Of the branches of a condition, the one
-    with the most. A convolution's padding counts as if it were image, but the zeros that a transposed one has between
-    pixels do not.
+    Everything that is traced counts, used or not, including the padding of chunked attention. Of the branches of a
+    conditional, the most expensive one counts. The padding of a convolution counts as pixels, but the zeros that a
+    transposed convolution inserts between pixels do not.
 
     Args:
-      args: pytrees of arrays or `jax.ShapeDtypeStruct`.
+      function: The function.
+      *args: Pytrees of arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: products in a loop without a fixed number of trips, or in a call that hides them.
+      ValueError: There are products in a loop of unknown length, or in an opaque call.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -68,10 +70,10 @@ def _of_equation(eqn: JaxprEqn) -> int:
             return eqn.params["length"] * sum(inner)
         case "cond":
             return max(inner)
-    # Any other that holds jaxprs runs them once: jit, remat, custom derivatives. Of several, which one is not known.
-    hides = any(part in name for part in HIDING)
-    if hides or sum(map(bool, inner)) > 1 or (name in OFTEN and any(inner)):
-        raise ValueError(f"the products in a {name!r} cannot be counted: its shapes do not tell how many there are")
+    # Other primitives run their jaxpr once (jit, remat, custom derivatives). With several, it is unknown which runs.
+    opaque = any(part in name for part in OPAQUE)
+    if opaque or sum(map(bool, inner)) > 1 or (name in REPEATING and any(inner)):
+        raise ValueError(f"the products in a {name!r} cannot be counted: its shapes do not determine their number")
     return sum(inner)
 
 
@@ -85,16 +87,18 @@ def _convolution(eqn: JaxprEqn) -> int:
     p = eqn.params
     kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
     (_, in_channels, *window), (batch, features, *space) = p["dimension_numbers"][1:]
-    total = out[batch] * out[features] * kernel[in_channels]  # the kernel's own: those of one group
+    total = out[batch] * out[features] * kernel[in_channels]  # the kernel has the channels of one group
     axes = zip(space, window, p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"], strict=True)
-    for place, tap, stride, (before, _), between, apart in axes:
-        seen = np.arange(out[place])[:, None] * stride + np.arange(kernel[tap]) * apart - before
-        total *= int(np.count_nonzero(seen % between == 0))  # the others fall between pixels
+    for out_axis, kernel_axis, stride, (before, _), lhs_dilation, rhs_dilation in axes:
+        positions = np.arange(out[out_axis])[:, None] * stride + np.arange(kernel[kernel_axis]) * rhs_dilation - before
+        total *= int(np.count_nonzero(positions % lhs_dilation == 0))  # the other positions lie between pixels
     return total
 
 
 def _cudnn_attention(eqn: JaxprEqn) -> int:
-    """Queries `[B, N, heads, F]` by keys `[B, M, heads, F]`, and the weights by the values. `attend` is not made to do
-    without cuDNN here: a jitted function would keep what it was traced as."""
+    """Counts the products of queries `[B, N, heads, F]` and keys `[B, M, heads, F]`, and of the weights and the values.
+
+    Tracing `attend` without cuDNN instead would not work, because a jitted function caches its first trace.
+    """
     queries, keys = (var.aval for var in eqn.invars[:2])
     return 2 * queries.size * keys.shape[1]

@@ -16,7 +16,7 @@ SCHEDULES = ["vp_sde", "flow", "trig", {"name": "edm", "sigma_max": 400.0}, "vp"
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_ode_finds_the_exact_density(x64, schedule):
-    """Of a mixture, on every schedule. The far end is not quite normal, which is the error."""
+    """For a mixture, on every schedule. The error arises because the marginal at the end is not exactly normal."""
     schedule = build("schedules", schedule)
     x = MIXTURE.sample(jax.random.key(0), 20)
     low = max(float(schedule.log_snr(jnp.float64(1))), -12.0)
@@ -27,22 +27,20 @@ def test_ode_finds_the_exact_density(x64, schedule):
 
 
 def test_ode_solver_is_of_fourth_order(x64):
-    """On a Gaussian, whose far end is exact: halving the step divides the error by 16."""
+    """For a Gaussian, whose marginal at the end is exactly normal, halving the step divides the error by 16."""
     schedule = build("schedules", "flow")
     x = GAUSSIAN.sample(jax.random.key(0), 5)
-    exact = GAUSSIAN.log_density(x, 1.0, np.exp(-8.0))  # of the data as noisy as where the ODE begins
-    errors = [
-        abs(ode_log_likelihood(GAUSSIAN.denoiser(schedule), schedule, x, jax.random.key(1), steps=steps,
-                               log_snr=(16.0, -10.0), data_std=0.5) - exact).max()
-        for steps in (20, 40, 80)
-    ]  # fmt: skip
+    exact = GAUSSIAN.log_density(x, 1.0, np.exp(-8.0))  # with the noise that x has where the ODE starts
+    denoise, kwargs = GAUSSIAN.denoiser(schedule), dict(log_snr=(16.0, -10.0), data_std=0.5)
+    found = [ode_log_likelihood(denoise, schedule, x, jax.random.key(1), steps=n, **kwargs) for n in (20, 40, 80)]
+    errors = [abs(log_p - exact).max() for log_p in found]
     slopes = np.log2(np.array(errors[:-1]) / errors[1:])
     np.testing.assert_allclose(slopes, 4, atol=0.4)
     assert errors[-1] < 2e-4
 
 
 def test_hutchinson_is_unbiased(x64):
-    """For data whose Jacobian is not diagonal, the mean over probes is the exact trace."""
+    """The mean over probes is the exact trace, for a Jacobian that is not diagonal."""
     schedule = build("schedules", "flow")
     x = jnp.broadcast_to(MIXTURE.sample(jax.random.key(2), 1), (400, 2))
     kwargs = dict(steps=60, log_snr=(12.0, -10.0), data_std=0.55)
@@ -53,8 +51,8 @@ def test_hutchinson_is_unbiased(x64):
 
 
 @pytest.mark.parametrize("schedule", ["vp_sde", "flow", "ve"])
-def test_bound_nears_the_entropy_as_the_chain_grows(x64, schedule):
-    """The optimal model's bound is above the entropy by an amount that halves as T doubles."""
+def test_bound_converges_to_the_entropy(x64, schedule):
+    """The gap between the optimal model's bound and the entropy halves as the number of steps doubles."""
     schedule = build("schedules", schedule)
     x = GAUSSIAN.sample(jax.random.key(0), 10_000)
     low = max(float(schedule.log_snr(jnp.float64(1))), -14.0)
@@ -62,7 +60,7 @@ def test_bound_nears_the_entropy_as_the_chain_grows(x64, schedule):
     for steps in (64, 128, 256):
         times = schedule.time(jnp.linspace(14.0, low, steps + 1))
         bound = variational_bound(GAUSSIAN.denoiser(schedule), schedule, x, jax.random.key(1), times)
-        # Against the density of the same points: most of the noise cancels.
+        # Compared with the density of the same points, so that most of the sampling noise cancels.
         gaps.append(float((bound["total"] + GAUSSIAN.log_density(x)).mean()))
     assert gaps[-1] > 0
     ratios = np.array(gaps[:-1]) / gaps[1:]
@@ -70,7 +68,7 @@ def test_bound_nears_the_entropy_as_the_chain_grows(x64, schedule):
 
 
 def test_bound_of_discrete_data(x64):
-    """Fair coins: log 2 nats each."""
+    """The entropy of fair coins is log 2 nats each."""
     schedule = build("schedules", "flow")
     x = jax.random.rademacher(jax.random.key(0), (20_000, 2), jnp.float64)
     coins = Mixture(
@@ -92,7 +90,7 @@ def test_level_log_likelihood(x64):
 
 
 def test_discretized_log_likelihood(x64):
-    """The mass of each bin, far out in the tails too; all bins together have all of it."""
+    """The mass of each bin is accurate also far out in the tails, and all bins sum to 1."""
     levels = np.linspace(-1, 1, 9)
     for mean, std in ((0.2, 0.15), (-0.97, 0.05), (3.0, 0.1)):
         found = discretized_log_likelihood(jnp.asarray(levels), jnp.float64(mean), jnp.float64(std), 9)
@@ -109,9 +107,9 @@ def test_discretized_log_likelihood(x64):
 
 
 def test_dequantize():
-    """Uniform within a bin; the offset makes the log-density of uniform data that of its levels."""
+    """The noise is uniform within a bin, and the offset turns the log-density into the log-probability of a level."""
     x = jnp.asarray(np.linspace(-1, 1, 17))[jax.random.randint(jax.random.key(0), (50_000,), 0, 17)]
     spread, offset = dequantize(x, jax.random.key(1), 17)
     assert abs(spread - x).max() <= 1 / 16 and abs((spread - x).std() - 2 / 16 / 12**0.5) < 1e-3
-    density = -np.log(17 * 2 / 16)  # uniform on all the bins
+    density = -np.log(17 * 2 / 16)  # uniform over all bins
     np.testing.assert_allclose(density + offset, -np.log(17), rtol=1e-6)

@@ -8,8 +8,8 @@ from diffusion.core.types import Denoised
 from diffusion.process.posterior import posterior, x0_errors
 
 
-def test_is_the_papers_for_a_table(x64):
-    """Ho et al. 2020, eq. 7, for betas and their running product."""
+def test_matches_ho_et_al_on_a_table(x64):
+    """Ho et al. 2020, eq. 7, in terms of the betas and their cumulative product."""
     schedule = build("schedules", {"name": "vp", "num_steps": 20})
     betas = np.linspace(1e-4, 0.02, 20)
     alpha_bar = np.cumprod(1 - betas)
@@ -26,7 +26,7 @@ def test_is_the_papers_for_a_table(x64):
 
 @pytest.mark.parametrize("schedule", ["vp_sde", "ve", "edm", "flow", "trig", {"name": "vp", "zero_terminal_snr": True}])
 def test_bayes(x64, schedule):
-    """Joint moments of (x_s, x_t) given x0, by the product of the two Gaussians."""
+    """The coefficients follow from the joint covariance of (x_s, x_t) given x0."""
     schedule = build("schedules", schedule)
     s, t = jnp.float64(0.3), jnp.float64(0.8)
     reverse = posterior(schedule, t, s)
@@ -37,7 +37,7 @@ def test_bayes(x64, schedule):
     np.testing.assert_allclose(reverse.beta_tilde, v_s - covariance**2 / v_t, rtol=1e-9)
 
 
-def test_last_step_and_first_from_pure_noise_are_finite():
+def test_last_step_and_first_step_from_pure_noise_are_finite():
     schedule = build("schedules", "flow")
     last = posterior(schedule, jnp.float32(0.1), jnp.float32(0))
     assert last.from_x == 0 and last.from_x0 == 1 and last.beta_tilde == 0
@@ -45,8 +45,8 @@ def test_last_step_and_first_from_pure_noise_are_finite():
     assert first.from_x == 0 and np.isclose(first.from_x0, 0.1) and np.isfinite(first.beta)
 
 
-def test_the_optimal_variance_is_that_of_the_data(x64):
-    """On N(0, v) the step to s of variance `optimal` leads from the marginal of t to that of s exactly."""
+def test_the_optimal_variance_preserves_the_marginals(x64):
+    """For data N(0, v), the step to s with variance `optimal` maps the marginal at t exactly to that at s."""
     schedule, v = build("schedules", "vp"), 0.3
     t, s = jnp.float64(0.6), jnp.float64(0.2)
     marginal_t, marginal_s = (schedule.alpha(a) ** 2 * v + schedule.sigma(a) ** 2 for a in (t, s))
@@ -57,7 +57,7 @@ def test_the_optimal_variance_is_that_of_the_data(x64):
     np.testing.assert_allclose(step**2 * marginal_t + reverse.optimal(error), marginal_s, rtol=1e-9)
 
 
-def test_x0_errors_are_measured():
+def test_x0_errors_match_the_closed_form():
     schedule, v = build("schedules", "vp"), 0.3
     x0 = v**0.5 * jax.random.normal(jax.random.key(0), (50000, 1))
 

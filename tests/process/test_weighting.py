@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build, names
-from diffusion.core.types import InputError
+from tests.refusals import refused
 
-# What each paper states, as a weight on the squared error of x0.
+# The papers' weights, on the squared error of x0.
 ON_X0 = {
     "snr": lambda snr: snr,
     "truncated_snr": lambda snr: np.maximum(snr, 1),
@@ -19,51 +19,51 @@ SCHEDULES = ["vp", "flow", "trig", "edm"]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("row", names("parameterization"))
+@pytest.mark.parametrize("parameterization", names("parameterization"))
 @pytest.mark.parametrize("name", ON_X0)
-def test_weight_on_x0_is_the_papers_for_every_parameterization(x64, name, row, schedule):
-    """The weighted loss of F equals the paper's weight times the squared error of x0, for any wrong answer."""
+def test_weight_on_x0_matches_the_paper_for_every_parameterization(x64, name, parameterization, schedule):
+    """The weighted loss of F equals the paper's weight times the squared error of x0, for any error."""
     schedule = build("schedules", schedule)
     t = jnp.linspace(0.02, 0.95, 40)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    row = build("parameterization", row)(schedule, t)
+    coefficients = build("parameterization", parameterization)(schedule, t)
     x0, eps, error = jax.random.normal(jax.random.key(0), (3, 40))
-    x_t, target = alpha * x0 + sigma * eps, row.target(x0, eps)
+    x_t, target = alpha * x0 + sigma * eps, coefficients.target(x0, eps)
     output = target + error
-    loss = build("weighting", name)(schedule, row, t) * (output - target) ** 2
+    loss = build("weighting", name)(schedule, coefficients, t) * (output - target) ** 2
     snr = (alpha / sigma) ** 2
-    expected = ON_X0[name](snr) * (row.to_x0(output, x_t) - row.to_x0(target, x_t)) ** 2
+    expected = ON_X0[name](snr) * (coefficients.to_x0(output, x_t) - coefficients.to_x0(target, x_t)) ** 2
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 def test_simple_is_one_on_the_output():
     schedule, t = build("schedules", "vp"), jnp.linspace(0.1, 1, 5)
     for name in names("parameterization"):
-        row = build("parameterization", name)(schedule, t)
-        np.testing.assert_array_equal(build("weighting", "simple")(schedule, row, t), 1)
+        coefficients = build("parameterization", name)(schedule, t)
+        np.testing.assert_array_equal(build("weighting", "simple")(schedule, coefficients, t), 1)
 
 
 def test_known_forms_on_eps_and_v(x64):
-    """Hang et al. 2023: min(SNR, gamma) / SNR on eps, and / (SNR + 1) on v; EDM: 1 on its own F."""
+    """Hang et al. 2023: min(SNR, gamma) / SNR on eps, and / (SNR + 1) on v. EDM: 1 on the F of its parameterization."""
     schedule, t = build("schedules", "vp"), jnp.linspace(0.05, 1, 20)
     snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
     for name, expected in (("eps", np.minimum(snr, 5) / snr), ("v", np.minimum(snr, 5) / (snr + 1))):
-        row = build("parameterization", name)(schedule, t)
-        np.testing.assert_allclose(build("weighting", "min_snr")(schedule, row, t), expected, rtol=1e-9)
-    row = build("parameterization", "edm")(schedule, t)
-    np.testing.assert_allclose(build("weighting", "edm")(schedule, row, t), 1, rtol=1e-9)
+        coefficients = build("parameterization", name)(schedule, t)
+        np.testing.assert_allclose(build("weighting", "min_snr")(schedule, coefficients, t), expected, rtol=1e-9)
+    coefficients = build("parameterization", "edm")(schedule, t)
+    np.testing.assert_allclose(build("weighting", "edm")(schedule, coefficients, t), 1, rtol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["vp_sde", "flow", "trig", "edm"])
-def test_bound_is_the_derivative_of_snr(x64, schedule):
-    """vlb is -SNR'(t) / 2 on x0, so its integral over t is half the gain of SNR; sigmoid is a share of it."""
+def test_vlb_is_the_derivative_of_snr(x64, schedule):
+    """vlb is -SNR'(t) / 2 on x0, so its integral over t is half the change in SNR; sigmoid is a fraction of it."""
     schedule = build("schedules", schedule)
     t = jnp.linspace(0.2, 0.9, 4001)
-    row = build("parameterization", "x0")(schedule, t)
-    weight = build("weighting", "vlb")(schedule, row, t)
+    coefficients = build("parameterization", "x0")(schedule, t)
+    weight = build("weighting", "vlb")(schedule, coefficients, t)
     snr = jnp.exp(schedule.log_snr(t))
     np.testing.assert_allclose(jnp.trapezoid(weight, t), (snr[0] - snr[-1]) / 2, rtol=1e-5)
-    share = build("weighting", {"name": "sigmoid", "bias": 1.5})(schedule, row, t) / weight
+    share = build("weighting", {"name": "sigmoid", "bias": 1.5})(schedule, coefficients, t) / weight
     np.testing.assert_allclose(share, 1 / (1 + snr * np.exp(-1.5)), rtol=1e-9)
 
 
@@ -81,5 +81,5 @@ def test_every_weighting_is_tested():
     ],
 )
 def test_bad_options(spec, field):
-    with pytest.raises(InputError, match=f"weighting.{field}: "):
+    with refused(f"weighting.{field}"):
         build("weighting", spec)

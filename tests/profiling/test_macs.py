@@ -1,4 +1,4 @@
-"""Multiply-accumulates: XLA's count where it is exact, sums written out by hand, and the papers' figures."""
+"""Tests MACs against XLA's count where it is exact, closed forms, and the papers' figures."""
 
 import jax
 import jax.numpy as jnp
@@ -42,20 +42,20 @@ def conv(**options):
         ),
     ],
 )
-def test_half_of_xlas_flops(function, shapes):
-    """Exactly: there is nothing but products, and no padding, which XLA takes off."""
+def test_macs_are_half_of_the_flops_of_xla(function, shapes):
+    """The counts agree exactly for products without padding, which XLA does not count."""
     args = [floats(*shape) for shape in shapes]
     assert 2 * macs(function, *args) == jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
 
-def test_padding_counts_as_image():
-    """The zeros that a transposed convolution puts between pixels do not: each pixel meets each tap once."""
+def test_padding_counts_as_pixels():
+    """The zeros between the pixels of a transposed convolution do not count: each pixel meets each tap once."""
     x, w = floats(2, 8, 8, 6), floats(3, 3, 6, 9)
     assert macs(conv(padding="SAME"), x, w) == 2 * 8 * 8 * 9 * 6 * 9
     assert macs(lambda x, w: jax.lax.conv_transpose(x, w, (2, 2), "SAME"), x, w) == 2 * 8 * 8 * 9 * 6 * 9
 
 
-def test_a_scan_is_its_loop():
+def test_a_scan_counts_as_an_unrolled_loop():
     def body(x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x @ x.T @ x, jnp.ones((3, 7, 7)))[0]
 
@@ -96,8 +96,8 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrapping_changes_nothing(name):
-    """A condition has its larger branch's products, and a loop may do without any."""
+def test_wrapping_does_not_change_the_count(name):
+    """Of a conditional's branches, the most expensive one counts. A `while` without products counts as 0."""
     assert macs(WRAPPED[name], SQUARE) == DOT
 
 
@@ -130,13 +130,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refuses_what_it_cannot_count(name):
-    with pytest.raises(ValueError, match=f"products in a '{name}.*cannot be counted"):
+def test_refuses_products_that_cannot_be_counted(name):
+    with pytest.raises(ValueError, match=name):
         macs(REFUSED[name], SQUARE)
 
 
-def test_cudnns_attention(monkeypatch):
-    """Its forward pass is known by its name; the backward pass is refused and not left out."""
+def test_cudnn_attention(monkeypatch):
+    """The forward pass is recognized by its name; the backward pass is refused rather than ignored."""
     for check in ("check_cudnn_version", "check_compute_capability"):
         monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_: 99999)
 
@@ -158,10 +158,10 @@ SMALL = {"name": "dit", "patch_size": 2, "width": 16, "depth": 3, "num_heads": 2
 
 
 def dit_parts(size, channels, classes, patch, width, depth, outputs):
-    """The two products of the input alone, those of the blocks, all others."""
+    """Returns the MACs of the two products of the inputs, of the blocks, and of the rest."""
     N, D, L, C = (size // patch) ** 2, width, depth, patch**2 * channels
-    inputs = 256 * D + N * C * D  # the noise label's 256 frequencies, and patches
-    others = D * D + 2 * D * D + N * D * outputs * C  # embedding's second layer, last modulation, last layer
+    inputs = 256 * D + N * C * D  # the 256 frequencies of the noise label, and the patches
+    others = D * D + 2 * D * D + N * D * outputs * C  # second embedding layer, last modulation, last layer
     return inputs, N * L * 12 * D**2 + 2 * L * N**2 * D + 6 * L * D**2, others
 
 
@@ -169,12 +169,12 @@ def dit_parts(size, channels, classes, patch, width, depth, outputs):
 @pytest.mark.parametrize("kernel", ["xla", "chunked"])
 def test_dit_in_closed_form(remat, kernel):
     network = build("networks", {**SMALL, "remat": remat, "kernel": kernel}, shape=(8, 8, 3), num_classes=10)
-    pad = 2 * 3 * 16 * (256 - 16) * 16 if kernel == "chunked" else 0  # 16 queries fill a chunk of 256
+    pad = 2 * 3 * 16 * (256 - 16) * 16 if kernel == "chunked" else 0  # 16 queries are padded to a chunk of 256
     assert network_macs(network, (8, 8, 3), 10) == sum(dit_parts(8, 3, 10, 2, 16, 3, 2)) + pad
 
 
 def test_training_is_three_times_the_forward_pass():
-    """Less the gradients of the inputs, which nobody asks for. Rematerialisation: up to once more for the blocks."""
+    """Except for gradients of the inputs. Rematerialization adds up to one more forward pass of the blocks."""
     x, c_noise = floats(5, 8, 8, 3), floats(5)
     cond = {"label": floats(5, dtype=jnp.int32)}
     inputs, blocks, others = (5 * part for part in dit_parts(8, 3, 10, 2, 16, 3, 2))
@@ -186,27 +186,29 @@ def test_training_is_three_times_the_forward_pass():
         assert least * blocks <= work <= most * blocks
 
 
-PUBLISHED_DIT = {  # GMACs: Peebles & Xie 2023, table 4, where they are called Gflops
+PUBLISHED_DIT = {  # GMACs from Peebles & Xie 2023, table 4, which calls them Gflops
     ("S", 2): 6.06, ("B", 2): 23.01, ("L", 2): 80.71, ("XL", 2): 118.64, ("XL", 4): 29.05, ("XL", 8): 7.39,
 }  # fmt: skip
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
 @pytest.mark.parametrize(("size", "patch"), PUBLISHED_DIT)
-def test_the_papers_dits(size, patch):
+def test_published_dits(size, patch):
     width, depth, heads = SIZES[size]
     spec = {"name": "dit", "patch_size": patch, "width": width, "depth": depth, "num_heads": heads, "outputs": 2}
     work = network_macs(build("networks", spec, shape=(32, 32, 4), num_classes=1000), (32, 32, 4), 1000)
     assert work / 1e9 == pytest.approx(PUBLISHED_DIT[size, patch], rel=1e-3)
 
 
-def test_unet_by_hand():
+def test_unet_in_closed_form():
     def conv(H, c_in, c_out, k=3):
         return H * H * k * k * c_in * c_out
 
     def residual(H, c_in, c_out):
         skip = conv(H, c_in, c_out, 1) if c_in != c_out else 0
-        return conv(H, c_in, c_out) + conv(H, c_out, c_out) + skip + 32 * 2 * c_out  # and the embedding's part
+        return (
+            conv(H, c_in, c_out) + conv(H, c_out, c_out) + skip + 32 * 2 * c_out
+        )  # the last term is the embedding's projection
 
     def attention(H, C):
         return 4 * H**2 * C**2 + 2 * H**4 * C
@@ -228,23 +230,29 @@ def test_unet_by_hand():
     assert network_macs(network, (8, 8, 1), 10) == embedding + down + middle + up
 
 
-DDPM = {"scale_shift": False, "asymmetric_padding": True, "head_dim": None, "freq_shift": True}
-ADM = {"width": 192, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3, "attention_resolutions": (32, 16, 8), "resample": "residual",
-       "outputs": 2}  # fmt: skip
+DDPM = {"scale_shift": False, "asymmetric_padding": True, "head_dim": None, "freq_shift": 1}
+ADM = {
+    "width": 192,
+    "channel_mult": (1, 2, 3, 4),
+    "num_res_blocks": 3,
+    "attention_resolutions": (32, 16, 8),
+    "resample": "residual",
+    "outputs": 2,
+}
 
 
 @pytest.mark.parametrize(
     ("options", "size", "classes", "attention", "published"),
     [
-        # Places, channels and number of the attention blocks; GMACs without their two products of places by places.
+        # Attention blocks as (pixels, channels, count), and GMACs without their products of queries, keys and values.
         (DDPM, 32, 0, [(256, 256, 5), (16, 256, 1)], 6.06),
         (ADM, 64, 1000, [(1024, 384, 7), (256, 576, 7), (64, 768, 8)], 103.9),
     ],
     ids=["ddpm", "adm"],
 )
 def test_published_unets(options, size, classes, attention, published):
-    """Their published counts are of layers, and attention's own products are in none."""
+    """The published counts do not include the products of queries and keys and of weights and values."""
     shape = (size, size, 3)
     network = build("networks", {"name": "unet", **options}, shape=shape, num_classes=classes)
-    products = sum(2 * places**2 * channels * count for places, channels, count in attention)
+    products = sum(2 * pixels**2 * channels * count for pixels, channels, count in attention)
     assert (network_macs(network, shape, classes) - products) / 1e9 == pytest.approx(published, rel=0.01)

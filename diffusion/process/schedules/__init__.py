@@ -1,1 +1,1 @@
-"""Noise schedules: `alpha(t)` and `sigma(t)` of `x_t = alpha x0 + sigma eps`, one family a file."""
+"""Noise schedules: `alpha(t)` and `sigma(t)` of `x_t = alpha x0 + sigma eps`, one per file."""

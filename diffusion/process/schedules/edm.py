@@ -1,15 +1,16 @@
-"""EDM's schedule: time is noise level (Karras et al. 2022, arXiv 2206.00364, table 1)."""
+"""EDM's schedule, whose time is proportional to the noise level (Karras et al. 2022, arXiv 2206.00364, table 1)."""
 
 import dataclasses
 
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.types import Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class EDM:
-    """alpha = 1, sigma = sigma_max t. Below sigma_min nothing is trained or evaluated but t = 0 itself."""
+    """alpha = 1, sigma = sigma_max t. Nothing is trained or evaluated at 0 < sigma < sigma_min."""
 
     sigma_min: float
     sigma_max: float
@@ -28,9 +29,12 @@ class EDM:
 
 
 def make(sigma_min: float = 0.002, sigma_max: float = 80.0) -> EDM:
-    """Args: `sigma_min`, `sigma_max`, in units of the data; 0 < sigma_min < sigma_max."""
-    if sigma_min <= 0:
-        raise InputError("sigma_min", f"must be positive, got {sigma_min}")
+    """Builds EDM's schedule.
+
+    Args:
+      sigma_min, sigma_max: Noise levels in units of the data; 0 < sigma_min < sigma_max.
+    """
+    checks.positive(sigma_min=sigma_min)
     if sigma_max <= sigma_min:
         raise InputError("sigma_max", f"must be above sigma_min = {sigma_min}, got {sigma_max}")
     return EDM(sigma_min, sigma_max)

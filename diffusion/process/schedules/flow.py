@@ -6,12 +6,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from diffusion.core.types import Array, InputError
+from diffusion.core import checks
+from diffusion.core.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """alpha = 1 - u, sigma = u, u = shift t / (1 + (shift - 1) t)."""
+    """The straight path with a time shift: alpha = 1 - u, sigma = u, u = shift t / (1 + (shift - 1) t)."""
 
     shift: float
 
@@ -33,7 +34,10 @@ class Flow:
 
 
 def make(shift: float = 1.0) -> Flow:
-    """Args: `shift`, positive: 1 is the plain path; more spends more time at high noise, as high resolutions want."""
-    if shift <= 0:
-        raise InputError("shift", f"must be positive, got {shift}")
+    """Builds the straight path.
+
+    Args:
+      shift: Positive. 1 is the plain path; a larger shift spends more time at high noise, which suits high resolutions.
+    """
+    checks.positive(shift=shift)
     return Flow(shift)

@@ -6,15 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.types import Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """log SNR = -gamma(t), gamma rising from one end to the other, both learned, along a monotone network between.
+    """log SNR = -gamma(t), where gamma is increasing; its end points and its shape, a monotone network, are learned.
 
-    sigma^2 = sigmoid(gamma), alpha^2 = sigmoid(-gamma). The end at t = 0 is as noisy as gamma_min says: the model has a
-    decoder there. Without parameters gamma is the straight line it begins as.
+    sigma^2 = sigmoid(gamma), alpha^2 = sigmoid(-gamma). At t = 0 the noise level is that of gamma_min, because the
+    model has a decoder there. Without parameters gamma is the straight line that training starts from.
     """
 
     gamma_min: float
@@ -32,7 +33,7 @@ class Learned:
         }
 
     def at(self, params: Any) -> "Learned":
-        """The schedule with its parameters."""
+        """Returns the schedule with the given parameters."""
         return dataclasses.replace(self, params=params)
 
     def gamma(self, t: Array) -> Array:
@@ -71,9 +72,13 @@ class Learned:
 
 
 def make(gamma_min: float = -13.3, gamma_max: float = 5.0, hidden: int = 64) -> Learned:
-    """Args: `gamma_min`, `gamma_max`, -log SNR at t = 0 and t = 1 before training; `hidden` units of the network."""
+    """Builds the schedule.
+
+    Args:
+      gamma_min, gamma_max: -log SNR at t = 0 and t = 1 before training.
+      hidden: Number of hidden units of the monotone network.
+    """
     if gamma_max <= gamma_min:
         raise InputError("gamma_max", f"must be above gamma_min = {gamma_min}, got {gamma_max}")
-    if hidden < 1:
-        raise InputError("hidden", f"must be at least 1, got {hidden}")
+    checks.at_least(1, hidden=hidden)
     return Learned(gamma_min, gamma_max, hidden)

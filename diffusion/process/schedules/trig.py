@@ -1,12 +1,15 @@
-"""The trigonometric path: a quarter circle at constant speed, variance preserving on data of standard deviation
-`sigma_data` (Albergo & Vanden-Eijnden 2023, arXiv 2209.15571; the GVP path of SiT, arXiv 2401.08740; TrigFlow of Lu &
-Song 2024, arXiv 2410.11081)."""
+"""The trigonometric path, a quarter circle at constant speed.
+
+It is variance preserving for data of standard deviation `sigma_data` (Albergo & Vanden-Eijnden 2023, arXiv 2209.15571;
+the GVP path of SiT, arXiv 2401.08740; TrigFlow of Lu & Song 2024, arXiv 2410.11081).
+"""
 
 import dataclasses
 
 import jax.numpy as jnp
 
-from diffusion.core.types import Array, InputError
+from diffusion.core import checks
+from diffusion.core.types import Array
 
 _QUARTER = jnp.pi / 2
 
@@ -18,7 +21,7 @@ class Trig:
     sigma_data: float = 1.0
 
     def alpha(self, t: Array) -> Array:
-        return jnp.sin(_QUARTER * (1 - jnp.asarray(t)))  # a cosine in floating point does not end at 0
+        return jnp.sin(_QUARTER * (1 - jnp.asarray(t)))  # cos(pi / 2) is not exactly 0 in floating point
 
     def sigma(self, t: Array) -> Array:
         return self.sigma_data * jnp.sin(_QUARTER * jnp.asarray(t))
@@ -31,7 +34,10 @@ class Trig:
 
 
 def make(sigma_data: float = 1.0) -> Trig:
-    """Args: `sigma_data`, positive, the standard deviation of pure noise, which is the data's on TrigFlow's path."""
-    if sigma_data <= 0:
-        raise InputError("sigma_data", f"must be positive, got {sigma_data}")
+    """Builds the trigonometric path.
+
+    Args:
+      sigma_data: Standard deviation of the pure noise; on TrigFlow's path it equals that of the data.
+    """
+    checks.positive(sigma_data=sigma_data)
     return Trig(sigma_data)

@@ -5,13 +5,16 @@ import math
 
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.types import Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class VE:
-    """alpha = 1, sigma^2 = sigma_min^2 ((sigma_max / sigma_min)^(2t) - 1): the SDE's own variance, 0 at t = 0. The
-    derivative of sigma is infinite there."""
+    """alpha = 1, sigma^2 = sigma_min^2 ((sigma_max / sigma_min)^(2t) - 1), the variance of the SDE.
+
+    It is 0 at t = 0, where the derivative of sigma is infinite.
+    """
 
     sigma_min: float
     sigma_max: float
@@ -34,9 +37,12 @@ class VE:
 
 
 def make(sigma_min: float = 0.01, sigma_max: float = 50.0) -> VE:
-    """Args: `sigma_min`, `sigma_max`, in units of the data; 0 < sigma_min < sigma_max."""
-    if sigma_min <= 0:
-        raise InputError("sigma_min", f"must be positive, got {sigma_min}")
+    """Builds the variance exploding schedule.
+
+    Args:
+      sigma_min, sigma_max: Noise levels in units of the data; 0 < sigma_min < sigma_max.
+    """
+    checks.positive(sigma_min=sigma_min)
     if sigma_max <= sigma_min:
         raise InputError("sigma_max", f"must be above sigma_min = {sigma_min}, got {sigma_max}")
     return VE(sigma_min, sigma_max)

@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core.checks import at_most
+from diffusion.core import checks
 from diffusion.core.types import Array, InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VP:
-    """A table of T log-SNRs read as a function of time.
+    """A table of T log-SNRs, interpolated as a function of time.
 
-    Index i of the table is at t = (i + 1) / T. Between its points log-SNR is linear in t. Where log-SNR runs off to
-    infinity, from t = 0 to the first point and, with zero terminal SNR, from the last but one to t = 1, it is sigma
-    or alpha that is linear: both ends are exact and both derivatives finite.
+    Index i of the table is at t = (i + 1) / T. Between the points, log-SNR is linear in t. Where log-SNR is unbounded,
+    sigma or alpha is linear instead: sigma from t = 0 to the first point, and, with zero terminal SNR, alpha from the
+    second-last point to t = 1. Thus both ends are exact and both derivatives are finite.
 
     Attributes:
-      table: log(alpha^2 / sigma^2) at t = 1/T, 2/T, ..., 1; falling, the last may be -inf; float64 `[T]`.
+      table: log(alpha^2 / sigma^2) at t = 1/T, 2/T, ..., 1, decreasing; the last may be -inf; float64 `[T]`.
     """
 
     table: np.ndarray = dataclasses.field(repr=False)
@@ -52,14 +52,15 @@ class VP:
         return jnp.where(log_snr > finite[0], near_data, jnp.where(log_snr < finite[-1], near_noise, inner))
 
     def _points(self, dtype) -> tuple[Array, Array]:
-        """The finite entries of the table and their times."""
+        """Returns the finite entries of the table and their times."""
         finite = self.table[np.isfinite(self.table)]
         return jnp.asarray(finite, dtype), jnp.asarray(np.arange(1, len(finite) + 1) / self.num_steps, dtype)
 
     def _pieces(self, t: Array) -> tuple[Array, Array, Array, Array]:
-        """t; sigma, linear up to the first point; log-SNR between the points; alpha, linear from the last.
+        """Returns t; sigma, linear up to the first point; log-SNR between the points; alpha, linear from the last.
 
-        Each piece stays at its end where t is beyond it, for what is not taken must not give a derivative a NaN."""
+        Each piece is constant outside its range, so that the branches that `_join` discards have no NaN derivatives.
+        """
         t = _floating(t)
         finite, points = self._points(t.dtype)
         sigma = jnp.sqrt(jax.nn.sigmoid(-finite[0])) * jnp.minimum(t / points[0], 1)
@@ -80,26 +81,24 @@ def make(
     num_steps: int = 1000,
     zero_terminal_snr: bool = False,
 ) -> VP:
-    """A VP schedule from one of the usual tables of betas.
+    """Builds a VP schedule from one of the usual tables of betas.
 
     Args:
       betas: `linear` (Ho et al. 2020: 1e-4 to 0.02), `scaled_linear` (linear in sqrt(beta); latent diffusion's 0.00085
-        to 0.012), `sigmoid` (a logistic from -6 to 6 between the end points 1e-4 and 0.02; GeoDiff, arXiv
+        to 0.012), `sigmoid` (a logistic function from -6 to 6 between the end points 1e-4 and 0.02; GeoDiff, arXiv
         2203.02923), or `cosine` (Nichol & Dhariwal 2021, eq. 17, each beta clipped at 0.999; it has no end points).
-      beta_start, beta_end: first and last beta, in (0, 1); the paper's values if left out.
+      beta_start, beta_end: First and last beta, in (0, 1); by default the paper's values.
       num_steps: T, the length of the table.
-      zero_terminal_snr: shift and scale the table of alphas so that the last is 0 (Lin et al. 2024, arXiv 2305.08891,
-        algorithm 1).
+      zero_terminal_snr: Whether to shift and scale the table of alphas so that the last is 0 (Lin et al. 2024, arXiv
+        2305.08891, algorithm 1).
     """
-    fewest = 2 if zero_terminal_snr else 1
-    if num_steps < fewest:
-        raise InputError("num_steps", f"must be at least {fewest}, got {num_steps}")
-    at_most(10**6, num_steps, "num_steps")
+    checks.at_least(2 if zero_terminal_snr else 1, num_steps=num_steps)
+    checks.at_most(10**6, num_steps, "num_steps")
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if betas == "cosine" and value is not None:
-            raise InputError(name, "the cosine table has no end points; remove it")
+            raise InputError(name, "must not be set, because the cosine table has no end points; remove it")
         if value is not None and not 0 < value < 1:
-            raise InputError(name, f"must be between 0 and 1, got {value}")
+            raise InputError(name, f"must be in (0, 1), got {value}")
     if betas == "cosine":
         table = _cosine(num_steps)
     else:

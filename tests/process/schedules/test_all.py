@@ -1,4 +1,4 @@
-"""What holds for every schedule there is."""
+"""Properties of every schedule."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from diffusion.core.arrays import derivative
 from diffusion.core.build import build, names
-from diffusion.core.types import InputError
+from tests.refusals import refused
 
 VARIANTS = [
     *({"name": "vp", "betas": betas, "num_steps": 40} for betas in ("linear", "scaled_linear", "cosine", "sigmoid")),
@@ -23,7 +23,7 @@ VARIANTS = [
     {"name": "trig", "sigma_data": 0.7},
     {"name": "learned"},
 ]
-INFINITE_AT_DATA = ("vp_sde", "ve")  # the derivative of sigma
+INFINITE_AT_DATA = ("vp_sde", "ve")  # schedules whose derivative of sigma is infinite at t = 0
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda spec: "-".join(map(str, spec.values())))
@@ -31,16 +31,16 @@ def schedule(request, x64):
     built = build("schedules", request.param)
     if request.param["name"] == "learned":
         params = built.init(jax.random.key(0))
-        return built.at({**params, "height": params["height"] + 9})  # well away from the straight line
+        return built.at({**params, "height": params["height"] + 9})  # far from the straight line
     return built
 
 
-def test_every_schedule_is_among_the_variants():
+def test_every_schedule_is_tested():
     assert {spec["name"] for spec in VARIANTS} == set(names("schedules"))
 
 
 def test_ends(schedule):
-    """Data at t = 0 and, where the path ends in pure noise, noise at t = 1: exactly, in float32 too."""
+    """x_t is exactly data at t = 0 and, if the path ends in pure noise, exactly noise at t = 1, also in float32."""
     learned = hasattr(schedule, "at")
     for dtype in (jnp.float64, jnp.float32):
         zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
@@ -69,7 +69,7 @@ def test_time_of_infinite_log_snr(schedule):
 
 
 def test_derivatives(schedule):
-    """Against central differences, away from a table's kinks; finite at both ends unless said otherwise."""
+    """Derivatives match central differences between a table's points and are finite at both ends."""
     t = jnp.linspace(0.0513, 0.9481, 37)
     for coefficient in (schedule.alpha, schedule.sigma):
         step = 1e-6
@@ -87,7 +87,7 @@ def test_variance_is_preserved(schedule):
 
 
 def test_formulas(x64):
-    """The papers' own, at one point."""
+    """Each schedule matches its paper's formula at one time."""
     t = jnp.float64(0.3)
 
     def values(spec):
@@ -106,7 +106,7 @@ def test_formulas(x64):
 
 
 def test_zero_terminal_snr_keeps_the_first_point(x64):
-    """Lin et al. 2024, algorithm 1: sqrt(alpha_bar) is moved to end at 0 and scaled to begin where it did."""
+    """Lin et al. 2024, algorithm 1: sqrt(alpha_bar) is shifted to end at 0 and scaled to keep its first value."""
     plain, rescaled = (build("schedules", {"name": "vp", "zero_terminal_snr": flag}) for flag in (False, True))
     points = jnp.arange(1, 1001) / 1000
     before, after = plain.alpha(points), rescaled.alpha(points)
@@ -135,5 +135,5 @@ def test_zero_terminal_snr_keeps_the_first_point(x64):
     ],
 )
 def test_bad_options(spec, field):
-    with pytest.raises(InputError, match=f"schedules.{field}: "):
+    with refused(f"schedules.{field}"):
         build("schedules", spec)

@@ -4,7 +4,7 @@ import pytest
 
 from diffusion.core.build import build
 
-# The tables as their papers define them.
+# The tables as defined in their papers.
 BETAS = {
     "linear": lambda T: np.linspace(1e-4, 0.02, T),
     "scaled_linear": lambda T: np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2,
@@ -40,7 +40,9 @@ def test_between_and_below_the_points(x64, betas):
     np.testing.assert_allclose(schedule.time(log_snr), t, atol=1e-12)
     np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1, rtol=1e-14)
     middle = (schedule.log_snr(jnp.float64(3 / 50)) + schedule.log_snr(jnp.float64(4 / 50))) / 2
-    np.testing.assert_allclose(schedule.log_snr(jnp.float64(3.5 / 50)), middle, rtol=1e-12)  # linear in log-SNR
+    np.testing.assert_allclose(
+        schedule.log_snr(jnp.float64(3.5 / 50)), middle, rtol=1e-12
+    )  # log-SNR is linear between the points
 
 
 def test_float32_and_shapes():
