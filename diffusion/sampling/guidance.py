@@ -1,8 +1,15 @@
-"""Guidance, by name: each takes a denoiser and gives back a denoiser, so they nest: `rescale(cfg(denoise, 3.0), 0.7)`.
-Numbers may be traced arrays: changing them does not recompile.
+"""Guidance by name: each function maps a denoiser to a denoiser, so that they nest: `rescale(cfg(denoise, 3.0), 0.7)`.
 
-The first half makes one answer of two (`cfg`, `apg`, `cfg_zero`, `cfg_pp`, `autoguidance`), or asks a model that has
-learned to be guided (`guidance_embedding`); the second changes the answer of any denoiser (`rescale`, `interval`, `threshold`).
+    predictions with and without the condition    cfg, apg, cfg_zero, cfg_pp
+    predictions of two models                     autoguidance
+    a network with the scale as an input          guidance_embedding
+    any denoiser's output, modified               rescale, interval, threshold
+
+Traced and static keywords. Keywords annotated `Traced` (`float | Array`) enter the compiled sampler as arguments: a new
+value does not recompile it. All other keywords are static: they are compiled in. `diffusion.pipelines.generator` reads
+the annotations to decide which is which, so a new guidance function must annotate its numbers with `Traced` unless they
+affect shapes or Python control flow. The keywords `denoise`, `guided`, `plain`, `worse` and `schedule` are not options:
+the caller supplies them.
 """
 
 import dataclasses
@@ -15,99 +22,122 @@ from diffusion.core.arrays import expand
 from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Schedule
 from diffusion.process.parameterization import velocity
 
+Traced = float | Array  # a number that may change without recompilation
 
-def cfg(denoise: Denoiser, scale: float | Array = 1.0, *, negative: Any = None) -> Denoiser:
-    """Classifier-free guidance, `uncond + scale (cond - uncond)`: 1 is conditional, 0 unconditional (Ho & Salimans
-    2022, arXiv 2207.12598, whose w is scale - 1).
+
+def cfg(denoise: Denoiser, scale: Traced = 1.0, *, negative: Any = None) -> Denoiser:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, whose w is scale - 1):
+
+        x0 = x0_uncond + scale (x0_cond - x0_uncond)
 
     Args:
-      negative: a condition to guide away from, in place of none: entries of `cond`, each `[B, ...]` or one for all.
+      scale: 0 is unconditional, 1 conditional; above 1 guides.
+      negative: conditions to guide away from, which replace the unconditional ones: entries of `cond`, each `[B, ...]`
+        or one value for all examples.
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
-        kept, dropped = _both(denoise, x, t, cond, negative)
-        return dataclasses.replace(kept, x0=dropped + scale * (kept.x0 - dropped))
+        conditional, uncond = _conditional_and_unconditional(denoise, x, t, cond, negative)
+        return dataclasses.replace(conditional, x0=uncond + scale * (conditional.x0 - uncond))
 
     return guided
 
 
 def apg(
     denoise: Denoiser,
-    scale: float | Array = 1.0,
-    eta: float | Array = 0.0,
-    norm: float | Array = float("inf"),
+    scale: Traced = 1.0,
+    eta: Traced = 0.0,
+    norm: Traced = float("inf"),
     *,
     negative: Any = None,
 ) -> Denoiser:
-    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), without its momentum: of the difference
-    between conditional and unconditional x0, the part along the conditional one, which oversaturates, counts `eta`
-    times.
+    """Adaptive projected guidance without momentum (Sadat et al. 2024, arXiv 2410.02416):
+
+        d  = (x0_cond - x0_uncond) min(1, norm / |x0_cond - x0_uncond|)
+        x0 = x0_cond + (scale - 1) (d_orthogonal + eta d_parallel)
+
+    where d_parallel is the projection of d onto x0_cond, which causes oversaturation.
 
     Args:
-      scale: as in `cfg`, which this is with eta = 1.
-      norm: the difference, as a vector over the whole example, is made no longer than this.
+      scale: as in `cfg`, which is the special case of eta = 1 and an infinite norm.
+      eta: the weight of the parallel part.
+      norm: the largest length of the difference, as a vector over the whole example.
+      negative: as in `cfg`.
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
-        kept, dropped = _both(denoise, x, t, cond, negative)
-        difference = kept.x0 - dropped
+        conditional, uncond = _conditional_and_unconditional(denoise, x, t, cond, negative)
+        x0 = conditional.x0
+        difference = x0 - uncond
         length = jnp.sqrt(_dot(difference, difference))
         difference *= expand(jnp.minimum(1, norm / jnp.maximum(length, 1e-12)), x)
-        along = expand(_dot(difference, kept.x0) / jnp.maximum(_dot(kept.x0, kept.x0), 1e-12), x) * kept.x0
-        return dataclasses.replace(kept, x0=kept.x0 + (scale - 1) * (difference - along + eta * along))
+        parallel = expand(_dot(difference, x0) / jnp.maximum(_dot(x0, x0), 1e-12), x) * x0
+        return dataclasses.replace(conditional, x0=x0 + (scale - 1) * (difference - parallel + eta * parallel))
 
     return guided
 
 
 def cfg_zero(
     denoise: Denoiser,
-    scale: float | Array = 1.0,
-    zero_above: float | Array = 1.0,
+    scale: Traced = 1.0,
+    zero_above: Traced = 1.0,
     *,
     schedule: Schedule,
     negative: Any = None,
 ) -> Denoiser:
-    """CFG-Zero* for flows (Fan et al. 2025, arXiv 2503.18886): `cfg` on the velocities, the unconditional one first
-    scaled to lie as near to the conditional one as it can.
+    """CFG-Zero* for flows (Fan et al. 2025, arXiv 2503.18886), on the velocities:
+
+        v = s v_uncond + scale (v_cond - s v_uncond),    s = <v_cond, v_uncond> / |v_uncond|^2
 
     Args:
-      zero_above: at times above it the velocity is 0: x stands still, as in the paper's first steps. Its x0 is then x
-        itself, so do not rescale or clip around it.
+      scale: as in `cfg`.
+      zero_above: at times above it the velocity is 0, so that x does not change, as in the paper's first steps. The x0
+        of such a step is x itself, so do not rescale or clip it.
+      negative: as in `cfg`.
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
-        kept, dropped = _both(denoise, x, t, cond, negative)
+        conditional, uncond = _conditional_and_unconditional(denoise, x, t, cond, negative)
         t = jnp.broadcast_to(t, x.shape[:1])
-        row, alpha, sigma = velocity()(schedule, t), schedule.alpha(t), schedule.sigma(t)
-        conditional, unconditional = (row.from_x0(x0, x, alpha, sigma) for x0 in (kept.x0, dropped))
-        best = _dot(conditional, unconditional) / jnp.maximum(_dot(unconditional, unconditional), 1e-12)
-        base = expand(best, x) * unconditional
-        guided = jnp.where(expand(t > zero_above, x), 0, base + scale * (conditional - base))
-        return dataclasses.replace(kept, x0=row.to_x0(guided, x))
+        coeffs, alpha, sigma = velocity()(schedule, t), schedule.alpha(t), schedule.sigma(t)
+        v_cond, v_uncond = (coeffs.from_x0(x0, x, alpha, sigma) for x0 in (conditional.x0, uncond))
+        projection = _dot(v_cond, v_uncond) / jnp.maximum(_dot(v_uncond, v_uncond), 1e-12)
+        base = expand(projection, x) * v_uncond
+        v = jnp.where(expand(t > zero_above, x), 0, base + scale * (v_cond - base))
+        return dataclasses.replace(conditional, x0=coeffs.to_x0(v, x))
 
     return guided
 
 
-def cfg_pp(denoise: Denoiser, scale: float | Array = 0.6, *, negative: Any = None) -> Denoiser:
-    """CFG++ (Chung et al. 2024, arXiv 2406.08070): x0 is guided, the noise is the unconditional one. For `ddim`,
-    `euler` and `euler_ancestral`.
+def cfg_pp(denoise: Denoiser, scale: Traced = 0.6, *, negative: Any = None) -> Denoiser:
+    """CFG++ (Chung et al. 2024, arXiv 2406.08070): x0 is guided, and the noise is the unconditional one.
+
+        x0 = x0_uncond + scale (x0_cond - x0_uncond),    eps = (x_t - alpha_t x0_uncond) / sigma_t
+
+    It requires the sampler `ddim`, `euler` or `euler_ancestral`.
 
     Args:
-      scale: in [0, 1], the paper's lambda: between the unconditional x0 and the conditional.
+      scale: the paper's lambda in [0, 1], which interpolates between the unconditional x0 and the conditional one.
+      negative: as in `cfg`.
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
-        kept, dropped = _both(denoise, x, t, cond, negative)
-        return dataclasses.replace(kept, x0=dropped + scale * (kept.x0 - dropped), x0_for_eps=dropped)
+        conditional, uncond = _conditional_and_unconditional(denoise, x, t, cond, negative)
+        x0 = uncond + scale * (conditional.x0 - uncond)
+        return dataclasses.replace(conditional, x0=x0, x0_for_eps=uncond)
 
     return guided
 
 
-def autoguidance(denoise: Denoiser, scale: float | Array = 1.0, *, worse: Denoiser) -> Denoiser:
-    """Guidance by a bad version of the model (Karras et al. 2024, arXiv 2406.02507): `worse + scale (denoise - worse)`.
-    It needs no training without condition.
+def autoguidance(denoise: Denoiser, scale: Traced = 1.0, *, worse: Denoiser) -> Denoiser:
+    """Guidance by a worse version of the model (Karras et al. 2024, arXiv 2406.02507):
+
+        x0 = x0_worse + scale (x0 - x0_worse)
+
+    The model need not be trained with dropped conditions.
 
     Args:
+      scale: 1 is the model itself; above 1 guides.
       worse: the same objective with other parameters: of a smaller network, or of an earlier step.
     """
 
@@ -119,9 +149,11 @@ def autoguidance(denoise: Denoiser, scale: float | Array = 1.0, *, worse: Denois
     return guided
 
 
-def guidance_embedding(denoise: Denoiser, scale: float | Array = 1.0) -> Denoiser:
-    """Tells the network the scale and leaves the rest to it, at the cost of one evaluation: for a model that was
-    distilled from a guided one (Meng et al. 2023, arXiv 2210.03142), whose network has the condition `guidance`.
+def guidance_embedding(denoise: Denoiser, scale: Traced = 1.0) -> Denoiser:
+    """Passes the scale to the network as its condition `guidance_scale`, at the cost of one evaluation.
+
+    It is for models distilled from a guided one (guidance distillation; Meng et al. 2023, arXiv 2210.03142), whose
+    network has the guidance scale as an input.
 
     Args:
       scale: as in `cfg`, within the range that the model was trained for.
@@ -133,104 +165,111 @@ def guidance_embedding(denoise: Denoiser, scale: float | Array = 1.0) -> Denoise
     return guided
 
 
-def rescale(guided: Denoiser, factor: float | Array = 0.7) -> Denoiser:
-    """Brings the guided x0 back to the standard deviation of the conditional one (Lin et al. 2024, arXiv 2305.08891,
-    eq. 15 and 16).
+def rescale(guided: Denoiser, factor: Traced = 0.7) -> Denoiser:
+    """Rescales the guided x0 towards the standard deviation of the conditional one.
+
+        x0 <- factor x0 std(x0_cond) / std(x0) + (1 - factor) x0
+
+    (Lin et al. 2024, arXiv 2305.08891, eq. 15 and 16.)
 
     Args:
-      guided: what guidance has made; another's answer has nothing to be brought back to.
-      factor: how far, in [0, 1]: 0 leaves it as it is.
+      guided: a guided denoiser; others have no conditional x0 to compare with.
+      factor: in [0, 1]: 0 leaves x0 unchanged, 1 restores the standard deviation fully.
     """
 
     def rescaled(x: Array, t: Array, cond: Cond) -> Denoised:
         denoised = guided(x, t, cond)
         if denoised.conditional is None:
-            raise InputError("guidance.rescale", "there is no guidance to rescale; put it around cfg")
+            raise InputError("guidance.rescale", "requires guidance; apply it to the result of cfg, for example")
         axes = tuple(range(1, x.ndim))
-        wanted, found = (jnp.std(y, axis=axes, keepdims=True) for y in (denoised.conditional, denoised.x0))
-        share = factor * wanted / jnp.maximum(found, 1e-12) + 1 - factor
-        return dataclasses.replace(denoised, x0=denoised.x0 * share)
+        std_cond, std = (jnp.std(y, axis=axes, keepdims=True) for y in (denoised.conditional, denoised.x0))
+        ratio = factor * std_cond / jnp.maximum(std, 1e-12) + 1 - factor
+        return dataclasses.replace(denoised, x0=denoised.x0 * ratio)
 
     return rescaled
 
 
 def interval(
     guided: Denoiser,
-    low: float | Array = 0.0,
-    high: float | Array = float("inf"),
+    low: Traced = 0.0,
+    high: Traced = float("inf"),
     unit: Literal["t", "sigma"] = "t",
     *,
     plain: Denoiser,
     schedule: Schedule,
 ) -> Denoiser:
-    """Guidance only where the noise is between two levels, both included (Kynkaanniemi et al. 2024, arXiv 2404.07724).
-    Elsewhere the plain denoiser answers, at half the cost.
+    """Restricts guidance to noise levels from `low` to `high`, both included (Kynkaanniemi et al. 2024, arXiv
+    2404.07724). Outside of them the plain denoiser is evaluated, at half the cost.
 
     Args:
-      low, high: the levels.
-      unit: what they are given in: time `t`, or `sigma` / alpha.
+      low, high: the limits.
+      unit: the unit of the limits: the time `t`, or `sigma` for sigma / alpha.
     """
 
-    def chosen(x: Array, t: Array, cond: Cond) -> Denoised:
+    def restricted(x: Array, t: Array, cond: Cond) -> Denoised:
         level = t if unit == "t" else jnp.exp(-schedule.log_snr(t) / 2)
         inside = (level >= low) & (level <= high)
 
         def outside() -> Denoised:
-            answer, like = plain(x, t, cond), jax.eval_shape(guided, x, t, cond)
+            # Both branches must return the same fields.
+            denoised, like = plain(x, t, cond), jax.eval_shape(guided, x, t, cond)
             return dataclasses.replace(
-                answer,
-                conditional=None if like.conditional is None else answer.x0,
-                x0_for_eps=None if like.x0_for_eps is None else answer.x0,
+                denoised,
+                conditional=None if like.conditional is None else denoised.x0,
+                x0_for_eps=None if like.x0_for_eps is None else denoised.x0,
             )
 
         if jnp.ndim(inside) == 0:
             return jax.lax.cond(inside, lambda: guided(x, t, cond), outside)
         return jax.tree.map(lambda a, b: jnp.where(expand(inside, a), a, b), guided(x, t, cond), outside())
 
-    return chosen
+    return restricted
 
 
-def threshold(denoise: Denoiser, percentile: float = 1.0, limit: float | Array = 1.0) -> Denoiser:
-    """Keeps x0 in the range of the data, which high guidance leaves.
+def threshold(denoise: Denoiser, percentile: float = 1.0, limit: Traced = 1.0) -> Denoiser:
+    """Keeps x0 in the range of the data, [-limit, limit], which high guidance exceeds.
 
     Args:
-      percentile: 1 clips (static thresholding). Below 1, the range is first widened to this share of the example's own
-        values, and then scaled back (dynamic thresholding; Saharia et al. 2022, arXiv 2205.11487, section 2.3).
-      limit: of the data, in absolute value.
+      percentile: 1 clips x0 (static thresholding). Below 1, x0 is clipped to [-s, s] and divided by s / limit, where s
+        is this quantile of the example's |x0|, at least `limit` (dynamic thresholding; Saharia et al. 2022, arXiv
+        2205.11487, section 2.3).
+      limit: the largest absolute value of the data.
     """
     if not 0 < percentile <= 1:
         raise InputError("percentile", f"must be above 0 and at most 1, got {percentile}")
 
-    def kept(x: Array, t: Array, cond: Cond) -> Denoised:
+    def clipped(x: Array, t: Array, cond: Cond) -> Denoised:
         denoised = denoise(x, t, cond)
         if percentile == 1:
             return dataclasses.replace(denoised, x0=jnp.clip(denoised.x0, -limit, limit))
-        size = jnp.abs(denoised.x0).reshape(x.shape[0], -1)
-        wide = expand(jnp.maximum(jnp.quantile(size, percentile, axis=1), limit), x)
-        return dataclasses.replace(denoised, x0=jnp.clip(denoised.x0, -wide, wide) * (limit / wide))
+        magnitudes = jnp.abs(denoised.x0).reshape(x.shape[0], -1)
+        s = expand(jnp.maximum(jnp.quantile(magnitudes, percentile, axis=1), limit), x)
+        return dataclasses.replace(denoised, x0=jnp.clip(denoised.x0, -s, s) * (limit / s))
 
-    return kept
+    return clipped
 
 
-def _both(denoise: Denoiser, x: Array, t: Array, cond: Cond, negative: Cond | None) -> tuple[Denoised, Array]:
-    """The answer with the condition, and x0 without.
+def _conditional_and_unconditional(
+    denoise: Denoiser, x: Array, t: Array, cond: Cond, negative: Cond | None
+) -> tuple[Denoised, Array]:
+    """Returns the prediction with the condition, and x0 without it (or with the negative one).
 
-    Both go through the network as one batch of 2B. An example's two rows stand side by side, so a batch that is sharded
-    over devices stays where it is.
+    Both are evaluated as one batch of 2B, in which the two rows of an example are adjacent, so that a batch that is
+    sharded over devices stays in place.
     """
-    twice = {name: jnp.repeat(value, 2, axis=0) for name, value in cond.items()}
+    doubled = {name: jnp.repeat(value, 2, axis=0) for name, value in cond.items()}
     if not negative:
-        twice["keep"] = jnp.tile(jnp.array([True, False]), x.shape[0])
+        doubled["keep"] = jnp.tile(jnp.array([True, False]), x.shape[0])
     else:
         for name, value in negative.items():
             if name not in cond:
-                raise InputError("guidance.negative", f"the model has no condition {name!r}")
-            twice[name] = twice[name].at[1::2].set(value)
-    both = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(jnp.broadcast_to(t, x.shape[:1]), 2), twice)
-    kept = jax.tree.map(lambda rows: rows[0::2], both)
-    return dataclasses.replace(kept, conditional=kept.x0), both.x0[1::2]
+                raise InputError("guidance.negative", f"must name conditions of the model, got {name!r}")
+            doubled[name] = doubled[name].at[1::2].set(value)
+    both = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(jnp.broadcast_to(t, x.shape[:1]), 2), doubled)
+    conditional = jax.tree.map(lambda rows: rows[0::2], both)
+    return dataclasses.replace(conditional, conditional=conditional.x0), both.x0[1::2]
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """The product over all axes but the first, `[B]`."""
+    """Returns the inner product per example, `[B]`."""
     return jnp.sum(a * b, axis=tuple(range(1, a.ndim)))

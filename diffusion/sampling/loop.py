@@ -1,4 +1,19 @@
-"""Sampling: the one scan, from noise to data or back, and the driver that draws many samples in batches of one size."""
+"""The sampling loop: one `jax.lax.scan` from noise to data or back, and a driver that draws samples in batches.
+
+    network, schedule  ->  objective.denoiser  ->  denoise(x, t, cond)
+                                                       |
+    guidance (nested)  ->  cfg, rescale, ...   ->  denoise(x, t, cond)     evaluates the network on 2B rows, for example
+                                                       |
+    conditions [B]     ->  bind                ->  denoise(x, t)
+                                                       |
+                     times[0]                          v                          times[-1]
+    keys [B] -> prior ----> sampler.init -> carry -> sampler.step -> carry -> ... ----> sampler.finish -> x [B, ...]
+                                                |____________________________|
+                                      scan over the pairs (t, s) = (times[i], times[i + 1])
+
+A sampler sees neither conditions nor guidance: it calls `denoise(x, t)` for an estimate of x0. For image-to-image,
+`noised` replaces `prior`. `invert` runs an ODE solver on the same times in the opposite direction.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -11,19 +26,21 @@ from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Sa
 
 
 def bind(denoise: Denoiser, cond: Cond) -> Denoiser:
-    """The condition fixed: what a sampler sees is `denoise(x, t)`, to which it may add conditions of its own."""
+    """Returns `denoise(x, t, **more)` with the conditions fixed; a sampler may add further ones as `more`."""
     return lambda x, t, **more: denoise(x, t, {**cond, **more})
 
 
 def prior(schedule: Schedule, t: Array, keys: Array, shape: tuple[int, ...]) -> Array:
-    """Where sampling starts: sigma(t) times standard normal noise, `[B, *shape]`, each sample from its own key."""
+    """Draws the initial x_t, sigma(t) times standard normal noise, `[B, *shape]`, each sample from its own key."""
     noise = normal(fold(keys, 0), shape)
     return expand(schedule.sigma(t), noise) * noise
 
 
 def noised(schedule: Schedule, x0: Array, t: Array, keys: Array) -> Array:
-    """Where sampling starts from an example `x0 [B, ...]` and not from nothing: x_t with the noise of `prior`. With
-    times that begin at t < 1, it is the start of image-to-image."""
+    """Draws the initial x_t from an example `x0 [B, ...]`, with the noise of `prior`.
+
+    With times that begin at t < 1, this is the start of image-to-image sampling.
+    """
     return expand(schedule.alpha(t), x0) * x0 + prior(schedule, t, keys, x0.shape[1:])
 
 
@@ -38,30 +55,34 @@ def sample(
     unroll: int = 1,
     trajectory: bool = False,
 ) -> Array:
-    """Takes x from `times[0]` to `times[-1]` in one scan. Pure, to be jitted by the caller.
+    """Integrates x from `times[0]` to `times[-1]` in one scan. The function is pure; the caller jits it.
 
     Args:
-      denoise: `denoise(x, t) -> Denoised`, the condition bound already.
-      schedule: the one that the denoiser was trained with.
+      denoise: `denoise(x, t) -> Denoised`, with the conditions bound.
+      schedule: the schedule that the denoiser was trained with.
       sampler: the solver.
-      x: `[B, ...]` at `times[0]`.
-      times: `[N + 1]`, falling; one of `diffusion.grids` makes them. They may begin at any t and end at any.
-      key: one key, or a key a sample `[B]`; one key stands for `sample_keys(key, arange(B))`.
-      unroll: steps to a loop iteration: more may be faster on a GPU with a small network, and takes longer to compile.
-      trajectory: give back x at all times.
+      x: `[B, ...]`, the state at `times[0]`.
+      times: `[N + 1]`, decreasing, from any t to any other; see `diffusion.sampling.grids`.
+      key: one key, or one key per sample `[B]`, typed or raw. One key stands for `sample_keys(key, arange(B))`.
+      unroll: steps per iteration of the compiled loop. Higher values may be faster for small networks on a GPU, but
+        take longer to compile.
+      trajectory: whether to return x at all times.
 
     Returns:
-      x at `times[-1]`, `[B, ...]`, which is x0 if that is 0; with `trajectory` x at each of `times`, `[N + 1, B, ...]`.
+      x at `times[-1]`, `[B, ...]`, which is x0 if that time is 0; with `trajectory`, x at each time, `[N + 1, B, ...]`.
     """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # a raw key has a trailing axis, which could be taken for the batch
     keys = key if key.shape == x.shape[:1] else sample_keys(key, jnp.arange(x.shape[0]))
-    asked = denoise if sampler.uses_separate_eps else _with_one_x0(denoise)
+    if not sampler.uses_separate_eps:
+        denoise = _without_separate_eps(denoise)
 
     def body(carry, inputs):
         i, t, s = inputs
-        carry = sampler.step(carry, asked, schedule, t, s, fold(keys, i))
+        carry = sampler.step(carry, denoise, schedule, t, s, fold(keys, i))
         return carry, sampler.finish(carry) if trajectory else None
 
-    # Step i's noise comes from number i + 1: `prior` has used 0.
+    # Step i folds its keys with i + 1, because `prior` uses 0.
     inputs = (jnp.arange(1, times.shape[0]), times[:-1], times[1:])
     carry, states = jax.lax.scan(body, sampler.init(x, times), inputs, unroll=unroll)
     return jnp.concatenate([x[None], states]) if trajectory else sampler.finish(carry)
@@ -70,12 +91,14 @@ def sample(
 def invert(
     denoise: Denoiser, schedule: Schedule, sampler: Sampler, x0: Array, times: Array, *, unroll: int = 1
 ) -> Array:
-    """The noise that a solver of the ODE takes to `x0 [B, ...]`: `sample` on the same times, backwards (DDIM inversion;
-    Song, Meng & Ermon 2021, arXiv 2010.02502, section 4.3). Sampling from it gives x0 back, up to the solver's error.
+    """Returns the noise from which an ODE solver generates `x0 [B, ...]`.
+
+    It runs `sample` on the same times in the opposite direction (DDIM inversion; Song, Meng & Ermon 2021, arXiv
+    2010.02502, section 4.3). Sampling from the result returns x0 up to the error of the solver.
 
     Args:
-      times: `[N + 1]`, falling to 0, as for `sample`. At 0 there is no noise yet that could have a direction, so x0 is
-        taken for the mean of x at the time before.
+      times: `[N + 1]`, decreasing to 0, as for `sample`. At t = 0 there is no noise whose direction could be estimated,
+        so that x at the time before it is set to its mean given x0.
 
     Returns:
       x at `times[0]`.
@@ -84,22 +107,25 @@ def invert(
       InputError: the sampler is stochastic.
     """
     if sampler.stochastic:
-        raise InputError("sampler.name", "draws noise, so nothing leads back; use one that solves the ODE, as ddim")
-    rising = times[:-1][::-1]
-    x = expand(schedule.alpha(rising[0]), x0) * x0
-    return sample(denoise, schedule, sampler, x, rising, jax.random.key(0), unroll=unroll)
+        raise InputError("sampler.name", "must be an ODE solver such as ddim for inversion, got a stochastic sampler")
+    increasing = times[:-1][::-1]
+    x = expand(schedule.alpha(increasing[0]), x0) * x0
+    return sample(denoise, schedule, sampler, x, increasing, jax.random.key(0), unroll=unroll)
 
 
-def _with_one_x0(denoise: Denoiser) -> Denoiser:
-    def asked(x: Array, t: Array, **more: Array) -> Denoised:
+def _without_separate_eps(denoise: Denoiser) -> Denoiser:
+    """Wraps a denoiser for a sampler that derives eps from x0: raises InputError if guidance separates the two."""
+
+    def checked(x: Array, t: Array, **more: Array) -> Denoised:
         denoised = denoise(x, t, **more)
         if denoised.x0_for_eps is not None:
             raise InputError(
-                "guidance.name", "cfg_pp takes the noise from elsewhere than x0: use ddim, euler or euler_ancestral"
+                "guidance.name",
+                "cfg_pp requires a sampler that supports its noise: ddim, euler or euler_ancestral",
             )
         return denoised
 
-    return asked
+    return checked
 
 
 def in_batches(
@@ -109,21 +135,21 @@ def in_batches(
     batch_size: int,
     key: Array,
 ) -> Iterator[np.ndarray]:
-    """Draws `num` samples in batches of exactly `batch_size`; the last is padded and cut.
+    """Draws `num` samples in batches of exactly `batch_size`; the last batch is padded and cut.
 
     Args:
-      draw: `draw(keys [B], cond [B]) -> x [B, ...]`, jitted; it is compiled for the one size.
+      draw: `draw(keys [B], cond [B]) -> x [B, ...]`, jitted; it is compiled for this batch size only.
       cond: conditions, each `[num, ...]`.
-      key: sample i has the key `sample_keys(key, i)`, so the batch size does not change it.
+      key: sample i uses the key `sample_keys(key, i)`, so that it does not depend on the batch size.
 
     Yields:
-      Samples, at most `batch_size` at a time. The device works on the next batch while the caller has this one.
+      Arrays of at most `batch_size` samples. The device computes the next batch while the caller processes this one.
     """
-    waiting = None
+    pending = None
     for start in range(0, num, batch_size):
         indices = np.minimum(np.arange(start, start + batch_size), num - 1)
         x = draw(sample_keys(key, jnp.asarray(indices)), {name: value[indices] for name, value in cond.items()})
-        if waiting is not None:
-            yield np.asarray(waiting)
-        waiting = x[: num - start]
-    yield np.asarray(waiting)
+        if pending is not None:
+            yield np.asarray(pending)
+        pending = x[: num - start]
+    yield np.asarray(pending)

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from diffusion.core.build import build, find, names
-from diffusion.core.types import InputError
+from tests.refusals import refused
 
 SCHEDULES = {
     "linear": "vp",
@@ -20,7 +20,7 @@ SCHEDULES = {
     "learned": {"name": "learned", "gamma_max": 6.0},
 }
 PURE_NOISE = ("zero_terminal_snr", "flow", "trig")
-LEVELS = {  # Sabour et al. 2024: sigma / alpha at the ten steps
+LEVELS = {  # sigma / alpha at the ten steps (Sabour et al. 2024)
     "sd15": [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152],
     "sdxl": [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113],
     "svd": [700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034],
@@ -28,7 +28,7 @@ LEVELS = {  # Sabour et al. 2024: sigma / alpha at the ten steps
 
 
 class OneShape:
-    """A schedule whose `time` is compiled once, whatever the number of points asked for."""
+    """A schedule whose `time` is compiled only once, for inputs padded to one length."""
 
     def __init__(self, spec):
         self.schedule = build("schedules", spec)
@@ -48,7 +48,7 @@ def named_schedule(request):
 
 @pytest.fixture(scope="module")
 def edm():
-    """sigma / alpha = 1000 t: a grid's noise levels are seen in its times."""
+    """A schedule with sigma / alpha = 1000 t, so that the times of a grid show its noise levels."""
     return build("schedules", {"name": "edm", "sigma_max": 1000.0})
 
 
@@ -59,7 +59,7 @@ def times_of(name, schedule, steps, **keywords):
 
 
 @pytest.mark.parametrize("name", names("grids"))
-def test_falls_to_zero(name, named_schedule):
+def test_times_decrease_to_zero(name, named_schedule):
     _, schedule = named_schedule
     for steps in (1, 2, 7, 50, 1000, 1500):
         times = times_of(name, schedule, steps)
@@ -69,8 +69,8 @@ def test_falls_to_zero(name, named_schedule):
 
 
 @pytest.mark.parametrize("name", sorted({*names("grids")} - {"leading", "align_your_steps"}))
-def test_begins_at_the_top(name, named_schedule):
-    """One step is enough to see it: t = 1, or with levels and pure noise there sigma / alpha = 80."""
+def test_first_time(name, named_schedule):
+    """Grids begin at t = 1; grids of noise levels begin at sigma / alpha = 80 where t = 1 is pure noise."""
     key, schedule = named_schedule
     times = times_of(name, schedule, 1)
     if name in ("karras", "exponential", "log_snr") and key in PURE_NOISE:
@@ -81,7 +81,7 @@ def test_begins_at_the_top(name, named_schedule):
 
 
 def test_points_of_the_table():
-    """Lin et al. 2024, table 2, for T = 1000 and 10 steps: table index i is at t = (i + 1) / T."""
+    """Table 2 of Lin et al. 2024, for T = 1000 and 10 steps; index i of the table is at t = (i + 1) / T."""
     schedule = build("schedules", "vp")
     expected = {
         "trailing": [999, 899, 799, 699, 599, 499, 399, 299, 199, 99],
@@ -139,14 +139,14 @@ def test_shifted():
         np.testing.assert_allclose(times / (shift - (shift - 1) * times), even, rtol=1e-14)
 
 
-def test_shifted_is_the_schedules_shift(x64):
+def test_shifted_equals_the_shift_of_the_schedule(x64):
     plain, shifted = (build("schedules", {"name": "flow", "shift": shift}) for shift in (1.0, 3.0))
     times = times_of("shifted", plain, 20, shift=3.0)
     np.testing.assert_allclose(plain.sigma(times), shifted.sigma(np.linspace(1, 0, 21)), rtol=1e-14)
 
 
 def test_karras(edm):
-    """The paper's own row, eq. 5."""
+    """Equation 5 of Karras et al. 2022."""
     i, low, high = np.arange(18), 0.002 ** (1 / 7), 80 ** (1 / 7)
     times = times_of("karras", edm, 18, sigma_max=80.0)
     np.testing.assert_allclose(1000 * times[:-1], (high + i / 17 * (low - high)) ** 7, rtol=1e-12)
@@ -154,7 +154,7 @@ def test_karras(edm):
 
 @pytest.mark.parametrize(("rho", "middle"), [(0.05, 900 / 2**0.05), (1.0, 450.5), (2.0, 240.25), (1e14, 30.0)])
 def test_karras_is_even_in_the_power(rho, middle, edm):
-    """Also where the levels' own powers overflow, or are 1 but for rounding: there the middle is the geometric mean."""
+    """Includes values of rho for which sigma^(1/rho) overflows or is 1 up to rounding (a geometric mean)."""
     times = times_of("karras", edm, 3, rho=rho, sigma_min=1.0, sigma_max=900.0)
     np.testing.assert_allclose(1000 * times, [900, middle, 1, 0], rtol=1e-9)
 
@@ -187,8 +187,8 @@ def test_exponential_is_geometric(edm):
 
 
 @pytest.mark.parametrize("name", ["karras", "exponential"])
-def test_the_schedules_own_end_is_not_refused(name):
-    """VE's highest level is below its sigma_max by a rounding."""
+def test_accepts_the_highest_level_of_the_schedule(name):
+    """The highest level of VE is below its sigma_max by a rounding error."""
     times = times_of(name, build("schedules", "ve"), 5, sigma_min=0.01, sigma_max=50.0)
     assert times[0] == 1
 
@@ -197,28 +197,28 @@ def test_the_schedules_own_end_is_not_refused(name):
 def test_align_your_steps(model, edm):
     levels = np.array(LEVELS[model])
     np.testing.assert_allclose(1000 * times_of("align_your_steps", edm, 10, model=model), [*levels, 0], rtol=1e-12)
-    # Twenty steps: every other one is a step of the ten, and between them lies their geometric mean.
+    # Of twenty steps, every other one is a step of the ten; those between are geometric means.
     times = 1000 * times_of("align_your_steps", edm, 20, model=model)
     np.testing.assert_allclose(times[:-1:2], levels, rtol=1e-12)
     np.testing.assert_allclose(times[1:-2:2], np.sqrt(levels[:-1] * levels[1:]), rtol=1e-12)
-    # The last goes on towards the eleventh level, which itself is never reached.
+    # The last step interpolates towards the eleventh level, which itself is not used.
     last = {"sd15": 0.029, "sdxl": 0.029, "svd": 0.002}[model]
     assert times[-2] == pytest.approx(np.sqrt(levels[-1] * last), rel=1e-12)
 
 
 def test_align_your_steps_on_its_own_schedule():
-    """The authors give the steps as indices of Stable Diffusion's table too. Its end is just below the first level."""
+    """The authors also give the steps as indices of Stable Diffusion's table, which ends just below the first level."""
     times = times_of("align_your_steps", build("schedules", SCHEDULES["scaled_linear"]), 10)
     assert times[0] == 1
     indices = np.array([999, 850, 736, 645, 545, 455, 343, 233, 124, 24])
     np.testing.assert_allclose(times[:-1] * 1000 - 1, indices, atol=2)
 
 
-def test_align_your_steps_takes_a_schedule_within_a_percent():
-    """The first level becomes the schedule's end; the many steps that the table has above it are not lost in t = 1."""
+def test_align_your_steps_accepts_a_schedule_within_one_percent():
+    """The first level becomes the schedule's end, and steps between levels above it do not collapse to t = 1."""
     times = times_of("align_your_steps", build("schedules", {"name": "edm", "sigma_max": 14.5}), 2000)
     assert times[0] == pytest.approx(1, rel=1e-12) and times[200] * 14.5 == pytest.approx(6.475)
-    with pytest.raises(InputError, match=r"14\.4 at t = 1"):
+    with refused("model"):
         times_of("align_your_steps", build("schedules", {"name": "edm", "sigma_max": 14.4}), 10)
 
 
@@ -230,52 +230,54 @@ LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t
 
 
 @pytest.mark.parametrize(
-    ("name", "keywords", "schedule", "message"),
+    ("name", "keywords", "schedule", "field"),
     [
         *[
-            (name, {field: bad}, "edm", f"{field}: must be a positive number, got {bad}")
+            (name, {field: bad}, "edm", field)
             for name, field in [("quadratic", "power"), ("sigmoid", "scale"), ("beta", "a"), ("beta", "b"),
                                 ("shifted", "shift"), ("karras", "rho"), ("karras", "sigma_min"),
                                 ("karras", "sigma_max"), ("exponential", "sigma_min"), ("exponential", "sigma_max")]
             for bad in (0, -1.0, np.nan, np.inf)
         ],
-        ("quadratic", {"power": 1e4}, "edm", "power: puts two of 5 steps at the same time, 0; take"),
-        ("sigmoid", {"scale": 1e3}, "edm", "scale: puts two of 5 steps at the same time, 1; take"),
-        ("beta", {"a": 1e-5}, "edm", "a: puts two of 5 steps at the same time, "),
-        ("beta", {"b": 1e-5}, "edm", "b: puts two of 5 steps at the same time, 1; take"),
-        ("shifted", {"shift": 1e20}, "edm", "shift: puts two of 5 steps at the same time, 1; take"),
-        ("karras", {"rho": 1e-20}, "edm", "rho: puts two of 5 steps"),
-        ("exponential", {"sigma_min": 1e-300}, "vp", "sigma_min: puts two of 5 steps"),
-        ("log_snr", {"highest": 3000.0}, "edm", "highest: puts two of 5 steps at the same time, 0; take"),
+        # Two steps at the same time.
+        ("quadratic", {"power": 1e4}, "edm", "power"),
+        ("sigmoid", {"scale": 1e3}, "edm", "scale"),
+        ("beta", {"a": 1e-5}, "edm", "a"),
+        ("beta", {"b": 1e-5}, "edm", "b"),
+        ("shifted", {"shift": 1e20}, "edm", "shift"),
+        ("karras", {"rho": 1e-20}, "edm", "rho"),
+        ("exponential", {"sigma_min": 1e-300}, "vp", "sigma_min"),
+        ("log_snr", {"highest": 3000.0}, "edm", "highest"),
+        # Levels that the schedule does not reach, or in the wrong order.
         *[
-            (name, keywords, schedule, message)
+            (name, keywords, schedule, field)
             for name in ("karras", "exponential")
-            for keywords, schedule, message in [
-                ({"sigma_max": 81.0}, "edm", "sigma_max: must be no noisier than the schedule at t = 1, 80; got 81"),
-                ({"sigma_min": 3, "sigma_max": 2}, "flow", "sigma_min: must be less noisy than sigma_max = 2, got 3"),
-                ({"sigma_min": 80.0}, "flow", "sigma_min: must be less noisy than sigma_max = 80, got 80"),
-                ({}, LEARNED, "sigma_min: must be noisier than the schedule at t = 0, 0.00673795; got 0.002"),
+            for keywords, schedule, field in [
+                ({"sigma_max": 81.0}, "edm", "sigma_max"),
+                ({"sigma_min": 3, "sigma_max": 2}, "flow", "sigma_min"),
+                ({"sigma_min": 80.0}, "flow", "sigma_min"),
+                ({}, LEARNED, "sigma_min"),
             ]
         ],
-        ("log_snr", {"lowest": -9}, "edm", "lowest: must be no noisier than the schedule at t = 1, -8.76405; got -9"),
-        ("log_snr", {"lowest": 3, "highest": 2}, "flow", "highest: must be less noisy than lowest = 3, got 2"),
-        ("log_snr", {"highest": 11}, LEARNED, "highest: must be noisier than the schedule at t = 0, 10; got 11"),
-        ("log_snr", {"lowest": -np.inf}, "flow", "lowest: must be finite, got -inf"),
-        ("log_snr", {"highest": np.inf}, "flow", "highest: must be finite, got inf"),
-        ("log_snr", {"highest": np.nan}, "flow", "highest: must be finite, got nan"),
-        ("align_your_steps", {}, "learned", "model: sd15's steps begin at sigma / alpha = 14.615, above the schedule's "
-         "12.1825 at t = 1; use another grid"),
-        ("align_your_steps", {"model": "svd"}, "edm", "model: svd's steps begin at sigma / alpha = 700, above"),
-        ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2)}, "edm", "times: must be 6 numbers for 5 steps, got 5"),
-        ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2, 0.1, 0)}, "edm", "times: must be 6 numbers for 5 steps, got 7"),
-        ("given", {"times": (1.1, 0.8, 0.6, 0.4, 0.2, 0)}, "edm", "times: must be within [0, 1], got 1.1"),
-        ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2, -0.1)}, "edm", "times: must be within [0, 1], got -0.1"),
-        ("given", {"times": (1, 0.8, 0.6, np.nan, 0.2, 0)}, "edm", "times: must be within [0, 1], got nan"),
-        ("given", {"times": (1, 0.8, 0.8, 0.4, 0.5, 0)}, "edm", "times: must fall from each to the next, got 0.8 and "
-         "then 0.8"),
+        ("log_snr", {"lowest": -9}, "edm", "lowest"),
+        ("log_snr", {"lowest": 3, "highest": 2}, "flow", "highest"),
+        ("log_snr", {"highest": 11}, LEARNED, "highest"),
+        ("log_snr", {"lowest": -np.inf}, "flow", "lowest"),
+        ("log_snr", {"highest": np.inf}, "flow", "highest"),
+        ("log_snr", {"highest": np.nan}, "flow", "highest"),
+        ("align_your_steps", {}, "learned", "model"),
+        ("align_your_steps", {"model": "svd"}, "edm", "model"),
+        # The wrong number of times, times outside of [0, 1], and times that do not decrease.
+        ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2)}, "edm", "times"),
+        ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2, 0.1, 0)}, "edm", "times"),
+        ("given", {"times": (1.1, 0.8, 0.6, 0.4, 0.2, 0)}, "edm", "times"),
+        ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2, -0.1)}, "edm", "times"),
+        ("given", {"times": (1, 0.8, 0.6, np.nan, 0.2, 0)}, "edm", "times"),
+        ("given", {"times": (1, 0.8, 0.8, 0.4, 0.5, 0)}, "edm", "times"),
     ],
 )  # fmt: skip
-def test_refusals(name, keywords, schedule, message):
-    with pytest.raises(InputError) as error:
+@pytest.mark.filterwarnings("error")
+def test_errors_name_the_keyword(name, keywords, schedule, field):
+    with refused(field) as error:
         times_of(name, build("schedules", schedule), 5, **keywords)
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,8 +1,12 @@
-"""Every guidance against the formula of its paper, on denoisers that are closed forms; one network shows that the batch
-of two halves is right for it too."""
+"""Compares every guidance function with the formula of its paper, on closed-form denoisers.
+
+One test with a network checks the batch of conditional and unconditional rows.
+"""
 
 import dataclasses
 import functools
+import inspect
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +15,8 @@ import pytest
 
 from diffusion.core.arrays import expand, normal
 from diffusion.core.build import build
-from diffusion.core.types import Denoised, InputError, Spec
-from diffusion.pipelines.generator import Generator, is_plain
+from diffusion.core.types import Array, Denoised, Spec
+from diffusion.pipelines.generator import Generator, is_neutral
 from diffusion.sampling.guidance import (
     apg,
     autoguidance,
@@ -25,30 +29,31 @@ from diffusion.sampling.guidance import (
     threshold,
 )
 from diffusion.sampling.loop import bind, sample
+from tests.refusals import refused
 
 FLOW, VP = build("schedules", "flow"), build("schedules", "vp")
 X = np.random.default_rng(0).normal(size=(4, 3, 2)).astype(np.float32)
 COND = {"label": np.float32([0.0, 0.7, 1.4, 2.6])}
-NULL = -2.0  # what the model takes for a label where keep is False
+NULL = -2.0  # the label of the model where keep is False
 TIMES = [0.35, np.float32([0.2, 0.45, 0.7, 0.95])]
 
 
-def known(x, t, level):
-    """x0 as the model knows it; it is linear in none of them, so whatever is confused is seen."""
+def x0_of(x, t, level):
+    """Returns the x0 of the model; it is nonlinear in every argument, so that a wrong argument changes the result."""
     return jnp.cos(x + expand(jnp.asarray(level + 3.0 * t), x))
 
 
 def model(x, t, cond):
-    x0 = known(x, t, jnp.where(cond.get("keep", True), cond["label"], NULL))
+    x0 = x0_of(x, t, jnp.where(cond.get("keep", True), cond["label"], NULL))
     return Denoised(x0, log_variance=x0 / 2)
 
 
 def worse(x, t, cond):
-    """For `autoguidance`: what `model` is without its condition."""
+    """The worse model of `autoguidance`: `model` without its condition."""
     return model(x, t, {**cond, "keep": jnp.zeros(x.shape[0], bool)})
 
 
-GUIDES = {
+METHODS = {
     "cfg": cfg,
     "apg": apg,
     "cfg_zero": functools.partial(cfg_zero, schedule=FLOW),
@@ -59,20 +64,20 @@ WITH_NEGATIVE = ["cfg", "apg", "cfg_zero", "cfg_pp"]
 
 
 def halves(t, level=NULL):
-    """x0 with the condition and without, as float64, in which the formulas are written out."""
-    return np.float64(known(X, t, COND["label"])), np.float64(known(X, t, level))
+    """Returns x0 with and without the condition, as float64."""
+    return np.float64(x0_of(X, t, COND["label"])), np.float64(x0_of(X, t, level))
 
 
-def asked_by(guide, cond=COND, t=0.35):
-    """What the model was asked at a guided call: x, t and the condition."""
-    asked = []
+def arguments_of(method, cond=COND, t=0.35):
+    """Returns the arguments x, t and cond of the single model call of a guided evaluation."""
+    calls = []
 
     def denoise(x, t, cond):
-        asked.append((x, t, cond))
+        calls.append((x, t, cond))
         return model(x, t, cond)
 
-    guide(denoise)(X, t, cond)
-    (call,) = asked
+    method(denoise)(X, t, cond)
+    (call,) = calls
     return call
 
 
@@ -88,7 +93,7 @@ def broadcast(t):
     return np.broadcast_to(t, 4).reshape(4, 1, 1)
 
 
-# One batch of two halves, and the fields of every answer.
+# The batch of conditional and unconditional rows, and the fields of every result.
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +109,7 @@ def case(ddpm, tiny_unet, tiny_params, digits_batch):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 7.5])
-def test_one_batch_of_two_halves_equals_two_passes(case, scale):
+def test_one_batch_equals_two_evaluations(case, scale):
     x, conditional, unconditional, guided = case
     expected = unconditional + scale * (conditional - unconditional)
     np.testing.assert_allclose(guided(x, scale), expected, rtol=1e-5, atol=1e-5 * (1 + scale))
@@ -115,7 +120,7 @@ def test_the_condition_matters(case):
     assert abs(conditional - unconditional).max() > 1e-2
 
 
-def test_scale_is_an_array_argument(case):
+def test_the_scale_does_not_recompile(case):
     x, _, _, guided = case
     guided(x, 2.0)
     before = guided._cache_size()
@@ -125,23 +130,23 @@ def test_scale_is_an_array_argument(case):
 
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "per-example"])
 @pytest.mark.parametrize("name", WITH_NEGATIVE)
-def test_the_halves_of_an_example_are_neighbours_and_the_second_drops_the_condition(name, t):
-    x, asked, cond = asked_by(GUIDES[name], {**COND, "text": X[:, 0]}, t)
+def test_rows_of_an_example_are_adjacent_and_the_second_is_unconditional(name, t):
+    x, model_t, cond = arguments_of(METHODS[name], {**COND, "text": X[:, 0]}, t)
     np.testing.assert_array_equal(x, np.repeat(X, 2, axis=0))
-    np.testing.assert_array_equal(asked, np.repeat(np.broadcast_to(np.float32(t), 4), 2))
+    np.testing.assert_array_equal(model_t, np.repeat(np.broadcast_to(np.float32(t), 4), 2))
     np.testing.assert_array_equal(cond["keep"], [True, False] * 4)
     np.testing.assert_array_equal(cond["label"], np.repeat(COND["label"], 2))
     np.testing.assert_array_equal(cond["text"], np.repeat(X[:, 0], 2, axis=0))
 
 
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "per-example"])
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", METHODS)
 def test_scale_1_is_conditional(name, t):
-    kept, dropped = halves(t)
-    guided = GUIDES[name](model, 1.0)(X, t, COND)
-    close(guided.x0, kept)
+    conditional, unconditional = halves(t)
+    guided = METHODS[name](model, 1.0)(X, t, COND)
+    close(guided.x0, conditional)
     if name == "cfg_pp":
-        close(guided.x0_for_eps, dropped)
+        close(guided.x0_for_eps, unconditional)
     else:
         assert guided.x0_for_eps is None
 
@@ -149,56 +154,56 @@ def test_scale_1_is_conditional(name, t):
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "per-example"])
 @pytest.mark.parametrize("name", ["cfg", "cfg_pp", "autoguidance"])
 @pytest.mark.parametrize("scale", [0.0, 0.6, 4.0])
-def test_the_scale_goes_from_unconditional_to_conditional_and_on(name, scale, t):
-    kept, dropped = halves(t)
-    close(GUIDES[name](model, scale)(X, t, COND).x0, (1 - scale) * dropped + scale * kept)
+def test_the_scale_interpolates_and_extrapolates(name, scale, t):
+    conditional, unconditional = halves(t)
+    close(METHODS[name](model, scale)(X, t, COND).x0, (1 - scale) * unconditional + scale * conditional)
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", METHODS)
 def test_conditional_and_log_variance_are_those_with_the_condition(name):
-    kept, _ = halves(0.35)
-    guided = GUIDES[name](model, 3.0)(X, 0.35, COND)
-    assert abs(guided.x0 - kept).max() > 0.1
-    close(guided.conditional, kept)
-    close(guided.log_variance, kept / 2)
-    without = GUIDES[name](lambda x, t, cond: Denoised(model(x, t, cond).x0), 3.0)(X, 0.35, COND)
+    conditional, _ = halves(0.35)
+    guided = METHODS[name](model, 3.0)(X, 0.35, COND)
+    assert abs(guided.x0 - conditional).max() > 0.1
+    close(guided.conditional, conditional)
+    close(guided.log_variance, conditional / 2)
+    without = METHODS[name](lambda x, t, cond: Denoised(model(x, t, cond).x0), 3.0)(X, 0.35, COND)
     assert without.log_variance is None
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "each"])
-def test_a_model_of_the_paths_end_stays_one(name, t):
-    """So that consistency models are guided too, also through an interval."""
+def test_the_kind_of_prediction_is_preserved(name, t):
+    """Consistency models can be guided, also within an interval."""
 
-    def end(x, t, cond):
+    def consistency_model(x, t, cond):
         return dataclasses.replace(model(x, t, cond), kind="consistency")
 
-    guided = GUIDES[name](end, 2.0)
+    guided = METHODS[name](consistency_model, 2.0)
     assert guided(X, t, COND).kind == "consistency"
-    assert interval(guided, 0.3, 0.8, plain=end, schedule=FLOW)(X, t, COND).kind == "consistency"
+    assert interval(guided, 0.3, 0.8, plain=consistency_model, schedule=FLOW)(X, t, COND).kind == "consistency"
 
 
-def test_no_negative_condition_is_none():
+def test_an_empty_negative_condition_is_unconditional():
     close(cfg(model, 3.0, negative={})(X, 0.35, COND).x0, cfg(model, 3.0)(X, 0.35, COND).x0)
 
 
-@pytest.mark.parametrize("name", GUIDES)
-def test_examples_do_not_see_their_neighbours(name):
-    guided, t = GUIDES[name](model, 3.0), TIMES[1]
-    others = np.array([1, 0, 2, 1])  # the third alone stays
+@pytest.mark.parametrize("name", METHODS)
+def test_examples_are_independent(name):
+    guided, t = METHODS[name](model, 3.0), TIMES[1]
+    others = np.array([1, 0, 2, 1])  # only the third stays in place
     among_others = guided(X[others], t[others], {"label": COND["label"][others]})
     close(among_others.x0[2], guided(X, t, COND).x0[2])
 
 
-# Away from a condition.
+# Negative conditions.
 
 
 @pytest.mark.parametrize("value", [5.0, np.float32([5.0, 4.0, 3.0, 2.5])], ids=["for all", "per-example"])
 @pytest.mark.parametrize("name", WITH_NEGATIVE)
-def test_the_negative_condition_takes_the_place_of_none(name, value):
-    """It is a condition like any other, so `keep` must not hide it; and what it does not name stays."""
-    guide = functools.partial(GUIDES[name], negative={"label": value})
-    _, _, cond = asked_by(guide, {**COND, "text": X[:, 0]})
+def test_a_negative_condition_replaces_the_unconditional_one(name, value):
+    """`keep` must not drop it, and conditions that it does not name stay."""
+    method = functools.partial(METHODS[name], negative={"label": value})
+    _, _, cond = arguments_of(method, {**COND, "text": X[:, 0]})
     assert np.all(cond.get("keep", True))
     np.testing.assert_array_equal(cond["label"][0::2], COND["label"])
     np.testing.assert_array_equal(cond["label"][1::2], np.broadcast_to(value, 4))
@@ -206,18 +211,18 @@ def test_the_negative_condition_takes_the_place_of_none(name, value):
 
 
 @pytest.mark.parametrize("value", [5.0, np.float32([5.0, 4.0, 3.0, 2.5])], ids=["for all", "per-example"])
-def test_guidance_leads_away_from_the_negative_condition(value):
-    kept, unwanted = halves(0.35, value)
+def test_cfg_with_a_negative_condition(value):
+    conditional, negative = halves(0.35, value)
     guided = cfg(model, 3.0, negative={"label": value})(X, 0.35, COND)
-    close(guided.x0, unwanted + 3 * (kept - unwanted))
-    close(guided.conditional, kept)
-    close(guided.log_variance, kept / 2)
+    close(guided.x0, negative + 3 * (conditional - negative))
+    close(guided.conditional, conditional)
+    close(guided.log_variance, conditional / 2)
 
 
 @pytest.mark.parametrize("name", WITH_NEGATIVE)
-def test_a_negative_condition_that_the_model_lacks_is_refused(name):
-    with pytest.raises(InputError, match=r"guidance\.negative: .*'colour'"):
-        GUIDES[name](model, 3.0, negative={"colour": 1.0})(X, 0.35, COND)
+def test_rejects_a_negative_condition_that_the_model_lacks(name):
+    with refused("guidance.negative"):
+        METHODS[name](model, 3.0, negative={"colour": 1.0})(X, 0.35, COND)
 
 
 # apg
@@ -226,42 +231,42 @@ def test_a_negative_condition_that_the_model_lacks_is_refused(name):
 @pytest.mark.parametrize("t", TIMES, ids=["scalar", "per-example"])
 @pytest.mark.parametrize("eta", [0.0, 0.4])
 @pytest.mark.parametrize("norm", [2.5, np.inf])
-def test_apg_is_the_papers_formula(eta, norm, t):
-    """arXiv 2410.02416 without momentum; one norm cuts some of the examples, the other none."""
-    kept, dropped = halves(t)
-    difference = kept - dropped
+def test_apg_formula(eta, norm, t):
+    """arXiv 2410.02416 without momentum; one of the norms shortens some of the examples, the other none."""
+    conditional, unconditional = halves(t)
+    difference = conditional - unconditional
     length = np.sqrt(dot(difference, difference))
     assert (length > 2.5).any() and (length < 2.5).any()
     difference = difference * np.minimum(1, norm / length)
-    unit = kept / np.sqrt(dot(kept, kept))
+    unit = conditional / np.sqrt(dot(conditional, conditional))
     parallel = dot(difference, unit) * unit
-    expected = kept + (4.0 - 1) * ((difference - parallel) + eta * parallel)
+    expected = conditional + (4.0 - 1) * ((difference - parallel) + eta * parallel)
     close(apg(model, 4.0, eta, norm)(X, t, COND).x0, expected)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
-def test_apg_with_all_of_the_difference_is_cfg(scale):
+def test_apg_with_eta_1_is_cfg(scale):
     close(apg(model, scale, eta=1.0)(X, 0.35, COND).x0, cfg(model, scale)(X, 0.35, COND).x0)
 
 
 @pytest.mark.parametrize("norm", [0.5, np.inf])
-def test_apg_by_default_moves_across_the_conditional(norm):
-    kept, _ = halves(0.35)
-    update = apg(model, 4.0, norm=norm)(X, 0.35, COND).x0 - kept
+def test_apg_is_orthogonal_to_the_conditional_by_default(norm):
+    conditional, _ = halves(0.35)
+    update = apg(model, 4.0, norm=norm)(X, 0.35, COND).x0 - conditional
     assert abs(update).max() > 0.1
-    close(dot(update, kept), 0)
+    close(dot(update, conditional), 0)
 
 
 def test_apg_bounds_the_difference_by_its_norm():
-    kept, dropped = halves(0.35)
-    full = np.sqrt(dot(kept - dropped, kept - dropped))
+    conditional, unconditional = halves(0.35)
+    full = np.sqrt(dot(conditional - unconditional, conditional - unconditional))
     bound = np.median(full)
-    update = apg(model, 2.0, eta=1.0, norm=bound)(X, 0.35, COND).x0 - kept
+    update = apg(model, 2.0, eta=1.0, norm=bound)(X, 0.35, COND).x0 - conditional
     close(np.sqrt(dot(update, update)), np.minimum(full, bound))
 
 
-def test_apg_and_cfg_zero_are_finite_where_the_condition_changes_nothing():
-    """Both divide by lengths that may be 0."""
+def test_apg_and_cfg_zero_are_finite_if_the_condition_has_no_effect():
+    """Both divide by lengths that are 0 here."""
 
     def same(x, t, cond):
         return Denoised(jnp.zeros_like(x))
@@ -276,30 +281,30 @@ def test_apg_and_cfg_zero_are_finite_where_the_condition_changes_nothing():
 
 @pytest.mark.parametrize("t", [*TIMES, 1.0], ids=["scalar", "per-example", "pure noise"])
 @pytest.mark.parametrize("scale", [0.0, 4.0])
-def test_cfg_zero_is_the_papers_formula_on_the_straight_path(scale, t):
+def test_cfg_zero_formula_on_the_straight_path(scale, t):
     """arXiv 2503.18886, with v = eps - x0: v = (1 - w) s* v_u + w v_c, s* = <v_c, v_u> / <v_u, v_u>."""
     time = broadcast(t)
     conditional, unconditional = ((X - (1 - time) * x0) / time - x0 for x0 in halves(t))
-    best = dot(conditional, unconditional) / dot(unconditional, unconditional)
-    assert abs(best - 1).max() > 0.1
-    velocity = (1 - scale) * best * unconditional + scale * conditional
+    projection = dot(conditional, unconditional) / dot(unconditional, unconditional)
+    assert abs(projection - 1).max() > 0.1
+    velocity = (1 - scale) * projection * unconditional + scale * conditional
     close(cfg_zero(model, scale, schedule=FLOW)(X, t, COND).x0, X - time * velocity)
 
 
-def test_cfg_zero_goes_by_the_velocity_of_any_schedule():
+def test_cfg_zero_uses_the_velocity_of_any_schedule():
     t = 0.3005  # midway between two points of the table, where log-SNR is linear
     below, above = VP.table[299:301]
     alpha, sigma = (1 / np.sqrt(1 + np.exp(sign * (below + above) / 2)) for sign in (-1, 1))
     slope = 1000 * (above - below) / 2
     d_alpha, d_sigma = slope * alpha * sigma**2, -slope * sigma * alpha**2
     conditional, unconditional = (d_alpha * x0 + d_sigma * (X - alpha * x0) / sigma for x0 in halves(t))
-    best = dot(conditional, unconditional) / dot(unconditional, unconditional)
-    velocity = best * unconditional + 4 * (conditional - best * unconditional)
+    projection = dot(conditional, unconditional) / dot(unconditional, unconditional)
+    velocity = projection * unconditional + 4 * (conditional - projection * unconditional)
     expected = (d_sigma * X - sigma * velocity) / (alpha * d_sigma - sigma * d_alpha)
     close(jax.jit(cfg_zero(model, 4.0, schedule=VP))(X, t, COND).x0, expected, 1e-4)
 
 
-def test_cfg_zero_lets_x_stand_still_above_a_time():
+def test_cfg_zero_does_not_move_x_above_a_time():
     ddim = build("samplers", "ddim")
     denoise = cfg_zero(model, 4.0, zero_above=0.6, schedule=FLOW)
     guided = cfg_zero(model, 4.0, schedule=FLOW)
@@ -317,8 +322,8 @@ def test_cfg_zero_lets_x_stand_still_above_a_time():
     close(mixed[~above], guided(X, 0.5, COND).x0[~above])
 
 
-def test_cfg_zero_lets_x_stand_still_on_a_curved_path():
-    """There it is the velocity that is 0, so it is a step in time that goes nowhere."""
+def test_cfg_zero_does_not_move_x_on_a_curved_path():
+    """The velocity is 0, so that a step of Euler's method in time does not move x."""
     euler = build("samplers", {"name": "euler", "coordinate": "time"})
     denoise = bind(cfg_zero(model, 4.0, zero_above=0.2, schedule=VP), COND)
     step = jax.jit(lambda t, s: euler.step(X, denoise, VP, t, s, None))
@@ -331,13 +336,13 @@ def test_cfg_zero_lets_x_stand_still_on_a_curved_path():
 
 @pytest.mark.parametrize("schedule", [VP, FLOW], ids=["vp", "flow"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_cfg_pp_renoises_with_the_unconditional_noise(schedule, eta):
-    """arXiv 2406.08070, on DDIM; with eta the noise that is kept is the unconditional one too."""
+def test_cfg_pp_formula_on_ddim(schedule, eta):
+    """arXiv 2406.08070; with eta, the remaining noise is the unconditional one too."""
     t, s, keys = jnp.asarray(0.6), jnp.asarray(0.45), jax.random.split(jax.random.key(0), 4)
     alpha_t, sigma_t, alpha_s, sigma_s = (float(f(u)) for u in (t, s) for f in (schedule.alpha, schedule.sigma))
-    kept, dropped = halves(0.6)
-    x0 = dropped + 0.8 * (kept - dropped)
-    noise = (X - alpha_t * dropped) / sigma_t
+    conditional, unconditional = halves(0.6)
+    x0 = unconditional + 0.8 * (conditional - unconditional)
+    noise = (X - alpha_t * unconditional) / sigma_t
     fresh = eta * sigma_s / sigma_t * np.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
     expected = alpha_s * x0 + np.sqrt(sigma_s**2 - fresh**2) * noise + fresh * normal(keys, (3, 2))
     ddim = build("samplers", {"name": "ddim", "eta": eta})
@@ -351,27 +356,27 @@ def sampled(denoise, sampler, times=(0.9, 0.6, 0.3, 0.0)):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral"])
-def test_samplers_that_keep_the_noise_apart_follow_cfg_pp(sampler):
-    guided, as_cfg = (sampled(guide(model, 0.8), sampler) for guide in (cfg_pp, cfg))
+def test_samplers_with_separate_eps_support_cfg_pp(sampler):
+    guided, as_cfg = (sampled(method(model, 0.8), sampler) for method in (cfg_pp, cfg))
     assert np.isfinite(guided).all()
     assert abs(guided - as_cfg).max() > 1e-2
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_solver_pp", "ancestral", {"name": "euler", "coordinate": "time"}])
-def test_samplers_that_go_by_x0_alone_refuse_cfg_pp(sampler):
-    with pytest.raises(InputError, match=r"guidance\.name: .*cfg_pp"):
+def test_other_samplers_reject_cfg_pp(sampler):
+    with refused("guidance.name"):
         sampled(cfg_pp(model, 0.8), sampler)
 
 
 # autoguidance
 
 
-def test_autoguidance_asks_both_models_the_same():
-    asked = []
+def test_autoguidance_evaluates_both_models_at_the_same_arguments():
+    calls = []
 
-    def answering(function):
+    def recorded(function):
         def denoise(x, t, cond):
-            asked.append((x, t, cond))
+            calls.append((x, t, cond))
             return Denoised(function(x, t, cond), log_variance=function(x, t, cond))
 
         return denoise
@@ -383,105 +388,105 @@ def test_autoguidance_asks_both_models_the_same():
         return jnp.sin(x) + expand(t + cond["label"] * cond["keep"], x)
 
     t, cond = TIMES[1], {**COND, "keep": np.array([True, False, True, False])}
-    guided = autoguidance(answering(good), 2.5, worse=answering(bad))(X, t, cond)
+    guided = autoguidance(recorded(good), 2.5, worse=recorded(bad))(X, t, cond)
     rows = [v.reshape(4, 1, 1) for v in (t, cond["label"], cond["keep"])]
     better, poor = X * rows[0] * rows[1], np.sin(X) + rows[0] + rows[1] * rows[2]
     close(guided.x0, poor + 2.5 * (better - poor))
     close(guided.conditional, better)
     close(guided.log_variance, better)
-    for call in asked:
+    for call in calls:
         assert call[0] is X and call[1] is t and call[2] is cond
-    assert len(asked) == 2
+    assert len(calls) == 2
 
 
-# embedded
+# guidance_embedding
 
 
-def told(x, t, cond):
-    """A model that has learned to be guided by the scale that it is told."""
+def distilled(x, t, cond):
+    """A model that is conditioned on the guidance scale."""
     return Denoised(X * expand(cond["guidance_scale"] * cond["label"] * t, X))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5, np.float32([0.5, 1.0, 2.0, 4.0])], ids=["1", "2.5", "per-example"])
-def test_embedded_tells_the_scale_and_nothing_else(scale):
-    """Once, and at a scale of 1 too; what else was asked stays."""
-    x, t, cond = asked_by(lambda denoise: guidance_embedding(denoise, scale), {**COND, "text": X[:, 0]})
+def test_guidance_embedding_adds_only_the_scale(scale):
+    """There is one evaluation, with the other arguments unchanged, for a scale of 1 too."""
+    x, t, cond = arguments_of(lambda denoise: guidance_embedding(denoise, scale), {**COND, "text": X[:, 0]})
     assert x is X and t == 0.35 and cond.keys() == {"label", "text", "guidance_scale"}
     assert cond["label"] is COND["label"] and cond["guidance_scale"].dtype == np.float32
     np.testing.assert_array_equal(cond["guidance_scale"], np.broadcast_to(np.float32(scale), 4))
 
 
-def drawer(network, objective, cond_drop_rate, num_classes, mesh, scale):
+def generator(network, objective, cond_drop_rate, num_classes, mesh, scale):
     return Generator(network, objective, Spec((2,), num_classes), mesh, sampler={"name": "ddim", "steps": 2},
                   guidance={"name": "guidance_embedding", "scale": scale}, cond_drop_rate=cond_drop_rate)  # fmt: skip
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
-def test_embedded_needs_no_classes_and_no_training_without_condition(num_classes, ddpm, mesh_of):
-    """And is no plain sampling at a scale of 1, which the network is told like any other."""
+def test_guidance_embedding_requires_neither_classes_nor_dropped_conditions(num_classes, ddpm, mesh_of):
+    """A scale of 1 is not plain sampling, because the network receives it like any other scale."""
     spec = {"name": "mlp", "width": 8, "depth": 1, "scalar_conditions": ("guidance_scale",)}
     inner = build("networks", spec, shape=(2,), num_classes=num_classes)
-    asked = []
+    conditions = []
 
     def apply(params, x, c_noise, cond, *, key=None):
-        asked.append(sorted(cond))
+        conditions.append(sorted(cond))
         return inner.apply(params, x, c_noise, cond, key=key)
 
     network = dataclasses.replace(inner, apply=apply)
     for scale in (1.0, 2.5):
-        assert not is_plain({"name": "guidance_embedding", "scale": scale})
-        drawer(network, ddpm, 0.0, num_classes, mesh_of(1, 1, 1), scale)
-    wanted = ["guidance_scale", "label"] if num_classes else ["guidance_scale"]
-    assert asked and all(names == wanted for names in asked)
+        assert not is_neutral({"name": "guidance_embedding", "scale": scale})
+        generator(network, ddpm, 0.0, num_classes, mesh_of(1, 1, 1), scale)
+    expected = ["guidance_scale", "label"] if num_classes else ["guidance_scale"]
+    assert conditions and all(names == expected for names in conditions)
 
 
-def test_embedded_is_refused_by_a_network_that_is_told_no_scale(ddpm, mesh_of):
+def test_guidance_embedding_requires_a_network_with_the_scale_as_input(ddpm, mesh_of):
     network = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=(2,))
-    with pytest.raises(InputError, match=r"network\.conditions: lacks 'guidance'"):
-        drawer(network, ddpm, 0.1, 0, mesh_of(1, 1, 1), 1.0)
+    with refused("network.scalar_conditions"):
+        generator(network, ddpm, 0.1, 0, mesh_of(1, 1, 1), 1.0)
 
 
 # rescale
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("name", GUIDES)
-def test_rescale_is_the_papers_formula(name, factor):
-    """Eq. 15 and 16 of arXiv 2305.08891, each example by its own standard deviations."""
-    guided = GUIDES[name](model, 5.0)(X, 0.35, COND)
-    rescaled = rescale(GUIDES[name](model, 5.0), factor)(X, 0.35, COND)
-    wanted, found = (np.std(y, axis=(1, 2), keepdims=True) for y in (guided.conditional, guided.x0))
-    assert np.ptp(wanted / found) > 0.05
-    expected = factor * (guided.x0 * wanted / found) + (1 - factor) * guided.x0
+@pytest.mark.parametrize("name", METHODS)
+def test_rescale_formula(name, factor):
+    """Eq. 15 and 16 of arXiv 2305.08891, with the standard deviations of each example."""
+    guided = METHODS[name](model, 5.0)(X, 0.35, COND)
+    rescaled = rescale(METHODS[name](model, 5.0), factor)(X, 0.35, COND)
+    std_cond, std = (np.std(y, axis=(1, 2), keepdims=True) for y in (guided.conditional, guided.x0))
+    assert np.ptp(std_cond / std) > 0.05
+    expected = factor * (guided.x0 * std_cond / std) + (1 - factor) * guided.x0
     close(rescaled.x0, expected)
     if factor == 1:
-        close(np.std(rescaled.x0, axis=(1, 2), keepdims=True), wanted)
+        close(np.std(rescaled.x0, axis=(1, 2), keepdims=True), std_cond)
     for field in ("conditional", "log_variance", "x0_for_eps"):
         np.testing.assert_array_equal(getattr(rescaled, field), getattr(guided, field))
 
 
-def test_rescale_without_guidance_is_refused():
-    with pytest.raises(InputError, match=r"guidance\.rescale: "):
+def test_rescale_requires_guidance():
+    with refused("guidance.rescale"):
         rescale(model)(X, 0.35, COND)
 
 
 # interval
 
 
-def between(low, high, unit="t", schedule=VP, guide=cfg):
-    """`interval` around guidance by 3."""
-    return interval(guide(model, 3.0), low, high, unit, plain=model, schedule=schedule)
+def between(low, high, unit="t", schedule=VP, method=cfg):
+    """Returns guidance of scale 3 within an interval."""
+    return interval(method(model, 3.0), low, high, unit, plain=model, schedule=schedule)
 
 
-def answers(t, guide=cfg):
-    """The guided and the plain answer that `between` chooses from."""
-    return guide(model, 3.0)(X, t, COND), model(X, t, COND)
+def guided_and_plain(t, method=cfg):
+    """Returns the guided and the plain prediction, between which `between` chooses."""
+    return method(model, 3.0)(X, t, COND), model(X, t, COND)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.24, 0.25, 0.5, 0.75, 0.76, 1.0])
 def test_inside_the_interval_is_guided_and_outside_plain(t):
-    """arXiv 2404.07724; both ends belong to it, in the float32 that sampling is done in."""
-    guided, plain = answers(jnp.float32(t))
+    """arXiv 2404.07724; both ends are included, in the float32 of sampling."""
+    guided, plain = guided_and_plain(jnp.float32(t))
     found = jax.jit(between(0.25, 0.75))(X, jnp.float32(t), COND)
     expected = guided if 0.25 <= t <= 0.75 else plain
     close(found.x0, expected.x0)
@@ -495,67 +500,67 @@ def test_inside_the_interval_is_guided_and_outside_plain(t):
 def test_the_default_interval_is_everywhere(unit, t):
     """Also where sigma / alpha is infinite."""
     found = interval(cfg(model, 3.0), unit=unit, plain=model, schedule=FLOW)(X, jnp.float32(t), COND)
-    close(found.x0, answers(jnp.float32(t))[0].x0)
+    close(found.x0, guided_and_plain(jnp.float32(t))[0].x0)
 
 
-def test_the_ends_of_an_interval_in_sigma_belong_to_it():
-    """On the straight path sigma / alpha is 1 at t = 1/2, exactly."""
-    guided, plain = answers(0.5)
+def test_the_ends_of_an_interval_in_sigma_are_included():
+    """On the straight path, sigma / alpha is exactly 1 at t = 1/2."""
+    guided, plain = guided_and_plain(0.5)
     for low, high, expected in ((1.0, 2.0, guided), (0.5, 1.0, guided), (1.01, 2.0, plain), (0.5, 0.99, plain)):
         close(between(low, high, "sigma", FLOW)(X, 0.5, COND).x0, expected.x0)
 
 
 @pytest.mark.parametrize("unit", ["t", "sigma"])
-def test_each_example_is_in_the_interval_by_its_own_time(unit):
+def test_the_interval_applies_per_example(unit):
     t = np.float32([0.1, 0.3, 0.5, 0.9])
     level = t if unit == "t" else np.asarray(VP.sigma(t) / VP.alpha(t))
-    low, high = 0.99 * level[1], 1.01 * level[2]  # so near that nothing but the level itself will do
-    guided, plain = answers(t)
+    low, high = 0.99 * level[1], 1.01 * level[2]  # so near that only the exact level is inside
+    guided, plain = guided_and_plain(t)
     chosen = jax.jit(between(low, high, unit))
     found = chosen(X, t, COND)
     inside = np.array([False, True, True, False]).reshape(4, 1, 1)
     close(found.x0, np.where(inside, guided.x0, plain.x0))
     close(found.conditional, plain.x0)
     close(found.log_variance, plain.log_variance)
-    for i in range(4):  # and so for one time for all
+    for i in range(4):  # with one time for all examples
         close(chosen(X, t[i], COND).x0[i], found.x0[i])
 
 
 def test_outside_the_interval_the_guided_branch_does_not_run():
-    """In the loop of a sampler the model is asked about 2B rows inside, and about B outside."""
-    asked = []
+    """In the loop of a sampler, the model evaluates 2B rows inside and B rows outside."""
+    calls = []
 
     def denoise(x, t, cond):
-        jax.debug.callback(lambda t: asked.append((round(float(t), 3), x.shape[0])), jnp.ravel(t)[0])
+        jax.debug.callback(lambda t: calls.append((round(float(t), 3), x.shape[0])), jnp.ravel(t)[0])
         return model(x, t, cond)
 
     chosen = interval(cfg(denoise, 3.0), 0.3, 0.6, plain=denoise, schedule=FLOW)
     jax.block_until_ready(sampled(chosen, "ddim", times=(0.9, 0.6, 0.4, 0.3, 0.2, 0.0)))
     jax.effects_barrier()
-    assert sorted(asked, reverse=True) == [(0.9, 4), (0.6, 8), (0.4, 8), (0.3, 8), (0.2, 4)]
+    assert sorted(calls, reverse=True) == [(0.9, 4), (0.6, 8), (0.4, 8), (0.3, 8), (0.2, 4)]
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, np.float32([0.1, 0.3, 0.5, 0.9])], ids=["outside", "inside", "per-example"])
-def test_an_interval_of_cfg_pp_is_plain_outside_of_it(t):
-    """The noise is then that of the plain x0."""
-    guided, plain = answers(t, cfg_pp)
+def test_cfg_pp_is_plain_outside_of_an_interval(t):
+    """The noise is that of the plain x0 there."""
+    guided, plain = guided_and_plain(t, cfg_pp)
     inside = (broadcast(t) > 0.2) & (broadcast(t) < 0.6)
-    found = between(0.2, 0.6, guide=cfg_pp)(X, t, COND)
+    found = between(0.2, 0.6, method=cfg_pp)(X, t, COND)
     close(found.x0, np.where(inside, guided.x0, plain.x0))
     close(found.x0_for_eps, np.where(inside, guided.x0_for_eps, plain.x0))
     close(found.conditional, plain.x0)
 
 
-def test_a_sampler_follows_cfg_pp_through_an_interval():
-    """No step of it is inside, so the samples are those without guidance."""
-    close(sampled(between(0.61, 0.89, guide=cfg_pp), "ddim"), sampled(model, "ddim"))
+def test_samplers_support_cfg_pp_in_an_interval():
+    """No step is inside, so that the samples are those without guidance."""
+    close(sampled(between(0.61, 0.89, method=cfg_pp), "ddim"), sampled(model, "ddim"))
 
 
 # threshold
 
 
 def far(x, t, cond):
-    """x0 far outside of the data's range, by example: the last is inside."""
+    """A model whose x0 exceeds the range of the data, except for the last example."""
     return Denoised(X * np.float32([5.0, 2.0, 1.0, 0.1]).reshape(4, 1, 1), X, conditional=2 * X, x0_for_eps=3 * X)
 
 
@@ -566,15 +571,17 @@ def test_static_thresholding_clips(limit):
 
 @pytest.mark.parametrize("limit", [1.0, 0.5])
 @pytest.mark.parametrize("percentile", [0.6, 0.95])
-def test_dynamic_thresholding_is_the_papers_formula(percentile, limit):
-    """Section 2.3 of arXiv 2205.11487, for data in [-limit, limit]: clip to the percentile s of the example's own
-    |x0| and divide by s, if s is beyond the data."""
+def test_dynamic_thresholding_formula(percentile, limit):
+    """Section 2.3 of arXiv 2205.11487, for data in [-limit, limit].
+
+    x0 is clipped to the percentile s of the example's |x0| and divided by s, if s is above the limit.
+    """
     x0 = far(X, 0.35, COND).x0
     found = np.asarray(threshold(far, percentile, limit)(X, 0.35, COND).x0)
-    for own, answer in zip(x0, found, strict=True):
-        s = max(np.quantile(abs(own), percentile), limit)
-        close(answer, np.clip(own, -s, s) / s * limit)
-    np.testing.assert_array_equal(found[3], x0[3])  # within the range already, so left alone
+    for before, after in zip(x0, found, strict=True):
+        s = max(np.quantile(abs(before), percentile), limit)
+        close(after, np.clip(before, -s, s) / s * limit)
+    np.testing.assert_array_equal(found[3], x0[3])  # within the range, and therefore unchanged
     assert abs(found).max() <= limit * (1 + 1e-6)
 
 
@@ -587,42 +594,41 @@ def test_threshold_keeps_the_other_fields(percentile):
 
 
 @pytest.mark.parametrize("percentile", [0.0, -0.5, 1.01, 99.5, float("nan")])
-def test_a_percentile_that_is_no_share_is_refused(percentile):
-    with pytest.raises(InputError, match=r"percentile: must be above 0 and at most 1"):
+def test_rejects_a_percentile_outside_of_0_to_1(percentile):
+    with refused("percentile"):
         threshold(model, percentile)
 
 
-# Nested.
+# Nested guidance.
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, TIMES[1]], ids=["outside", "inside", "per-example"])
 def test_guidance_nests(t):
-    """What is guided, then where, then in which range. Outside the interval there is nothing to rescale, so the two may
-    be nested either way."""
-    kept, dropped = halves(t)
-    guided = dropped + 5 * (kept - dropped)
-    shrink = 0.3 + 0.7 * np.std(kept, axis=(1, 2), keepdims=True) / np.std(guided, axis=(1, 2), keepdims=True)
+    """Guidance, interval and threshold nest. `rescale` has no effect outside the interval, so both orders agree."""
+    conditional, unconditional = halves(t)
+    guided = unconditional + 5 * (conditional - unconditional)
+    shrink = 0.3 + 0.7 * np.std(conditional, axis=(1, 2), keepdims=True) / np.std(guided, axis=(1, 2), keepdims=True)
     inside = (broadcast(t) >= 0.2) & (broadcast(t) <= 0.5)
-    expected = np.where(inside, guided * shrink, kept)
+    expected = np.where(inside, guided * shrink, conditional)
     given = {"low": 0.2, "high": 0.5, "plain": model, "schedule": VP}
     for nested in (interval(rescale(cfg(model, 5.0)), **given), rescale(interval(cfg(model, 5.0), **given))):
         close(nested(X, t, COND).x0, expected)
         clipped = threshold(nested, limit=0.8)(X, t, COND)
         close(clipped.x0, np.clip(expected, -0.8, 0.8))
-        close(clipped.conditional, kept)
+        close(clipped.conditional, conditional)
     assert abs(expected).max() > 0.8
 
 
-# Numbers that are traced.
+# Traced keywords.
 
 ON = {"plain": model, "schedule": VP}
 TRACED = {
     "cfg": (cfg, [(2.0,), (5.0,)]),
     "apg": (apg, [(2.0, 0.1, 1.0), (5.0, 0.5, 0.7)]),
-    "cfg_zero": (GUIDES["cfg_zero"], [(2.0, 0.9), (5.0, 0.2)]),
+    "cfg_zero": (METHODS["cfg_zero"], [(2.0, 0.9), (5.0, 0.2)]),
     "cfg_pp": (cfg_pp, [(0.4,), (0.9,)]),
-    "autoguidance": (GUIDES["autoguidance"], [(2.0,), (5.0,)]),
-    "guidance_embedding": (lambda _, scale: guidance_embedding(told, scale), [(2.0,), (5.0,)]),
+    "autoguidance": (METHODS["autoguidance"], [(2.0,), (5.0,)]),
+    "guidance_embedding": (lambda _, scale: guidance_embedding(distilled, scale), [(2.0,), (5.0,)]),
     "rescale": (lambda _, factor: rescale(cfg(model, 5.0), factor), [(0.1,), (0.9,)]),
     "interval": (lambda _, low, high: interval(cfg(model, 5.0), low, high, **ON), [(0.2, 0.4), (0.4, 0.6)]),
     "interval in sigma": (
@@ -635,17 +641,25 @@ TRACED = {
 
 
 @pytest.mark.parametrize("name", TRACED)
-def test_numbers_may_be_arrays_and_do_not_recompile(name):
-    guide, choices = TRACED[name]
+def test_traced_numbers_do_not_recompile(name):
+    method, choices = TRACED[name]
     traces = []
 
     @jax.jit
     def drawn(numbers, t):
         traces.append(name)
-        return guide(model, *numbers)(X, t, COND).x0
+        return method(model, *numbers)(X, t, COND).x0
 
     first, second = (drawn(tuple(map(jnp.asarray, numbers)), 0.35) for numbers in choices)
     assert len(traces) == 1
     assert abs(first - second).max() > 1e-2
     for numbers, found in zip(choices, (first, second), strict=True):
-        close(found, guide(model, *numbers)(X, 0.35, COND).x0)
+        close(found, method(model, *numbers)(X, 0.35, COND).x0)
+
+
+@pytest.mark.parametrize("function", [*METHODS.values(), guidance_embedding, rescale, interval, threshold])
+def test_numbers_are_annotated_as_traced(function):
+    """`Generator` traces the keywords whose annotation contains Array; only `percentile` is a static number."""
+    for name, parameter in inspect.signature(function).parameters.items():
+        if isinstance(parameter.default, float):
+            assert (Array in typing.get_args(parameter.annotation)) == (name != "percentile"), name

@@ -11,7 +11,7 @@ from diffusion.sampling.loop import bind, in_batches, noised, prior, sample
 
 @pytest.fixture(scope="module")
 def drawing(ddpm, tiny_unet, tiny_params):
-    """`draw(keys, cond, times, scale)`, jitted, and the list of its traces."""
+    """Returns `draw(keys, cond, times, scale)`, jitted, and the list of its traces."""
     traces = []
 
     def draw(keys, cond, times, scale):
@@ -54,8 +54,8 @@ def test_seed_labels_scale_and_times_do_not_recompile(drawing, ddpm):
     assert len(traces) == before
 
 
-def test_one_scan_whatever_the_steps(ddpm, tiny_unet, tiny_params):
-    """A thousand steps lower to as much code as ten, so they compile in the same time."""
+def test_program_size_does_not_depend_on_the_steps(ddpm, tiny_unet, tiny_params):
+    """A thousand steps lower to as many lines as ten, so that they compile in the same time."""
 
     def lowered(steps):
         def draw(key, times):
@@ -68,12 +68,12 @@ def test_one_scan_whatever_the_steps(ddpm, tiny_unet, tiny_params):
     assert len(lowered(1000).splitlines()) == len(lowered(10).splitlines())
 
 
-def test_denoiser_gets_the_time_of_x(ddpm):
-    """The denoiser is asked at t, where x is, not at s, where it goes."""
-    asked = []
+def test_denoiser_is_evaluated_at_the_time_of_x(ddpm):
+    """The denoiser receives t, the time of x, and not s, the end of the step."""
+    evaluated = []
 
     def denoise(x, t):
-        jax.debug.callback(lambda t: asked.append(float(t)), t, ordered=True)
+        jax.debug.callback(lambda t: evaluated.append(float(t)), t, ordered=True)
         return Denoised(0 * x)
 
     times = jnp.array([1.0, 0.5, 0.25, 0.0])
@@ -81,11 +81,11 @@ def test_denoiser_gets_the_time_of_x(ddpm):
         sample(denoise, ddpm.schedule, build("samplers", "ddim"), jnp.ones((1, 1)), times, jax.random.key(0))
     )
     jax.effects_barrier()
-    assert asked == [1.0, 0.5, 0.25]
+    assert evaluated == [1.0, 0.5, 0.25]
 
 
 def test_trajectory_unroll_and_a_later_start(ddpm):
-    """The trajectory ends in the sample; so does the rest of it, taken up at any time; unrolling changes nothing."""
+    """The trajectory ends in the sample, can be resumed at any of its times, and does not depend on unrolling."""
     times, keys = jnp.array([1.0, 0.7, 0.4, 0.0]), jax.random.split(jax.random.key(0), 3)
     args = (lambda x, t: Denoised(0.3 * x), ddpm.schedule, build("samplers", "ddim"))
     x = prior(ddpm.schedule, times[0], keys, (2,))
@@ -98,16 +98,19 @@ def test_trajectory_unroll_and_a_later_start(ddpm):
     np.testing.assert_allclose(path[2], sample(*args, x, times[:3], keys), rtol=1e-6)
 
 
-def test_an_example_is_noised_to_a_later_start(ddpm):
-    """Image-to-image: alpha x0 and the noise that sampling from nothing would begin with."""
+def test_noised_adds_the_prior_to_an_example(ddpm):
+    """The start of image-to-image sampling is alpha x0 plus the noise of `prior`."""
     x0, keys = jnp.ones((3, 2)), jax.random.split(jax.random.key(0), 3)
     x = noised(ddpm.schedule, x0, jnp.float32(0.4), keys)
     start = prior(ddpm.schedule, jnp.float32(0.4), keys, (2,))
     np.testing.assert_allclose(x, ddpm.schedule.alpha(0.4) * x0 + start, rtol=1e-6)
 
 
-def test_raw_keys_are_taken(ddpm):
-    args = (lambda x, t: Denoised(0 * x), ddpm.schedule, build("samplers", "ancestral"), jnp.ones((3, 1)))
-    times = jnp.array([1.0, 0.5, 0.0])
-    typed = sample(*args, times, jax.random.key(0))
-    np.testing.assert_array_equal(sample(*args, times, jax.random.PRNGKey(0)), typed)
+@pytest.mark.parametrize("batch", [2, 3])
+def test_raw_keys_are_equal_to_typed_keys(ddpm, batch):
+    """A raw key has the shape [2], which must not be taken for one key per sample in a batch of two."""
+    x, times = jnp.ones((batch, 1)), jnp.array([1.0, 0.5, 0.0])
+    args = (lambda x, t: Denoised(0 * x), ddpm.schedule, build("samplers", "ancestral"), x, times)
+    np.testing.assert_array_equal(sample(*args, jax.random.PRNGKey(0)), sample(*args, jax.random.key(0)))
+    typed = jax.random.split(jax.random.key(1), batch)
+    np.testing.assert_array_equal(sample(*args, jax.random.key_data(typed)), sample(*args, typed))

@@ -1,1 +1,1 @@
-"""Building blocks that the ODE solvers share."""
+"""Building blocks of ODE solvers that several samplers share."""

@@ -1,11 +1,22 @@
-"""Exponential integrators of the probability-flow ODE: the linear part of a step in log(alpha / sigma) is solved
-exactly, and x0 or the noise is taken for a polynomial of it. DPM-Solver, DPM-Solver++ and DEIS are their cases.
+"""Exponential integrators of the probability-flow ODE: DPM-Solver, DPM-Solver++ and DEIS are special cases.
 
-With h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t) (Lu et al. 2022, arXiv 2206.00927, eq. 3.4, and arXiv
+With lambda = log(alpha / sigma), a step from t to s has the size h = lambda_s - lambda_t, and tau in [0, 1] is the
+position within it. The linear part of the ODE is solved exactly (Lu et al. 2022, arXiv 2206.00927, eq. 3.4, and arXiv
 2211.01095, eq. 8):
 
     x_s = (sigma_s / sigma_t) x_t + alpha_s  integral over [0, 1] of h e^(-h (1 - tau)) x0(tau)
     x_s = (alpha_s / alpha_t) x_t - sigma_s  integral over [0, 1] of h e^( h (1 - tau)) eps(tau)
+
+The solvers replace x0(tau) or eps(tau) by the polynomial through known values v_k at nodes tau_k, where v_0 is the
+value at the start of the step, tau_0 = 0. The integrals are then sums, whose weights w_k `quadrature_weights` computes.
+They add up to the integral of the kernel, so that the sum separates into the first-order step (DDIM) and a correction:
+
+    x_s = first_order(x_t, t, s) + alpha_s sum_k w_k (v_k - v_0)        for x0
+    x_s = first_order(x_t, t, s) - sigma_s sum_k w_k (v_k - v_0)        for eps
+
+The papers' second-order methods ("midpoint") have a simpler weight: with two nodes, w_1 is the integral of
+kernel(tau) tau / tau_1, in which they replace tau by its mean over the step, 1/2. This gives w_1 = total / (2 tau_1),
+where total = 1 - e^-h for x0 and e^h - 1 for eps.
 """
 
 import dataclasses
@@ -18,44 +29,57 @@ from diffusion.core.arrays import normal
 from diffusion.core.types import Array, Denoised, Denoiser, Schedule
 from diffusion.process.posterior import posterior
 from diffusion.sampling.ode.first_order import Solver, eps_of, first_order, half_log_snr
-from diffusion.sampling.ode.multistep import History, check_steps, differences, integrals
+from diffusion.sampling.ode.multistep import History, check_steps, quadrature_weights, weighted_differences
 
 Prediction = Literal["x0", "eps"]
 
 
 def kernel(prediction: Prediction, h: Array, tau: Array) -> Array:
-    """What x0 or the noise is weighted with over a step of size h."""
+    """Returns the weight of x0 or eps at position tau of a step of size h, as in the module's docstring."""
     return h * jnp.exp((tau - 1 if prediction == "x0" else 1 - tau) * h)
 
 
-def total(prediction: Prediction, h: Array) -> Array:
-    """The integral of `kernel`."""
+def kernel_integral(prediction: Prediction, h: Array) -> Array:
+    """Returns the integral of `kernel` over [0, 1]."""
     return -jnp.expm1(-h) if prediction == "x0" else jnp.expm1(h)
 
 
-def predicted(prediction: Prediction, schedule: Schedule, x: Array, x0: Array, t: Array) -> Array:
-    """What is taken for a polynomial."""
+def interpolated_value(prediction: Prediction, schedule: Schedule, x: Array, x0: Array, t: Array) -> Array:
+    """Returns the quantity that a solver interpolates, x0 or eps, from the denoiser's x0 at x_t."""
     return x0 if prediction == "x0" else eps_of(schedule, x, x0, t)
 
 
-def in_steps(nodes: Array, end: Array) -> tuple[Array, Array, Array]:
-    """The step from `nodes[0]` to `end`, the nodes counted in it from its start, and whether it is finite. An
-    infinite one, from pure noise or to the data, is of first order, and its size is given as 1."""
-    h = end - nodes[0]
+def relative_nodes(lambdas: Array, end: Array) -> tuple[Array, Array, Array]:
+    """Expresses past evaluation points in units of the step from `lambdas[0]` to `end`.
+
+    Returns:
+      The step size h, the nodes `(lambdas - lambdas[0]) / h`, and whether the step is finite. A step from pure noise or
+      to the data is infinite; it must be of first order, and h is then 1.
+    """
+    h = end - lambdas[0]
     finite = jnp.isfinite(h)
     h = jnp.where(finite, h, 1)
-    return h, (nodes - nodes[0]) / h, finite
+    return h, (lambdas - lambdas[0]) / h, finite
 
 
 def correction(prediction: Prediction, schedule: Schedule, s: Array, values: Array, weights: Array) -> Array:
-    """What is added to the first-order step to s for values that differ from the first of them, `[K, B, ...]`."""
+    """Returns the term that is added to the first-order step to s, for values `[K, B, ...]` and weights `[K]`."""
     scale = schedule.alpha(s) if prediction == "x0" else -schedule.sigma(s)
-    return scale * differences(values, weights)
+    return scale * weighted_differences(values, weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class Multistep(Solver):
-    """Order 2 and 3 from the values at the points before. See `make` of `dpm_solver`, `dpm_solver_pp` and `deis`."""
+    """The multistep solver, which interpolates the values at previous points of the grid.
+
+    See the samplers `dpm_solver`, `dpm_solver_pp` and `deis` for the formulas.
+
+    Attributes:
+      prediction: the interpolated quantity.
+      order: the number of interpolated values.
+      sde: whether the reverse SDE is solved; only for `x0`.
+      midpoint: whether the second order uses the papers' simpler weight.
+    """
 
     prediction: Prediction
     order: int
@@ -70,7 +94,7 @@ class Multistep(Solver):
         steps = check_steps(times, self.order)
         index = np.arange(steps)
         rising = np.minimum(self.order, index + 1)
-        # Towards the data short runs come down by one order a step, as published for stability.
+        # In short runs to the data the order decreases by one per step at the end, as published, for stability.
         falling = np.minimum(rising, steps - index if steps < 15 else self.order)
         return {
             "x": x,
@@ -82,14 +106,15 @@ class Multistep(Solver):
     def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
         x, order = carry["x"], carry["orders"][carry["index"]]
         x0 = denoise(x, t).x0.astype(x.dtype)
-        value = predicted(self.prediction, schedule, x, x0, t)
+        value = interpolated_value(self.prediction, schedule, x, x0, t)
         history = carry["history"].push(value, half_log_snr(schedule, t))
-        h, nodes, finite = in_steps(history.nodes, half_log_snr(schedule, s))
+        h, nodes, finite = relative_nodes(history.nodes, half_log_snr(schedule, s))
         valid = (jnp.arange(self.order) < jnp.where(finite, order, 1)) & jnp.isfinite(nodes)
+        # The kernel of the SDE is that of the ODE for a step of size 2h.
         span = 2 * h if self.sde else h
-        weights = integrals(nodes, valid, lambda tau: kernel(self.prediction, span, tau))
+        weights = quadrature_weights(nodes, valid, lambda tau: kernel(self.prediction, span, tau))
         if self.midpoint and self.order > 1:
-            half = total(self.prediction, span) / 2 / jnp.where(valid[1], nodes[1], 1)
+            half = kernel_integral(self.prediction, span) / 2 / jnp.where(valid[1], nodes[1], 1)
             weights = weights.at[1].set(jnp.where((order == 2) & valid[1], half, weights[1]))
         if self.sde:
             reverse = posterior(schedule, t, s)
@@ -103,68 +128,95 @@ class Multistep(Solver):
 
 @dataclasses.dataclass(frozen=True)
 class Singlestep(Solver):
-    """One step of the method goes over `order` steps of the grid, with one evaluation in each: at its start, and at
-    inner points that stand at even parts of it in log-SNR, wherever the grid has them. See `make` of `dpm_solver` and
-    `dpm_solver_pp`."""
+    """The singlestep solver: each of its steps is a Runge-Kutta step of `order` stages, with one evaluation per stage.
+
+    A Runge-Kutta step covers `order` intervals of the grid and performs one stage per interval. It reads only the first
+    and the last of their times: the inner stages lie at even parts of the step in lambda. For order 3, from lambda_0 to
+    lambda_0 + h, with v_k the value that stage k evaluates:
+
+        grid intervals    |------ i ------|---- i + 1 ----|---- i + 2 ----|
+        stage                     0               1               2
+        evaluates at       lambda_0        lambda_0 + h/3  lambda_0 + 2h/3
+        interpolates       v_0             v_0, v_1        v_0, v_2 (without `midpoint`: v_0, v_1, v_2)
+        moves x to         lambda_0 + h/3  lambda_0 + 2h/3 lambda_0 + h
+
+    Every stage starts again from x at lambda_0. `_stage_table` assigns the intervals of a grid to stages. For the
+    formulas see the samplers `dpm_solver` and `dpm_solver_pp`.
+
+    Attributes:
+      prediction: the interpolated quantity.
+      order: the number of stages.
+      midpoint: whether the papers' weights are used; otherwise each stage interpolates all values before it.
+    """
 
     prediction: Prediction
     order: int
     midpoint: bool = True
 
     def init(self, x: Array, times: Array) -> dict[str, Any]:
-        steps = check_steps(times, self.order)
-
-        # A last step to either end of time may be infinite in log-SNR, and then can be but of first order.
-        to_end = (times[-1] == 0) | (times[-1] == 1)
-
-        def groups(steps: int) -> Array:
-            return jnp.where(to_end, self._groups(steps, True), self._groups(steps, False))
-
+        check_steps(times, self.order)
         return {
             "x": x,
-            "start": (x, x, times[0]),  # x, x0 and t where the step in progress began
-            "values": jnp.zeros((self.order, *x.shape), x.dtype),  # of its points
+            "start": (x, x, times[0]),  # x, x0 and t at the start of the current Runge-Kutta step
+            "values": jnp.zeros((self.order, *x.shape), x.dtype),  # v_k of the current step, by stage
             "t": times[0],
             "times": times,
-            "groups": groups(steps),
-            "groups_from_noise": jnp.concatenate([jnp.array([[0, 1]]), groups(steps - 1) + jnp.array([0, 1])]),
             "index": jnp.int32(0),
         }
 
-    def _groups(self, steps: int, last_alone: bool) -> np.ndarray:
-        """Of each step of the grid, its place in its group and the index of the time where that group ends, `[steps,
-        2]`. If the last stands alone, the group it is cut from is a shorter one."""
-        lengths = [self.order] * (steps // self.order) + [steps % self.order] * (steps % self.order > 0)
-        if last_alone and lengths and lengths[-1] > 1:
-            lengths[-1:] = [lengths[-1] - 1, 1]
-        ends = np.cumsum(lengths)
-        rows = [(place, end) for length, end in zip(lengths, ends, strict=True) for place in range(length)]
-        return np.array(rows, np.int32).reshape(steps, 2)
-
     def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
         index, times = carry["index"], carry["times"]
-        # From pure noise the first step is infinite too, and stands alone.
-        noise = ~jnp.isfinite(schedule.log_snr(times[0]))
-        groups = jnp.where(noise, carry["groups_from_noise"], carry["groups"])
-        place, end = groups[index]
-        x, t = carry["x"], carry["t"]
+        # A step from pure noise, or to either end of time, may be infinite in lambda, and can only be of first order.
+        from_noise = ~jnp.isfinite(schedule.log_snr(times[0]))
+        to_end = (times[-1] == 0) | (times[-1] == 1)
+        table = jnp.asarray(_stage_table(len(times) - 1, self.order))
+        stage, stages, end = table[from_noise.astype(int), to_end.astype(int), index]
+
+        x, t = carry["x"], carry["t"]  # the time of an inner stage is not on the grid
         x0 = denoise(x, t).x0.astype(x.dtype)
-        values = carry["values"].at[place].set(predicted(self.prediction, schedule, x, x0, t))
-        start = tuple(jnp.where(place == 0, new, old) for new, old in zip((x, x0, t), carry["start"], strict=True))
+        values = carry["values"].at[stage].set(interpolated_value(self.prediction, schedule, x, x0, t))
+        start = tuple(jnp.where(stage == 0, new, old) for new, old in zip((x, x0, t), carry["start"], strict=True))
+        x_start, x0_start, t_start = start
 
-        first, last = half_log_snr(schedule, start[2]), half_log_snr(schedule, times[end])
-        length = end - index + place
-        whole = jnp.where(jnp.isfinite(last - first), last - first, 1)
-        inner = schedule.time(2 * (jnp.where(jnp.isfinite(first), first, 0) + whole * (place + 1) / length))
-        s = jnp.where(index + 1 == end, times[end], inner).astype(times.dtype)
+        # This stage goes from lambda_start over h = whole * (stage + 1) / stages.
+        lambda_start, lambda_end = half_log_snr(schedule, t_start), half_log_snr(schedule, times[end])
+        whole = jnp.where(jnp.isfinite(lambda_end - lambda_start), lambda_end - lambda_start, 1)
+        h = whole * (stage + 1) / stages
+        inner = schedule.time(2 * (jnp.where(jnp.isfinite(lambda_start), lambda_start, 0) + h))
+        s = jnp.where(stage + 1 == stages, times[end], inner).astype(times.dtype)
 
-        h, slots = whole * (place + 1) / length, jnp.arange(self.order)
-        nodes = (slots / (place + 1)).astype(times.dtype)
-        # The paper's interpolants go through the first value and the newest alone.
-        valid = (slots == 0) | (slots == place) | ((slots < place) & (not self.midpoint))
-        weights = integrals(nodes, valid, lambda tau: kernel(self.prediction, h, tau))
+        slots = jnp.arange(self.order)
+        nodes = (slots / (stage + 1)).astype(times.dtype)
+        # The papers interpolate only the first value and the newest one.
+        valid = (slots == 0) | (slots == stage) | ((slots < stage) & (not self.midpoint))
+        weights = quadrature_weights(nodes, valid, lambda tau: kernel(self.prediction, h, tau))
         if self.midpoint:
-            weights = jnp.where((slots == 1) & (place == 1), total(self.prediction, h), weights)
-        moved = first_order(schedule, start[0], Denoised(start[1]), start[2], s)
+            # The second stage's newer node is 1/2, for which total / (2 tau_1) is the integral of the kernel.
+            weights = jnp.where((slots == 1) & (stage == 1), kernel_integral(self.prediction, h), weights)
+        moved = first_order(schedule, x_start, Denoised(x0_start), t_start, s)
         moved += correction(self.prediction, schedule, s, values, weights)
         return {**carry, "x": moved.astype(x.dtype), "t": s, "start": start, "values": values, "index": index + 1}
+
+
+def _stage_table(steps: int, order: int) -> np.ndarray:
+    """Returns which stage of which Runge-Kutta step each interval of a grid is, int32 `[2, 2, steps, 3]`.
+
+    The grid is divided into Runge-Kutta steps of `order` intervals and a shorter last one. The first axis says whether
+    the first interval is a step by itself, the second whether the last one is. For order 3 and 8 intervals:
+
+        [0, 0]  [0 1 2][3 4 5][6 7]          [1, 0]  [0][1 2 3][4 5 6][7]
+        [0, 1]  [0 1 2][3 4 5][6][7]         [1, 1]  [0][1 2 3][4 5 6][7]
+
+    The last axis holds the stage, the number of stages of its step, and the index of the time at which its step ends.
+    """
+
+    def rows(first_alone: bool, last_alone: bool) -> list[tuple[int, int, int]]:
+        rest = steps - first_alone
+        lengths = [length for length in [order] * (rest // order) + [rest % order] if length]
+        if last_alone and lengths and lengths[-1] > 1:
+            lengths[-1:] = [lengths[-1] - 1, 1]
+        lengths = [1] * first_alone + lengths
+        ends = np.cumsum(lengths)
+        return [(stage, n, end) for n, end in zip(lengths, ends, strict=True) for stage in range(n)]
+
+    return np.array([[rows(first, last) for last in (False, True)] for first in (False, True)], np.int32)

@@ -1,4 +1,4 @@
-"""What solvers share: the first-order step, and the coordinates in which higher-order ones see the ODE."""
+"""The first-order step, and the coordinates in which higher-order solvers integrate the probability-flow ODE."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ CoordinateName = Literal["noise_level", "time"] | None
 
 
 class Solver:
-    """The base of samplers: a solver of the ODE with one evaluation a step, whose carry is a dict with x in it."""
+    """Base class of samplers: an ODE solver with one evaluation per step, whose carry is a dict with the entry `x`."""
 
     stochastic = False
     uses_separate_eps = False
@@ -27,7 +27,7 @@ class Solver:
 
 
 class OneStep(Solver):
-    """The base of samplers that carry x and nothing else."""
+    """Base class of samplers whose carry is x alone."""
 
     def init(self, x: Array, times: Array) -> Array:
         return x
@@ -37,9 +37,11 @@ class OneStep(Solver):
 
 
 def first_order(schedule: Schedule, x: Array, denoised: Denoised, t: Array, s: Array) -> Array:
-    """x_s with x0 and the noise held: `alpha_s x0 + sigma_s eps`, which is DDIM (Song, Meng & Ermon 2021, arXiv
-    2010.02502, eq. 12) and Euler's step of y = x / alpha in sigma / alpha. Finite for every s, and for every t but
-    0."""
+    """Returns x_s = alpha_s x0 + sigma_s eps for constant x0 and eps = (x_t - alpha_t x0) / sigma_t.
+
+    This is DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502, eq. 12), and the Euler step of y = x / alpha in
+    u = sigma / alpha. It is finite for every s and for every t except 0.
+    """
     alpha_t, alpha_s, ratio = schedule.alpha(t), schedule.alpha(s), schedule.sigma(s) / schedule.sigma(t)
     if denoised.x0_for_eps is not None:
         return ratio * (x - alpha_t * denoised.x0_for_eps) + alpha_s * denoised.x0
@@ -47,48 +49,54 @@ def first_order(schedule: Schedule, x: Array, denoised: Denoised, t: Array, s: A
 
 
 def eps_of(schedule: Schedule, x: Array, x0: Array, t: Array) -> Array:
-    """The noise in x_t if the data are x0, at t `[]` or `[B]`; 0 at t = 0, where there is none."""
+    """Returns the noise eps = (x_t - alpha_t x0) / sigma_t, for t `[]` or `[B]`; 0 where sigma_t is 0."""
     alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
     return jnp.where(sigma > 0, (x - alpha * x0) / jnp.where(sigma > 0, sigma, 1), 0)
 
 
 def half_log_snr(schedule: Schedule, t: Array) -> Array:
-    """log(alpha / sigma), in which exponential integrators step."""
+    """Returns lambda_t = log(alpha_t / sigma_t), the time variable of exponential integrators."""
     return schedule.log_snr(t) / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseLevel:
-    """y = x / alpha against u = sigma / alpha: dy/du is the noise (Karras et al. 2022, arXiv 2206.00364, eq. 3)."""
+    """The ODE of y = x / alpha in u = sigma / alpha: dy/du = eps (Karras et al. 2022, arXiv 2206.00364, eq. 3)."""
 
     schedule: Schedule
 
-    def at(self, t: Array) -> Array:
+    def from_time(self, t: Array) -> Array:
+        """Returns u at time t."""
         return self.schedule.sigma(t) / self.schedule.alpha(t)
 
     def time(self, u: Array) -> Array:
+        """Returns the time t at u, the inverse of `from_time`."""
         return self.schedule.time(-2 * jnp.log(u))
 
     def slope(self, x: Array, x0: Array, t: Array) -> Array:
+        """Returns the right-hand side of the ODE at x_t, given the denoiser's x0."""
         return eps_of(self.schedule, x, x0, t)
 
     def move(self, x: Array, slope: Array, t: Array, s: Array) -> Array:
-        """x_s, if y goes along `slope` from t to s."""
+        """Returns x_s for a constant slope from t to s."""
         alpha_t, alpha_s = self.schedule.alpha(t), self.schedule.alpha(s)
         return alpha_s / alpha_t * x + (self.schedule.sigma(s) - self.schedule.sigma(t) * alpha_s / alpha_t) * slope
 
-    def middle(self, t: Array, s: Array) -> Array:
-        """The time halfway in log(sigma / alpha)."""
+    def midpoint(self, t: Array, s: Array) -> Array:
+        """Returns the time halfway between t and s in log(sigma / alpha)."""
         return self.schedule.time((self.schedule.log_snr(t) + self.schedule.log_snr(s)) / 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """x against t: dx/dt = alpha' x0 + sigma' eps is the velocity (Lipman et al. 2023, arXiv 2210.02747)."""
+    """The ODE of x in t: dx/dt = alpha' x0 + sigma' eps, the velocity (Lipman et al. 2023, arXiv 2210.02747).
+
+    The methods are those of `NoiseLevel`, with u = t.
+    """
 
     schedule: Schedule
 
-    def at(self, t: Array) -> Array:
+    def from_time(self, t: Array) -> Array:
         return t
 
     def time(self, u: Array) -> Array:
@@ -101,21 +109,29 @@ class Time:
     def move(self, x: Array, slope: Array, t: Array, s: Array) -> Array:
         return x + (s - t) * slope
 
-    def middle(self, t: Array, s: Array) -> Array:
+    def midpoint(self, t: Array, s: Array) -> Array:
+        """Returns the time halfway between t and s."""
         return (t + s) / 2
 
 
 def coordinate(name: CoordinateName, schedule: Schedule) -> NoiseLevel | Time:
-    """A coordinate by name. By default the noise level, but the time where the schedule ends in pure noise, whose noise
-    level is infinite."""
+    """Returns the coordinate of this name.
+
+    None selects the noise level, or the time if the schedule ends in pure noise, where the noise level is infinite.
+
+    Raises:
+      InputError: `noise_level` with a schedule that ends in pure noise.
+    """
     pure = ends_in_noise(schedule)
     if name == "noise_level" and pure:
-        raise InputError("sampler.coordinate", "noise_level is infinite at t = 1 of this schedule; use time")
+        raise InputError(
+            "sampler.coordinate", "must be 'time' for this schedule, whose noise level is infinite at t = 1"
+        )
     return Time(schedule) if name == "time" or (name is None and pure) else NoiseLevel(schedule)
 
 
 def ends_in_noise(schedule: Schedule) -> bool:
-    """Whether alpha is 0 at t = 1. A schedule whose parameters are being traced (a learned one) never is."""
+    """Returns whether alpha is 0 at t = 1; False for a schedule with traced parameters (a learned schedule)."""
     with jax.ensure_compile_time_eval():
         alpha = schedule.alpha(jnp.float32(1))
         return not isinstance(alpha, jax.core.Tracer) and bool(alpha == 0)

@@ -1,4 +1,12 @@
-"""What multistep and exponential solvers share: integrals over a step of the polynomial through known values."""
+"""Polynomial interpolation over past evaluations, for multistep and exponential solvers.
+
+A step of size 1 in tau integrates `kernel(tau) p(tau)` over [0, 1], where p is the polynomial through the known values
+v_k at nodes tau_k. With the Lagrange basis l_k this is a weighted sum of the values:
+
+    integral over [0, 1] of kernel(tau) p(tau) = sum_k w_k v_k,    w_k = integral over [0, 1] of kernel(tau) l_k(tau)
+
+`quadrature_weights` computes w_k numerically for any nodes, so that no solver needs a closed form per order.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,8 +18,8 @@ import numpy as np
 from diffusion.core.arrays import expand
 from diffusion.core.types import Array, InputError
 
-# On [0, 1]; exact to rounding for the kernels here up to steps of 20 in log-SNR, without the cancellation of their
-# closed forms at small steps.
+# Gauss-Legendre quadrature on [0, 1]. For the kernels here it is exact up to rounding for steps of up to 20 in log-SNR,
+# and it avoids the cancellation of their closed forms at small steps.
 _POINTS, _WEIGHTS = (half / 2 for half in np.polynomial.legendre.leggauss(24))
 _POINTS = _POINTS + 0.5
 
@@ -19,7 +27,7 @@ _POINTS = _POINTS + 0.5
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The last K values of a quantity, newest first, and where each was taken.
+    """The last K values of a quantity, newest first, and the nodes at which they were evaluated.
 
     Attributes:
       values: `[K, B, ...]`.
@@ -31,9 +39,11 @@ class History:
 
     @staticmethod
     def empty(length: int, x: Array, times: Array) -> "History":
+        """Returns a history of zeros, for values like `x [B, ...]` and nodes of the dtype of `times`."""
         return History(jnp.zeros((length, *x.shape), x.dtype), jnp.zeros(length, times.dtype))
 
     def push(self, value: Array, node: Array) -> "History":
+        """Returns the history with a new first entry and without the oldest one."""
         return History(
             jnp.concatenate([value[None], self.values[:-1]]),
             jnp.concatenate([node[None], self.nodes[:-1]]),
@@ -41,21 +51,23 @@ class History:
 
 
 def check_steps(times: Array, order: int) -> int:
-    """The number of steps, which is at least the order."""
+    """Returns the number of steps; raises InputError if it is below the order of the sampler."""
     steps = len(times) - 1
     if steps < order:
         raise InputError("sampler.steps", f"must be at least the sampler's order {order}, got {steps}")
     return steps
 
 
-def integrals(nodes: Array, valid: Array, kernel: Callable[[Array], Array]) -> Array:
-    """The weights w `[K]` with `integral over [0, 1] of kernel p = sum_k w_k p(nodes_k)` for every polynomial p through
-    the valid nodes: Adams' method, and with an exponential kernel its exponential forms.
+def quadrature_weights(nodes: Array, valid: Array, kernel: Callable[[Array], Array]) -> Array:
+    """Returns weights w `[K]` with `integral over [0, 1] of kernel p = sum_k w_k p(nodes_k)`.
+
+    This holds for every polynomial p whose degree is below the number of valid nodes. A constant kernel gives the
+    Adams methods, an exponential kernel their exponential counterparts.
 
     Args:
-      nodes: `[K]`, where values are known, in steps: 0 is the step's start and 1 its end.
-      valid: `[K]` bool. The others get the weight 0; their nodes may be anything.
-      kernel: of the points in [0, 1].
+      nodes: `[K]`, in units of the step: 0 is its start and 1 its end.
+      valid: `[K]` bool. The other nodes get weight 0, whatever their values are.
+      kernel: a function of tau in [0, 1].
     """
     nodes = jnp.where(valid, nodes, 0)
     others = valid[None, :] & ~jnp.eye(len(nodes), dtype=bool) & valid[:, None]
@@ -66,7 +78,10 @@ def integrals(nodes: Array, valid: Array, kernel: Callable[[Array], Array]) -> A
     return basis @ (jnp.asarray(_WEIGHTS, nodes.dtype) * kernel(points))
 
 
-def differences(values: Array, weights: Array) -> Array:
-    """`sum_k weights_k (values_k - values_0)` for values `[K, B, ...]`. What has no weight may be anything."""
+def weighted_differences(values: Array, weights: Array) -> Array:
+    """Returns `sum_k weights_k (values_k - values_0)` for values `[K, B, ...]`.
+
+    Entries of weight 0 do not contribute, even if they are infinite or NaN.
+    """
     terms = expand(weights[1:], values[1:]) * (values[1:] - values[0])
     return jnp.sum(jnp.where(expand(weights[1:] != 0, terms), terms, 0), axis=0).astype(values.dtype)

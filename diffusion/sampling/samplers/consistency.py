@@ -1,9 +1,17 @@
-"""Multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1)."""
+"""Multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1).
+
+With f the consistency model, which maps x_t to the point of the same ODE trajectory at the noise level sigma_min:
+
+    x_s = alpha_s f(x_t, t) + sqrt(sigma_s^2 - (alpha_s sigma_min)^2) z
+
+In the paper alpha = 1 and sigma = t, so that this is x + sqrt(tau^2 - epsilon^2) z with epsilon = sigma_min.
+"""
 
 import dataclasses
 
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.arrays import normal
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
 from diffusion.sampling.ode.first_order import OneStep
@@ -11,7 +19,7 @@ from diffusion.sampling.ode.first_order import OneStep
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencySampler(OneStep):
-    """To the end of the path at one stroke, and back to time s with fresh noise."""
+    """Jumps to the end of the ODE trajectory, and back to time s with fresh noise."""
 
     sigma_min: float = 0.002
     stochastic = True
@@ -20,20 +28,20 @@ class ConsistencySampler(OneStep):
         denoised = denoise(x, t)
         if denoised.kind != "consistency":
             raise InputError(
-                "sampler.name", "samples consistency models, and this model gives the mean of x0; use ddim or unipc"
+                "sampler.name",
+                "requires a consistency model, but this one predicts the mean of x0; use ddim",
             )
-        # The model's answer is at the level sigma_min already, so that much less noise is missing.
+        # The model's output already contains noise of level sigma_min, so that the fresh noise is reduced by it.
         low = self.sigma_min * schedule.alpha(s)
         fresh = jnp.sqrt(jnp.maximum(schedule.sigma(s) ** 2 - low**2, 0))
         return schedule.alpha(s) * denoised.x0 + fresh * normal(keys, x.shape[1:], x.dtype)
 
 
 def make(sigma_min: float = 0.002) -> ConsistencySampler:
-    """One evaluation a step.
+    """Makes the consistency sampler, with one evaluation per step.
 
     Args:
-      sigma_min: the level sigma / alpha of the model's boundary, where it gives back what it is given.
+      sigma_min: the noise level sigma / alpha of the model's boundary, at which it returns its input.
     """
-    if sigma_min < 0:
-        raise InputError("sigma_min", f"must be at least 0, got {sigma_min}")
+    checks.at_least(0, sigma_min=sigma_min)
     return ConsistencySampler(sigma_min)

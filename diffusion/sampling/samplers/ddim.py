@@ -1,4 +1,10 @@
-"""DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502, eq. 12 and 16)."""
+"""DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502, eq. 12 and 16).
+
+    x_s   = alpha_s x0 + sqrt(sigma_s^2 - fresh^2) eps + fresh z                                          (eq. 12)
+    fresh = eta (sigma_s / sigma_t) sqrt(sigma_t^2 - (alpha_t sigma_s / alpha_s)^2)                       (eq. 16)
+
+The paper writes sqrt(alpha_t) for alpha_t here, sqrt(1 - alpha_t) for sigma_t, and sigma_t for `fresh`.
+"""
 
 import dataclasses
 
@@ -11,8 +17,10 @@ from diffusion.sampling.ode.first_order import OneStep, first_order
 
 @dataclasses.dataclass(frozen=True)
 class DDIM(OneStep):
-    """eta = 0 is the deterministic sampler, and the Euler step of the probability-flow ODE; eta = 1 adds the noise of
-    the ancestral sampler."""
+    """The DDIM sampler.
+
+    eta = 0 is deterministic and the Euler step of the probability-flow ODE; eta = 1 is the ancestral sampler.
+    """
 
     eta: float = 0.0
     uses_separate_eps = True
@@ -23,19 +31,23 @@ class DDIM(OneStep):
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
         denoised = denoise(x, t)
-        held = first_order(schedule, x, denoised, t, s)
+        deterministic = first_order(schedule, x, denoised, t, s)
         if self.eta == 0:
-            return held
+            return deterministic
         alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s)
         # sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 is the variance of q(x_t | x_s).
         fresh = self.eta * sigma_s / sigma_t * jnp.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
-        less = jnp.sqrt(jnp.maximum(sigma_s**2 - fresh**2, 0)) - sigma_s  # of the noise that x_t holds
-        source = denoised.x0 if denoised.x0_for_eps is None else denoised.x0_for_eps
-        return held + less / sigma_t * (x - alpha_t * source) + fresh * normal(keys, x.shape[1:], x.dtype)
+        change = jnp.sqrt(jnp.maximum(sigma_s**2 - fresh**2, 0)) - sigma_s  # of the coefficient of eps
+        x0 = denoised.x0 if denoised.x0_for_eps is None else denoised.x0_for_eps
+        return deterministic + change / sigma_t * (x - alpha_t * x0) + fresh * normal(keys, x.shape[1:], x.dtype)
 
 
 def make(eta: float = 0.0) -> DDIM:
-    """Args: `eta` in [0, 1], the share of the ancestral sampler's noise."""
+    """Makes the DDIM sampler, with one evaluation per step.
+
+    Args:
+      eta: the fraction of the ancestral sampler's noise, in [0, 1].
+    """
     if not 0 <= eta <= 1:
         raise InputError("eta", f"must be in [0, 1], got {eta}")
     return DDIM(eta)

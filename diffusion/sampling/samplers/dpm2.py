@@ -1,5 +1,11 @@
-"""The midpoint method with the midpoint in log(sigma): k-diffusion's `dpm_2`, DPM-Solver-2's relative in the
-coordinates of Karras et al. 2022 (arXiv 2206.00364, algorithm 2 of appendix D)."""
+"""The midpoint method with the midpoint in log(sigma): k-diffusion's `dpm_2`.
+
+It is related to DPM-Solver-2, in the coordinates of Karras et al. 2022 (arXiv 2206.00364, algorithm 2 of appendix D).
+With y = x / alpha, u = sigma / alpha and m the time at which log u_m = (log u_t + log u_s) / 2:
+
+    y_m = y_t + (u_m - u_t) eps(x_t, t)
+    y_s = y_t + (u_s - u_t) eps(x_m, m)
+"""
 
 import dataclasses
 
@@ -11,7 +17,7 @@ from diffusion.sampling.ode.first_order import CoordinateName, OneStep, coordina
 
 @dataclasses.dataclass(frozen=True)
 class DPM2(OneStep):
-    """Second order. The last step, to sigma = 0, is Euler's."""
+    """A second-order method. The last step, to sigma = 0, is an Euler step."""
 
     coordinate: CoordinateName = None
 
@@ -19,22 +25,23 @@ class DPM2(OneStep):
         return 2 * steps - 1
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
-        path = coordinate(self.coordinate, schedule)
+        ode = coordinate(self.coordinate, schedule)
         denoised = denoise(x, t)
 
         def second_order() -> Array:
-            middle = path.middle(t, s)
-            half_way = path.move(x, path.slope(x, denoised.x0, t), t, middle)
-            return path.move(x, path.slope(half_way, denoise(half_way, middle).x0, middle), t, s)
+            m = ode.midpoint(t, s)
+            x_m = ode.move(x, ode.slope(x, denoised.x0, t), t, m)
+            return ode.move(x, ode.slope(x_m, denoise(x_m, m).x0, m), t, s)
 
         return jax.lax.cond(schedule.sigma(s) > 0, second_order, lambda: first_order(schedule, x, denoised, t, s))
 
 
 def make(coordinate: CoordinateName = None) -> DPM2:
-    """Two evaluations a step, one in the last.
+    """Makes the midpoint sampler, with two evaluations per step and one in the last.
 
     Args:
-      coordinate: what the ODE is read in: `noise_level` (x / alpha against sigma / alpha) or `time` (x against t,
-        with the midpoint in t). Default: `time` where the schedule ends in pure noise (flows), else `noise_level`.
+      coordinate: the variables in which the ODE is solved: `noise_level` (x / alpha against sigma / alpha) or `time` (x
+        against t, with the midpoint in t). By default `time` for schedules that end in pure noise (flows), otherwise
+        `noise_level`.
     """
     return DPM2(coordinate)

@@ -1,4 +1,11 @@
-"""`dpm2` with noise put back at each step (k-diffusion's `dpm_2_ancestral`)."""
+"""The `dpm2` sampler with fresh noise after each step: k-diffusion's `dpm_2_ancestral`.
+
+With y = x / alpha, u = sigma / alpha and m the time at which log u_m = (log u_t + log u_down) / 2:
+
+    u_up^2 = eta^2 u_s^2 (1 - u_s^2 / u_t^2),    u_down^2 = u_s^2 - u_up^2
+    y_m = y_t + (u_m - u_t) eps(x_t, t)
+    y_s = y_t + (u_down - u_t) eps(x_m, m) + u_up z
+"""
 
 import dataclasses
 
@@ -12,7 +19,7 @@ from diffusion.sampling.ode.first_order import OneStep, eps_of, first_order
 
 @dataclasses.dataclass(frozen=True)
 class DPM2Ancestral(OneStep):
-    """A midpoint step down to sigma_down, then noise of sigma_up. The last step, to sigma = 0, is Euler's."""
+    """A midpoint step to u_down, followed by noise of u_up. The last step, to sigma = 0, is an Euler step."""
 
     eta: float = 1.0
 
@@ -27,27 +34,28 @@ class DPM2Ancestral(OneStep):
         denoised = denoise(x, t)
 
         def ancestral() -> Array:
-            level_t, level_s = jnp.exp(-schedule.log_snr(t) / 2), jnp.exp(-schedule.log_snr(s) / 2)
-            share = self.eta**2 * (1 - (level_s / level_t) ** 2)
-            up, down = level_s * jnp.sqrt(share), level_s * jnp.sqrt(1 - share)
-            # From pure noise, whose level is infinite, the step has no middle: it is Euler's.
-            finite = jnp.isfinite(level_t)
-            middle = schedule.time(-jnp.log(jnp.where(finite, level_t, level_s)) - jnp.log(down))
-            half_way = first_order(schedule, x, denoised, t, middle)
-            eps_middle = eps_of(schedule, half_way, denoise(half_way, middle).x0, middle)
+            u_t, u_s = jnp.exp(-schedule.log_snr(t) / 2), jnp.exp(-schedule.log_snr(s) / 2)
+            share = self.eta**2 * (1 - (u_s / u_t) ** 2)
+            up, down = u_s * jnp.sqrt(share), u_s * jnp.sqrt(1 - share)
+            # A step from pure noise, where u_t is infinite, has no midpoint and is an Euler step.
+            finite = jnp.isfinite(u_t)
+            m = schedule.time(-jnp.log(jnp.where(finite, u_t, u_s)) - jnp.log(down))
+            x_m = first_order(schedule, x, denoised, t, m)
+            eps_m = eps_of(schedule, x_m, denoise(x_m, m).x0, m)
             eps = eps_of(schedule, x, denoised.x0, t)
-            bent = jnp.where(finite, jnp.where(finite, down - level_t, 0) * (eps_middle - eps), 0)
+            # y_t + (down - u_t) eps_m, written around x0 = y_t - u_t eps, which is finite where u_t is not.
+            correction = jnp.where(finite, jnp.where(finite, down - u_t, 0) * (eps_m - eps), 0)
             alpha_s = schedule.alpha(s)
-            return alpha_s * (denoised.x0 + down * eps + bent + up * normal(keys, x.shape[1:], x.dtype))
+            return alpha_s * (denoised.x0 + down * eps + correction + up * normal(keys, x.shape[1:], x.dtype))
 
         return jax.lax.cond(schedule.sigma(s) > 0, ancestral, lambda: first_order(schedule, x, denoised, t, s))
 
 
 def make(eta: float = 1.0) -> DPM2Ancestral:
-    """Two evaluations a step, one in the last.
+    """Makes the ancestral midpoint sampler, with two evaluations per step and one in the last.
 
     Args:
-      eta: the share of the noise, in [0, 1]; 0 is `dpm2` in the noise level.
+      eta: the fraction of the noise, in [0, 1]; 0 is `dpm2` in the noise level.
     """
     if not 0 <= eta <= 1:
         raise InputError("eta", f"must be in [0, 1], got {eta}")

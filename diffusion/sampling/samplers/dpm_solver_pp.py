@@ -1,5 +1,24 @@
-"""DPM-Solver++: exponential integrators on x0, which stay stable at high guidance (Lu et al. 2022, arXiv
-2211.01095)."""
+"""DPM-Solver++: exponential integrators on x0, which stay stable at high guidance (Lu et al. 2022, arXiv 2211.01095).
+
+With t_- and t_-- the last and the second to last time before t, r = (lambda_t - lambda_t-) / h and
+q = (lambda_t- - lambda_t--) / h:
+
+    2M  D   = (1 + 1 / (2 r)) x0(x_t) - (1 / (2 r)) x0(x_t-)                                           (algorithm 2)
+        x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) D
+    2S  u   = (sigma_m / sigma_t) x_t + alpha_m (1 - e^(-h/2)) x0(x_t), at the time m with lambda_t + h / 2
+        x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) x0(u)                               (algorithm 1, r = 1/2)
+    3M  D1  = D' + r (D' - D'') / (r + q),    D2 = (D' - D'') / (r + q)
+        x_s = (sigma_s / sigma_t) x_t + alpha_s ((1 - e^-h) x0(x_t) + b1 D1 + b2 D2)
+        with D' = (x0(x_t) - x0(x_t-)) / r,    D'' = (x0(x_t-) - x0(x_t--)) / q,
+        b1 = 1 - (1 - e^-h) / h,    b2 = 1 - 2 b1 / h
+    3S  as order 3 of `dpm_solver`, with x0 in place of eps
+    SDE x_s = (sigma_s / sigma_t) e^-h x_t + alpha_s (1 - e^(-2h)) D + sigma_s sqrt(1 - e^(-2h)) z      (2M; D as above)
+
+The code obtains 2M and 3M from one quadrature (`ode/exponential.py`): alpha_s sum_k w_k (v_k - v_0) is added to the
+DDIM step. For 2M the node of v_1 = x0(x_t-) is -r and its weight w_1 = (1 - e^-h) / (2 (-r)), so that
+(1 - e^-h) v_0 + w_1 (v_1 - v_0) = (1 - e^-h) ((1 + 1 / (2 r)) v_0 - (1 / (2 r)) v_1), which is algorithm 2. The exact
+integral of the line through v_0 and v_1 (`solver_type = "heun"`) has w_1 = -b1 / r, the same up to O(h^2).
+"""
 
 from typing import Literal
 
@@ -13,19 +32,19 @@ def make(
     singlestep: bool = False,
     solver_type: Literal["midpoint", "heun"] = "midpoint",
 ) -> Multistep | Singlestep:
-    """2M by default; one evaluation a step of the grid.
+    """Makes DPM-Solver++, by default 2M, with one evaluation per step of the grid.
 
     Args:
       order: 1 (DDIM; with `sde` the ancestral sampler), 2 or 3.
-      sde: solve the reverse SDE (SDE-DPM-Solver++) and not the ODE.
-      singlestep: a step of the method goes over `order` of the grid, with inner points of its own (2S, 3S); if False,
-        over one, from the values before it (2M, 3M).
+      sde: whether to solve the reverse SDE (SDE-DPM-Solver++) instead of the ODE.
+      singlestep: whether a step of the method covers `order` steps of the grid, evaluating at inner points between them
+        (2S, 3S). If False, it covers one, and interpolates the values of previous steps (2M, 3M).
       solver_type: as in `dpm_solver`.
     """
     if not 1 <= order <= 3:
         raise InputError("order", f"must be 1, 2 or 3, got {order}")
     if sde and singlestep:
-        raise InputError("sde", "exists for the multistep solver; set singlestep to false")
+        raise InputError("sde", "must be false for the singlestep solver; set singlestep to false")
     if singlestep:
         return Singlestep("x0", order, midpoint=solver_type == "midpoint")
     return Multistep("x0", order, sde, midpoint=solver_type == "midpoint")

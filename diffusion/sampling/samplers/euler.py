@@ -1,4 +1,12 @@
-"""Euler's method."""
+"""Euler's method on the probability-flow ODE.
+
+    noise_level:  x_s / alpha_s = x_t / alpha_t + (sigma_s / alpha_s - sigma_t / alpha_t) eps
+    time:         x_s = x_t + (s - t) v,    v = alpha_t' x0 + sigma_t' eps
+
+The first is DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502, eq. 13) and algorithm 1 of Karras et al. 2022 (arXiv
+2206.00364) without its second-order correction; the second is the usual sampler of flow matching (Lipman et al. 2023,
+arXiv 2210.02747).
+"""
 
 import dataclasses
 
@@ -8,6 +16,8 @@ from diffusion.sampling.ode.first_order import CoordinateName, OneStep, coordina
 
 @dataclasses.dataclass(frozen=True)
 class Euler(OneStep):
+    """A first-order method."""
+
     coordinate: CoordinateName = None
 
     @property
@@ -18,11 +28,15 @@ class Euler(OneStep):
         denoised = denoise(x, t)
         if self.coordinate != "time":
             return first_order(schedule, x, denoised, t, s)
-        path = coordinate(self.coordinate, schedule)
-        return path.move(x, path.slope(x, denoised.x0, t), t, s)
+        ode = coordinate(self.coordinate, schedule)
+        return ode.move(x, ode.slope(x, denoised.x0, t), t, s)
 
 
 def make(coordinate: CoordinateName = None) -> Euler:
-    """Args: `coordinate`, what the ODE is read in: `noise_level` (x / alpha against sigma / alpha), in which Euler is
-    DDIM, or `time` (x against t). The two are one on the straight path of flow matching. Default: `noise_level`."""
+    """Makes the Euler sampler, with one evaluation per step.
+
+    Args:
+      coordinate: the variables in which the ODE is solved: `noise_level` (x / alpha against sigma / alpha; the
+        default), in which Euler is DDIM, or `time` (x against t). On the straight path of flow matching the two agree.
+    """
     return Euler(coordinate)

@@ -1,7 +1,12 @@
-"""Euler's method with noise put back at each step (k-diffusion's `euler_ancestral`).
+"""Euler's method with fresh noise after each step: k-diffusion's `euler_ancestral`.
 
-It steps to sigma_down and adds noise of sigma_up, sigma_down^2 + sigma_up^2 = sigma_s^2, both relative to alpha. With
-sigma_up = eta sigma_s sqrt(1 - sigma_s^2 / sigma_t^2) that is DDIM with the same eta, letter for letter.
+With y = x / alpha and u = sigma / alpha:
+
+    u_up^2 = eta^2 u_s^2 (1 - u_s^2 / u_t^2),    u_down^2 = u_s^2 - u_up^2
+    y_s = y_t + (u_down - u_t) eps + u_up z
+
+This is DDIM with the same eta, term by term: alpha_s u_up is the standard deviation of its fresh noise (Song, Meng &
+Ermon 2021, arXiv 2010.02502, eq. 16), and y_t - u_t eps is x0.
 """
 
 from diffusion.core.build import build
@@ -9,5 +14,9 @@ from diffusion.core.types import Sampler
 
 
 def make(eta: float = 1.0) -> Sampler:
-    """Args: `eta` in [0, 1], the share of the noise: 0 is Euler, 1 the ancestral sampler."""
+    """Makes the ancestral Euler sampler, with one evaluation per step.
+
+    Args:
+      eta: the fraction of the noise, in [0, 1]: 0 is Euler, 1 the ancestral sampler.
+    """
     return build("samplers", {"name": "ddim", "eta": eta})

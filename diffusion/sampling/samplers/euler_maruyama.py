@@ -1,11 +1,20 @@
-"""Euler-Maruyama on the reverse SDE with any amount of noise: SiT's sampler for flows (Ma et al. 2024, arXiv
-2401.08740, eq. 4), and with `diffusion="sbdm"` score_sde's (Song et al. 2021, arXiv 2011.13456, eq. 6)."""
+"""Euler-Maruyama on the reverse SDE with any amount of noise (SiT; Ma et al. 2024, arXiv 2401.08740, eq. 4).
+
+The reverse-time SDE dx = (v - w score / 2) dt + sqrt(w) dW has the marginals of the ODE for every w(t) >= 0. With
+v = alpha_t' x0 + sigma_t' eps and score = -eps / sigma_t:
+
+    x_s = x_t + (s - t) (v + (w / 2) eps / sigma_t) + sqrt(w |s - t|) z
+
+With `diffusion="sbdm"`, w = g(t)^2 is the variance of the forward SDE, and this is the sampler of score_sde (Song et
+al. 2021, arXiv 2011.13456, eq. 6).
+"""
 
 import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.arrays import derivative, normal
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
 from diffusion.sampling.ode.first_order import OneStep, Time, ends_in_noise, eps_of, first_order
@@ -15,8 +24,7 @@ Diffusion = Literal["sigma", "constant", "sin2", "sbdm"]
 
 @dataclasses.dataclass(frozen=True)
 class EulerMaruyama(OneStep):
-    """dx = (v - w score / 2) dt + sqrt(w) dW, backwards, has the same marginals for every w(t) >= 0. The last step, to
-    sigma = 0, is to the mean."""
+    """A first-order method. The last step, to sigma = 0, is a deterministic step to the denoiser's x0."""
 
     diffusion: Diffusion = "sigma"
     scale: float = 1.0
@@ -26,17 +34,20 @@ class EulerMaruyama(OneStep):
         return self.scale > 0
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
-        denoised, path = denoise(x, t), Time(schedule)
-        w, sigma = self._noise(schedule, t), schedule.sigma(t)
-        drift = path.slope(x, denoised.x0, t) + w / 2 * eps_of(schedule, x, denoised.x0, t) / sigma
-        moved = path.move(x, drift, t, s) + jnp.sqrt(w * jnp.abs(t - s)) * normal(keys, x.shape[1:], x.dtype)
+        denoised, ode = denoise(x, t), Time(schedule)
+        w, sigma = self._diffusion(schedule, t), schedule.sigma(t)
+        drift = ode.slope(x, denoised.x0, t) + w / 2 * eps_of(schedule, x, denoised.x0, t) / sigma
+        moved = ode.move(x, drift, t, s) + jnp.sqrt(w * jnp.abs(t - s)) * normal(keys, x.shape[1:], x.dtype)
         return jnp.where(schedule.sigma(s) > 0, moved, first_order(schedule, x, denoised, t, s))
 
-    def _noise(self, schedule: Schedule, t: Array) -> Array:
-        """w(t)."""
+    def _diffusion(self, schedule: Schedule, t: Array) -> Array:
+        """Returns w(t)."""
         if self.diffusion == "sbdm":
             if ends_in_noise(schedule):
-                raise InputError("sampler.diffusion", "sbdm is infinite at t = 1 of this schedule; use sigma")
+                raise InputError(
+                    "sampler.diffusion",
+                    "must not be sbdm for this schedule, where it is infinite at t = 1; use sigma",
+                )
             alpha, sigma = schedule.alpha(t), schedule.sigma(t)
             w = 2 * sigma * (derivative(schedule.sigma, t) - derivative(schedule.alpha, t) / alpha * sigma)
         else:
@@ -47,13 +58,12 @@ class EulerMaruyama(OneStep):
 
 
 def make(diffusion: Diffusion = "sigma", scale: float = 1.0) -> EulerMaruyama:
-    """One evaluation a step.
+    """Makes the Euler-Maruyama sampler, with one evaluation per step.
 
     Args:
-      diffusion: w(t), the variance of the noise per unit of t: `sigma` as t runs (SiT's choice for flows), `constant`,
-        `sin2` (none at either end), or `sbdm`, that of the forward SDE.
-      scale: it is multiplied by; 0 is Euler's method in t.
+      diffusion: w(t), the variance of the noise per unit of t: `sigma` for w = sigma_t (SiT's choice for flows),
+        `constant` for 1, `sin2` for sin(pi t)^2 (0 at both ends), or `sbdm` for that of the forward SDE.
+      scale: a factor of w; 0 is Euler's method in t.
     """
-    if scale < 0:
-        raise InputError("scale", f"must be at least 0, got {scale}")
+    checks.at_least(0, scale=scale)
     return EulerMaruyama(diffusion, scale)

@@ -1,4 +1,9 @@
-"""Linear multistep: Adams-Bashforth on uneven steps (k-diffusion's `lms`; its weights here are exact integrals)."""
+"""Linear multistep: Adams-Bashforth on uneven steps (k-diffusion's `lms`, whose weights are exact integrals here).
+
+With y = x / alpha, u = sigma / alpha, eps_k the last `order` evaluations and l_k the Lagrange basis through their u_k:
+
+    y_s = y_t + sum_k eps_k  integral from u_t to u_s of l_k(u) du
+"""
 
 import dataclasses
 from typing import Any
@@ -8,12 +13,12 @@ import jax.numpy as jnp
 from diffusion.core.arrays import expand
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
 from diffusion.sampling.ode.first_order import CoordinateName, Solver, coordinate
-from diffusion.sampling.ode.multistep import History, check_steps, integrals
+from diffusion.sampling.ode.multistep import History, check_steps, quadrature_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class LMS(Solver):
-    """The slope is taken for the polynomial through the last `order` of them."""
+    """Interpolates the last `order` slopes; the first steps have lower orders."""
 
     order: int = 4
     coordinate: CoordinateName = None
@@ -23,22 +28,22 @@ class LMS(Solver):
         return {"x": x, "history": History.empty(self.order, x, times), "index": jnp.int32(0)}
 
     def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
-        x, path = carry["x"], coordinate(self.coordinate, schedule)
-        u, end = path.at(t), path.at(s)
-        history = carry["history"].push(path.slope(x, denoise(x, t).x0, t), u)
+        x, ode = carry["x"], coordinate(self.coordinate, schedule)
+        u, end = ode.from_time(t), ode.from_time(s)
+        history = carry["history"].push(ode.slope(x, denoise(x, t).x0, t), u)
         valid = jnp.arange(self.order) <= carry["index"]
-        weights = integrals((history.nodes - u) / (end - u), valid, jnp.ones_like)
+        weights = quadrature_weights((history.nodes - u) / (end - u), valid, jnp.ones_like)
         slope = jnp.sum(expand(weights, history.values) * history.values, axis=0)
-        return {"x": path.move(x, slope, t, s), "history": history, "index": carry["index"] + 1}
+        return {"x": ode.move(x, slope, t, s), "history": history, "index": carry["index"] + 1}
 
 
 def make(order: int = 4, coordinate: CoordinateName = None) -> LMS:
-    """One evaluation a step.
+    """Makes the linear multistep sampler, with one evaluation per step.
 
     Args:
-      order: 1 (Euler) to 4.
-      coordinate: what the ODE is read in: `noise_level` (x / alpha against sigma / alpha) or `time` (x against t).
-        Default: `time` where the schedule ends in pure noise (flows), else `noise_level`.
+      order: from 1 (Euler) to 4.
+      coordinate: the variables in which the ODE is solved: `noise_level` (x / alpha against sigma / alpha) or `time` (x
+        against t). By default `time` for schedules that end in pure noise (flows), otherwise `noise_level`.
     """
     if not 1 <= order <= 4:
         raise InputError("order", f"must be 1, 2, 3 or 4, got {order}")

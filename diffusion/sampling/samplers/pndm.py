@@ -1,5 +1,19 @@
-"""PNDM (Liu et al. 2022, arXiv 2202.09778): Adams-Bashforth of fourth order with the weights of even steps, on the
-noise."""
+"""PNDM (Liu et al. 2022, arXiv 2202.09778): fourth-order Adams-Bashforth with the weights of even steps, on eps.
+
+With e_0 the newest evaluation of eps, e_k the one k steps before it, and phi(x, e, t, s) the DDIM step of x_t with the
+noise e, the paper's transfer part:
+
+    e'  = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24                                          (linear multistep)
+    x_s = phi(x_t, e', t, s)
+
+F-PNDM obtains the first three e' by pseudo Runge-Kutta steps (eq. 13). With m = (t + s) / 2:
+
+    e1 = eps(x_t, t),    e2 = eps(phi(x_t, e1, t, m), m),    e3 = eps(phi(x_t, e2, t, m), m)
+    e4 = eps(phi(x_t, e3, t, s), s),    e' = (e1 + 2 e2 + 2 e3 + e4) / 6
+
+PLMS instead takes e' = (eps(x_t, t) + eps(phi(x_t, eps, t, s), s)) / 2 in the first step, and Adams-Bashforth of orders
+2 and 3 in the next two.
+"""
 
 import dataclasses
 from typing import Any
@@ -12,12 +26,14 @@ from diffusion.core.types import Array, Denoiser, Schedule
 from diffusion.sampling.ode.first_order import NoiseLevel, Solver, Time, coordinate
 from diffusion.sampling.ode.multistep import History, check_steps
 
-# Weights of the newest slope, the one before it, ...: orders 1 to 4.
-_ADAMS = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
+# Weights of the newest slope, the one before it, and so on, for orders 1 to 4.
+_ADAMS_BASHFORTH = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
 
 
 @dataclasses.dataclass(frozen=True)
 class PNDM(Solver):
+    """A fourth-order multistep method for even steps of t."""
+
     prk: bool = False
 
     def evaluations(self, steps: int) -> int:
@@ -28,42 +44,43 @@ class PNDM(Solver):
         return {"x": x, "history": History.empty(4, x, times), "index": jnp.int32(0)}
 
     def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
-        x, index, path = carry["x"], carry["index"], coordinate(None, schedule)
-        slope = path.slope(x, denoise(x, t).x0, t)
+        x, index, ode = carry["x"], carry["index"], coordinate(None, schedule)
+        slope = ode.slope(x, denoise(x, t).x0, t)
         history = carry["history"].push(slope, t)
 
-        def started() -> Array:
-            """The slope of a first step, from further evaluations."""
+        def starting_slope() -> Array:
             if self.prk:
-                return _runge_kutta(path, denoise, x, slope, t, s)
-            return (slope + _slope_at(path, denoise, path.move(x, slope, t, s), s)) / 2
+                return _runge_kutta(ode, denoise, x, slope, t, s)
+            return (slope + _slope_at(ode, denoise, ode.move(x, slope, t, s), s)) / 2
 
-        def going_on() -> Array:
-            weights = jnp.asarray(_ADAMS, x.dtype)[jnp.minimum(index, 3)]
+        def multistep_slope() -> Array:
+            weights = jnp.asarray(_ADAMS_BASHFORTH, x.dtype)[jnp.minimum(index, 3)]
             return jnp.tensordot(weights, history.values, 1)
 
-        mean = jax.lax.cond(index < (3 if self.prk else 1), started, going_on)
-        return {"x": path.move(x, mean, t, s), "history": history, "index": index + 1}
+        mean = jax.lax.cond(index < (3 if self.prk else 1), starting_slope, multistep_slope)
+        return {"x": ode.move(x, mean, t, s), "history": history, "index": index + 1}
 
 
-def _slope_at(path: NoiseLevel | Time, denoise: Denoiser, x: Array, t: Array) -> Array:
-    return path.slope(x, denoise(x, t).x0, t)
+def _slope_at(ode: NoiseLevel | Time, denoise: Denoiser, x: Array, t: Array) -> Array:
+    return ode.slope(x, denoise(x, t).x0, t)
 
 
-def _runge_kutta(path: NoiseLevel | Time, denoise: Denoiser, x: Array, slope: Array, t: Array, s: Array) -> Array:
-    """The paper's pseudo Runge-Kutta (eq. 13): its middle is the one of t."""
-    middle = (t + s) / 2
-    second = _slope_at(path, denoise, path.move(x, slope, t, middle), middle)
-    third = _slope_at(path, denoise, path.move(x, second, t, middle), middle)
-    fourth = _slope_at(path, denoise, path.move(x, third, t, s), s)
+def _runge_kutta(ode: NoiseLevel | Time, denoise: Denoiser, x: Array, slope: Array, t: Array, s: Array) -> Array:
+    """Returns the slope of the paper's pseudo Runge-Kutta step (eq. 13), whose midpoint is that of t."""
+    m = (t + s) / 2
+    second = _slope_at(ode, denoise, ode.move(x, slope, t, m), m)
+    third = _slope_at(ode, denoise, ode.move(x, second, t, m), m)
+    fourth = _slope_at(ode, denoise, ode.move(x, third, t, s), s)
     return (slope + 2 * second + 2 * third + fourth) / 6
 
 
 def make(prk: bool = False) -> PNDM:
-    """One evaluation a step after the first. It wants even steps of t (`leading`, `trailing`).
+    """Makes the PNDM sampler, with one evaluation per step after the first ones.
+
+    The grid must have even steps of t (`leading`, `trailing`), for which the weights are derived.
 
     Args:
-      prk: start with three Runge-Kutta steps of four evaluations (the paper's F-PNDM); if False, with one step of two,
-        as latent diffusion does (PLMS).
+      prk: whether to start with three pseudo Runge-Kutta steps of four evaluations (the paper's F-PNDM). If False, the
+        first step has two evaluations, as in latent diffusion (PLMS).
     """
     return PNDM(prk)

@@ -1,4 +1,14 @@
-"""Predictor-corrector sampling (Song et al. 2021, arXiv 2011.13456, algorithms 2 and 3)."""
+"""Predictor-corrector sampling (Song et al. 2021, arXiv 2011.13456, algorithms 2 and 3).
+
+After each step of the predictor but the last, `corrections` steps of Langevin dynamics at the new time s:
+
+    x <- x + size score(x, s) + sqrt(2 size) z,    score(x, s) = -eps(x, s) / sigma_s
+    size = 2 (alpha_t / alpha_s)^2 (snr sigma_s)^2
+
+The paper's step size is 2 a (snr |z| / |score|)^2, with norms averaged over the batch, and a = 1 - beta for VP, 1 for
+VE. Here a is (alpha_t / alpha_s)^2, and sigma_s replaces |z| / |score|, from which it differs only by the contribution
+of the data, so that the samples of a batch do not depend on one another.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.arrays import fold, normal
 from diffusion.core.build import build
 from diffusion.core.types import Array, Denoiser, InputError, Schedule
@@ -15,7 +26,7 @@ from diffusion.sampling.ode.first_order import OneStep, eps_of
 
 @dataclasses.dataclass(frozen=True)
 class PredictorCorrector(OneStep):
-    """After each step of the predictor but the last, steps of Langevin dynamics at the level it has reached."""
+    """Alternates steps of a predictor with Langevin dynamics."""
 
     predictor: OneStep
     corrections: int = 1
@@ -27,15 +38,13 @@ class PredictorCorrector(OneStep):
         return None if predictor is None else predictor + (steps - 1) * self.corrections
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
-        # The predictor has the keys' own numbers, the corrections those folded from 1 on.
+        # The keys are folded with 0 for the predictor, and with 1 and upwards for the corrections.
         x = self.predictor.step(x, denoise, schedule, t, s, fold(keys, 0))
 
         def correct(i: Array, x: Array) -> Array:
             noise = normal(fold(keys, i + 1), x.shape[1:], x.dtype)
             sigma = schedule.sigma(s)
             score = -eps_of(schedule, x, denoise(x, s).x0, s) / sigma
-            # 1 - beta of the step, as the paper has it: 1 where alpha does not change. Its ratio of the norms of noise
-            # and score, means over a batch, is sigma to within the data's share, and no sample depends on another so.
             size = 2 * (schedule.alpha(t) / schedule.alpha(s)) ** 2 * (self.snr * sigma) ** 2
             return x + size * score + jnp.sqrt(2 * size) * noise
 
@@ -48,16 +57,16 @@ class PredictorCorrector(OneStep):
 def make(
     predictor: str | Mapping[str, Any] = "ancestral", corrections: int = 1, snr: float = 0.16
 ) -> PredictorCorrector:
-    """Args:
-    predictor: any sampler that carries x alone, by its spec; `euler_maruyama` with `sbdm` is the paper's.
-    corrections: Langevin steps, one evaluation each.
-    snr: r of the paper, the ratio of a step's drift to its noise.
+    """Makes the predictor-corrector sampler, with the predictor's evaluations and one per correction.
+
+    Args:
+      predictor: the name or section of any sampler whose carry is x alone; the paper's is `euler_maruyama` with `sbdm`.
+      corrections: Langevin steps after each step of the predictor.
+      snr: r of the paper, the ratio of a Langevin step's drift to its noise.
     """
     built = build("samplers", predictor, field="predictor")
     if not isinstance(built, OneStep):
-        raise InputError("predictor", f"{predictor!r} carries more than x; use ancestral, ddim, euler or the like")
-    if corrections < 1:
-        raise InputError("corrections", f"must be at least 1, got {corrections}")
-    if snr <= 0:
-        raise InputError("snr", f"must be positive, got {snr}")
+        raise InputError("predictor", f"must carry x alone, as ancestral, ddim or euler do; got {predictor!r}")
+    checks.at_least(1, corrections=corrections)
+    checks.positive(snr=snr)
     return PredictorCorrector(built, corrections, snr)

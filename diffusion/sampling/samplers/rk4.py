@@ -1,4 +1,10 @@
-"""The classical Runge-Kutta method of fourth order."""
+"""The classical fourth-order Runge-Kutta method on the probability-flow ODE dy/du = f(y, u).
+
+With y = x / alpha, u = sigma / alpha and f = eps, or y = x, u = t and f the velocity; h = u_s - u_t:
+
+    k1 = f(y, u_t),    k2 = f(y + h k1 / 2, u_t + h / 2),    k3 = f(y + h k2 / 2, u_t + h / 2),    k4 = f(y + h k3, u_s)
+    y_s = y_t + h (k1 + 2 k2 + 2 k3 + k4) / 6
+"""
 
 import dataclasses
 
@@ -10,7 +16,7 @@ from diffusion.sampling.ode.first_order import CoordinateName, OneStep, coordina
 
 @dataclasses.dataclass(frozen=True)
 class RK4(OneStep):
-    """Fourth order. The last step, to sigma = 0, is Euler's."""
+    """A fourth-order method. The last step, to sigma = 0, is an Euler step."""
 
     coordinate: CoordinateName = None
 
@@ -18,29 +24,30 @@ class RK4(OneStep):
         return 4 * steps - 3
 
     def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
-        path = coordinate(self.coordinate, schedule)
+        ode = coordinate(self.coordinate, schedule)
         denoised = denoise(x, t)
 
         def fourth_order() -> Array:
-            def slope(slope: Array, to: Array) -> Array:
-                there = path.move(x, slope, t, to)
-                return path.slope(there, denoise(there, to).x0, to)
+            def slope_after(slope: Array, time: Array) -> Array:
+                """Returns the slope at the point that a constant slope reaches at `time`."""
+                moved = ode.move(x, slope, t, time)
+                return ode.slope(moved, denoise(moved, time).x0, time)
 
-            middle = path.time((path.at(t) + path.at(s)) / 2)
-            k1 = path.slope(x, denoised.x0, t)
-            k2 = slope(k1, middle)
-            k3 = slope(k2, middle)
-            k4 = slope(k3, s)
-            return path.move(x, (k1 + 2 * k2 + 2 * k3 + k4) / 6, t, s)
+            middle = ode.time((ode.from_time(t) + ode.from_time(s)) / 2)
+            k1 = ode.slope(x, denoised.x0, t)
+            k2 = slope_after(k1, middle)
+            k3 = slope_after(k2, middle)
+            k4 = slope_after(k3, s)
+            return ode.move(x, (k1 + 2 * k2 + 2 * k3 + k4) / 6, t, s)
 
         return jax.lax.cond(schedule.sigma(s) > 0, fourth_order, lambda: first_order(schedule, x, denoised, t, s))
 
 
 def make(coordinate: CoordinateName = None) -> RK4:
-    """Four evaluations a step, one in the last.
+    """Makes the Runge-Kutta sampler, with four evaluations per step and one in the last.
 
     Args:
-      coordinate: what the ODE is read in: `noise_level` (x / alpha against sigma / alpha) or `time` (x against t).
-        Default: `time` where the schedule ends in pure noise (flows), else `noise_level`.
+      coordinate: the variables in which the ODE is solved: `noise_level` (x / alpha against sigma / alpha) or `time` (x
+        against t). By default `time` for schedules that end in pure noise (flows), otherwise `noise_level`.
     """
     return RK4(coordinate)

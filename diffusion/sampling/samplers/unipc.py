@@ -1,5 +1,15 @@
-"""UniPC: a predictor like DPM-Solver++'s, and a corrector that costs no evaluation (Zhao et al. 2023, arXiv
-2302.04867)."""
+"""UniPC: a predictor, and a corrector without further evaluations (Zhao et al. 2023, arXiv 2302.04867).
+
+With v_0 the value (x0 or eps) at x_t, v_m that of a previous point, r_m = (lambda_m - lambda_t) / h, D_m = v_m - v_0:
+
+    x0   x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) v_0 + alpha_s B(h) sum_m a_m D_m / r_m
+    eps  x_s = (alpha_s / alpha_t) x_t - sigma_s (e^h - 1)  v_0 - sigma_s B(h) sum_m a_m D_m / r_m
+
+The predictor UniP-p sums over p - 1 previous points. The corrector UniC-p adds the value at the predicted x_s, with
+r_p = 1, once the next step has evaluated it. a = (a_m) solves R_p(h) a B(h) = phi_p(h), so that the sum is the exact
+integral of the interpolating polynomial for every B(h); `quadrature_weights` computes B(h) a_m / r_m. With a single D_m
+the paper sets a_1 = 1/2 (section 3.1), and the choice of B(h) matters.
+"""
 
 import dataclasses
 from typing import Any, Literal
@@ -7,15 +17,24 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from diffusion.core.types import Array, Denoised, Denoiser, InputError, Schedule
-from diffusion.sampling.ode.exponential import Prediction, correction, in_steps, kernel, predicted, total
+from diffusion.sampling.ode.exponential import (
+    Prediction,
+    correction,
+    interpolated_value,
+    kernel,
+    kernel_integral,
+    relative_nodes,
+)
 from diffusion.sampling.ode.first_order import Solver, first_order, half_log_snr
-from diffusion.sampling.ode.multistep import History, check_steps, integrals
+from diffusion.sampling.ode.multistep import History, check_steps, quadrature_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class UniPC(Solver):
-    """The value at the predicted point, once it is known, redoes the step that led there (UniC-p), and then leads on
-    from the point so corrected (UniP-p); its own point is not asked again."""
+    """Corrects each step with the value at its end (UniC-p), then predicts the next from the corrected point (UniP-p).
+
+    The model is not evaluated at the corrected point: the value at the predicted point is used for both.
+    """
 
     order: int = 2
     variant: Literal["bh1", "bh2"] = "bh2"
@@ -25,30 +44,30 @@ class UniPC(Solver):
         steps = check_steps(times, self.order)
         return {
             "x": x,
-            "start": (x, x, times[0]),  # x, x0 and t where the last step began
+            "start": (x, x, times[0]),  # x, x0 and t at the start of the previous step
             "history": History.empty(self.order, x, times),
             "index": jnp.int32(0),
-            # Towards the data, the last steps come down by one order each.
+            # In runs to the data, the order of the last steps decreases by one per step.
             "last": jnp.where(times[-1] == 0, steps, steps + self.order),
         }
 
     def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
         x, history, index = carry["x"], carry["history"], carry["index"]
         x0 = denoise(x, t).x0.astype(x.dtype)
-        value = predicted(self.prediction, schedule, x, x0, t)
-        count = jnp.minimum(index, carry["last"] - index + 1)  # the order of the step that led here
-        corrected = self._step(schedule, carry["start"], t, history, count, value)
+        value = interpolated_value(self.prediction, schedule, x, x0, t)
+        order = jnp.minimum(index, carry["last"] - index + 1)  # of the previous step, which led here
+        corrected = self._step(schedule, carry["start"], t, history, order, value)
         corrected = jnp.where(index > 0, corrected, x).astype(x.dtype)
         if self.prediction == "eps":
-            # The value stays the one that the model gave; x0 is what it makes of the corrected point.
+            # eps remains the model's output; x0 is the one that it implies at the corrected point.
             alpha = jnp.where(index > 0, schedule.alpha(t), 1)
             x0 = jnp.where(index > 0, (corrected - schedule.sigma(t) * value) / alpha, x0)
         x = corrected
 
         history = history.push(value, half_log_snr(schedule, t))
-        count = jnp.minimum(index + 1, carry["last"] - index)
+        order = jnp.minimum(index + 1, carry["last"] - index)
         start = x, x0, t
-        moved = self._step(schedule, start, s, history, count).astype(x.dtype)
+        moved = self._step(schedule, start, s, history, order).astype(x.dtype)
         return {**carry, "x": moved, "start": start, "history": history, "index": index + 1}
 
     def _step(
@@ -57,37 +76,40 @@ class UniPC(Solver):
         start: tuple[Array, Array, Array],
         s: Array,
         history: History,
-        count: Array,
+        order: Array,
         end: Array | None = None,
     ) -> Array:
-        """x_s from the start of the step, by the polynomial through `count` values up to it (at most `order`), and
-        through the value at its end if that is known."""
+        """Returns x_s from x, x0 and t at the start of the step.
+
+        Args:
+          order: the number of values of the history that are interpolated, clipped to 1 to `self.order`.
+          end: the value at the end of the step, for the corrector.
+        """
         x, x0, t = start
-        h, nodes, finite = in_steps(history.nodes, half_log_snr(schedule, s))
+        h, nodes, finite = relative_nodes(history.nodes, half_log_snr(schedule, s))
         values = history.values
-        valid = jnp.arange(self.order) < jnp.where(finite, jnp.clip(count, 1, self.order), 1)
+        valid = jnp.arange(self.order) < jnp.where(finite, jnp.clip(order, 1, self.order), 1)
         if end is not None:
             nodes, values = jnp.append(nodes, 1), jnp.concatenate([values, end[None]])
             valid = jnp.append(valid, finite)
         valid &= jnp.isfinite(nodes)
-        weights = integrals(nodes, valid, lambda tau: kernel(self.prediction, h, tau))
-        # With one value beside the first, the weight is B(h) / 2 over its node (section 3.1); with more, those of the
-        # interpolating polynomial, in which B cancels.
-        simple = (h if self.variant == "bh1" else total(self.prediction, h)) / 2
-        beside = valid & (jnp.arange(len(nodes)) > 0)
-        single = jnp.where(beside, simple / jnp.where(beside, nodes, 1), 0)
-        weights = jnp.where(jnp.sum(beside) == 1, single, weights)
+        weights = quadrature_weights(nodes, valid, lambda tau: kernel(self.prediction, h, tau))
+        # The weight of a single difference, B(h) / 2 divided by its node.
+        half_b = (h if self.variant == "bh1" else kernel_integral(self.prediction, h)) / 2
+        others = valid & (jnp.arange(len(nodes)) > 0)
+        single = jnp.where(others, half_b / jnp.where(others, nodes, 1), 0)
+        weights = jnp.where(jnp.sum(others) == 1, single, weights)
         moved = first_order(schedule, x, Denoised(x0), t, s)
         return moved + correction(self.prediction, schedule, s, values, weights)
 
 
 def make(order: int = 2, variant: Literal["bh1", "bh2"] = "bh2", prediction: Literal["x0", "eps"] = "x0") -> UniPC:
-    """One evaluation a step; the corrector raises the order of accuracy by one.
+    """Makes UniPC, with one evaluation per step; the corrector raises the order of accuracy by one.
 
     Args:
-      order: 1, 2 or 3; 2 is the authors' choice with guidance, 3 without.
-      variant: B(h) = h (`bh1`) or e^h - 1 (`bh2`, better at few steps).
-      prediction: what is interpolated, `x0` or the noise `eps`.
+      order: 1, 2 or 3; the authors use 2 with guidance and 3 without.
+      variant: B(h): h for `bh1`; e^h - 1 for eps and 1 - e^-h for x0 with `bh2`, which is better at few steps.
+      prediction: the interpolated quantity, `x0` or the noise `eps`.
     """
     if not 1 <= order <= 3:
         raise InputError("order", f"must be 1, 2 or 3, got {order}")

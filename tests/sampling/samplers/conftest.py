@@ -6,6 +6,6 @@ from tests.golden.schedulers import PATH
 
 @pytest.fixture(scope="session")
 def golden():
-    """What the peers gave: `"<case>/times"`, `"<case>/start"`, `"<case>/x"`."""
+    """Returns the stored results of the peers: `"<case>/times"`, `"<case>/start"`, `"<case>/x"`."""
     with np.load(PATH, allow_pickle=False) as arrays:
         return dict(arrays)

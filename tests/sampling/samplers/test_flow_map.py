@@ -2,12 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.test_flow_map import exact, flow, objective_of
 
 from diffusion.core.build import build
-from diffusion.core.types import Denoised, InputError
+from diffusion.core.types import Denoised
 from diffusion.sampling.guidance import cfg
 from diffusion.sampling.loop import bind, invert, prior, sample
+from tests.objectives.test_average_velocity import exact, flow, objective_of
+from tests.refusals import refused
 
 SAMPLER = build("samplers", "flow_map")
 SCHEDULES = ["flow", "trig", "vp", "edm"]
@@ -25,26 +26,26 @@ def end_of(path, x):
 
 @pytest.mark.parametrize("steps", TIMES)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_exact_average_velocity_leads_to_the_data(schedule, steps):
-    """In one step as in four, each as long as it will, at one evaluation."""
-    objective, asked = objective_of(schedule=schedule), []
+def test_the_exact_average_velocity_reaches_the_data(schedule, steps):
+    """Any number of steps of any length is exact, with one evaluation per step."""
+    objective, evaluations = objective_of(schedule=schedule), []
     path = objective.schedule
     denoise = bind(objective.denoiser(exact(path), {"net": None}), {})
 
     def counted(x, t, **more):
-        jax.debug.callback(lambda: asked.append(1))
+        jax.debug.callback(lambda: evaluations.append(1))
         return denoise(x, t, **more)
 
     x, keys = start_of(path)
     out = jax.jit(lambda: sample(counted, path, SAMPLER, x, jnp.array(TIMES[steps]), keys))()
-    # Of x at the start of edm's path, float32 has only the fifth digit.
+    # At the start of edm's path, x is large, and float32 resolves only its fifth decimal place.
     np.testing.assert_allclose(out, end_of(path, x), atol=2e-4 if schedule == "edm" else 1e-5)
     jax.effects_barrier()
-    assert len(asked) == SAMPLER.evaluations(steps) == steps
+    assert len(evaluations) == SAMPLER.evaluations(steps) == steps
 
 
-def test_it_goes_up_as_well(x64):
-    """So that it can be inverted: from t = 0.5 on, to which no noise leads."""
+def test_inversion(x64):
+    """Steps to higher times are exact too. The first time, 0.5, is where the inversion sets x to its mean."""
     objective = objective_of()
     path = objective.schedule
     denoise = bind(objective.denoiser(exact(path), {"net": None}), {})
@@ -54,8 +55,8 @@ def test_it_goes_up_as_well(x64):
     np.testing.assert_allclose(out, flow(path, 0.5 * x0, half, one), atol=1e-12)
 
 
-def test_guidance_tells_both_halves_where_the_step_ends():
-    """The batch of 2B has r twice. Where the condition makes no difference, guidance makes none."""
+def test_guidance_passes_the_target_time_to_both_halves():
+    """The batch of 2B contains r twice. Guidance by a condition without effect has no effect."""
     objective = objective_of()
     path = objective.schedule
     x, keys = start_of(path)
@@ -64,13 +65,13 @@ def test_guidance_tells_both_halves_where_the_step_ends():
     np.testing.assert_allclose(out, end_of(path, x), atol=1e-5)
 
 
-def test_it_wants_a_flow_map():
+def test_requires_a_flow_map():
     path, times = build("schedules", "flow"), jnp.array([1.0, 0.5, 0.0])
     x, keys = start_of(path)
-    with pytest.raises(InputError, match=r"^sampler\.name: samples flow maps"):
-        sample(lambda x, t, r: Denoised(x), path, SAMPLER, x, times, keys)
+    with refused("sampler.name"):
+        sample(lambda x, t, target_time: Denoised(x), path, SAMPLER, x, times, keys)
     network = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=(2,))
     params = {"net": jax.jit(network.init)(jax.random.key(0))}
     plain = bind(build("objectives", "flow_matching").denoiser(network.apply, params), {})
-    with pytest.raises(InputError, match=r"^network\.conditions: lacks 'r', which the sampler"):
+    with refused("sampler.name"):  # the network ignores the target time
         sample(plain, path, SAMPLER, x, times, keys)

@@ -1,4 +1,4 @@
-"""Samplers on data N(0, s^2), where the optimal denoiser, the ODE's map and each step's variance are closed forms."""
+"""Samplers on data N(0, s^2), whose denoiser, ODE solution and variance after each step are closed forms."""
 
 import itertools
 
@@ -15,7 +15,7 @@ STD = 0.5
 
 
 def optimal(schedule, std=STD):
-    """E[x0 | x_t] for data N(0, std^2)."""
+    """Returns E[x0 | x_t] for data N(0, std^2)."""
 
     def denoise(x, t):
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -29,8 +29,10 @@ def marginal_std(schedule, t, std=STD):
 
 
 def test_ddim_is_first_order_on_the_ode(x64):
-    """The ODE's map scales x by the ratio of the marginals' standard deviations. The constant is held too: a denoiser
-    told the next time keeps the slope and multiplies the error."""
+    """The ODE scales x by the ratio of the marginals' standard deviations.
+
+    The constant is checked too: evaluating at the next time would keep the order and multiply the error.
+    """
     schedule = build("schedules", "vp")
     x = jnp.ones((1, 1))
     exact = x / marginal_std(schedule, 1.0) * STD
@@ -41,7 +43,7 @@ def test_ddim_is_first_order_on_the_ode(x64):
         errors.append(abs(float((out - exact)[0, 0])) / STD)
     slopes = np.log2(np.array(errors[:-1]) / errors[1:])
     np.testing.assert_allclose(slopes, 1, atol=0.15)
-    product = x  # the same steps, written out on the standard deviations
+    product = x  # the same steps, as factors of x
     for t, s in itertools.pairwise(times):
         ratio = schedule.sigma(s) / schedule.sigma(t)
         gain = schedule.alpha(t) * STD**2 / marginal_std(schedule, t) ** 2
@@ -50,7 +52,7 @@ def test_ddim_is_first_order_on_the_ode(x64):
 
 
 def test_euler_on_the_karras_grid(x64):
-    """N Euler steps from sigma 20 to 0.02: the errors of the standard deviation, and the exact product of the steps."""
+    """N Euler steps from sigma = 20 to 0.02 have known errors of the standard deviation, and a closed-form product."""
     schedule = build("schedules", {"name": "edm", "sigma_min": 0.02, "sigma_max": 20.0})
     exact = (STD**2 + 0.02**2) ** 0.5
     for steps, error in ((10, 8.5e-2), (20, 4.5e-2), (100, 9.4e-3), (1000, 1.1e-3)):
@@ -75,8 +77,8 @@ def test_first_step_from_pure_noise_is_finite(schedule):
 
 
 def std_after(sampler, num_steps, std):
-    """The exact standard deviation of a linear sampler's output: its gain and its noise, step by step."""
-    schedule = build("schedules", {"name": "vp", "num_steps": num_steps, **scaled(num_steps)})
+    """Returns the exact standard deviation of a linear sampler's output, from the gain and the noise of each step."""
+    schedule = build("schedules", {"name": "vp", "num_steps": num_steps, **betas_of(num_steps)})
     sampler = build("samplers", sampler)
     times = jnp.arange(num_steps, -1, -1) / num_steps
     keys = jax.random.split(jax.random.key(0), 1)
@@ -90,15 +92,15 @@ def std_after(sampler, num_steps, std):
     return variance**0.5
 
 
-def scaled(num_steps):
-    """Ho et al.'s betas for a chain of any length."""
+def betas_of(num_steps):
+    """Returns the betas of Ho et al. 2020 for a chain of any length."""
     return {"beta_start": 0.1 / num_steps, "beta_end": min(20 / num_steps, 0.999)}
 
 
 @pytest.mark.parametrize("num_steps", [50, 1000])
 def test_ancestral_variance_of_unit_data(x64, num_steps):
-    """On N(0, 1), the variance beta is exact at every step but the last, which adds none; beta-tilde falls short."""
-    first_beta = scaled(num_steps)["beta_start"]
+    """On N(0, 1), `beta` is exact for every step but the last, which adds no noise; `beta_tilde` is too small."""
+    first_beta = betas_of(num_steps)["beta_start"]
     beta = std_after({"name": "ancestral", "variance": "beta"}, num_steps, std=1.0)
     np.testing.assert_allclose(beta, (1 - first_beta) ** 0.5, rtol=1e-9)
     tilde = std_after({"name": "ancestral", "variance": "beta_tilde"}, num_steps, std=1.0)

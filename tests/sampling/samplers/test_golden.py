@@ -1,5 +1,7 @@
-"""Our samplers against the points that diffusers' schedulers reach from the same start, over the same times, with the
-same noise and the same closed-form model (`tests/golden/schedulers.py`). `make parity` runs the live peers as well."""
+"""Compares our samplers with stored results of diffusers' schedulers (`tests/golden/schedulers.py`).
+
+Both have the same initial x, times, noise and closed-form model. `make parity` also runs the installed peers.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,12 @@ from diffusion.core.types import Denoised
 from diffusion.sampling.loop import sample
 from tests.golden.schedulers import CASES, ORACLE, lcm_scalings
 
-# Peers in float64 agree to about 1e-12; 1e-9 leaves room for other machines.
+# In float64 the peers agree to about 1e-12; 1e-9 allows for differences between machines.
 TOLERANCE = 1e-9
 
 
-def often(case):
-    """About one of five, to save time: `make parity` runs them all."""
+def is_selected(case):
+    """Returns whether the case is one of the fifth that run here; `make parity` runs all of them."""
     last = case.name.endswith("-cosine-10") or case.name.endswith(("-linear-11", "-scaled_linear-12", "-cosine-8"))
     return case.schedule["name"] != "vp" or last or case.name == "dpm_solver_pp-3m-scaled_linear-25"
 
@@ -41,13 +43,13 @@ def ours(case, times, start):
     return np.asarray(jax.jit(lambda: sample(denoiser_of(case, schedule), *args))())
 
 
-@pytest.mark.parametrize("case", filter(often, CASES), ids=lambda case: case.name)
-def test_reaches_the_peers_point(case, golden, x64):
+@pytest.mark.parametrize("case", filter(is_selected, CASES), ids=lambda case: case.name)
+def test_agrees_with_the_peer(case, golden, x64):
     times, start, x = (golden[f"{case.name}/{key}"] for key in ("times", "start", "x"))
     found = ours(case, times, start)
     if case.peer_halves_second_derivative:
-        mended = golden[f"{case.name}/mended"]
-        np.testing.assert_allclose(found, mended, atol=TOLERANCE * abs(mended).max())
-        assert abs(x - mended).max() > 1e-4 * abs(mended).max()  # the peer's own is another
+        corrected = golden[f"{case.name}/mended"]
+        np.testing.assert_allclose(found, corrected, atol=TOLERANCE * abs(corrected).max())
+        assert abs(x - corrected).max() > 1e-4 * abs(corrected).max()  # the peer's uncorrected result differs
     else:
         np.testing.assert_allclose(found, x, atol=TOLERANCE * abs(x).max())

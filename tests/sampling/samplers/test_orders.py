@@ -1,15 +1,16 @@
-"""The order of accuracy of each solver of the ODE, on a smooth and on a rough grid (`make orders` prints them all)."""
+"""Measures the order of accuracy of each ODE solver on a smooth and on a rough grid (`make orders` prints them all)."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.sampling.ode.exponential import _stage_table
 from experiments import orders
 
 STEPS = 96, 192
-# The slope between two numbers of steps is not the limit yet. A method that takes uneven steps for even ones, or leaves
-# out its last term, is a whole order below.
-ROOM = 0.4
+# The slope between two numbers of steps deviates from its limit. A method that treats uneven steps as even, or lacks
+# its last term, is a whole order below.
+MARGIN = 0.4
 
 
 @pytest.mark.parametrize(
@@ -19,11 +20,22 @@ def test_order(solver, order, x64):
     measured = orders.errors(solver, STEPS)
     for rough in (False, True):
         slope = orders.slopes(measured[rough], STEPS)[0]
-        assert slope > order - ROOM, f"rough={rough}"
+        assert slope > order - MARGIN, f"rough={rough}"
 
 
-def test_a_rough_grid_is_rough(x64):
+def test_the_rough_grid_alternates_its_steps(x64):
     schedule, *_ = orders.problem()
     r = schedule.log_snr(orders.times_of(schedule, 8, True)) / 2
     np.testing.assert_allclose(np.diff(r), np.resize([1, 3], 8) * 9 / 16, rtol=1e-9)
     assert jnp.allclose(r[jnp.array([0, -1])], jnp.array(orders.ENDS))
+
+
+def test_stages_of_the_singlestep_solver():
+    """Order 3 on 8 intervals: Runge-Kutta steps of 3, 3 and 2 stages, of which the ends may be steps by themselves."""
+    table = _stage_table(8, 3)
+    divisions = {(0, 0): [3, 3, 2], (0, 1): [3, 3, 1, 1], (1, 0): [1, 3, 3, 1], (1, 1): [1, 3, 3, 1]}
+    for (first_alone, last_alone), lengths in divisions.items():
+        rows = [(stage, n, end) for n, end in zip(lengths, np.cumsum(lengths), strict=True) for stage in range(n)]
+        np.testing.assert_array_equal(table[first_alone, last_alone], rows)
+    assert [_stage_table(9, 3)[0, last, :, 1].tolist() for last in (0, 1)] == [[3] * 9, [3] * 6 + [2, 2, 1]]
+    assert _stage_table(1, 1)[1, 1].tolist() == [[0, 1, 1]]

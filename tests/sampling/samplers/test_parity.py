@@ -1,13 +1,15 @@
-"""The live peers: all cases, each against the kept arrays and against our sampler. They are there if
-requirements-peers.txt is installed; `make parity` sees to that."""
+"""Compares the installed peers with the stored arrays and with our samplers, for all cases.
+
+It requires requirements-peers.txt; `make parity` installs it.
+"""
 
 import importlib.util
 
 import numpy as np
 import pytest
-from tests.samplers.test_golden import TOLERANCE, ours
 
 from tests.golden.schedulers import CASES, run_peer
+from tests.sampling.samplers.test_golden import TOLERANCE, ours
 
 pytestmark = [
     pytest.mark.peers,
@@ -20,6 +22,6 @@ def test_peer(case, golden, x64):
     peer = run_peer(case)
     for key, value in peer.items():
         np.testing.assert_allclose(value, golden[f"{case.name}/{key}"], atol=TOLERANCE * abs(value).max())
-    right = peer["mended" if case.peer_halves_second_derivative else "x"]
+    correct = peer["mended" if case.peer_halves_second_derivative else "x"]
     found = ours(case, peer["times"], peer["start"])
-    np.testing.assert_allclose(found, right, atol=TOLERANCE * abs(right).max())
+    np.testing.assert_allclose(found, correct, atol=TOLERANCE * abs(correct).max())
