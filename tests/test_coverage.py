@@ -1,14 +1,14 @@
-"""Every objective with every parameterization and schedule that there is, and with every network, found by listing the
-folders: what makes sense trains three steps and samples two on a mesh of devices, what does not is refused at build. A
-new file enrols itself; if it has limits, they belong in `refusal`.
+"""Every objective with every parameterization, schedule and network, found by listing the folders. A valid combination
+trains three steps and samples two on a mesh of devices; an invalid one is rejected when it is built. A new file is
+included automatically; its limits, if any, belong in `refusal`.
 
-A network sees x, a number and the condition, whatever the parameterization and the schedule are, so those have two
-small networks in turn, and every network has every objective. Few-step methods with a path and a row of their own, or
-their teacher's, are there with some networks in turn. A sampler sees nothing but the denoiser and the schedule:
-`samplers/test_every.py` has each of them on every kind of schedule.
+A network receives x, a noise label and the condition, independently of the parameterization and the schedule, so their
+combinations alternate between two small networks, and every network is tested with every objective. Few-step methods,
+which have a fixed path and parameterization, or those of their teacher, are tested with a few networks. A sampler
+depends on the denoiser and the schedule alone: `sampling/samplers/test_every.py` tests each on every kind of schedule.
 
-Without `make slow`, an objective has every parameterization on one schedule and every schedule with one
-parameterization, not their whole product; and those that differentiate a network forward have no U-Nets.
+Without `make slow`, an objective is tested with every parameterization on one schedule and every schedule with one
+parameterization, not with their product, and objectives with forward-mode derivatives are not tested with U-Nets.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build, names
-from diffusion.core.types import InputError
 from diffusion.distributed import sharding
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.sampling.loop import bind, prior, sample
 from diffusion.training import ema, optimizer
 from diffusion.training.state import averaged, init_state
 from diffusion.training.step import make_step
+from tests.refusals import refused
 
 TINY = {
     "unet": {"width": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "head_dim": 4},
@@ -36,7 +36,7 @@ TINY = {
     "uvit": {"width": 8, "depth": 3, "num_heads": 2, "patch_size": 4},
     "edm2": {"width": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "head_dim": 4},
 }
-# What an objective wants beside its defaults; `teacher` stands for one that fits it.
+# Options of an objective in addition to its defaults; `teacher` is the parameterization of a suitable teacher.
 OPTIONS = {
     "consistency": {"discretization": {"name": "fixed", "points": 4}, "sigma_min": 0.0},
     "continuous_consistency": {},
@@ -46,22 +46,23 @@ OPTIONS = {
     "reflow": {"teacher": "velocity", "round_steps": 2, "pool": 8, "every": 1, "ode_steps": 2, "schedule": "flow"},
     "shortcut": {},
 }
-FORWARD = ("continuous_consistency", "mean_flow")  # they differentiate the network forward
+FORWARD = ("continuous_consistency", "mean_flow")  # objectives with forward-mode derivatives of the network
+SCALAR_CONDITIONS = ("mean_flow", "shortcut", "latent_consistency")  # objectives whose networks need them
 PURE_NOISE = ("flow", "trig")  # schedules whose SNR at t = 1 is 0
 
 
 def refusal(objective, parameterization, schedule):
-    """The field that is named when the combination makes no sense; None if it does."""
+    """Returns the field that the error for an invalid combination names, or None for a valid combination."""
     if (objective == "vdm") != (schedule == "learned"):
         return "objective.schedule.name"
     if schedule in PURE_NOISE and parameterization in ("eps", "score"):
         return "objective.parameterization"
     if objective == "vdm" and parameterization == "velocity":
         return "objective.parameterization.name"
-    if objective == "consistency" and parameterization == "x0":  # at t = 0 it is not x
+    if objective == "consistency" and parameterization == "x0":  # x0 is not x at t = 0
         return "objective.parameterization"
     if objective == "consistency" and parameterization == "velocity" and schedule in ("ve", "vp_sde"):
-        return "objective.parameterization"  # no velocity there
+        return "objective.parameterization"  # the velocity is infinite at t = 0
     return None
 
 
@@ -71,7 +72,7 @@ OBJECTIVES, NETWORKS = names("objectives"), names("networks")
 
 
 def combinations():
-    """Objective, network, parameterization, schedule."""
+    """Yields tuples of objective, network, parameterization and schedule."""
     turns = itertools.cycle(("mlp", "dit"))
     paths = [name for name in OBJECTIVES if name not in OPTIONS or name == "consistency"]
     for objective, parameterization, schedule in itertools.product(
@@ -82,31 +83,31 @@ def combinations():
             yield objective, NETWORKS[0] if refused else next(turns), parameterization, schedule
     all_networks = itertools.cycle(NETWORKS)
     for objective in OBJECTIVES:
-        # Of the few-step methods one differentiates every network forward; the others have two networks in turn.
+        # Of the few-step methods, mean_flow tests every network in forward mode; the others take two networks in turn.
         few = objective in OPTIONS and objective != "mean_flow"
-        own = (None, None) if objective in OPTIONS else ("x0", "learned" if objective == "vdm" else "trig")
+        parts = (None, None) if objective in OPTIONS else ("x0", "learned" if objective == "vdm" else "trig")
         for network in itertools.islice(all_networks, 2) if few else NETWORKS:
-            yield objective, network, *own
+            yield objective, network, *parts
 
 
 @pytest.fixture(scope="module")
 def network_of(digits, mesh_of):
-    """A network by its name, told few-step methods' numbers or not: its pass is compiled once, whatever is built around
-    it, and so are its parameters, of which none is 0."""
+    """Returns a function that builds a network by name, with or without scalar conditions. Its forward pass is compiled
+    once for all tests, and none of its parameters is 0."""
 
     @functools.cache
-    def make(name, told):
+    def make(name, has_scalars):
         spec = {
             "name": name,
             **TINY.get(name, {}),
-            "scalar_conditions": ("step_size", "guidance_scale") if told else (),
+            "scalar_conditions": ("step_size", "guidance_scale") if has_scalars else (),
         }
         network = build("networks", spec, shape=digits.spec.shape, num_classes=10)
         params = jax.tree.map(lambda leaf: leaf + 0.01, jax.jit(network.init)(jax.random.key(0)))
         compiled = jax.jit(network.apply)
 
         def apply(*args, **kwargs):
-            with jax.disable_jit(False):  # where all around it is not
+            with jax.disable_jit(False):  # compiled even where the caller is not
                 return compiled(*args, **kwargs)
 
         project = network.project and jax.jit(network.project)
@@ -116,7 +117,7 @@ def network_of(digits, mesh_of):
 
 
 def spec_of(objective, parameterization, schedule, network, data):
-    """The config of an objective, with its teacher where it wants one."""
+    """Returns the spec of an objective, with a teacher if it needs one."""
     options = {"name": objective, **OPTIONS.get(objective, {})}
     if parameterization is not None:
         options |= {"schedule": schedule, "parameterization": {"name": parameterization, "c_noise": "time"}}
@@ -143,13 +144,13 @@ def marked():
 
 
 @pytest.mark.parametrize("combination", marked())
-def test_trains_and_samples_or_is_refused(combination, network_of, digits, digits_batch, mesh_of):
+def test_trains_and_samples_or_is_rejected(combination, network_of, digits, digits_batch, mesh_of):
     objective, network, parameterization, schedule = combination
-    network = network_of(network, objective in ("mean_flow", "shortcut", "latent_consistency"))
+    network = network_of(network, objective in SCALAR_CONDITIONS)
     spec = spec_of(objective, parameterization, schedule, network, digits.spec)
     field = refusal(objective, parameterization, schedule)
     if field:
-        with pytest.raises(InputError, match=f"^{field}: .{{10}}"):
+        with refused(field):
             build("objectives", spec, field="objective")
         return
 
@@ -161,7 +162,7 @@ def test_trains_and_samples_or_is_refused(combination, network_of, digits, digit
     state = jax.device_put(state, sharding.of_state(state, mesh))
     batch = sharding.to_global(batch, sharding.by_example(mesh))
     before = jax.device_get(jax.tree.leaves(state.params["net"]))
-    # Not jitted as a whole: a compilation for each of hundreds of combinations would take an hour.
+    # The step is not jitted: compiling hundreds of combinations would take an hour.
     step = make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.5)
     for _ in range(3):
         state, metrics = step(state, batch)

@@ -1,1 +1,1 @@
-"""Training objectives: what a network is asked to predict, at which times and with which weight; one a file."""
+"""Training objectives, one per file: what the network predicts, at which times, and how the loss is weighted."""

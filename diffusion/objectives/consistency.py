@@ -1,29 +1,30 @@
-"""Consistency models in discrete time: a network that takes any point of an ODE's path to the path's end, trained to
-give the same from two of its points. By its options: consistency training and distillation (CT, CD; Song et al. 2023,
-arXiv 2303.01469), improved training (iCT; Song & Dhariwal 2023, arXiv 2310.14189), easy tuning of a diffusion model
-(ECT; Geng et al. 2024, arXiv 2406.14548).
+"""Consistency models in discrete time: a network that maps any point of an ODE path to the path's end, trained to give
+the same result at two points of a path. The options give consistency training and distillation (CT, CD; Song et al.
+2023, arXiv 2303.01469), improved consistency training (iCT; Song & Dhariwal 2023, arXiv 2310.14189) and easy
+consistency tuning of a diffusion model (ECT; Geng et al. 2024, arXiv 2406.14548).
 
 | option | CT | CD | iCT | ECT |
 |---|---|---|---|---|
 | discretization | square_root | fixed | doubling | ratio |
-| times | karras | karras | log_normal | log_normal |
+| time_sampler | karras | karras | log_normal | log_normal |
 | solver | None | heun | None | None |
 | target | average | average | student | student |
 | metric | l2 | l2 | pseudo_huber | pseudo_huber |
 | weighting | one | one | inverse_step | inverse_step |
 | teacher | | a workdir, or `joint_teacher` | | a workdir |
 
-The papers' CT and CD measure by LPIPS, a network of its own, which is not here.
+The papers' CT and CD use LPIPS as the metric, which is not implemented here.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.core import checks
 from diffusion.core.arrays import expand, flat_mean
 from diffusion.core.build import build
 from diffusion.core.types import (
@@ -40,8 +41,17 @@ from diffusion.core.types import (
     Schedule,
 )
 from diffusion.objectives.base.discretization import Discretization
-from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts, corrupt
-from diffusion.objectives.base.teacher import Teacher, begin, check_teacher
+from diffusion.objectives.base.gaussian import (
+    DiscretizationSpec,
+    Gaussian,
+    ObjectiveSpec,
+    ParameterizationSpec,
+    ScheduleSpec,
+    TimeSamplerSpec,
+    build_parts,
+    corrupt,
+)
+from diffusion.objectives.base.teacher import Teacher, check_teacher, init_from_teacher
 from diffusion.sampling.guidance import cfg
 from diffusion.sampling.ode.first_order import coordinate, first_order
 
@@ -50,7 +60,10 @@ Solver = Literal["ddim", "euler", "heun"]
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencyObjective(Gaussian):
-    """See `make`. The dict of networks is `{"net"}`, `target` if that is an average, `teacher` if there is a solver."""
+    """A consistency model in discrete time; see `make`.
+
+    The dict of networks has `net`, `target` if the target is an average, and `teacher` if there is a solver.
+    """
 
     discretization: Discretization | None = None
     t_min: float = 0.0
@@ -69,7 +82,7 @@ class ConsistencyObjective(Gaussian):
             params["teacher"] = self.joint_teacher.init(network, jax.random.fold_in(key, 1))
         elif self.teacher is not None:
             teacher = self.teacher.init(key) if teacher is None else teacher
-            params["net"] = begin(params["net"], teacher["net"])
+            params["net"] = init_from_teacher(params["net"], teacher["net"])
             if self.solver:
                 params["teacher"] = teacher
         if self.target == "average":
@@ -92,58 +105,65 @@ class ConsistencyObjective(Gaussian):
         return {**params, "target": target}, objective_state
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
-        key, key_beside = jax.random.split(key)
-        noise = super().draw(batch, key, step, objective_state)
-        t, r = self.discretization.pair(self.schedule, noise["t"], self.t_min, step)
-        noise = {**noise, "t": t, "r": r}
+        """Draws as the base class does, and adds the earlier time `r [B]` and the draws of a `joint_teacher`."""
+        key, key_teacher = jax.random.split(key)
+        draws = super().draw(batch, key, step, objective_state)
+        t, r = self.discretization.pair(self.schedule, draws["t"], self.t_min, step)
+        draws = {**draws, "t": t, "r": r}
         if self.joint_teacher is not None:
-            noise["joint_teacher"] = self.joint_teacher.draw(batch, key_beside, step, {})
-        return noise
+            draws["joint_teacher"] = self.joint_teacher.draw(batch, key_teacher, step, {})
+        return draws
 
-    def end(self, net: Apply, params: Params, x: Array, t: Array, cond: Cond, key: Array | None = None) -> Array:
-        """f(x, t), where the path through x at t `[B]` ends: at t_min x / alpha bit for bit, which is x at t = 0."""
-        row = self.parameterization(self.schedule, t)
-        # Of no account where c_out is 0, but 0 times what a network makes of an infinite number is none.
-        c_noise = jnp.where(jnp.isfinite(row.c_noise), row.c_noise, 0)
-        return row.to_x0(net(params, expand(row.c_in, x) * x, c_noise, cond, key=key), x)
+    def consistency_function(
+        self, net: Apply, params: Params, x: Array, t: Array, cond: Cond, key: Array | None = None
+    ) -> Array:
+        """Returns f(x, t), the end of the path through x at t `[B]`; it is x / alpha bit for bit at t_min."""
+        coefficients = self.parameterization(self.schedule, t)
+        # Where the noise label is infinite, c_out is 0. The network must still be finite, since 0 times NaN is NaN.
+        c_noise = jnp.where(jnp.isfinite(coefficients.c_noise), coefficients.c_noise, 0)
+        return coefficients.to_x0(net(params, expand(coefficients.c_in, x) * x, c_noise, cond, key=key), x)
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        noise = batch["draws"]
-        x0, cond, t, r, eps = batch["x"], batch["cond"], noise["t"], noise["r"], noise["eps"]
+        draws = batch["draws"]
+        x0, cond, t, r, eps = batch["x"], batch["cond"], draws["t"], draws["r"], draws["eps"]
         x_t = corrupt(self.schedule, x0, eps, t)
         metrics = self.discretization.metrics(step)
         if self.solver is None:
             x_r = corrupt(self.schedule, x0, eps, r)
         else:
-            x_r = self._solved(self._teacher(net, params, ema_params), x_t, t, r, cond)
-        # One key for both: what dropout leaves out is the same, and the difference is that of the two points.
+            x_r = self.solver_step(self.teacher_denoiser(net, params, ema_params), x_t, t, r, cond)
+        # Both evaluations use the same dropout key, so that they differ only by the two points.
         target = params["target"] if self.target == "average" else params["net"]
-        target = jax.lax.stop_gradient(self.end(net, target, jax.lax.stop_gradient(x_r), r, cond, key))
-        square = flat_mean(jnp.square(self.end(net, params["net"], x_t, t, cond, key) - target))
+        target = jax.lax.stop_gradient(self.consistency_function(net, target, jax.lax.stop_gradient(x_r), r, cond, key))
+        square = flat_mean(jnp.square(self.consistency_function(net, params["net"], x_t, t, cond, key) - target))
         distance = square
         if self.metric == "pseudo_huber":
-            distance = square / (jnp.sqrt(square + self.huber**2) + self.huber)  # sqrt(square + c^2) - c, exact near 0
+            # sqrt(square + c^2) - c, in a form without cancellation near 0
+            distance = square / (jnp.sqrt(square + self.huber**2) + self.huber)
         if self.step_weighting == "inverse_step":
-            at = coordinate(None, self.schedule).at
-            distance /= at(t) - at(r)
-        loss = noise["weight"] * distance
+            path = coordinate(None, self.schedule)
+            distance /= path.from_time(t) - path.from_time(r)
+        loss = draws["weight"] * distance
         if self.joint_teacher is not None:
-            own = {**batch, "draws": noise["joint_teacher"]}
-            diffusion, _ = self.joint_teacher.loss(net, params["teacher"], ema_params["teacher"], own, key, step)
-            loss, metrics = loss + diffusion, {**metrics, "teacher_loss": jnp.mean(diffusion)}
+            its_batch = {**batch, "draws": draws["joint_teacher"]}
+            teacher_loss, _ = self.joint_teacher.loss(
+                net, params["teacher"], ema_params["teacher"], its_batch, key, step
+            )
+            loss, metrics = loss + teacher_loss, {**metrics, "teacher_loss": jnp.mean(teacher_loss)}
         return loss, metrics
 
-    def _teacher(self, net: Apply, params: Mapping, ema_params: Mapping) -> Denoiser:
+    def teacher_denoiser(self, net: Apply, params: Mapping, ema_params: Mapping) -> Denoiser:
+        """Returns the guided denoiser whose ODE the solver follows."""
         if self.joint_teacher is not None:
             denoise = self.joint_teacher.denoiser(net, jax.lax.stop_gradient(ema_params["teacher"]))
         else:
             denoise = self.teacher.denoiser(params["teacher"])
         return denoise if self.guidance == 1 else cfg(denoise, self.guidance)
 
-    def _solved(self, denoise: Denoiser, x_t: Array, t: Array, r: Array, cond: Cond) -> Array:
-        """x at r, by one step of the solver along the teacher's ODE from t, both `[B]`."""
+    def solver_step(self, denoise: Denoiser, x_t: Array, t: Array, r: Array, cond: Cond) -> Array:
+        """Returns x at r after one step of the solver along the teacher's ODE from t, both `[B]`."""
         schedule, x0 = self.schedule, denoise(x_t, t, cond).x0
         if self.solver == "ddim":
             return jax.vmap(lambda x, x0, t, r: first_order(schedule, x, Denoised(x0), t, r))(x_t, x0, t, r)
@@ -154,22 +174,23 @@ class ConsistencyObjective(Gaussian):
         if self.solver == "euler":
             return x_r
         second = slope(x_r, denoise(x_r, r, cond).x0, r)
-        # At r = 0 there is no noise left that could have a direction.
+        # The slope is undefined at r = 0, where there is no noise.
         mean = jnp.where(expand(schedule.sigma(r) > 0, x_t), (first + second) / 2, first)
         return move(x_t, mean, t, r)
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
         def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
-            return Denoised(self.end(net, params["net"], x, jnp.broadcast_to(t, x.shape[:1]), cond), kind="consistency")
+            t = jnp.broadcast_to(t, x.shape[:1])
+            return Denoised(self.consistency_function(net, params["net"], x, t, cond), kind="consistency")
 
         return denoise
 
 
 def make(
-    discretization: PartSpec,
-    schedule: PartSpec = "edm",
-    parameterization: PartSpec = "consistency",
-    time_sampler: PartSpec = "karras",
+    discretization: DiscretizationSpec,
+    schedule: ScheduleSpec = "edm",
+    parameterization: ParameterizationSpec = "consistency",
+    time_sampler: TimeSamplerSpec = "karras",
     weighting: Literal["one", "inverse_step"] = "inverse_step",
     metric: Literal["l2", "pseudo_huber"] = "pseudo_huber",
     huber: float = 0.00054,
@@ -178,57 +199,53 @@ def make(
     solver: Solver | None = None,
     guidance: float = 1.0,
     teacher: Teacher | None = None,
-    joint_teacher: Mapping[str, Any] | None = None,
+    joint_teacher: ObjectiveSpec | None = None,
 ) -> ConsistencyObjective:
-    """A consistency model in discrete time; the table at the head of the file has what the papers choose.
+    """Builds a consistency model in discrete time; the table in the module docstring lists the papers' choices.
 
     Args:
-      discretization: of `diffusion.discretization`: which two times are held equal, and how that changes over training.
-      schedule: the path.
-      parameterization: one whose x0 is x / alpha at the level `sigma_min`: `consistency` with the same sigma_min; edm,
-        v or velocity with `sigma_min = 0`.
-      time_sampler: the law of t, before the discretization moves it to a point of its grid.
-      weighting: of the distance: 1, or 1 / (t - r), in levels sigma / alpha, or in times where the schedule ends in
-        pure noise.
-      metric: mean square `l2`; or `pseudo_huber`, sqrt(mean square + huber^2) - huber, which is the paper's over the
-        root of the number of dimensions.
-      huber: c of the pseudo-Huber metric, for each dimension's root.
-      target: what the earlier point is given to: the `student` as it is, or an `average` of it with the discretization's
-        decay; no gradient goes there.
-      sigma_min: the level of the boundary, where a path ends.
-      solver: how the earlier point is found: None takes the one of the same noise, `ddim`, `euler` and `heun` a step
-        along the teacher's ODE.
-      guidance: of the teacher, by a scale as in `guidance.cfg`.
-      teacher: a trained model on the same schedule, whose weights the student begins with and whose ODE a solver
-        follows.
-      joint_teacher: in place of a teacher, the section of an objective (`{"name": "denoising", ...}`) that trains one in the same
-        run, on the student's schedule; a solver follows its average.
+      discretization: A part of `base.discretization`: the two times at which the model is trained to agree, and how
+        they change during training.
+      schedule: The path.
+      parameterization: One whose x0 is x / alpha at the noise level `sigma_min`: `consistency` with the same sigma_min,
+        or edm, v or velocity with `sigma_min = 0`.
+      time_sampler: The distribution of t, before the discretization moves t to a point of its grid.
+      weighting: The weight of the distance: 1, or 1 / (t - r), in noise levels sigma / alpha, or in times if the
+        schedule ends in pure noise.
+      metric: The distance: the mean square `l2`, or `pseudo_huber`, sqrt(mean square + huber^2) - huber, which is the
+        paper's divided by the square root of the number of dimensions.
+      huber: The constant c of the pseudo-Huber metric, divided by the square root of the number of dimensions.
+      target: The network applied at the earlier point: the current `student`, or its `average` with the
+        discretization's decay. It receives no gradient.
+      sigma_min: The noise level of the boundary, at which a path ends.
+      solver: How the earlier point is found: None uses the same x0 and noise at r; `ddim`, `euler` and `heun` take one
+        step along the teacher's ODE.
+      guidance: The scale of classifier-free guidance of the teacher, as in `guidance.cfg`.
+      teacher: A trained model on the same schedule. The student starts from its weights, and a solver follows its ODE.
+      joint_teacher: Alternative to `teacher`: the section of an objective (`{"name": "denoising", ...}`) that trains a
+        teacher in the same run, on the student's schedule. A solver follows the teacher's EMA.
     """
     parts = build_parts(schedule, parameterization, time_sampler, "simple")
     path = parts["schedule"]
-    if huber <= 0:
-        raise InputError("huber", f"must be positive, got {huber}")
-    if sigma_min < 0:
-        raise InputError("sigma_min", f"must be at least 0, got {sigma_min}")
+    checks.positive(huber=huber)
+    checks.at_least(0, sigma_min=sigma_min)
     if teacher is not None and joint_teacher is not None:
-        raise InputError("joint_teacher", "trains a teacher, and there is one already; remove it or the teacher")
+        raise InputError("joint_teacher", "must be None if there is a teacher; remove one of the two")
     trained = None
     if joint_teacher is not None:
         if solver is None:
-            raise InputError("solver", "is None, and the teacher would be trained for nothing; use heun")
-        if "schedule" in joint_teacher:
-            raise InputError("beside.schedule", "is the student's; remove it")
-        trained = build("objectives", {"schedule": schedule, **joint_teacher}, field="joint_teacher")
+            raise InputError("solver", "must not be None with a joint_teacher, which only a solver uses; use heun")
+        trained = build("objectives", joint_teacher, field="joint_teacher", schedule=schedule)
     elif solver is not None or teacher is not None:
         check_teacher(teacher, path)
     if guidance != 1 and (teacher is None or not teacher.cond_drop_rate):
-        raise InputError("guidance", "needs a teacher that was trained with train.cond_drop_rate above 0; use 1")
+        raise InputError("guidance", "must be 1, except for a teacher trained with train.cond_drop_rate above 0")
     t_min = _boundary(path, sigma_min)
-    row = parts["parameterization"](path, jnp.float32(t_min))
-    if row.c_out != 0 or row.c_skip != 1 / path.alpha(jnp.float32(t_min)):
-        raise InputError("parameterization", f"x0 is not x at sigma_min = {sigma_min}, c_skip is {row.c_skip:.4g} and "
-                         f"c_out {row.c_out:.4g}; use consistency with the same sigma_min, or edm, v or velocity "
-                         "with sigma_min = 0")  # fmt: skip
+    start = parts["parameterization"](path, jnp.float32(t_min))
+    if start.c_out != 0 or start.c_skip != 1 / path.alpha(jnp.float32(t_min)):
+        raise InputError("parameterization", f"must give x0 = x at sigma_min = {sigma_min}, but c_skip is "
+                         f"{start.c_skip:.4g} and c_out {start.c_out:.4g}; use consistency with the same sigma_min, or "
+                         "edm, v or velocity with sigma_min = 0")  # fmt: skip
     frozen = ("target",) if target == "average" else ()
     if teacher is not None and solver is not None:
         frozen += ("teacher",)
@@ -249,7 +266,7 @@ def make(
 
 
 def _boundary(schedule: Schedule, sigma_min: float) -> float:
-    """The last time whose level sigma / alpha is not above sigma_min, in float32 however it is rounded."""
+    """Returns the largest float32 time whose noise level sigma / alpha does not exceed sigma_min despite rounding."""
     if sigma_min == 0:
         return 0.0
     t = np.float32(schedule.time(jnp.float32(-2 * np.log(sigma_min))))

@@ -1,21 +1,40 @@
-"""Denoising diffusion: regress F at a random time (Ho et al. 2020, arXiv 2006.11239), with the learned variance of
-improved DDPM (Nichol & Dhariwal 2021, arXiv 2102.09672)."""
+"""Denoising diffusion: regression of F at a random time (Ho et al. 2020, arXiv 2006.11239).
+
+Its parts make it DDPM, v-prediction (Salimans & Ho 2022, arXiv 2202.00512), EDM (Karras et al. 2022, arXiv 2206.00364)
+or score matching in continuous time (Song et al. 2021, arXiv 2011.13456). The reverse variance can be learned as in
+improved DDPM (Nichol & Dhariwal 2021, arXiv 2102.09672).
+"""
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.arrays import expand, flat_mean
-from diffusion.core.types import Array, InputError
-from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts
+from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError
+from diffusion.objectives.base.gaussian import (
+    Gaussian,
+    ParameterizationSpec,
+    ScheduleSpec,
+    TimeSamplerSpec,
+    WeightingSpec,
+    apply_network,
+    build_parts,
+)
 from diffusion.process.decoders import discretized_log_likelihood
 from diffusion.process.posterior import posterior
 
 
 @dataclasses.dataclass(frozen=True)
-class DDPM(Gaussian):
-    """See `make`."""
+class Denoising(Gaussian):
+    """Denoising diffusion; see `make`.
+
+    With a learned variance, the network's second output, in [-1, 1], interpolates the log-variance of the reverse step
+    between its two bounds; see `Posterior.log_variance`.
+    """
 
     learned_variance: bool = False
     bound_weight: float = 0.001
@@ -25,18 +44,36 @@ class DDPM(Gaussian):
     def outputs(self) -> int:
         return 2 if self.learned_variance else 1
 
-    def second_loss(self, second: Array, x0_hat: Array, x0: Array, x_t: Array, t: Array) -> Array:
-        """The term of the variational bound at t, which trains the variance alone: `bound_weight` times T times it, in
-        bits a dimension (Nichol & Dhariwal 2021, eq. 16)."""
+    def loss(
+        self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        if not self.learned_variance:
+            return super().loss(net, params, ema_params, batch, key, step)
+        output, x_t, coefficients = self.forward(net, params["net"], batch, key)
+        mean, variance = jnp.split(output, 2, axis=-1)
+        loss = self.weighted_error(mean, batch, coefficients)
+        x0_hat = jax.lax.stop_gradient(coefficients.to_x0(mean, x_t))
+        loss += self.variance_loss(variance, x0_hat, batch["x"], batch["draws"]["t"])
+        return batch["draws"]["weight"] * loss, {}
+
+    def variance_loss(self, variance: Array, x0_hat: Array, x0: Array, t: Array) -> Array:
+        """Returns the loss `[B]` that trains the variance alone (Nichol & Dhariwal 2021, eq. 16).
+
+        It is `bound_weight` times T times the term of the variational bound at t, in bits per dimension.
+
+        Args:
+          variance: The second output of the network, `[B, ...]`.
+          x0_hat: The estimate of x0, without a gradient.
+        """
         num_steps = self.schedule.num_steps
-        # The last step's beta-tilde is 0: take the one before for it, as everybody does.
+        # beta-tilde of the last step is 0. As is common practice, replace it by that of the step before.
         first = t < 1.5 / num_steps
         s = jnp.where(first, 0.0, t - 1 / num_steps)
         reverse = posterior(self.schedule, t, s)
         floor = posterior(self.schedule, jnp.float32(min(2 / num_steps, 1)), jnp.float32(1 / num_steps))
-        clipped = dataclasses.replace(reverse, beta_tilde=jnp.where(first, floor.beta_tilde, reverse.beta_tilde))
-        clipped = dataclasses.replace(clipped, beta=expand(clipped.beta, x0), beta_tilde=expand(clipped.beta_tilde, x0))
-        log_variance = clipped.log_variance((second + 1) / 2)
+        beta_tilde = jnp.where(first, floor.beta_tilde, reverse.beta_tilde)
+        clipped = dataclasses.replace(reverse, beta=expand(reverse.beta, x0), beta_tilde=expand(beta_tilde, x0))
+        log_variance = clipped.log_variance((variance + 1) / 2)
         shift = expand(reverse.from_x0, x0) * (x0 - x0_hat)
         log_ratio = jnp.log(clipped.beta_tilde) - log_variance
         divergence = (jnp.exp(log_ratio) - 1 - log_ratio + shift**2 * jnp.exp(-log_variance)) / 2
@@ -44,32 +81,46 @@ class DDPM(Gaussian):
         bits = flat_mean(jnp.where(expand(first, x0), decoder, divergence)) / math.log(2)
         return self.bound_weight * num_steps * bits
 
+    def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
+        if not self.learned_variance:
+            return super().denoiser(net, params)
+
+        def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
+            coefficients = self.parameterization(self.schedule, jnp.broadcast_to(t, x.shape[:1]))
+            output = apply_network(net, params["net"], x, coefficients, cond)
+            mean, variance = jnp.split(output, 2, axis=-1)
+            return Denoised(coefficients.to_x0(mean, x), (variance + 1) / 2)
+
+        return denoise
+
 
 def make(
-    schedule: PartSpec = "vp",
-    parameterization: PartSpec = "eps",
-    time_sampler: PartSpec = "uniform",
-    weighting: PartSpec = "simple",
+    schedule: ScheduleSpec = "vp",
+    parameterization: ParameterizationSpec = "eps",
+    time_sampler: TimeSamplerSpec = "uniform",
+    weighting: WeightingSpec = "simple",
     learned_variance: bool = False,
     bound_weight: float = 0.001,
     levels: int = 256,
-) -> DDPM:
-    """DDPM from the specs of its parts, each a name or `{"name": ..., **keywords}`.
+) -> Denoising:
+    """Builds denoising diffusion from the specs of its parts, each a name or `{"name": ..., **keywords}`.
 
     Args:
-      schedule, parameterization, time_sampler, weighting: any; `time_sampler="discrete"` is the paper's chain, others are continuous.
-      learned_variance: the network's second output is the reverse step's variance, for `ancestral(variance="learned")`,
-        trained on the variational bound. Needs a schedule with a table and a network with `outputs = 2`.
-      bound_weight: of that bound, for each of the T steps.
-      levels: values that a channel of the data can take, for the bound's last step.
+      schedule: Any schedule that is not learned.
+      parameterization: Any parameterization that is defined on the schedule.
+      time_sampler: Any time sampler; `discrete` is DDPM's chain, the others are continuous.
+      weighting: Any weighting.
+      learned_variance: Whether the network's second output is the variance of the reverse step, trained on the
+        variational bound, for `ancestral(variance="learned")`. Requires a schedule with a table of steps and a network
+        with `outputs = 2`.
+      bound_weight: The weight of that bound, for each of the T steps.
+      levels: The number of values of a data channel, for the last step of the bound.
     """
     parts = build_parts(schedule, parameterization, time_sampler, weighting)
     if learned_variance and not hasattr(parts["schedule"], "num_steps"):
-        raise InputError("learned_variance", "needs a schedule with a table of steps (vp)")
+        raise InputError("learned_variance", "must be False for a schedule without a table of steps; or use vp")
     if learned_variance and parts["schedule"].num_steps < 2:
-        raise InputError("learned_variance", "needs a schedule of 2 steps or more")
-    if bound_weight <= 0:
-        raise InputError("bound_weight", f"must be positive, got {bound_weight}")
-    if levels < 2:
-        raise InputError("levels", f"must be at least 2, got {levels}")
-    return DDPM(**parts, learned_variance=learned_variance, bound_weight=bound_weight, levels=levels)
+        raise InputError("learned_variance", "must be False for a schedule of a single step; or increase num_steps")
+    checks.positive(bound_weight=bound_weight)
+    checks.at_least(2, levels=levels)
+    return Denoising(**parts, learned_variance=learned_variance, bound_weight=bound_weight, levels=levels)

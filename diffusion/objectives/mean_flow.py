@@ -1,9 +1,9 @@
-"""MeanFlow: the average velocity u(z_t, t, r) learned from the identity that ties it to the velocity,
+"""MeanFlow: the average velocity u(z_t, t, r), learned from the identity that relates it to the velocity v,
 
-    u = v - (t - r) du/dt,   d/dt along the path, r held
+    u = v - (t - r) du/dt,   d/dt along the path for fixed r
 
-(Geng et al. 2025, arXiv 2505.13447, eq. 6), and its improved form, in which nothing but the noised example decides what
-the network predicts (Geng et al. 2025, arXiv 2512.02012).
+(Geng et al. 2025, arXiv 2505.13447, eq. 6), and its improved form, in which the target depends on the example only
+through the noised z_t (Geng et al. 2025, arXiv 2512.02012).
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.arrays import expand
 from diffusion.core.types import Apply, Array, Batch, Cond, InputError, Params
-from diffusion.layers.attention import forward_mode
+from diffusion.layers.attention import jvp
 from diffusion.objectives.base.average_velocity import (
     AverageVelocity,
     drop_condition,
@@ -23,14 +24,14 @@ from diffusion.objectives.base.average_velocity import (
     num_step_examples,
     velocity_parts,
 )
-from diffusion.objectives.base.gaussian import PartSpec, corrupt
+from diffusion.objectives.base.gaussian import ScheduleSpec, TimeSamplerSpec, corrupt
 
-TIMES = {"name": "logit_normal", "mean": -0.4, "std": 1.0}  # the paper's, for ImageNet
+TIME_SAMPLER = {"name": "logit_normal", "mean": -0.4, "std": 1.0}  # the paper's, for ImageNet
 
 
 @dataclasses.dataclass(frozen=True)
 class MeanFlow(AverageVelocity):
-    """See `make`."""
+    """MeanFlow; see `make`."""
 
     ratio_r_neq_t: float = 0.25
     norm_p: float = 1.0
@@ -45,13 +46,13 @@ class MeanFlow(AverageVelocity):
         return ("step_size", "guidance_scale") if isinstance(self.guidance, tuple) else ("step_size",)
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
-        """`t`, `r`, `weight` and, if it is drawn, `guidance`, all `[B]`, and `eps [B, ...]`."""
+        """Draws `t`, `r`, `weight` and, if `guidance` is a range, `guidance`, all `[B]`, and `eps [B, ...]`."""
         x = batch["x"]
         key_t, key_r, key_eps, key_guidance = jax.random.split(key, 4)
         (t, weight_t), (r, weight_r) = (self.shuffled_times(k, len(x), objective_state) for k in (key_t, key_r))
-        # The larger of two for every t, so that it has one law whether it is the end of a step or not.
+        # t is the larger of two draws for all examples, so that its distribution is the same with and without a step.
         t, r = jnp.maximum(t, r), jnp.minimum(t, r)
-        noise = {
+        draws = {
             "t": t,
             "r": jnp.where(jnp.arange(len(x)) < num_step_examples(self.ratio_r_neq_t, len(x)), r, t),
             "weight": weight_t * weight_r,
@@ -59,8 +60,8 @@ class MeanFlow(AverageVelocity):
         }
         if isinstance(self.guidance, tuple):
             low, high = self.guidance
-            noise["guidance"] = jax.random.uniform(key_guidance, (len(x),), minval=low, maxval=high)
-        return noise
+            draws["guidance"] = jax.random.uniform(key_guidance, (len(x),), minval=low, maxval=high)
+        return draws
 
     def average_velocity(
         self, net: Apply, params: Params, x: Array, t: Array, r: Array, cond: Cond, key: Array | None = None
@@ -72,29 +73,28 @@ class MeanFlow(AverageVelocity):
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        noise = batch["draws"]
-        x0, t, r, eps, cond = batch["x"], noise["t"], noise["r"], noise["eps"], batch["cond"]
-        if "guidance" in noise:
-            cond = {**cond, "guidance_scale": noise["guidance"]}
+        draws = batch["draws"]
+        x0, t, r, eps, cond = batch["x"], draws["t"], draws["r"], draws["eps"], batch["cond"]
+        if "guidance" in draws:
+            cond = {**cond, "guidance_scale": draws["guidance"]}
         x_t, fixed = corrupt(self.schedule, x0, eps, t), jax.lax.stop_gradient(params["net"])
         target = self.parameterization(self.schedule, t).target(x0, eps)
         if self.guidance != 1 or self.kappa:
-            target = self.guided(net, fixed, x_t, t, target, cond)
+            target = self.guided_velocity(net, fixed, x_t, t, target, cond)
 
-        # Where r = t the derivative does not count: it is taken of the others alone.
+        # For r = t the derivative cancels, so it is evaluated for the step examples only.
         steps, outputs = max_step_examples(self.ratio_r_neq_t, len(t)), []
         first, rest = (jax.tree.map(lambda a, part=part: a[part], (x_t, t, r, cond))
                        for part in (slice(steps), slice(steps, None)))  # fmt: skip
         if steps:
             x, t, r, cond = first
-            along = target[:steps]
+            direction = target[:steps]
             if self.tangent == "predicted":
-                along = self.average_velocity(net, fixed, x, t, t, cond)
-            with forward_mode():
-                output, slope = jax.jvp(
-                    lambda x, t: self.average_velocity(net, params["net"], x, t, r, cond, key),
-                    (x, t), (along, jnp.ones_like(t)),
-                )  # fmt: skip
+                direction = self.average_velocity(net, fixed, x, t, t, cond)
+            output, slope = jvp(
+                lambda x, t: self.average_velocity(net, params["net"], x, t, r, cond, key),
+                (x, t), (direction, jnp.ones_like(t)),
+            )  # fmt: skip
             outputs.append(output)
             target = target.at[:steps].add(-expand(t - r, slope) * slope)
         if steps < len(x0):
@@ -104,25 +104,28 @@ class MeanFlow(AverageVelocity):
         difference = jnp.concatenate(outputs) - jax.lax.stop_gradient(target)
         error = jnp.sum(jnp.square(difference), axis=tuple(range(1, x0.ndim)))
         weight = jax.lax.stop_gradient((error + self.norm_eps) ** -self.norm_p)
-        return noise["weight"] * weight * error, {"error": jnp.mean(jnp.square(difference))}
+        return draws["weight"] * weight * error, {"error": jnp.mean(jnp.square(difference))}
 
-    def guided(self, net: Apply, fixed: Params, x: Array, t: Array, velocity: Array, cond: Cond) -> Array:
-        """The velocity of the guided flow, where the condition is kept and t is in the interval: omega v + kappa
-        u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | none) with omega = (1 - kappa) guidance (Geng et al. 2025,
-        appendix)."""
+    def guided_velocity(self, net: Apply, fixed: Params, x: Array, t: Array, velocity: Array, cond: Cond) -> Array:
+        """Returns the velocity of the guided flow where the condition is kept and t is in the interval, else
+        `velocity`.
+
+        The guided velocity is omega v + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | none) with
+        omega = (1 - kappa) guidance (Geng et al. 2025, appendix).
+        """
         scale, (low, high) = jnp.asarray(cond.get("guidance_scale", self.guidance)), self.interval
-        none = self.average_velocity(net, fixed, x, t, t, drop_condition(cond))
-        guided = none + expand(scale, x) * (velocity - none)
+        unconditional = self.average_velocity(net, fixed, x, t, t, drop_condition(cond))
+        guided = unconditional + expand(scale, x) * (velocity - unconditional)
         if self.kappa:
-            own = self.average_velocity(net, fixed, x, t, t, cond)
-            guided = self.kappa * own + (1 - self.kappa) * guided
+            conditional = self.average_velocity(net, fixed, x, t, t, cond)
+            guided = self.kappa * conditional + (1 - self.kappa) * guided
         return jnp.where(expand(cond.get("keep", True) & (t >= low) & (t <= high), x), guided, velocity)
 
 
 def make(
-    schedule: PartSpec = "flow",
+    schedule: ScheduleSpec = "flow",
     c_noise: Literal["time", "unit"] = "unit",
-    time_sampler: PartSpec = TIMES,
+    time_sampler: TimeSamplerSpec = TIME_SAMPLER,
     ratio_r_neq_t: float = 0.25,
     norm_p: float = 1.0,
     norm_eps: float = 1e-3,
@@ -131,37 +134,35 @@ def make(
     interval: tuple[float, float] = (0.0, 1.0),
     tangent: Literal["conditional", "predicted"] = "conditional",
 ) -> MeanFlow:
-    """MeanFlow, for a network with the condition `r` and the sampler `flow_map`.
+    """Builds MeanFlow, for a network with the scalar condition `step_size` and the sampler `flow_map`.
 
     Args:
-      schedule: the path; any whose velocity is finite at both ends.
-      c_noise: what the network is told of the times: t and t - r themselves, or 1000 times that, through which the
-        derivative in t is large.
-      time_sampler: the law of two times, of which t is the larger.
-      ratio_r_neq_t: share of the batch with r < t, in [0, 1]; the rest, with r = t, is flow matching.
-      norm_p, norm_eps: p and c of the weight 1 / (error + c)^p of each example, whose error is a sum over its entries;
-        p = 0 is the plain squared error.
-      guidance: what the flow that is learned is guided by, in the house's scale, so that it is sampled without guidance
-        at one evaluation a step; the paper's omega is (1 - mixing) times it. It needs train.cond_drop_rate above 0,
-        and examples whose condition is dropped are not guided. With (low, high) each example draws its own, and the
-        network is told it: it needs the condition `guidance`, for the guidance `embedded`.
-      kappa: kappa in [0, 1): how much of the guided velocity is the network's own and not the example's, whose
-        variance guidance multiplies.
-      interval: times t within which it is guided.
-      tangent: the direction of the derivative in z: `conditional`, the velocity that the example is regressed to, or
-        `predicted`, the network's own u(z, t, t), which depends on nothing but z (improved MeanFlow).
+      schedule: The path; its velocity must be finite at both ends.
+      c_noise: The noise label: t and t - r themselves, or 1000 times these, which makes the derivative in t large.
+      time_sampler: The distribution of two independent times, of which t is the larger.
+      ratio_r_neq_t: The fraction of the batch with r < t, in [0, 1]; the rest, with r = t, is trained by flow matching.
+      norm_p, norm_eps: p and c of the weight 1 / (error + c)^p of each example, whose error is summed over its entries;
+        p = 0 gives the plain squared error.
+      guidance: The classifier-free guidance scale of the learned flow, as in `guidance.cfg`, so that sampling takes one
+        evaluation per step and no guidance; the paper's omega is (1 - kappa) times it. Requires train.cond_drop_rate
+        above 0; examples whose condition is dropped are not guided. With (low, high) the scale is drawn per example,
+        and the network needs the scalar condition `guidance_scale`, to be sampled with `guidance_embedding`.
+      kappa: kappa in [0, 1), the part of the guided velocity that comes from the network instead of the example, whose
+        variance guidance amplifies.
+      interval: The interval of t in which the velocity is guided.
+      tangent: The direction of the derivative in z: `conditional`, the velocity of the example that the network is
+        regressed to, or `predicted`, the network's u(z, t, t), which depends on z alone (improved MeanFlow).
     """
     low, high = guidance if isinstance(guidance, tuple) else (guidance, float("inf"))
-    for name, wrong, wanted, given in (
-        ("ratio_r_neq_t", not 0 <= ratio_r_neq_t <= 1, "in [0, 1]", ratio_r_neq_t),
-        ("norm_p", norm_p < 0, "at least 0", norm_p),
-        ("norm_eps", norm_eps <= 0, "positive", norm_eps),
-        ("guidance", not 0 <= low < high, "at least 0, or two such numbers that rise", guidance),
-        ("kappa", not 0 <= kappa < 1, "in [0, 1)", kappa),
-        ("interval", not 0 <= interval[0] < interval[1] <= 1, "two times in [0, 1] that rise", interval),
-    ):
-        if wrong:
-            raise InputError(name, f"must be {wanted}, got {given}")
+    if not 0 <= ratio_r_neq_t <= 1:
+        raise InputError("ratio_r_neq_t", f"must be in [0, 1], got {ratio_r_neq_t}")
+    checks.at_least(0, norm_p=norm_p)
+    checks.positive(norm_eps=norm_eps)
+    if not 0 <= low < high:
+        raise InputError("guidance", f"must be at least 0, or two such numbers in ascending order, got {guidance}")
+    checks.rate(kappa=kappa)
+    if not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError("interval", f"must be two times in [0, 1] in ascending order, got {interval}")
     return MeanFlow(
         **velocity_parts(schedule, c_noise, time_sampler),
         ratio_r_neq_t=ratio_r_neq_t,

@@ -1,5 +1,5 @@
-"""Reflow (Liu et al. 2023, arXiv 2209.03003): flow matching on the pairs of noise and data that a trained flow makes,
-whose paths cross less and are straighter; and its distillation to one step."""
+"""Reflow (Liu et al. 2023, arXiv 2209.03003): flow matching on pairs of noise and data that a trained flow generates,
+whose paths cross less and are straighter; and its distillation into one step."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,8 +7,15 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.types import Apply, Array, Batch, InputError, Params
-from diffusion.objectives.base.gaussian import PartSpec, build_parts
+from diffusion.objectives.base.gaussian import (
+    ParameterizationSpec,
+    ScheduleSpec,
+    TimeSamplerSpec,
+    WeightingSpec,
+    build_parts,
+)
 from diffusion.objectives.base.rounds import Rounds
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.sampling.guidance import cfg
@@ -17,8 +24,11 @@ from diffusion.sampling.ode.first_order import first_order
 
 @dataclasses.dataclass(frozen=True)
 class Reflow(Rounds):
-    """See `make`. The memory has the `pairs`, an array of `pool` each of `x0`, `eps` and, where there are classes,
-    `label`; how many `blocks` of one batch each were written in this round; and that of the law of t, `times`."""
+    """Reflow; see `make`.
+
+    The objective state holds `pairs`, with arrays of length `pool` for `x0`, `eps` and, if there are classes, `label`;
+    `blocks`, the number of batches of pairs written in this round; and `time_sampler`, the time sampler's state.
+    """
 
     pool: int = 8192
     every: int = 8
@@ -29,8 +39,8 @@ class Reflow(Rounds):
     def __post_init__(self):
         super().__post_init__()
         if self.guidance != 1 and not (self.teacher.spec.num_classes and self.teacher.cond_drop_rate):
-            raise InputError("guidance", "needs a teacher that was trained with classes and without "
-                             "(train.cond_drop_rate above 0); use 1")  # fmt: skip
+            raise InputError("guidance", "must be 1, except for a teacher that was trained with classes and with "
+                             "train.cond_drop_rate above 0")  # fmt: skip
 
     def initial_state(self) -> Mapping[str, Array]:
         spec = self.teacher.spec
@@ -48,7 +58,7 @@ class Reflow(Rounds):
         key: Array,
         step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
-        """The round's teacher, and every so often a batch of new pairs in place of the oldest."""
+        """Updates the teacher between rounds, and replaces the oldest pairs every `every` steps."""
         size = batch["x"].shape[0]
         if self.pool % size:
             raise InputError("objective.pool", f"must be a multiple of train.batch_size = {size}, got {self.pool}")
@@ -57,16 +67,18 @@ class Reflow(Rounds):
         fills, blocks = since % self.every == 0, jnp.where(since == 0, 0, objective_state["blocks"])
 
         def filled() -> dict[str, Array]:
-            new, start = self.pairs(params["teacher"], batch, key, step), blocks % (self.pool // size) * size
+            new, start = self.generate_pairs(params["teacher"], batch, key, step), blocks % (self.pool // size) * size
             return {name: jax.lax.dynamic_update_slice_in_dim(old, new[name].astype(old.dtype), start, axis=0)
                     for name, old in objective_state["pairs"].items()}  # fmt: skip
 
         pairs = jax.lax.cond(fills, filled, lambda: objective_state["pairs"])
         return params, {**objective_state, "pairs": pairs, "blocks": blocks + fills}
 
-    def pairs(self, teacher: Mapping, batch: Batch, key: Array, step: Array) -> dict[str, Array]:
-        """Fresh noise `eps [B, ...]`, the `x0` where the teacher's ODE takes it, and the batch's labels, none dropped:
-        pairs made without a condition would stand for one."""
+    def generate_pairs(self, teacher: Mapping, batch: Batch, key: Array, step: Array) -> dict[str, Array]:
+        """Generates pairs of new noise `eps [B, ...]` and the `x0` that the teacher's ODE maps it to.
+
+        The pairs have the labels of the batch, none of them dropped, so that each x0 belongs to its label.
+        """
         cond = {name: value for name, value in batch["cond"].items() if name != "keep"}
         denoise = self.teacher.denoiser(teacher)
         if self.guidance != 1:
@@ -83,31 +95,31 @@ class Reflow(Rounds):
         return {**cond, "x0": x0, "eps": eps}
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
+        """Draws `t`, `weight` and pairs `x0`, `eps` and `label` of this round."""
         key, key_pair = jax.random.split(key)
-        noise = super().draw(batch, key, step, objective_state["time_sampler"])
+        draws = super().draw(batch, key, step, objective_state["time_sampler"])
         size = batch["x"].shape[0]
         filled = jnp.minimum(objective_state["blocks"], self.pool // size) * size
         chosen = jax.random.randint(key_pair, (size,), 0, filled)
-        noise |= {name: values[chosen] for name, values in objective_state["pairs"].items()}
+        draws |= {name: values[chosen] for name, values in objective_state["pairs"].items()}
         if self.distill:
             last = self.round_of(step) == self.rounds - 1
-            noise |= {name: jnp.where(last, 1, noise[name]) for name in ("t", "weight")}
-        return noise
+            draws |= {name: jnp.where(last, 1, draws[name]) for name in ("t", "weight")}
+        return draws
 
     def update_state(
-        self, objective_state: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
+        self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Array
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
-        times, metrics = super().update_state(objective_state["time_sampler"], noise, loss)
-        return {**objective_state, "time_sampler": times}, metrics
+        sampler_state, metrics = super().update_state(objective_state["time_sampler"], draws, loss)
+        return {**objective_state, "time_sampler": sampler_state}, metrics
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """The loss of the pairs that `draw` drew, so the batch has to bring its noise; of its own examples none is
-        seen."""
-        noise = batch["draws"]
-        cond = {**batch["cond"], **({"label": noise["label"]} if "label" in noise else {})}
-        return super().loss(net, params, ema_params, Batch(x=noise["x0"], cond=cond, draws=noise), key, step)
+        """Returns the loss of the pairs that `draw` drew; the examples of the batch are not used."""
+        draws = batch["draws"]
+        cond = {**batch["cond"], **({"label": draws["label"]} if "label" in draws else {})}
+        return super().loss(net, params, ema_params, Batch(x=draws["x0"], cond=cond, draws=draws), key, step)
 
 
 def make(
@@ -118,35 +130,34 @@ def make(
     every: int = 8,
     ode_steps: int = 50,
     guidance: float = 1.0,
-    schedule: PartSpec = "flow",
-    parameterization: PartSpec = "velocity",
-    time_sampler: PartSpec = "uniform",
-    weighting: PartSpec = "simple",
+    schedule: ScheduleSpec = "flow",
+    parameterization: ParameterizationSpec = "velocity",
+    time_sampler: TimeSamplerSpec = "uniform",
+    weighting: WeightingSpec = "simple",
     teacher: Teacher | None = None,
 ) -> Reflow:
-    """Flow matching on a pool of the teacher's pairs, which is a part of the train state. The student begins with the
-    teacher's weights; after each round the average of its own (the config's last) is the next one's teacher, and the
-    pool begins anew.
+    """Builds flow matching on a pool of pairs from a teacher; the pool is part of the train state.
+
+    The student starts from the teacher's weights. After each round the average of its weights (the last in the config)
+    becomes the teacher of the next round, and the pool is refilled.
 
     Args:
-      round_steps: training steps of each round; `train.steps` is to be this times the number of rounds, and
-        `optimizer.cycles` the number of rounds.
-      rounds: how often the flow is straightened; 0 with `distill` distils the teacher as it is.
-      distill: one more round in the end, at t = 1 alone, on pairs of the straightened flow: for sampling in one step
-        (their section 2, "distillation"), and in one only.
-      pool: pairs that are kept; a multiple of the batch size.
-      every: training steps between new pairs, a batch of them each time.
-      ode_steps: even steps of Euler's method that a pair takes, and as many evaluations of the teacher.
-      guidance: scale of classifier-free guidance for the first teacher's pairs, 1 for none. Those who learn from them
-        have it in them, and are taken without.
-      schedule, parameterization: the teacher's.
-      times, weighting: any.
-      teacher: in a config the workdir of a trained model.
+      round_steps: The number of training steps per round. Set `train.steps` to this times the number of rounds, and
+        `optimizer.cycles` to the number of rounds.
+      rounds: How many times the flow is straightened; 0 with `distill` distils the teacher as it is.
+      distill: Whether to add a last round at t = 1 alone, on pairs of the straightened flow, for sampling in one step
+        (their section 2, "distillation"), and only in one.
+      pool: The number of pairs in the pool; a multiple of the batch size.
+      every: The number of training steps between batches of new pairs.
+      ode_steps: The number of even Euler steps, and thus of evaluations of the teacher, per pair.
+      guidance: The scale of classifier-free guidance of the first teacher's pairs; 1 disables it. Later teachers have
+        learned the guided flow, so they are not guided.
+      schedule, parameterization: Those of the teacher.
+      time_sampler, weighting: Any.
+      teacher: A trained model; in a config, its workdir.
     """
-    for name, value, least in (("rounds", rounds, 0 if distill else 1), ("every", every, 1), ("pool", pool, 1),
-                               ("ode_steps", ode_steps, 1)):  # fmt: skip
-        if value < least:
-            raise InputError(name, f"must be at least {least}, got {value}")
+    checks.at_least(0 if distill else 1, rounds=rounds)
+    checks.at_least(1, every=every, pool=pool, ode_steps=ode_steps)
     parts = build_parts(schedule, parameterization, time_sampler, weighting)
     return Reflow(
         **parts, teacher=teacher, rounds=rounds + distill, round_steps=round_steps, pool=pool, every=every,

@@ -1,5 +1,5 @@
-"""Shortcut models: the average velocity over a step learned from two steps of half its length, down to the shortest
-ones, which flow matching trains (Frans et al. 2024, arXiv 2410.12557)."""
+"""Shortcut models: the average velocity over a step is learned from two steps of half its length, down to the shortest
+steps, which are trained by flow matching (Frans et al. 2024, arXiv 2410.12557)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.arrays import expand, flat_mean
 from diffusion.core.types import Apply, Array, Batch, Cond, InputError, Params
 from diffusion.objectives.base.average_velocity import (
@@ -17,20 +18,22 @@ from diffusion.objectives.base.average_velocity import (
     num_step_examples,
     velocity_parts,
 )
-from diffusion.objectives.base.gaussian import PartSpec, corrupt
+from diffusion.objectives.base.gaussian import ScheduleSpec, TimeSamplerSpec, corrupt
 
 
 @dataclasses.dataclass(frozen=True)
 class Shortcut(AverageVelocity):
-    """See `make`."""
+    """A shortcut model; see `make`."""
 
     base_steps: int = 128
     bootstrap: float = 0.25
     guidance: float = 1.0
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
-        """`t`, `r` and `weight`, all `[B]`, and `eps [B, ...]`. A step's length is 1, 1/2, ... or 2 / base_steps, each
-        as probable as the others, and t any of its multiples."""
+        """Draws `t`, `r` and `weight`, all `[B]`, and `eps [B, ...]`.
+
+        The length of a step is 1, 1/2, ... or 2 / base_steps with equal probability, and t is one of its multiples.
+        """
         x = batch["x"]
         key_t, key_length, key_number, key_eps = jax.random.split(key, 4)
         t, weight = self.shuffled_times(key_t, len(x), objective_state)
@@ -48,78 +51,74 @@ class Shortcut(AverageVelocity):
     def average_velocity(
         self, net: Apply, params: Params, x: Array, t: Array, r: Array, cond: Cond, key: Array | None = None
     ) -> Array:
-        """As in the base, but the network is told of the shortest steps as of none: flow matching is what trains
-        them."""
-        return super().average_velocity(net, params, x, t, jnp.where(self.shortest(t, r), t, r), cond, key)
+        """Returns u as in the base class, with step size 0 for the shortest steps, which flow matching trains."""
+        return super().average_velocity(net, params, x, t, jnp.where(self.is_shortest(t, r), t, r), cond, key)
 
-    def shortest(self, t: Array, r: Array) -> Array:
-        """Whether a step is no longer than 1 / base_steps, however its ends are rounded."""
+    def is_shortest(self, t: Array, r: Array) -> Array:
+        """Returns whether a step is no longer than 1 / base_steps, whatever the rounding of its ends."""
         return t - r < 1.5 / self.base_steps
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        noise = batch["draws"]
-        x0, t, r, cond = batch["x"], noise["t"], noise["r"], batch["cond"]
-        x_t, is_step = corrupt(self.schedule, x0, noise["eps"], t), r < t
-        target = self.parameterization(self.schedule, t).target(x0, noise["eps"])
+        draws = batch["draws"]
+        x0, t, r, cond = batch["x"], draws["t"], draws["r"], batch["cond"]
+        x_t, is_step = corrupt(self.schedule, x0, draws["eps"], t), r < t
+        target = self.parameterization(self.schedule, t).target(x0, draws["eps"])
         steps = max_step_examples(self.bootstrap, len(t))
         if steps:
-            # Two evaluations more, of those alone that need them.
+            # The two additional evaluations are needed for the step examples only.
             first = jax.tree.map(lambda a: a[:steps], (x_t, t, r, cond))
-            target = target.at[:steps].set(
-                jnp.where(
-                    expand(is_step[:steps], x0), self.of_two_halves(net, ema_params["net"], *first), target[:steps]
-                )
-            )
+            two_steps = self.two_half_steps(net, ema_params["net"], *first)
+            target = target.at[:steps].set(jnp.where(expand(is_step[:steps], x0), two_steps, target[:steps]))
         output = self.average_velocity(net, params["net"], x_t, t, r, cond, key)
         error = flat_mean(jnp.square(output - jax.lax.stop_gradient(target)))
         metrics = {f"{name}_loss": jnp.mean(error, where=of) for name, of in (("step", is_step), ("flow", ~is_step))}
-        return noise["weight"] * error, metrics
+        return draws["weight"] * error, metrics
 
-    def of_two_halves(self, net: Apply, params: Params, x: Array, t: Array, r: Array, cond: Cond) -> Array:
-        """The average velocity of the two halves of a step, one after the other, `[B, ...]`."""
+    def two_half_steps(self, net: Apply, params: Params, x: Array, t: Array, r: Array, cond: Cond) -> Array:
+        """Returns the average velocity of two consecutive steps of half the length, `[B, ...]`."""
         middle = (t + r) / 2
         first = self._guided(net, params, x, t, middle, cond)
         second = self._guided(net, params, x - expand(t - middle, x) * first, middle, r, cond)
         return (first + second) / 2
 
     def _guided(self, net: Apply, params: Params, x: Array, t: Array, r: Array, cond: Cond) -> Array:
-        """The average velocity; of a shortest step the guided one, from which all longer ones learn theirs."""
-        own = self.average_velocity(net, params, x, t, r, cond)
+        """Returns the average velocity, guided for the shortest steps, from which all longer ones are learned."""
+        conditional = self.average_velocity(net, params, x, t, r, cond)
         if self.guidance == 1:
-            return own
-        none = self.average_velocity(net, params, x, t, r, drop_condition(cond))
-        return jnp.where(expand(self.shortest(t, r), x), none + self.guidance * (own - none), own)
+            return conditional
+        unconditional = self.average_velocity(net, params, x, t, r, drop_condition(cond))
+        guided = unconditional + self.guidance * (conditional - unconditional)
+        return jnp.where(expand(self.is_shortest(t, r), x), guided, conditional)
 
 
 def make(
-    schedule: PartSpec = "flow",
+    schedule: ScheduleSpec = "flow",
     c_noise: Literal["time", "unit"] = "unit",
-    time_sampler: PartSpec = "uniform",
+    time_sampler: TimeSamplerSpec = "uniform",
     base_steps: int = 128,
     bootstrap: float = 0.25,
     guidance: float = 1.0,
 ) -> Shortcut:
-    """A shortcut model, for a network with the condition `r` and the sampler `flow_map` in 1, 2, 4, ... steps.
+    """Builds a shortcut model, for a network with the scalar condition `step_size` and the sampler `flow_map` in 1, 2,
+    4, ... steps.
 
     Args:
-      schedule: the path; any whose velocity is finite at both ends.
-      c_noise: what the network is told of the times: t and t - r themselves, in which what it learns of one length
-        carries over to the others, or 1000 times that.
-      time_sampler: the law of t where flow matching is trained.
-      base_steps: a power of two: the shortest step is 1 / base_steps, and taken for none.
-      bootstrap: share of the batch that is trained on steps, in [0, 1); their targets are two steps of half the length
-        by the average of the parameters (the config's last).
-      guidance: of the shortest steps in those targets, and so of all longer ones; a scale as in `guidance.cfg`. It
-        needs train.cond_drop_rate above 0. Steps as short as the shortest stay unguided.
+      schedule: The path; its velocity must be finite at both ends.
+      c_noise: The noise label: t and t - r themselves, for which a network generalises from one step length to others,
+        or 1000 times these.
+      time_sampler: The distribution of t for the examples trained by flow matching.
+      base_steps: A power of two. The shortest step is 1 / base_steps, and the network's step size for it is 0.
+      bootstrap: The fraction of the batch that is trained on steps, in [0, 1). Their targets are two steps of half the
+        length, computed with the average of the parameters (the last in the config).
+      guidance: The classifier-free guidance scale of the shortest steps in those targets, as in `guidance.cfg`, and
+        thus of all longer steps. Requires train.cond_drop_rate above 0. Sampling with the shortest steps is not guided.
     """
     if base_steps < 2 or base_steps & (base_steps - 1):
         raise InputError("base_steps", f"must be a power of two of at least 2, got {base_steps}")
-    if not 0 <= bootstrap < 1:
-        raise InputError("bootstrap", f"must be in [0, 1), got {bootstrap}")
-    if guidance < 0:
-        raise InputError("guidance", f"must be at least 0, got {guidance}")
+    checks.rate(bootstrap=bootstrap)
+    checks.at_least(0, guidance=guidance)
     return Shortcut(
         **velocity_parts(schedule, c_noise, time_sampler), base_steps=base_steps, bootstrap=bootstrap, guidance=guidance
     )

@@ -1,4 +1,4 @@
-"""Variational diffusion models: the variational bound itself, its noise schedule learned with it (Kingma et al. 2021,
+"""Variational diffusion models: training on the variational bound, with a learned noise schedule (Kingma et al. 2021,
 arXiv 2107.00630)."""
 
 import dataclasses
@@ -8,15 +8,24 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.arrays import derivative, expand, flat_mean
 from diffusion.core.types import Apply, Array, Batch, InputError, Network, Params, Schedule
-from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts, corrupt
+from diffusion.objectives.base.gaussian import (
+    Gaussian,
+    ParameterizationSpec,
+    ScheduleSpec,
+    TimeSamplerSpec,
+    apply_network,
+    build_parts,
+    corrupt,
+)
 from diffusion.process.decoders import level_log_likelihood
 
 
 @dataclasses.dataclass(frozen=True)
 class VDM(Gaussian):
-    """See `make`. The dict of networks is `{"net", "gamma"}`."""
+    """A variational diffusion model; see `make`. The dict of networks has `net` and `gamma`, the schedule."""
 
     levels: int | None = None
 
@@ -29,40 +38,40 @@ class VDM(Gaussian):
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         key, key_decode = jax.random.split(key)
-        noise = super().draw(batch, key, step, objective_state)
-        return {**noise, "decode": jax.random.normal(key_decode, batch["x"].shape, batch["x"].dtype)}
+        draws = super().draw(batch, key, step, objective_state)
+        return {**draws, "decode": jax.random.normal(key_decode, batch["x"].shape, batch["x"].dtype)}
 
     def update_state(
-        self, objective_state: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
+        self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Array
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
-        return self.time_sampler.update_state(
-            objective_state, noise["t"], loss
-        ), {}  # bins of a schedule that moves would tell nothing
+        """Updates the time sampler's state. There are no metrics per log-SNR bin, since the schedule changes."""
+        return self.time_sampler.update_state(objective_state, draws["t"], loss), {}
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """The bound of each example, nats a dimension."""
-        noise = batch["draws"]
-        x0, t = batch["x"], noise["t"]
+        """Returns the bound of each example, in nats per dimension."""
+        draws = batch["draws"]
+        x0, t = batch["x"], draws["t"]
         gamma = params["gamma"]
         ends, shape = {"ends": gamma["ends"]}, {name: value for name, value in gamma.items() if name != "ends"}
 
         def diffusion(net_params: Params, gamma_t: Array, d_gamma: Array) -> Array:
-            """gamma'(t) / 2 |eps - eps_hat|^2, `[B]` (eq. 17), as a function of gamma's values."""
-            schedule = _At(gamma_t)
-            x_t = corrupt(schedule, x0, noise["eps"], t)
-            row = self.parameterization(schedule, t)
-            output = net(net_params, expand(row.c_in, x0) * x_t, row.c_noise, batch["cond"], key=key)
-            error = flat_mean(jnp.square(x0 - row.to_x0(output, x_t)))
+            """Returns gamma'(t) / 2 |eps - eps_hat|^2, `[B]` (eq. 17), as a function of gamma and gamma' at t."""
+            schedule = _FixedGamma(gamma_t)
+            x_t = corrupt(schedule, x0, draws["eps"], t)
+            coefficients = self.parameterization(schedule, t)
+            output = apply_network(net, net_params, x_t, coefficients, batch["cond"], key)
+            error = flat_mean(jnp.square(x0 - coefficients.to_x0(output, x_t)))
             return d_gamma / 2 * jnp.exp(-gamma_t) * error
 
         def values(gamma: Mapping) -> tuple[Array, Array]:
             schedule = self.schedule.at(gamma)
             return schedule.gamma(t), derivative(schedule.gamma, t)
 
-        # The network and the ends of gamma minimise the bound. Its mean does not depend on what is between the ends;
-        # that minimises its variance, so gets the gradient of the square: 2 loss d loss (appendix I.2).
+        # The network and the ends of gamma minimise the bound. The mean of the bound does not depend on gamma between
+        # the ends, which minimises the variance and so receives the gradient of the square: 2 loss d loss (appendix
+        # I.2).
         fixed = jax.lax.stop_gradient
         between, net_params = values({**fixed(ends), **shape}), fixed(params["net"])
         term = diffusion(params["net"], *values({**ends, **fixed(shape)}))
@@ -78,10 +87,10 @@ class VDM(Gaussian):
         if self.levels is None:
             reconstruction = jnp.broadcast_to((jnp.log(2 * jnp.pi * std**2) + 1) / 2, t.shape)
         else:
-            seen = x0 + expand(std, x0) * noise["decode"]
+            seen = x0 + expand(std, x0) * draws["decode"]
             decoded = level_log_likelihood(x0, seen, expand(expand(std, x0), seen[..., None]), self.levels)
             reconstruction = -flat_mean(decoded)
-        bound = noise["weight"] * term + prior + reconstruction
+        bound = draws["weight"] * term + prior + reconstruction
         metrics = {
             "bits_per_dim": jnp.mean(bound) / math.log(2),
             "diffusion": jnp.mean(term),
@@ -94,8 +103,8 @@ class VDM(Gaussian):
 
 
 @dataclasses.dataclass(frozen=True)
-class _At:
-    """The schedule at times whose gamma is known."""
+class _FixedGamma:
+    """The schedule at times t for which gamma is given."""
 
     gamma: Array
 
@@ -110,23 +119,24 @@ class _At:
 
 
 def make(
-    schedule: PartSpec = "learned",
-    parameterization: PartSpec = "eps",
-    time_sampler: PartSpec = "stratified",
+    schedule: ScheduleSpec = "learned",
+    parameterization: ParameterizationSpec = "eps",
+    time_sampler: TimeSamplerSpec = "stratified",
     levels: int | None = None,
 ) -> VDM:
-    """The bound in nats a dimension; the metric `bits_per_dim` is the same in bits.
+    """Builds training on the bound in nats per dimension; the metric `bits_per_dim` is the same in bits.
 
     Args:
-      schedule: `learned`.
-      parameterization: any that needs no derivative of the schedule.
-      time_sampler: a law of t that is uniform on (0, 1], or says by how much it is not.
-      levels: values that a channel of the data can take, evenly from -1 to 1; None for a density.
+      schedule: The schedule `learned`.
+      parameterization: Any parameterization that does not need a derivative of the schedule.
+      time_sampler: A time sampler that is uniform on (0, 1], or that returns importance weights.
+      levels: The number of values of a data channel, evenly spaced from -1 to 1; None for the density of continuous
+        data.
     """
     parts = build_parts(schedule, parameterization, time_sampler, "simple", learned=True)
-    if levels is not None and levels < 2:
-        raise InputError("levels", f"must be at least 2, got {levels}")
-    name = parameterization if isinstance(parameterization, str) else parameterization["name"]
+    checks.at_least(2, levels=levels)
+    name = parameterization.get("name") if isinstance(parameterization, Mapping) else parameterization
     if name == "velocity":
-        raise InputError("parameterization.name", "velocity needs the schedule's derivative; use eps, x0 or v")
+        raise InputError("parameterization.name", "must not be velocity, which needs a derivative of the schedule; use "
+                         "eps, x0 or v")  # fmt: skip
     return VDM(**parts, levels=levels)

@@ -1,3 +1,5 @@
+"""Consistency models in continuous time, compared with closed forms and with the algorithm of the paper."""
+
 import dataclasses
 
 import jax
@@ -7,20 +9,23 @@ import pytest
 
 from diffusion.core.arrays import expand
 from diffusion.core.build import build
-from diffusion.core.types import InputError, Network, Spec
+from diffusion.core.types import Network, Spec
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.objectives.continuous_consistency import normalized, tangent
-from diffusion.process.analytic import Mixture, gaussian_ode_map
+from diffusion.process.analytic import Mixture
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
+from tests.objectives.drawing import with_draws
+from tests.process.gaussian_ode import gaussian_ode_map
+from tests.refusals import refused
 
 SIGMA = 0.75
 TRIG = build("schedules", {"name": "trig", "sigma_data": SIGMA})
 EDM = {"name": "edm", "sigma_data": SIGMA, "c_noise": "unit"}
 FLOW = build("objectives", {"name": "flow_matching", "schedule": {"name": "trig", "sigma_data": SIGMA},
                             "parameterization": EDM})  # fmt: skip
-MEAN, STD = 0.3, 0.5  # of the Gaussian data, whose SIGMA is not their own standard deviation
+MEAN, STD = 0.3, 0.5  # of the Gaussian data; SIGMA deliberately differs from STD
 DATA = Mixture([[MEAN, MEAN]], [STD], [1.0])
 
 
@@ -33,7 +38,7 @@ def at(t, x):
 
 
 def outputs_of(x0_of):
-    """The network whose x0 in the row `edm` is `x0_of(x, t)`."""
+    """Returns the network whose x0, in the parameterization `edm`, is `x0_of(x, t)`."""
 
     def net(params, x, c_noise, cond, *, key=None):
         x, t = x * SIGMA, c_noise
@@ -57,7 +62,7 @@ ANALYTIC = Teacher(Network(lambda key: {}, posterior_mean), FLOW, Spec((2,), low
 
 
 def velocity(x, t):
-    """dx/dtheta of the ODE, from the posterior mean."""
+    """Returns dx/dtheta of the ODE, from the posterior mean."""
     alpha, sigma = at(t, x)
     x0 = DATA.denoise(x, TRIG.alpha(t), TRIG.sigma(t))
     return SIGMA * alpha * (x - alpha * x0) / sigma - sigma / SIGMA * x0
@@ -66,8 +71,8 @@ def velocity(x, t):
 # The tangent.
 
 
-def test_the_exact_map_has_no_tangent(x64):
-    """It is constant along the ODE; neither the posterior mean is, nor the exact map along another path."""
+def test_exact_map_has_no_tangent(x64):
+    """It is constant along the ODE. The posterior mean is not, and neither is the exact map along another path."""
     t = jnp.linspace(0.01, 1, 50)
     x = jax.random.normal(jax.random.key(0), (50, 2))
 
@@ -84,15 +89,16 @@ def test_the_exact_map_has_no_tangent(x64):
     assert all(jnp.abs(slope).max() > 0.1 for slope in moving)
 
 
-def test_distillation_of_gaussian_data_is_at_rest_at_the_exact_map(x64):
-    """The whole loss, with an analytic teacher: no tangent, so no gradient either."""
+def test_distillation_loss_is_zero_for_the_exact_map(x64):
+    """With an analytic teacher the exact map has no tangent, and hence no gradient."""
     objective = objective_of(teacher=ANALYTIC, adaptive=False)
-    batch = {"x": DATA.sample(jax.random.key(0), 64), "cond": {}}
+    key = jax.random.key(1)
+    batch = with_draws(objective, {"x": DATA.sample(jax.random.key(0), 64), "cond": {}}, key)
 
-    def of(net):
-        return objective.loss(net, {"net": {}, "teacher": {"net": {}}}, {}, batch, jax.random.key(1), 0)
+    def loss_of(net):
+        return objective.loss(net, {"net": {}, "teacher": {"net": {}}}, {}, batch, key, 0)
 
-    (loss, metrics), (_, elsewhere) = jax.jit(lambda: (of(exact), of(posterior_mean)))()
+    (loss, metrics), (_, elsewhere) = jax.jit(lambda: (loss_of(exact), loss_of(posterior_mean)))()
     np.testing.assert_allclose(loss, 0, atol=1e-18)
     np.testing.assert_allclose(metrics["tangent_rms"], 0, atol=1e-9)
     assert elsewhere["tangent_rms"] > 0.05
@@ -108,7 +114,7 @@ def mlp():
 
 @pytest.mark.parametrize("name", ["mlp", "unet"])
 def test_tangent_is_the_derivative_along_the_path(name, mlp, tiny_unet, tiny_params, digits_batch):
-    """Against central differences of f itself, of fourth order, in theta; the U-Net has attention."""
+    """Compares with fourth-order central differences of f in theta; the U-Net has attention."""
     if name == "mlp":
         network, params = mlp
         x0, cond = jax.random.normal(jax.random.key(2), (16, 2)), {}
@@ -142,7 +148,7 @@ def test_tangent_is_the_derivative_along_the_path(name, mlp, tiny_unet, tiny_par
     np.testing.assert_allclose(value, output(x, t), atol=1e-5)
 
 
-def test_the_ramp_lets_the_unstable_term_in(x64):
+def test_ramp_scales_the_unstable_term(x64):
     t = jnp.linspace(0.01, 1, 7)
     x, along = jax.random.normal(jax.random.key(0), (2, 7, 2))
 
@@ -159,7 +165,7 @@ def test_normalized_tangent():
     rms = np.sqrt([[12.5], [0.125], [0.0]])
     np.testing.assert_allclose(normalized(g, "norm"), g / (rms + 0.1), rtol=1e-6)
     np.testing.assert_allclose(normalized(g, "clip"), [[1, -1], [0.3, 0.4], [0, 0]])
-    wide = jnp.tile(g, 50)  # the same picture with more pixels
+    wide = jnp.tile(g, 50)  # the same image with more pixels
     np.testing.assert_allclose(normalized(wide, "norm")[:, :2], normalized(g, "norm"), rtol=1e-6)
 
 
@@ -173,22 +179,23 @@ def linear(params, x, c_noise, cond, *, key=None):
 @pytest.mark.parametrize(("step", "ramp"), [(0, 0.0), (3, 0.3), (25, 1.0)])
 @pytest.mark.parametrize("normalize", ["norm", "clip"])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_gradient_is_the_papers(x64, step, ramp, normalize, distilled):
-    """Algorithm 1 of arXiv 2410.11081, by hand for a network that is linear, in the paper's signs: F = -(w x + b t)."""
+def test_gradient_matches_the_paper(x64, step, ramp, normalize, distilled):
+    """Compares with algorithm 1 of arXiv 2410.11081, computed for a linear network with the paper's signs,
+    F = -(w x + b t)."""
     objective = objective_of(warmup=10, normalize=normalize, teacher=ANALYTIC if distilled else None)
     w, b = 0.7, -0.4
     kernel = 0.1 * jax.random.normal(jax.random.key(3), (128,))
     params = {"net": {"w": jnp.float64(w), "b": jnp.float64(b)}, "weight": {"kernel": kernel}}
     params |= {"teacher": {"net": {"unused": jnp.float64(1)}}} if distilled else {}
     batch = {"x": DATA.sample(jax.random.key(0), 5), "cond": {}}
-    noise = objective.draw(batch, jax.random.key(1), step, {})
+    draws = objective.draw(batch, jax.random.key(1), step, {})
 
     def total(params):
-        return objective.loss(linear, params, {}, {**batch, "draws": noise}, None, step)[0].sum()
+        return objective.loss(linear, params, {}, {**batch, "draws": draws}, None, step)[0].sum()
 
     found = jax.grad(total)(params)
 
-    x0, z, theta = np.asarray(batch["x"]), SIGMA * np.asarray(noise["eps"]), np.asarray(noise["t"])[:, None] * np.pi / 2
+    x0, z, theta = np.asarray(batch["x"]), SIGMA * np.asarray(draws["eps"]), np.asarray(draws["t"])[:, None] * np.pi / 2
     cos, sin = np.cos(theta), np.sin(theta)
     x = cos * x0 + sin * z
     along = np.asarray(velocity(x, jnp.asarray(theta[:, 0]) * 2 / np.pi)) if distilled else cos * z - sin * x0
@@ -197,7 +204,7 @@ def test_gradient_is_the_papers(x64, step, ramp, normalize, distilled):
     g = -(cos**2) * (SIGMA * output - along) - ramp * cos * sin * (x + SIGMA * d_output)
     g = np.clip(g, -1, 1) if normalize == "clip" else g / (np.sqrt((g**2).mean(1, keepdims=True)) + 0.1)
     label = np.log(SIGMA * np.tan(theta[:, 0])) / 4
-    frequencies = np.random.default_rng(0).standard_normal(64, np.float32)
+    frequencies = np.random.RandomState(0).randn(64).astype(np.float32)
     angles = 2 * np.pi * label[:, None] * frequencies
     features = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     log_weight = features @ np.asarray(kernel)
@@ -212,7 +219,7 @@ def test_gradient_is_the_papers(x64, step, ramp, normalize, distilled):
         assert found["teacher"]["net"]["unused"] == 0
 
 
-def test_without_the_learned_weight_it_is_one():
+def test_weight_is_one_unless_adaptive():
     objective = objective_of(adaptive=False)
     batch = {"x": jax.random.normal(jax.random.key(0), (5, 2)), "cond": {}}
     batch["draws"] = objective.draw(batch, jax.random.key(1), 0, {})
@@ -224,23 +231,24 @@ def test_without_the_learned_weight_it_is_one():
     assert (loss > 0.1).any() and "weight" not in objective.init(Network(lambda key: {}, linear), None)
 
 
-def test_the_learned_weight_tells_noise_levels_apart_and_exists_at_both_ends():
+def test_learned_weight_depends_on_the_noise_level_and_is_finite_at_both_ends():
     objective = objective_of()
     t = jnp.array([1e-30, 1e-3, 0.1, 0.9, 1.0])
     found = objective.log_weight({"kernel": jax.random.normal(jax.random.key(0), (128,))}, t)
     assert np.isfinite(found).all() and np.diff(np.sort(found)).min() > 0.1
 
 
-def test_no_gradient_reaches_the_teacher(mlp):
-    """Whose network is one that could take it."""
+def test_teacher_receives_no_gradient(mlp):
+    """The teacher is a network with parameters."""
     network, trained = mlp
     teacher = Teacher(network, FLOW, Spec((2,)))
     objective = objective_of(teacher=teacher)
     params = objective.init(network, jax.random.key(1), {"net": trained})
-    batch = {"x": jax.random.normal(jax.random.key(0), (8, 2)), "cond": {}}
+    key = jax.random.key(1)
+    batch = with_draws(objective, {"x": jax.random.normal(jax.random.key(0), (8, 2)), "cond": {}}, key, step=5)
 
     def total(params):
-        return objective.loss(network.apply, params, {}, batch, jax.random.key(1), 5)[0].sum()
+        return objective.loss(network.apply, params, {}, batch, key, 5)[0].sum()
 
     gradient = jax.jit(jax.grad(total))(params)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient["teacher"]))
@@ -248,8 +256,8 @@ def test_no_gradient_reaches_the_teacher(mlp):
     assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradient["net"])) > 1e-3
 
 
-def test_dropout_leaves_out_the_same_for_the_frozen_copy():
-    """So that the two outputs cancel, and the error is the tangent's alone."""
+def test_frozen_copy_has_the_same_dropout():
+    """Then the two outputs cancel, and the error is that of the tangent alone."""
     objective = objective_of(adaptive=False, normalize="clip")
     seen = []
 
@@ -277,7 +285,7 @@ def test_times_are_log_normal_in_the_noise_level():
 
 @pytest.mark.parametrize("sigma_data", [0.5, 0.7, 0.75, 1.0, 1.3])
 def test_boundary_is_exact(sigma_data, mlp):
-    """f(x, 0) = x bit for bit, in float32, whatever the size of x."""
+    """f(x, 0) = x bit for bit in float32, for every magnitude of x."""
     network, params = mlp
     denoise = objective_of(sigma_data=sigma_data).denoiser(network.apply, {"net": params})
     x = jax.random.normal(jax.random.key(0), (256, 2)) * jnp.logspace(-6, 4, 256)[:, None]
@@ -286,7 +294,7 @@ def test_boundary_is_exact(sigma_data, mlp):
     np.testing.assert_array_equal(np.asarray(denoised.x0).view(np.uint32), np.asarray(x).view(np.uint32))
 
 
-def test_denoiser_is_the_papers_map(mlp):
+def test_denoiser_is_the_map_of_the_paper(mlp):
     network, params = mlp
     x, t = jax.random.normal(jax.random.key(0), (9, 2)), jnp.linspace(0.05, 1, 9)
     theta = np.asarray(t)[:, None] * np.pi / 2
@@ -295,8 +303,8 @@ def test_denoiser_is_the_papers_map(mlp):
     np.testing.assert_allclose(found, np.cos(theta) * x - np.sin(theta) * SIGMA * output, atol=1e-5)
 
 
-def test_student_begins_with_its_teacher_and_the_teacher_stays(mlp):
-    """Through the train step with its state donated; the learned weight is trained and averaged with the network."""
+def test_student_starts_from_its_teacher_which_stays_fixed(mlp):
+    """Runs the train step with its state donated. The learned weight is trained and averaged with the network."""
     network, trained = mlp
     objective = objective_of(teacher=Teacher(network, FLOW, Spec((2,))))
     opt, averages = (
@@ -306,7 +314,7 @@ def test_student_begins_with_its_teacher_and_the_teacher_stays(mlp):
     theirs = {"net": jax.tree.map(jnp.array, trained)}
     state = init_state(objective, network, opt.transform, averages, jax.random.key(0), theirs)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params)]
-    assert len(set(places)) == len(places)  # no buffer is given away twice
+    assert len(set(places)) == len(places)  # no buffer is donated twice
     for name in (state.params["net"], state.params["teacher"]["net"]):
         jax.tree.map(np.testing.assert_array_equal, name, trained)
     step = jax.jit(make_step(objective, network, opt, averages, seed=0), donate_argnums=0)
@@ -318,17 +326,16 @@ def test_student_begins_with_its_teacher_and_the_teacher_stays(mlp):
     np.testing.assert_allclose(state.ema["0.5"]["weight"]["kernel"], kernel / 2, rtol=1e-5)
 
 
-def test_a_teacher_may_be_the_beginning_alone(mlp):
+def test_teacher_may_provide_only_the_initial_weights(mlp):
     network, trained = mlp
     objective = objective_of(teacher=Teacher(network, FLOW, Spec((2,))), distill=False)
     params = objective.init(network, jax.random.key(0), {"net": trained})
     assert objective.frozen == () and set(params) == {"net", "weight"}
     jax.tree.map(np.testing.assert_array_equal, params["net"], trained)
-    batch = {"x": jax.random.normal(jax.random.key(0), (8, 2)), "cond": {}}
+    key = jax.random.key(1)
+    batch = with_draws(objective, {"x": jax.random.normal(jax.random.key(0), (8, 2)), "cond": {}}, key)
     both = objective, objective_of()
-    found, expected = jax.jit(
-        lambda: [o.loss(network.apply, params, {}, batch, jax.random.key(1), 0)[0] for o in both]
-    )()
+    found, expected = jax.jit(lambda: [o.loss(network.apply, params, {}, batch, key, 0)[0] for o in both])()
     np.testing.assert_array_equal(found, expected)
 
 
@@ -338,24 +345,18 @@ def teacher_of(**spec):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field"),
     [
-        ({"sigma_data": 0.0}, r"objectives\.sigma_data: must be positive"),
-        ({"std": 0.0}, r"objectives\.std: must be positive"),
-        ({"warmup": -1}, r"objectives\.warmup: must be at least 0"),
-        ({"normalize": "none"}, r"objectives\.normalize: "),
-        ({"teacher": teacher_of(schedule="trig")}, r"objectives\.teacher: has another schedule: sigma"),
-        ({"teacher": teacher_of(parameterization="v")}, r"objectives\.teacher: has another parameterization: c_"),
-        (
-            {"teacher": teacher_of(parameterization={**EDM, "c_noise": "time"})},
-            r"objectives\.teacher: has another parameterization: c_noise\(0\.1\) is 100 there and 0\.1 here",
-        ),
-        (
-            {"teacher": dataclasses.replace(ANALYTIC, objective=objective_of(adaptive=False))},
-            r"objectives\.teacher: is a few-step model",
-        ),
+        ({"sigma_data": 0.0}, "objectives.sigma_data"),
+        ({"std": 0.0}, "objectives.std"),
+        ({"warmup": -1}, "objectives.warmup"),
+        ({"normalize": "none"}, "objectives.normalize"),
+        ({"teacher": teacher_of(schedule="trig")}, "objectives.teacher"),
+        ({"teacher": teacher_of(parameterization="v")}, "objectives.teacher"),
+        ({"teacher": teacher_of(parameterization={**EDM, "c_noise": "time"})}, "objectives.teacher"),
+        ({"teacher": dataclasses.replace(ANALYTIC, objective=objective_of(adaptive=False))}, "objectives.teacher"),
     ],
 )
-def test_refusals(options, message):
-    with pytest.raises(InputError, match=message):
+def test_invalid_options_are_rejected(options, field):
+    with refused(field):
         objective_of(**options)

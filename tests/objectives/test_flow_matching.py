@@ -1,3 +1,5 @@
+"""Flow matching and its couplings."""
+
 import itertools
 
 import jax
@@ -7,8 +9,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from diffusion.core.build import build
-from diffusion.core.types import InputError
 from diffusion.objectives.flow_matching import sinkhorn, squared_distances
+from tests.refusals import refused
 
 
 @pytest.fixture
@@ -16,21 +18,21 @@ def batch():
     return {"x": jax.random.normal(jax.random.key(0), (6, 2)), "cond": {}}
 
 
-def noise_of(batch, coupling):
+def eps_of(batch, coupling):
     objective = build("objectives", {"name": "flow_matching", "coupling": coupling})
     return jax.jit(objective.draw)(batch, jax.random.key(1), 0, {})["eps"]
 
 
 def test_exact_coupling_is_the_best_permutation(batch):
-    """Of all 720, the one of least squared distance; the noise itself is the same."""
-    plain, paired = noise_of(batch, "independent"), noise_of(batch, "exact")
+    """It has the least squared distance of all 720 permutations of the same noise."""
+    plain, paired = eps_of(batch, "independent"), eps_of(batch, "exact")
     np.testing.assert_allclose(sorted(paired.tolist()), sorted(plain.tolist()))
     cost = np.asarray(squared_distances(batch["x"], plain))
     best = min(sum(cost[i, p] for i, p in enumerate(order)) for order in itertools.permutations(range(6)))
     np.testing.assert_allclose(((batch["x"] - paired) ** 2).sum(), best, rtol=1e-5)
 
 
-def test_sinkhorn_plan_has_uniform_margins_and_nears_the_assignment(x64):
+def test_sinkhorn_plan_has_uniform_marginals_and_approaches_the_assignment(x64):
     x, y = jax.random.normal(jax.random.key(0), (2, 32, 2))
     cost = squared_distances(x, y)
     plan = jnp.exp(sinkhorn(cost / cost.mean(), 0.05, 1000))
@@ -42,52 +44,52 @@ def test_sinkhorn_plan_has_uniform_margins_and_nears_the_assignment(x64):
     assert best < sharper < 1.05 * best < entropic < 0.4 * cost.mean() * 32
 
 
-def test_sinkhorn_coupling_is_near_and_random_is_far():
+def test_sinkhorn_coupling_shortens_distances():
     batch = {"x": jax.random.normal(jax.random.key(0), (64, 2)), "cond": {}}
-    distance = {name: float(((batch["x"] - noise_of(batch, name)) ** 2).sum(1).mean())
+    distance = {name: float(((batch["x"] - eps_of(batch, name)) ** 2).sum(1).mean())
                 for name in ("independent", "sinkhorn", "exact")}  # fmt: skip
     assert distance["exact"] < distance["sinkhorn"] < 0.5 * distance["independent"]
 
 
 def test_target_is_the_velocity_of_the_path(batch):
-    """With the straight path, eps - x0 (Liu et al. 2023, eq. 1), whatever t."""
+    """For the straight path it is eps - x0 at every t (Liu et al. 2023, eq. 1)."""
     objective = build("objectives", "flow_matching")
-    noise = objective.draw(batch, jax.random.key(1), 0, {})
+    draws = objective.draw(batch, jax.random.key(1), 0, {})
     seen = {}
 
     def net(params, x, c_noise, cond, *, key=None):
         seen.update(x=x, c_noise=c_noise)
-        return noise["eps"] - batch["x"]
+        return draws["eps"] - batch["x"]
 
-    loss, _ = objective.loss(net, {"net": None}, {}, {**batch, "draws": noise}, None, 0)
+    loss, _ = objective.loss(net, {"net": None}, {}, {**batch, "draws": draws}, None, 0)
     np.testing.assert_allclose(loss, 0, atol=1e-10)
-    t = noise["t"][:, None]
-    np.testing.assert_allclose(seen["x"], (1 - t) * batch["x"] + t * noise["eps"], rtol=1e-5)
-    np.testing.assert_allclose(seen["c_noise"], 1000 * noise["t"], rtol=1e-6)
+    t = draws["t"][:, None]
+    np.testing.assert_allclose(seen["x"], (1 - t) * batch["x"] + t * draws["eps"], rtol=1e-5)
+    np.testing.assert_allclose(seen["c_noise"], 1000 * draws["t"], rtol=1e-6)
 
 
 def test_loss_is_logged_by_noise_level():
     objective = build("objectives", "flow_matching")
     log_snr = jnp.array([-9.0, -1.0, -1.5, 1.0, 7.0])
-    noise = {"t": objective.schedule.time(log_snr), "weight": jnp.array([1.0, 1, 2, 1, 1])}
-    _, metrics = objective.update_state({}, noise, jnp.array([1.0, 2, 8, 5, 6]))
+    draws = {"t": objective.schedule.time(log_snr), "weight": jnp.array([1.0, 1, 2, 1, 1])}
+    _, metrics = objective.update_state({}, draws, jnp.array([1.0, 2, 8, 5, 6]))
     expected = {"-inf_-4": 1, "-4_-2": np.nan, "-2_0": 3, "0_2": 5, "2_4": np.nan, "4_inf": 6}
     np.testing.assert_allclose([metrics[f"loss_log_snr_{name}"] for name in expected], list(expected.values()))
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "field"),
     [
-        ({"schedule": {"name": "flow", "shift": -1.0}}, "objectives.schedule.shift: must be positive"),
-        ({"parameterization": "eps"}, "objectives.parameterization: 'eps' does not exist at t = 1"),
-        ({"parameterization": "edm"}, "objectives.parameterization: 'edm' does not exist .* use c_noise = 'time'"),
-        ({"schedule": "learned"}, "objectives.schedule.name: only vdm"),
-        ({"time_sampler": "discrete"}, "objectives.time_sampler.num_steps: "),
-        ({"coupling": "best"}, "objectives.coupling: "),
-        ({"entropy": 0.0}, "objectives.entropy: must be positive"),
-        ({"weighting": {"name": "min_snr", "gamma": -5.0}}, "objectives.weighting.gamma: must be positive"),
+        ({"schedule": {"name": "flow", "shift": -1.0}}, "objectives.schedule.shift"),
+        ({"parameterization": "eps"}, "objectives.parameterization"),
+        ({"parameterization": "edm"}, "objectives.parameterization"),
+        ({"schedule": "learned"}, "objectives.schedule.name"),
+        ({"time_sampler": "discrete"}, "objectives.time_sampler.num_steps"),
+        ({"coupling": "best"}, "objectives.coupling"),
+        ({"entropy": 0.0}, "objectives.entropy"),
+        ({"weighting": {"name": "min_snr", "gamma": -5.0}}, "objectives.weighting.gamma"),
     ],
 )
-def test_impossible_combinations(spec, message):
-    with pytest.raises(InputError, match=message):
+def test_invalid_options_are_rejected(spec, field):
+    with refused(field):
         build("objectives", {"name": "flow_matching", **spec})

@@ -1,3 +1,5 @@
+"""Latent consistency distillation of an analytic teacher."""
+
 import dataclasses
 
 import jax
@@ -7,29 +9,32 @@ import pytest
 
 from diffusion.core.arrays import expand
 from diffusion.core.build import build
-from diffusion.core.types import Denoised, InputError, Network, Spec
+from diffusion.core.types import Denoised, Network, Spec
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.sampling.guidance import guidance_embedding
 from diffusion.sampling.loop import bind
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
+from tests.objectives.drawing import with_draws
+from tests.refusals import refused
 
 VP = build("schedules", {"name": "vp", "betas": "scaled_linear"})
-DDPM = build("objectives", {"name": "denoising", "schedule": {"name": "vp", "betas": "scaled_linear"},
-                            "parameterization": {"name": "eps", "c_noise": "index"}})  # fmt: skip
-MEANS, STD, WIDE = np.array([1.0, -2.0]), 0.3, 1.5  # of the data of each label; of all data, around 0
+DENOISING = build("objectives", {"name": "denoising", "schedule": {"name": "vp", "betas": "scaled_linear"},
+                                 "parameterization": {"name": "eps", "c_noise": "index"}})  # fmt: skip
+MEANS, STD = np.array([1.0, -2.0]), 0.3  # of the data, per label
+WIDE = 1.5  # standard deviation of all data, whose mean is 0
 
 
 def x0_of(x, t, label, keep):
-    """E[x0 | x_t]: N(MEANS[label], STD^2) with the condition, N(0, WIDE^2) without."""
+    """Returns E[x0 | x_t] for x0 ~ N(MEANS[label], STD^2) with the condition, and x0 ~ N(0, WIDE^2) without."""
     alpha, sigma = (np.asarray(c(jnp.asarray(t)))[:, None] for c in (VP.alpha, VP.sigma))
     mean, std = (np.where(keep, MEANS[label], 0)[:, None], np.where(keep, STD, WIDE)[:, None])
     return (sigma**2 * mean + alpha * std**2 * x) / (alpha**2 * std**2 + sigma**2)
 
 
-def noise_of(params, x, c_noise, cond, *, key=None):
-    """The analytic teacher's network: eps, from the index of the table."""
+def eps_of(params, x, c_noise, cond, *, key=None):
+    """Predicts eps from the index of the table; the network of the analytic teacher."""
     t = (c_noise + 1) / 1000
     alpha, sigma = expand(VP.alpha(t), x), expand(VP.sigma(t), x)
     keep = jnp.broadcast_to(cond.get("keep", True), t.shape)
@@ -39,7 +44,7 @@ def noise_of(params, x, c_noise, cond, *, key=None):
     return (x - alpha * x0) / sigma
 
 
-ANALYTIC = Teacher(Network(lambda key: {}, noise_of), DDPM, Spec((2,), num_classes=2), cond_drop_rate=0.1)
+ANALYTIC = Teacher(Network(lambda key: {}, eps_of), DENOISING, Spec((2,), num_classes=2), cond_drop_rate=0.1)
 COND = {"label": jnp.array([0, 1, 1, 0]), "keep": jnp.array([True, True, False, True])}
 T = np.array([0.02, 0.5, 0.3, 1.0])
 SCALES = np.array([1.0, 4.0, 6.0, 2.5])
@@ -50,8 +55,8 @@ def objective_of(**options):
     return build("objectives", {**spec, "teacher": ANALYTIC, **options})
 
 
-def solved_by_hand(x, s):
-    """Eq. 13 and the DDIM step of arXiv 2310.04378, with omega = scale - 1, from T to s."""
+def ddim_step(x, s):
+    """Returns eq. 13 and the DDIM step of arXiv 2310.04378, with omega = scale - 1, from T to s."""
     label, keep = np.asarray(COND["label"]), np.asarray(COND["keep"])
     alpha_t, sigma_t, alpha_s, sigma_s = (
         np.asarray(c(jnp.asarray(u)))[:, None] for u in (T, s) for c in (VP.alpha, VP.sigma)
@@ -66,32 +71,32 @@ def solved_by_hand(x, s):
 
 
 @pytest.mark.parametrize(("skip", "s"), [(20, [0.0, 0.48, 0.28, 0.98]), (60, [0.0, 0.44, 0.24, 0.94])])
-def test_target_is_where_the_guided_teacher_leads(x64, skip, s):
-    """By hand with an analytic teacher; what the networks are given at either end."""
-    objective, asked = objective_of(skip=skip), []
+def test_target_follows_the_guided_teacher(x64, skip, s):
+    """Compares the loss and the networks' inputs at both ends with a manual computation."""
+    objective, seen = objective_of(skip=skip), []
 
     def net(params, x, c_noise, cond, *, key=None):
-        asked.append((params, x, c_noise, cond["guidance_scale"], key))
+        seen.append((params, x, c_noise, cond["guidance_scale"], key))
         return jnp.zeros_like(x)
 
     x0, eps = jax.random.normal(jax.random.key(0), (2, 4, 2))
-    noise = {"t": jnp.asarray(T), "guidance": jnp.asarray(SCALES), "eps": eps, "weight": jnp.ones(4)}
-    batch = {"x": x0, "cond": COND, "draws": noise}
+    draws = {"t": jnp.asarray(T), "guidance": jnp.asarray(SCALES), "eps": eps, "weight": jnp.ones(4)}
+    batch = {"x": x0, "cond": COND, "draws": draws}
     params = {"net": "student", "target": "target", "teacher": {"net": {}}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.lax, "stop_gradient", lambda x: x)  # so that names will do for parameters
+        patch.setattr(jax.lax, "stop_gradient", lambda x: x)  # so that strings can stand for parameters
         loss, _ = objective.loss(net, params, {}, batch, "key", 0)
     x_t = VP.alpha(T)[:, None] * x0 + VP.sigma(T)[:, None] * eps
-    x_s, s = solved_by_hand(np.asarray(x_t), np.array(s)), np.array(s)
-    calls = {name: rest for name, *rest in asked}
-    assert set(calls) == {"student", "target"} and len(asked) == 2
+    x_s, s = ddim_step(np.asarray(x_t), np.array(s)), np.array(s)
+    calls = {name: rest for name, *rest in seen}
+    assert set(calls) == {"student", "target"} and len(seen) == 2
     for name, x, t in (("student", x_t, T), ("target", x_s, s)):
-        given, c_noise, scale, key = calls[name]
-        np.testing.assert_allclose(given, x, rtol=1e-9, atol=1e-9)
+        network_input, c_noise, scale, key = calls[name]
+        np.testing.assert_allclose(network_input, x, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(c_noise, 1000 * t - 1, atol=1e-9)
         np.testing.assert_array_equal(scale, SCALES)
         assert key == "key"  # the same dropout for both
-    # A network that sees no noise: x0 = x / alpha, and the boundary's scalings.
+    # The network predicts no noise: x0 = x / alpha, with the boundary scalings.
     ends = []
     for x, t in ((np.asarray(x_t), T), (x_s, s)):
         skip_out, out = scalings(t)
@@ -101,24 +106,24 @@ def test_target_is_where_the_guided_teacher_leads(x64, skip, s):
 
 
 def scalings(t, scaling=10.0):
-    """c_skip and c_out of the paper's code: sigma_data = 0.5, t in steps of the table."""
+    """Returns c_skip and c_out of the paper's code, with sigma_data = 0.5 and t in steps of the table."""
     return 0.25 / ((scaling * 1000 * t) ** 2 + 0.25), scaling * 1000 * t / np.sqrt((scaling * 1000 * t) ** 2 + 0.25)
 
 
 def test_scale_1_is_the_conditional_teacher_and_0_the_unconditional(x64):
-    """DDIM's own step, of a teacher that is not guided."""
+    """They are DDIM steps of a teacher without guidance."""
     objective, ddim = objective_of(), build("samplers", "ddim")
     denoise = ANALYTIC.denoiser({"net": {}})
     x = jax.random.normal(jax.random.key(0), (4, 2))
     t, s = jnp.full(4, 0.5), jnp.full(4, 0.48)
     for scale, keep in ((1.0, COND["keep"]), (0.0, jnp.zeros(4, bool))):
         plain = ddim.step(x, bind(denoise, {**COND, "keep": keep}), VP, jnp.float64(0.5), jnp.float64(0.48), None)
-        found = objective.solved(denoise, x, t, s, COND, jnp.full(4, scale))
+        found = objective.guided_ddim_step(denoise, x, t, s, COND, jnp.full(4, scale))
         np.testing.assert_allclose(found, plain, atol=1e-12)
 
 
-def test_a_student_that_follows_the_ode_is_at_rest(x64):
-    """Exact consistency where there is nothing to solve: data at one point, for which one step of DDIM is exact."""
+def test_loss_is_zero_for_a_consistent_student(x64):
+    """For data at a single point a DDIM step is exact, so the exact student is consistent."""
     point = 0.7
 
     def net(params, x, c_noise, cond, *, key=None):
@@ -128,10 +133,11 @@ def test_a_student_that_follows_the_ode_is_at_rest(x64):
 
     teacher = dataclasses.replace(ANALYTIC, network=Network(lambda key: {}, net))
     objective = objective_of(teacher=teacher, metric="l2")
-    batch = {"x": jnp.full((64, 2), point), "cond": {}}
+    key = jax.random.key(0)
+    batch = with_draws(objective, {"x": jnp.full((64, 2), point), "cond": {}}, key)
     params = {"net": {}, "target": {}, "teacher": {"net": {}}}
-    loss, _ = objective.loss(net, params, {}, batch, jax.random.key(0), 0)
-    np.testing.assert_allclose(loss, 0, atol=1e-8)  # c_out is not quite 1
+    loss, _ = objective.loss(net, params, {}, batch, key, 0)
+    np.testing.assert_allclose(loss, 0, atol=1e-8)  # c_out is slightly below 1
 
 
 @pytest.mark.parametrize("metric", ["l2", "pseudo_huber"])
@@ -142,28 +148,29 @@ def test_metric(metric):
         return jnp.broadcast_to(params, x.shape)
 
     t = jnp.array([0.5])
-    noise = {"t": t, "guidance": jnp.ones(1), "eps": jnp.ones((1, 2)), "weight": jnp.full(1, 3.0)}
-    batch = {"x": jnp.ones((1, 2)), "cond": {"label": jnp.array([1])}, "draws": noise}
+    draws = {"t": t, "guidance": jnp.ones(1), "eps": jnp.ones((1, 2)), "weight": jnp.full(1, 3.0)}
+    batch = {"x": jnp.ones((1, 2)), "cond": {"label": jnp.array([1])}, "draws": draws}
     params = {"net": jnp.array([0.3, 0.5]), "target": jnp.array([0.4, 0.2]), "teacher": {"net": {}}}
     x_t = VP.alpha(t) + VP.sigma(t) * jnp.ones((1, 2))
     s = t - 0.02
-    x_s = objective.solved(ANALYTIC.denoiser(params["teacher"]), x_t, t, s, batch["cond"], noise["guidance"])
-    told = {**batch["cond"], "guidance": noise["guidance"]}
-    d = np.asarray(objective.end(net, params["net"], x_t, t, told) - objective.end(net, params["target"], x_s, s, told))
+    x_s = objective.guided_ddim_step(ANALYTIC.denoiser(params["teacher"]), x_t, t, s, batch["cond"], draws["guidance"])
+    cond = {**batch["cond"], "guidance_scale": draws["guidance"]}
+    f = objective.consistency_function
+    d = np.asarray(f(net, params["net"], x_t, t, cond) - f(net, params["target"], x_s, s, cond))
     expected = (d**2).mean() if metric == "l2" else (np.sqrt(d**2 + 0.03**2) - 0.03).mean()
     loss, _ = objective.loss(net, params, {}, batch, None, 0)
     np.testing.assert_allclose(loss, 3 * expected, rtol=1e-4)
 
 
-def test_times_and_scales_that_are_drawn():
-    """t on the grid of 50, so s too and down to 0; scales over the whole range, whatever t."""
+def test_draws_of_times_and_scales():
+    """t is on the grid of 50 points, and so is s, down to 0. The scales cover their range independently of t."""
     objective = objective_of(guidance=(2.0, 5.0))
-    noise = objective.draw({"x": jnp.zeros((4000, 1))}, jax.random.key(0), 0, {})
-    steps = np.asarray(noise["t"]) * 50
+    draws = objective.draw({"x": jnp.zeros((4000, 1))}, jax.random.key(0), 0, {})
+    steps = np.asarray(draws["t"]) * 50
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
     assert set(np.round(steps).astype(int)) == set(range(1, 51))
-    assert (jnp.maximum(noise["t"] - 0.02, 0)[noise["t"] < 0.03] == 0).all()
-    scale = np.asarray(noise["guidance"])
+    assert (jnp.maximum(draws["t"] - 0.02, 0)[draws["t"] < 0.03] == 0).all()
+    scale = np.asarray(draws["guidance"])
     assert scale.min() >= 2 and scale.max() <= 5
     np.testing.assert_allclose([scale.mean(), scale.std()], [3.5, 3 / 12**0.5], atol=0.05)
     assert abs(np.corrcoef(steps, scale)[0, 1]) < 0.06
@@ -174,25 +181,30 @@ def test_times_and_scales_that_are_drawn():
 
 @pytest.fixture(scope="module")
 def trained():
-    """A teacher and a student that is told the scale, and what the teacher learned."""
-    plain, told = (build("networks", {"name": "mlp", "width": 8, "depth": 1, "scalar_conditions": scalar_conditions}, shape=(2,),
-                         num_classes=2) for scalar_conditions in ((), ("guidance",)))  # fmt: skip
+    """Returns a teacher, a student's network conditioned on the scale, and the teacher's parameters."""
+    spec = {"name": "mlp", "width": 8, "depth": 1}
+    plain, conditioned = (
+        build("networks", {**spec, "scalar_conditions": names}, shape=(2,), num_classes=2)
+        for names in ((), ("guidance_scale",))
+    )
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32) / 4,
                           jax.jit(plain.init)(jax.random.key(0)))  # fmt: skip
-    return dataclasses.replace(ANALYTIC, network=plain), told, {"net": params}
+    return dataclasses.replace(ANALYTIC, network=plain), conditioned, {"net": params}
 
 
 BATCH = {"x": np.random.default_rng(1).normal(size=(8, 2)).astype(np.float32), "cond": {"label": jnp.arange(8) % 2}}
 
 
-def test_only_the_student_gets_a_gradient(trained):
+def test_only_the_student_receives_a_gradient(trained):
     teacher, network, theirs = trained
     objective = objective_of(teacher=teacher)
     params = objective.init(network, jax.random.key(1), theirs)
+    key = jax.random.key(2)
+    batch = with_draws(objective, BATCH, key)
 
     def total(params):
-        return objective.loss(network.apply, params, {}, BATCH, jax.random.key(2), 0)[0].sum()
+        return objective.loss(network.apply, params, {}, batch, key, 0)[0].sum()
 
     gradient = jax.jit(jax.grad(total))(params)
     for name in ("target", "teacher"):
@@ -201,15 +213,15 @@ def test_only_the_student_gets_a_gradient(trained):
 
 
 def test_target_follows_the_student_through_training(trained):
-    """Student and target begin with the teacher; at each step the target takes in what the step before has made of the
-    student. All through the train step, with its state donated."""
+    """Student and target start from the teacher. Each step updates the target with the student of the previous step.
+    The train step's state is donated."""
     teacher, network, theirs = trained
     objective = objective_of(teacher=teacher, target_decay=0.7)
     opt, averages = optimizer.make_optimizer(steps=9, name="sgd", learning_rate=0.1), ema.make_ema(decays=(0.5,))
     given = jax.tree.map(jnp.array, theirs)
     state = init_state(objective, network, opt.transform, averages, jax.random.key(0), given)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params)]
-    assert len(set(places)) == len(places)  # no buffer is given away twice
+    assert len(set(places)) == len(places)  # no buffer is donated twice
     paths = jax.tree.leaves_with_path(theirs["net"])
     for name in ("net", "target"):
         for path, leaf in paths:
@@ -240,7 +252,7 @@ def at(tree, path):
 
 @pytest.mark.parametrize("parameterization", [{"name": "eps", "c_noise": "index"}, {"name": "edm"}], ids=str)
 def test_boundary_is_exact(parameterization, trained):
-    """f(x, 0) = x bit for bit, in float32, also where the noise label is infinite."""
+    """f(x, 0) = x bit for bit in float32, also where the noise label is infinite."""
     teacher, network, theirs = trained
     ddpm = build("objectives", {"name": "denoising", "schedule": {"name": "vp", "betas": "scaled_linear"},
                                 "parameterization": parameterization})  # fmt: skip
@@ -253,17 +265,19 @@ def test_boundary_is_exact(parameterization, trained):
     np.testing.assert_array_equal(np.asarray(denoised.x0).view(np.uint32), np.asarray(x).view(np.uint32))
 
 
-def test_scalings_are_the_papers(x64):
+def test_scalings_match_the_paper(x64):
     t = np.array([1e-6, 1e-5, 1e-4, 0.02, 1.0])
     x = jax.random.normal(jax.random.key(0), (5, 2))
-    x0 = np.asarray(Denoised(x / VP.alpha(t)[:, None]).x0)  # of a network that sees no noise
+    x0 = np.asarray(Denoised(x / VP.alpha(t)[:, None]).x0)  # of a network that predicts no noise
     for scaling in (10.0, 3.0):
-        found = objective_of(timestep_scaling=scaling).end(lambda p, x, *_, key: jnp.zeros_like(x), {}, x, t, {})
+        found = objective_of(timestep_scaling=scaling).consistency_function(
+            lambda p, x, *_, key: jnp.zeros_like(x), {}, x, t, {}
+        )
         c_skip, c_out = (c[:, None] for c in scalings(t, scaling))
         np.testing.assert_allclose(found, c_skip * x + c_out * x0, rtol=1e-12)
 
 
-def test_denoiser_is_told_the_scale_and_1_by_default():
+def test_denoiser_is_conditioned_on_the_scale_1_by_default():
     def net(params, x, c_noise, cond, *, key=None):
         return x * cond["guidance_scale"][:, None]
 
@@ -278,38 +292,38 @@ def test_denoiser_is_told_the_scale_and_1_by_default():
     np.testing.assert_allclose(plain, (1 - sigma) / alpha, rtol=1e-4)
 
 
-def ddpm_of(**spec):
+def teacher_of(**spec):
     spec = {"schedule": {"name": "vp", "betas": "scaled_linear"}, "parameterization": {"name": "eps"}, **spec}
     return dataclasses.replace(ANALYTIC, objective=build("objectives", {"name": "denoising", **spec}))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field"),
     [
-        ({"teacher": None}, r"objectives\.teacher: is missing"),
-        ({"teacher": dataclasses.replace(ANALYTIC, cond_drop_rate=0.0)}, r"teacher: .* train\.cond_drop_rate = 0"),
-        ({"teacher": ddpm_of(schedule="vp")}, r"objectives\.teacher: has another schedule: alpha"),
-        ({"teacher": ddpm_of()}, r"objectives\.teacher: has another parameterization: c_noise\(0\.1\) is 100 "),
-        ({"teacher": ddpm_of(parameterization="v")}, r"objectives\.teacher: has another parameterization"),
-        ({"schedule": "flow", "parameterization": "v"}, r"objectives\.schedule\.name: needs a table"),
-        ({"skip": 0}, r"objectives\.skip: must be a multiple of num_steps / ddim_steps = 20 of at most 1000, got 0"),
-        ({"skip": 30}, r"objectives\.skip: must be a multiple"),
-        ({"skip": 1020}, r"objectives\.skip: must be a multiple"),
-        ({"ddim_steps": 0}, r"objectives\.ddim_steps: must be at least 1"),
-        ({"guidance": (4.0, 2.0)}, r"objectives\.guidance: must be two scales"),
-        ({"guidance": (-1.0, 2.0)}, r"objectives\.guidance: must be two scales"),
-        ({"target_decay": 1.0}, r"objectives\.target_decay: must be in \[0, 1\)"),
-        ({"timestep_scaling": 0.0}, r"objectives\.timestep_scaling: must be positive"),
-        ({"huber": 0.0}, r"objectives\.huber: must be positive"),
-        ({"metric": "lpips"}, r"objectives\.metric: "),
+        ({"teacher": None}, "objectives.teacher"),
+        ({"teacher": dataclasses.replace(ANALYTIC, cond_drop_rate=0.0)}, "objectives.teacher"),
+        ({"teacher": teacher_of(schedule="vp")}, "objectives.teacher"),
+        ({"teacher": teacher_of()}, "objectives.teacher"),
+        ({"teacher": teacher_of(parameterization="v")}, "objectives.teacher"),
+        ({"schedule": "flow", "parameterization": "v"}, "objectives.schedule.name"),
+        ({"skip": 0}, "objectives.skip"),
+        ({"skip": 30}, "objectives.skip"),
+        ({"skip": 1020}, "objectives.skip"),
+        ({"ddim_steps": 0}, "objectives.ddim_steps"),
+        ({"guidance": (4.0, 2.0)}, "objectives.guidance"),
+        ({"guidance": (-1.0, 2.0)}, "objectives.guidance"),
+        ({"target_decay": 1.0}, "objectives.target_decay"),
+        ({"timestep_scaling": 0.0}, "objectives.timestep_scaling"),
+        ({"huber": 0.0}, "objectives.huber"),
+        ({"metric": "lpips"}, "objectives.metric"),
     ],
 )
-def test_refusals(options, message):
-    with pytest.raises(InputError, match=message):
+def test_invalid_options_are_rejected(options, field):
+    with refused(field):
         objective_of(**options)
 
 
-def test_a_network_that_cannot_be_told_the_scale_is_refused(trained):
+def test_network_without_a_guidance_scale_is_rejected(trained):
     teacher, _, theirs = trained
-    with pytest.raises(InputError, match=r"network\.conditions: lacks 'guidance'"):
+    with refused("network.scalar_conditions"):
         objective_of(teacher=teacher).init(teacher.network, jax.random.key(0), theirs)

@@ -1,5 +1,5 @@
-"""Every objective interrupted and resumed from a checkpoint ends bit for bit where it would have: parameters, targets,
-teachers, averages, moments and memory, over the steps at which a discretization or a round changes."""
+"""Every objective, interrupted and resumed from a checkpoint, gives the same train state bit for bit: parameters,
+targets, teachers, averages, moments and objective state, across steps at which a discretization or a round changes."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from diffusion.training import ema, optimizer
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from tests.test_coverage import spec_of
+from tests.test_coverage import SCALAR_CONDITIONS, spec_of
 
-CURRICULUM = {"name": "square_root", "steps": 4, "start": 2, "end": 9}
+DISCRETIZATION = {"name": "square_root", "steps": 4, "start": 2, "end": 9}
 CASES = {name: {} for name in names("objectives")} | {
-    "consistency": {"discretization": CURRICULUM, "target": "average", "sigma_min": 0.002},
+    "consistency": {"discretization": DISCRETIZATION, "target": "average", "sigma_min": 0.002},
     "continuous_consistency": {"warmup": 4},
     "denoising": {"time_sampler": {"name": "importance", "bins": 2, "history": 2}},
     "progressive_distillation": {"round_steps": 2},
@@ -34,9 +34,8 @@ def network(digits):
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_is_uninterrupted(name, network, digits, digits_batch, tmp_path):
     plain = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=digits.spec.shape, num_classes=10)
-    told = name in ("mean_flow", "shortcut", "latent_consistency")
     spec = spec_of(name, None, None, plain, digits.spec) | CASES[name]
-    objective, network = build("objectives", spec), network if told else plain
+    objective, network = build("objectives", spec), network if name in SCALAR_CONDITIONS else plain
     opt, averages = optimizer.make_optimizer(steps=STEPS, learning_rate=1e-2, cycles=1), ema.make_ema(decays=(0.5, 0.9))
     step = jax.jit(make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.3))
     state = init_state(objective, network, opt.transform, averages, jax.random.key(0))
@@ -61,7 +60,7 @@ def test_resumed_is_uninterrupted(name, network, digits, digits_batch, tmp_path)
         resumed, metrics = step(resumed, batch(number))
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     assert jnp.isfinite(metrics["loss"])
-    # Whatever is frozen has moved, where it is to move.
+    # Frozen networks that follow the student have changed.
     moves = {"consistency": "target", "latent_consistency": "target", "progressive_distillation": "teacher",
              "reflow": "teacher"}  # fmt: skip
     if name in moves:

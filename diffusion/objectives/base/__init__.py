@@ -1,1 +1,1 @@
-"""Code that several training objectives share."""
+"""Code shared by several training objectives."""

@@ -1,9 +1,9 @@
-"""What flow maps share: a network that gives the average velocity of the ODE's path between two time_sampler,
+"""The base of flow-map objectives, whose network predicts the average velocity of the ODE between two times,
 
-    u(x_t, t, r) = (x_t - x_r) / (t - r),   and at r = t the velocity dx/dt itself,
+    u(x_t, t, r) = (x_t - x_r) / (t - r),   which for r = t is the instantaneous velocity dx/dt,
 
-so that a step of any length takes one evaluation. It is told the noise label of t and, as `r`, how much less that of r
-is: the length of the step.
+so that a step of any length takes one evaluation. The network is conditioned on the noise label of t and, as
+`step_size`, on the noise label of t minus that of r.
 """
 
 import dataclasses
@@ -16,52 +16,68 @@ import jax.numpy as jnp
 
 from diffusion.core.arrays import derivative, expand
 from diffusion.core.types import Apply, Array, Cond, Denoised, Denoiser, InputError, Params, Schedule
-from diffusion.objectives.base.gaussian import Gaussian, PartSpec, build_parts
+from diffusion.objectives.base.gaussian import (
+    SCALAR_CONDITIONS,
+    Gaussian,
+    ScheduleSpec,
+    TimeSamplerSpec,
+    build_parts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class AverageVelocity(Gaussian):
-    """The base of objectives that train such a network: on steps, r < t, the first of a batch's examples, and on the
-    velocity, r = t, all the others. The parameterization is `velocity`."""
+    """The base of objectives that train such a network, with the parameterization `velocity`.
+
+    The first examples of a batch are trained on steps, r < t, and all others on the velocity, r = t.
+    """
 
     @property
     def scalar_conditions(self) -> tuple[str, ...]:
         return ("step_size",)
 
     def shuffled_times(self, key: Array, n: int, objective_state: Mapping[str, Array]) -> tuple[Array, Array]:
-        """t and its weight, both `[n]`, in random order: a law may give them in a row, and the first of a batch are
-        trained on other things than the rest."""
-        key_law, key_order = jax.random.split(key)
-        t, weight = self.time_sampler.draw(self.schedule, key_law, n, objective_state)
+        """Returns t and its importance weight, both `[n]`, in random order.
+
+        A time sampler may return sorted times, while the first examples of a batch are trained differently from the
+        rest.
+        """
+        key_t, key_order = jax.random.split(key)
+        t, weight = self.time_sampler.draw(self.schedule, key_t, n, objective_state)
         order = jax.random.permutation(key_order, n)
         return t[order], weight[order]
 
     def average_velocity(
         self, net: Apply, params: Params, x: Array, t: Array, r: Array, cond: Cond, key: Array | None = None
     ) -> Array:
-        """u, `[B, ...]`, at times t and r `[B]`; `params` are the network's own."""
-        here, there = self.parameterization(self.schedule, t), self.parameterization(self.schedule, r)
-        told = {**cond, "step_size": here.c_noise - there.c_noise}
-        return net(params, expand(here.c_in, x) * x, here.c_noise, told, key=key)
+        """Returns u `[B, ...]` at times t and r `[B]`; `params` are those of the network alone."""
+        at_t, at_r = self.parameterization(self.schedule, t), self.parameterization(self.schedule, r)
+        cond = {**cond, "step_size": at_t.c_noise - at_r.c_noise}
+        return net(params, expand(at_t.c_in, x) * x, at_t.c_noise, cond, key=key)
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
-        """With the time `cond["target_time"] [B]`, the x0 by which `solver.first_order` goes to where u does; without, the mean
-        of x0 by the velocity u(x, t, t)."""
+        """Returns a denoiser that accepts a target time `cond["target_time"] [B]`.
+
+        With a target time r, x0 is the one for which `ode.first_order` moves from t to the point at r that u
+        predicts. Without it, x0 is the posterior mean that corresponds to the velocity u(x, t, t).
+        """
 
         def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
             t = jnp.broadcast_to(t, x.shape[:1])
             r = cond.get("target_time", t)
             u = self.average_velocity(net, params["net"], x, t, r, cond)
-            return Denoised(
-                straight_x0(self.schedule, x, u, t, r), kind="flow_map" if "target_time" in cond else "mean"
-            )
+            kind = "flow_map" if "target_time" in cond else "posterior_mean"
+            return Denoised(straight_x0(self.schedule, x, u, t, r), kind=kind)
 
         return denoise
 
 
 def straight_x0(schedule: Schedule, x: Array, u: Array, t: Array, r: Array) -> Array:
-    """The x0 whose straight step from x at t leads to x - (t - r) u at r, times `[B]`. It is that of the velocity's row
-    with the means of alpha' and sigma' over the step in place of their values at t, which they are at r = t."""
+    """Returns the x0 for which a first-order step from x at t arrives at x - (t - r) u at r, for times `[B]`.
+
+    It uses the coefficients of the velocity parameterization with alpha' and sigma' averaged over the step instead of
+    evaluated at t; both agree for r = t.
+    """
 
     def slope(of: Callable[[Array], Array]) -> Array:
         length = t - r
@@ -74,32 +90,34 @@ def straight_x0(schedule: Schedule, x: Array, u: Array, t: Array, r: Array) -> A
 
 
 def num_step_examples(share: float, n: int) -> int:
-    """How many of n examples, the first of them, are trained on steps."""
+    """Returns how many of n examples are trained on steps; these are the first ones."""
     return round(share * n)
 
 
 def max_step_examples(share: float, n: int) -> int:
-    """At least as many as `count` of the n examples in a micro-batch, whatever part of the batch it is: micro-batches
-    take the examples in turn."""
+    """Returns a static upper bound on the number of step examples in a micro-batch of n.
+
+    It holds for every micro-batch, because micro-batches take every k-th example of the batch.
+    """
     return math.ceil(share * n - 1e-6)
 
 
 def drop_condition(cond: Cond) -> Cond:
-    """The condition dropped, for guidance in training.
+    """Returns the condition with `keep` set to False everywhere, for guidance during training.
 
     Raises:
-      InputError: there is none.
+      InputError: There is no condition to drop.
     """
-    if not cond.keys() - {"keep", "target_time", "step_size", "guidance_scale"}:
-        raise InputError("objective.guidance", "the data has no classes to guide by; use 1")
+    if not cond.keys() - {"keep", "target_time", *SCALAR_CONDITIONS}:
+        raise InputError("objective.guidance", "must be 1, because the data has no conditions to guide by")
     return {**cond, "keep": jnp.zeros(next(iter(cond.values())).shape[:1], bool)}
 
 
-def velocity_parts(schedule: PartSpec, c_noise: str, time_sampler: PartSpec) -> dict[str, Any]:
-    """The parts of a `AverageVelocity`.
+def velocity_parts(schedule: ScheduleSpec, c_noise: str, time_sampler: TimeSamplerSpec) -> dict[str, Any]:
+    """Builds the parts of an `AverageVelocity`.
 
     Raises:
-      InputError: the path has no finite velocity at one of its ends.
+      InputError: The velocity of the path is not finite at one of its ends.
     """
     parts = build_parts(schedule, {"name": "velocity", "c_noise": c_noise}, time_sampler, "simple")
     for t in (0.0, 1.0):

@@ -1,10 +1,13 @@
-"""What all objectives with Gaussian corruption share: x_t = alpha x0 + sigma eps, and a network trained on an affine
-combination of x0 and eps. DDPM and flow matching are its schedules, parameterizations, laws of t and weightings."""
+"""The base of all objectives with Gaussian corruption, x_t = alpha x0 + sigma eps.
+
+The network is trained to predict an affine combination of x0 and eps. Denoising diffusion and flow matching differ only
+in their schedule, parameterization, time sampler and weighting.
+"""
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +15,40 @@ import numpy as np
 
 from diffusion.core.arrays import expand, flat_mean
 from diffusion.core.build import build
-from diffusion.core.types import Apply, Array, Batch, Denoised, Denoiser, InputError, Network, Params, Schedule
-from diffusion.process.parameterization import Parameterization
+from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Params, Schedule
+from diffusion.process.parameterization import Coefficients, Parameterization
 from diffusion.process.time_sampling import TimeSampler
 from diffusion.process.weighting import Weighting
 
-PartSpec = str | Mapping[str, Any]  # a part's name, or {"name": ..., **keywords}
-LOG_SNR_EDGES = (-4, -2, 0, 2, 4)  # the loss is logged between each two
+# A part's name, `{"name": ..., **keywords}`, or a callable that returns the part. The metadata of an alias is the
+# family of the part and, if there are any, the keywords that the objective passes to it and no config may set.
+PartSpec = str | Mapping[str, Any] | Callable[..., Any]
+ScheduleSpec = Annotated[PartSpec, "schedules"]
+ParameterizationSpec = Annotated[PartSpec, "parameterization"]
+TimeSamplerSpec = Annotated[PartSpec, "time_sampling"]
+WeightingSpec = Annotated[PartSpec, "weighting"]
+DiscretizationSpec = Annotated[PartSpec, "discretization"]
+ObjectiveSpec = Annotated[PartSpec, "objectives", ("schedule",)]
+
+LOG_SNR_EDGES = (-4, -2, 0, 2, 4)  # edges of the bins for which the loss is logged separately
+SCALAR_CONDITIONS = ("step_size", "guidance_scale")  # conditions that objectives add to those of the data
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """E over t, eps of w(t) mean (F - target)^2; an `Objective`."""
+    """An `Objective` with the loss E[w(t) mean((F - target)^2)], the expectation over t and eps.
+
+    Three attributes extend the protocol. `init` checks the network against `outputs` and `scalar_conditions`, and
+    `teacher.check_coefficients` compares the `parameterization` of student and teacher. An objective that does not
+    derive from this class needs `parameterization` if its models serve as teachers, and neither of the others.
+
+    Attributes:
+      schedule: The noise schedule.
+      parameterization: What the output F of the network stands for.
+      time_sampler: The distribution of t in training.
+      weighting: The weight w(t) of the squared error of F.
+      frozen: Names of the networks that receive no gradient; see `Objective`.
+    """
 
     schedule: Schedule
     parameterization: Parameterization
@@ -33,22 +58,22 @@ class Gaussian:
 
     @property
     def outputs(self) -> int:
-        """Values for each channel that the network has to give."""
+        """The number of outputs per channel that the network must have."""
         return 1
 
     @property
     def scalar_conditions(self) -> tuple[str, ...]:
-        """The numbers that the network has to take beside the noise label (`Network.conditions`)."""
+        """The scalar conditions that the network must accept; see `Network.scalar_conditions`."""
         return ()
 
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
         if network.outputs != self.outputs:
-            raise InputError("network.outputs", f"is {network.outputs}, but the objective needs {self.outputs}")
+            raise InputError("network.outputs", f"must be {self.outputs} for this objective, got {network.outputs}")
         for name in self.scalar_conditions:
             if name not in network.scalar_conditions:
-                all_of_them = tuple(dict.fromkeys((*network.scalar_conditions, *self.scalar_conditions)))
-                raise InputError("network.conditions", f"lacks {name!r}, which the objective tells it; "
-                                 f"set network.conditions = {all_of_them}")  # fmt: skip
+                required = tuple(dict.fromkeys((*network.scalar_conditions, *self.scalar_conditions)))
+                problem = f"must include {name!r} for this objective; set network.scalar_conditions = {required}"
+                raise InputError("network.scalar_conditions", problem)
         return {"net": network.init(key)}
 
     def schedule_for(self, params: Mapping) -> Schedule:
@@ -69,16 +94,19 @@ class Gaussian:
         return dict(params), objective_state
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
-        """`t [B]`, the factor `weight [B]` that makes up for its law, and `eps [B, ...]`."""
+        """Draws `t [B]`, its importance weight `weight [B]` and `eps [B, ...]`."""
         key_t, key_eps = jax.random.split(key)
         t, weight = self.time_sampler.draw(self.schedule, key_t, batch["x"].shape[0], objective_state)
         return {"t": t, "weight": weight, "eps": jax.random.normal(key_eps, batch["x"].shape, batch["x"].dtype)}
 
     def update_state(
-        self, objective_state: Mapping[str, Array], noise: Mapping[str, Array], loss: Array
+        self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Array
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
-        """The law's memory; the mean loss between each two of LOG_SNR_EDGES, NaN where there is no example."""
-        t, loss = noise["t"], loss / noise["weight"]
+        """Updates the time sampler's state.
+
+        The metrics are the mean losses between consecutive LOG_SNR_EDGES, NaN for a bin without examples.
+        """
+        t, loss = draws["t"], loss / draws["weight"]
         edges = np.array([-np.inf, *LOG_SNR_EDGES, np.inf])
         bins = jnp.digitize(self.schedule.log_snr(t), edges[1:-1])
         metrics = {
@@ -90,52 +118,46 @@ class Gaussian:
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        noise = batch["draws"]
-        x0, t, eps = batch["x"], noise["t"], noise["eps"]
-        x_t = corrupt(self.schedule, x0, eps, t)
-        row = self.parameterization(self.schedule, t)
-        output = net(params["net"], expand(row.c_in, x0) * x_t, row.c_noise, batch["cond"], key=key)
-        output, second = jnp.split(output, self.outputs, axis=-1) if self.outputs == 2 else (output, None)
-        error = flat_mean(jnp.square(output - row.target(x0, eps)))
-        loss = self.weighting(self.schedule, row, t) * error
-        if second is not None:
-            loss += self.second_loss(second, jax.lax.stop_gradient(row.to_x0(output, x_t)), x0, x_t, t)
-        return noise["weight"] * loss, {}
+        output, _, coefficients = self.forward(net, params["net"], batch, key)
+        return batch["draws"]["weight"] * self.weighted_error(output, batch, coefficients), {}
 
-    def second_loss(self, second: Array, x0_hat: Array, x0: Array, x_t: Array, t: Array) -> Array:
-        """The loss `[B]` of the network's second head."""
-        raise AssertionError("an objective with two outputs says what the second is for")
+    def forward(self, net: Apply, params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Coefficients]:
+        """Returns the network's output at x_t, x_t `[B, ...]` and the coefficients at t; `params` are the network's."""
+        draws = batch["draws"]
+        x_t = corrupt(self.schedule, batch["x"], draws["eps"], draws["t"])
+        coefficients = self.parameterization(self.schedule, draws["t"])
+        return apply_network(net, params, x_t, coefficients, batch["cond"], key), x_t, coefficients
+
+    def weighted_error(self, output: Array, batch: Batch, coefficients: Coefficients) -> Array:
+        """Returns w(t) mean((F - target)^2), `[B]`."""
+        error = flat_mean(jnp.square(output - coefficients.target(batch["x"], batch["draws"]["eps"])))
+        return self.weighting(self.schedule, coefficients, batch["draws"]["t"]) * error
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
         schedule = self.schedule_for(params)
 
-        def denoise(x: Array, t: Array, cond: Mapping[str, Array]) -> Denoised:
-            t = jnp.broadcast_to(t, x.shape[:1])
-            row = self.parameterization(schedule, t)
-            output = net(params["net"], expand(row.c_in, x) * x, row.c_noise, cond)
-            if self.outputs == 1:
-                return Denoised(row.to_x0(output, x))
-            output, second = jnp.split(output, 2, axis=-1)
-            return Denoised(row.to_x0(output, x), (second + 1) / 2)
+        def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
+            coefficients = self.parameterization(schedule, jnp.broadcast_to(t, x.shape[:1]))
+            return Denoised(coefficients.to_x0(apply_network(net, params["net"], x, coefficients, cond), x))
 
         return denoise
 
 
 def build_parts(
-    schedule: PartSpec,
-    parameterization: PartSpec,
-    time_sampler: PartSpec,
-    weighting: PartSpec,
+    schedule: ScheduleSpec,
+    parameterization: ParameterizationSpec,
+    time_sampler: TimeSamplerSpec,
+    weighting: WeightingSpec,
     *,
     learned: bool = False,
 ) -> dict[str, Any]:
-    """The parts of a `Gaussian` from their specs, held against one another.
+    """Builds the parts of a `Gaussian` from their specs and checks that they are compatible.
 
     Args:
-      learned: whether the objective trains its schedule.
+      learned: Whether the objective trains its schedule.
 
     Raises:
-      InputError: the parameterization does not exist on the schedule, or the law of t has nothing to go by.
+      InputError: The parameterization is undefined on the schedule, or the time sampler lacks information.
     """
     parts = {
         "schedule": build("schedules", schedule, field="schedule"),
@@ -144,16 +166,19 @@ def build_parts(
         "weighting": build("weighting", weighting, field="weighting"),
     }
     if learned != hasattr(parts["schedule"], "at"):
-        problem = "the objective learns its schedule; use learned" if learned else "only vdm can train this schedule"
+        problem = (
+            "must be learned for this objective" if learned else "must not be learned, except for the vdm objective"
+        )
         raise InputError("schedule.name", problem)
     start = parts["parameterization"](parts["schedule"], jnp.float32(1))
     for name, value in vars(start).items():
         if not np.isfinite(value):
             raise InputError(
                 "parameterization",
-                f"{parameterization!r} does not exist at t = 1 of schedule {schedule!r}: {name} is {value}; "
-                + ("use c_noise = 'time'" if name == "c_noise" else "use v, x0 or velocity there"),
+                f"{parameterization!r} is undefined at t = 1 of schedule {schedule!r}: {name} is {value}; "
+                + ("use c_noise = 'time'" if name == "c_noise" else "use v, x0 or velocity"),
             )
+    # Trace a draw, so that a time sampler that needs a table of steps is rejected here.
     jax.eval_shape(
         lambda key: parts["time_sampler"].draw(parts["schedule"], key, 1, parts["time_sampler"].initial_state()),
         jax.random.key(0),
@@ -162,5 +187,12 @@ def build_parts(
 
 
 def corrupt(schedule: Schedule, x0: Array, eps: Array, t: Array) -> Array:
-    """x_t, `[B, ...]`, at t `[B]`."""
+    """Returns x_t `[B, ...]` at t `[B]`."""
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
+
+
+def apply_network(
+    net: Apply, params: Params, x_t: Array, coefficients: Coefficients, cond: Cond, key: Array | None = None
+) -> Array:
+    """Returns the output F of the network at x_t `[B, ...]`."""
+    return net(params, expand(coefficients.c_in, x_t) * x_t, coefficients.c_noise, cond, key=key)

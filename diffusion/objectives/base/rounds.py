@@ -1,5 +1,8 @@
-"""What methods share that train in rounds: the student begins with its teacher's weights, and what one round has made
-of them teaches the next."""
+"""The base of objectives that distil in rounds.
+
+The student starts from its teacher's weights, and the average of the student after one round is the teacher of the
+next.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,20 +10,22 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from diffusion.core import checks
 from diffusion.core.types import Array, Batch, InputError, Network, Params
 from diffusion.objectives.base.gaussian import Gaussian
-from diffusion.objectives.base.teacher import Teacher, begin, check_coefficients, check_teacher
+from diffusion.objectives.base.teacher import Teacher, check_coefficients, check_teacher, init_from_teacher
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounds(Gaussian):
-    """A `Gaussian` with a frozen teacher. The round follows from the step alone, and the last one goes on for as long
-    as training does.
+    """A `Gaussian` with a frozen teacher that changes from round to round.
+
+    The round depends on the training step alone. The last round lasts until training ends.
 
     Attributes:
-      teacher: of the first round.
-      rounds: how many there are.
-      round_steps: training steps of each.
+      teacher: The teacher of the first round.
+      rounds: The number of rounds.
+      round_steps: The number of training steps per round.
     """
 
     frozen: tuple[str, ...] = ("teacher",)
@@ -29,30 +34,29 @@ class Rounds(Gaussian):
     round_steps: int = 1
 
     def __post_init__(self):
-        if self.round_steps < 1:
-            raise InputError("round_steps", f"must be at least 1, got {self.round_steps}")
+        checks.at_least(1, round_steps=self.round_steps)
         check_teacher(self.teacher, self.schedule)
         check_coefficients(self.teacher, self.schedule, self.parameterization)
 
     def round_of(self, step: Array) -> Array:
-        """The round that a step belongs to, counted from 0."""
+        """Returns the round that a step belongs to, counted from 0."""
         return jnp.minimum(step // self.round_steps, self.rounds - 1)
 
     def step_in_round(self, step: Array) -> Array:
-        """Steps since the round began."""
+        """Returns the number of steps since the round began."""
         return step - self.round_of(step) * self.round_steps
 
-    def hands_over(self, step: Array) -> Array:
-        """Whether a step is the first of a round that is not the first."""
+    def starts_new_round(self, step: Array) -> Array:
+        """Returns whether a step is the first of a round other than the first."""
         return (step > 0) & (self.step_in_round(step) == 0)
 
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
         net = super().init(network, key)["net"]
         teacher = self.teacher.init(key) if teacher is None else teacher
-        net = begin(net, teacher["net"])
+        net = init_from_teacher(net, teacher["net"])
         if jax.tree.structure(net) != jax.tree.structure(teacher["net"]):
-            raise InputError("network.conditions", "tells the student numbers that its teacher is not told; remove "
-                             "them, for the student becomes a teacher itself")  # fmt: skip
+            raise InputError("network.scalar_conditions", "must be those of the teacher's network, because the student "
+                             "becomes the teacher of the next round; remove the others")  # fmt: skip
         return {"net": net, "teacher": dict(teacher)}
 
     def before_step(
@@ -64,5 +68,5 @@ class Rounds(Gaussian):
         key: Array,
         step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
-        taught = jax.lax.cond(self.hands_over(step), lambda: ema_params["net"], lambda: params["teacher"]["net"])
-        return {**params, "teacher": {**params["teacher"], "net": taught}}, objective_state
+        net = jax.lax.cond(self.starts_new_round(step), lambda: ema_params["net"], lambda: params["teacher"]["net"])
+        return {**params, "teacher": {**params["teacher"], "net": net}}, objective_state
