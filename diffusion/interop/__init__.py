@@ -1,1 +1,1 @@
-"""Reading and writing weights in the formats of other libraries. None of them is imported."""
+"""Reads and writes weights in the formats of other libraries, without importing any of them."""

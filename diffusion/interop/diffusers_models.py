@@ -1,25 +1,25 @@
-"""The models of diffusers that are ours as well: `UNet2DModel` is `networks.unet`, `DiTTransformer2DModel` is
-`networks.dit`. Names and conventions are those of diffusers 0.42.
+"""Converts between networks of this library and models of diffusers: `networks.unet` and `UNet2DModel`, `networks.dit`
+and `DiTTransformer2DModel`. Names and conventions are those of diffusers 0.42.
 
-A model is a folder with `config.json` and safetensors; a pipeline has such a folder, one for the noise schedule, and
-`model_index.json`.
+A model is a folder with `config.json` and safetensors. A pipeline consists of such a folder, a folder for the noise
+schedule, and `model_index.json`.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 
-from diffusion.core.build import build, find
+from diffusion.core.build import build, defaults, find
 from diffusion.core.types import InputError, Params, Spec
 from diffusion.interop import model_folder, tensors
 from diffusion.interop.tensors import Pair, conv, copies, fused, linear, norm, pointwise, same, stacked
-from diffusion.layers.norms import usual_groups
+from diffusion.layers.norms import default_groups
 
-VERSION = "0.42.1"  # written into what we write
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention before 0.13
+VERSION = "0.42.1"  # of diffusers, recorded in the files that are written
+# Names of attention layers before diffusers 0.13, and their present names.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Model:
     """A network with its weights.
 
     Attributes:
-      network: the config's section, `{"name": "unet", ...}`.
-      spec: of the data it is for; the range of the raw values is not known here.
-      params: float32 arrays.
+      network: The section `network` of a config, `{"name": "unet", ...}`.
+      spec: The specification of the data. The range of the raw values is not known and has its default.
+      params: The parameters, float32.
     """
 
     network: Mapping[str, Any]
@@ -38,13 +38,15 @@ class Model:
 
 
 def read(path: str, *, null_class: bool = False) -> Model:
-    """Reads a model's folder.
+    """Reads a model folder.
 
     Args:
-      null_class: the last row of a U-Net's table of classes is for no class.
+      path: The folder.
+      null_class: Whether the last row of a U-Net's table of classes is the null class.
 
     Raises:
-      InputError: the folder cannot be read, the model is another, or a tensor is missing, unknown or of another shape.
+      InputError: if the folder cannot be read, the model is not supported, or a tensor is missing, unknown or of the
+        wrong shape.
     """
     config = model_folder.read_json(path, "config.json")
     kind = config.get("_class_name")
@@ -53,72 +55,76 @@ def read(path: str, *, null_class: bool = False) -> Model:
     elif kind == "DiTTransformer2DModel":
         network, spec = _read_dit({**_DIT_DEFAULTS, **config})
     else:
-        raise InputError("folder", f"{path} holds a {kind}; only UNet2DModel and DiTTransformer2DModel can be read")
+        raise InputError("folder", f"{path} contains a {kind}; only UNet2DModel and DiTTransformer2DModel can be read")
     built = build("networks", network, field="config.json", shape=spec.shape, num_classes=spec.num_classes)
     shapes = jax.eval_shape(built.init, jax.random.key(0))
-    read = {_renamed(name): tensor for name, tensor in model_folder.read_tensors(path).items()}
-    return Model(network, spec, tensors.to_ours(_pairs(network, spec), read, shapes))
+    foreign = {_current_name(name): tensor for name, tensor in model_folder.read_tensors(path).items()}
+    return Model(network, spec, tensors.to_native(pairs(network, spec), foreign, shapes))
 
 
 def write(path: str, model: Model) -> None:
-    """Writes a model's folder. Raises InputError naming the option that diffusers' model does not have."""
-    network = _whole(model.network)
+    """Writes a model folder. Raises InputError naming the option that diffusers' model does not support."""
+    network = with_defaults(model.network)
     if network["name"] == "unet":
-        config = _unet_config(network, model.spec, tensors.lengths(model.params, "scale"))
+        config = _unet_config(network, model.spec, tensors.sizes(model.params, "scale"))
     elif network["name"] == "dit":
         config = _dit_config(network, model.spec)
     else:
-        raise InputError("network.name", f"{network['name']!r} has no counterpart in diffusers; unet and dit have one")
-    model_folder.write(path, config, tensors.to_theirs(_pairs(network, model.spec), model.params))
+        raise InputError(
+            "network.name", f"must be 'unet' or 'dit' to be written for diffusers, got {network['name']!r}"
+        )
+    model_folder.write(path, config, tensors.to_foreign(pairs(network, model.spec), model.params))
 
 
-def _renamed(name: str) -> str:
+def _current_name(name: str) -> str:
+    """Returns the present name of a tensor that may have a name from before diffusers 0.13."""
     head, _, tail = name.rpartition(".")
     stem, _, last = head.rpartition(".")
     return f"{stem}.{OLD_NAMES[last]}.{tail}" if last in OLD_NAMES and ".attentions." in name else name
 
 
-def _whole(network: Mapping[str, Any]) -> dict[str, Any]:
-    """The section with what it leaves to the defaults."""
-    parameters = inspect.signature(find("networks", network["name"], field="network.name")).parameters
-    given = ("shape", "num_classes")
-    return {name: p.default for name, p in parameters.items() if name not in given} | dict(network)
+def with_defaults(network: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the section `network` of a config with the default of every option that it does not set."""
+    make = find("networks", network["name"], field="network.name")
+    return defaults(make, later=("shape", "num_classes")) | dict(network)
 
 
-def _pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
-    """The table of names."""
-    return {"unet": _unet_pairs, "dit": _dit_pairs}[network["name"]](_whole(network), spec)
+def pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
+    """Returns the table of arrays and tensors of a network."""
+    return {"unet": _unet_pairs, "dit": _dit_pairs}[network["name"]](with_defaults(network), spec)
 
 
-def _only(config: Mapping[str, Any], **allowed: Any) -> None:
-    """Refuses a `config.json` that asks for what our network does not have."""
-    for name, value in allowed.items():
+def _check_foreign(config: Mapping[str, Any], **supported: Any) -> None:
+    """Raises InputError if an entry of `config.json` has a value that this library's network does not support."""
+    for name, value in supported.items():
         values = value if isinstance(value, tuple) else (value,)
         if config[name] not in values:
-            wanted = " or ".join(repr(value) for value in values)
-            raise InputError(f"config.json.{name}", f"is {config[name]!r}; only {wanted} can be read")
+            expected = " or ".join(repr(value) for value in values)
+            raise InputError(f"config.json.{name}", f"must be {expected} to be read, got {config[name]!r}")
 
 
-def _lacks(network: Mapping[str, Any], **allowed: Any) -> None:
-    """Refuses to write a network with options that diffusers' has not."""
-    for name, value in allowed.items():
+def _check_native(network: Mapping[str, Any], **supported: Any) -> None:
+    """Raises InputError if an option of a network has a value that diffusers' model does not support."""
+    for name, value in supported.items():
         if network[name] != value:
-            raise InputError(f"network.{name}", f"is {network[name]!r}; diffusers' model has {value!r} alone")
+            problem = f"must be {value!r} to be written for diffusers, got {network[name]!r}"
+            raise InputError(f"network.{name}", problem)
 
 
 def _outputs(config: Mapping[str, Any]) -> int:
-    """Values for each channel of x."""
+    """Returns the number of output values per channel of x."""
     channels, out = config["in_channels"], config["out_channels"] or config["in_channels"]
     if out not in (channels, 2 * channels):
-        raise InputError("config.json.out_channels", f"is {out}; {channels} or {2 * channels} can be read")
+        raise InputError("config.json.out_channels", f"must be {channels} or {2 * channels} to be read, got {out}")
     return out // channels
 
 
 def _size(config: Mapping[str, Any]) -> int:
+    """Returns the side of the images."""
     size = config["sample_size"]
     size = size[0] if isinstance(size, list) and len(set(size)) == 1 else size
     if not isinstance(size, int):
-        raise InputError("config.json.sample_size", f"is {size}; must be the side of a square image")
+        raise InputError("config.json.sample_size", f"must be the side of a square image, got {size}")
     return size
 
 
@@ -135,34 +141,36 @@ _UNET_DEFAULTS = {
     "attention_head_dim": 8, "norm_num_groups": 32, "attn_norm_num_groups": None, "norm_eps": 1e-5,
     "resnet_time_scale_shift": "default", "add_attention": True, "class_embed_type": None, "num_class_embeds": None,
 }  # fmt: skip
-# A level's type of block: whether it attends, and how it resamples (None: as `downsample_type` says).
+# For each type of block: whether it has attention, and how it resamples (None: given by `downsample_type` or
+# `upsample_type`).
 _DOWN = {"DownBlock2D": (False, "conv"), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, "resnet")}
 _UP = {"UpBlock2D": (False, "conv"), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, "resnet")}
 
 
-def _levels(config: Mapping[str, Any], way: str) -> tuple[list[bool], set[str]]:
-    """Which levels attend, from the largest image on, and the ways in which they resample."""
-    kinds, field = {"down": _DOWN, "up": _UP}[way], f"{way}_block_types"
+def _levels(config: Mapping[str, Any], side: str) -> tuple[list[bool], set[str]]:
+    """Returns which levels have attention, from the largest image to the smallest, and how the levels resample."""
+    kinds, field = {"down": _DOWN, "up": _UP}[side], f"{side}_block_types"
     for name in config[field]:
         if name not in kinds:
-            raise InputError(f"config.json.{field}", f"{name!r} cannot be read; only {', '.join(kinds)}")
+            raise InputError(f"config.json.{field}", f"must be among {', '.join(kinds)} to be read, got {name!r}")
     if len(config[field]) != len(config["block_out_channels"]):
-        raise InputError(f"config.json.{field}", "must be as many as block_out_channels")
-    names = list(config[field]) if way == "down" else list(config[field])[::-1]
-    ways = {kinds[name][1] or config[f"{way}sample_type"] for name in names[:-1]}
-    return [kinds[name][0] for name in names], ways
+        raise InputError(f"config.json.{field}", "must have as many entries as block_out_channels")
+    names = list(config[field]) if side == "down" else list(config[field])[::-1]
+    resampling = {kinds[name][1] or config[f"{side}sample_type"] for name in names[:-1]}
+    return [kinds[name][0] for name in names], resampling
 
 
 def _read_unet(config: Mapping[str, Any], null_class: bool) -> tuple[dict[str, Any], Spec]:
     widths, size, classes = config["block_out_channels"], _size(config), config["num_class_embeds"] or 0
-    attends, ways = _levels(config, "down")
-    if _levels(config, "up") != (attends, ways) or len(ways) > 1:
-        raise InputError("config.json.up_block_types", "must mirror down_block_types, with one way of resampling")
+    attends, resampling = _levels(config, "down")
+    if _levels(config, "up") != (attends, resampling) or len(resampling) > 1:
+        problem = "must mirror down_block_types, and all levels must resample in the same way"
+        raise InputError("config.json.up_block_types", problem)
     if any(width % widths[0] for width in widths):
         raise InputError("config.json.block_out_channels", f"must be multiples of the first, got {list(widths)}")
     scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
     groups = config["norm_num_groups"]
-    _only(
+    _check_foreign(
         config, center_input_sample=False, time_embedding_type="positional",
         time_embedding_dim=(None, 4 * widths[0]), mid_block_type="UNetMidBlock2D", mid_block_scale_factor=1,
         act_fn=("silu", "swish"), freq_shift=(0, 1), resnet_time_scale_shift=("default", "scale_shift"),
@@ -179,11 +187,11 @@ def _read_unet(config: Mapping[str, Any], null_class: bool) -> tuple[dict[str, A
         "middle_attention": config["add_attention"],
         "head_dim": config["attention_head_dim"],
         "scale_shift": scale_shift,
-        "resample": "residual" if ways == {"resnet"} else "conv",
+        "resample": "residual" if resampling == {"resnet"} else "conv",
         "asymmetric_padding": config["downsample_padding"] == 0,
-        "freq_shift": config["freq_shift"] == 1,
+        "freq_shift": config["freq_shift"],
         "sin_first": not config["flip_sin_to_cos"],
-        "null_class": null_class or not classes,  # without classes it says nothing
+        "null_class": null_class or not classes,  # has no effect without classes
         "dropout": float(config["dropout"]),
         "groups": groups,
         "epsilon": config["norm_eps"],
@@ -193,19 +201,23 @@ def _read_unet(config: Mapping[str, Any], null_class: bool) -> tuple[dict[str, A
 
 
 def _unet_config(network: Mapping[str, Any], spec: Spec, normed: Collection[int]) -> dict[str, Any]:
-    _lacks(
+    _check_native(
         network, up_attention="every", resample_filter=(1, 1), input_skip=False, rescale=False, embedding="sinusoidal"
     )
     if network["resample"] == "projected":
-        raise InputError("network.resample", "is 'projected'; diffusers' U-Net has 'conv' and 'residual'")
+        problem = "must be 'conv' or 'residual' to be written for diffusers, got 'projected'"
+        raise InputError("network.resample", problem)
     size, _, channels = spec.shape
     widths = [network["width"] * multiplier for multiplier in network["channel_mult"]]
-    groups = {network["groups"] or usual_groups(channels) for channels in normed}
+    groups = {network["groups"] or default_groups(channels) for channels in normed}
     if len(groups) > 1:
-        raise InputError("network.groups", f"are {sorted(groups)} in different layers; diffusers' model has one number")
+        problem = (
+            f"must be the same in all layers to be written for diffusers, are {sorted(groups)}; set network.groups"
+        )
+        raise InputError("network.groups", problem)
     residual = network["resample"] == "residual"
-    kinds = {(False, False): "{way}Block2D", (True, False): "Attn{way}Block2D", (True, True): "Attn{way}Block2D",
-             (False, True): "Resnet{way}sampleBlock2D"}  # fmt: skip
+    kinds = {(False, False): "{side}Block2D", (True, False): "Attn{side}Block2D", (True, True): "Attn{side}Block2D",
+             (False, True): "Resnet{side}sampleBlock2D"}  # fmt: skip
     types = [kinds[size >> level in network["attention_resolutions"], residual] for level in range(len(widths))]
     return {
         "_class_name": "UNet2DModel",
@@ -214,10 +226,10 @@ def _unet_config(network: Mapping[str, Any], spec: Spec, normed: Collection[int]
         "sample_size": size,
         "in_channels": channels,
         "out_channels": network["outputs"] * channels,
-        "freq_shift": int(network["freq_shift"]),
+        "freq_shift": network["freq_shift"],
         "flip_sin_to_cos": not network["sin_first"],
-        "down_block_types": [kind.format(way="Down") for kind in types],
-        "up_block_types": [kind.format(way="Up") for kind in reversed(types)],
+        "down_block_types": [kind.format(side="Down") for kind in types],
+        "up_block_types": [kind.format(side="Up") for kind in reversed(types)],
         "block_out_channels": widths,
         "layers_per_block": network["num_res_blocks"],
         "downsample_padding": 0 if network["asymmetric_padding"] else 1,
@@ -237,29 +249,29 @@ def _unet_config(network: Mapping[str, Any], spec: Spec, normed: Collection[int]
 def _unet_pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
     levels, blocks = len(network["channel_mult"]), network["num_res_blocks"]
 
-    def residual(ours: str, theirs: str, projected: bool) -> list[Pair]:
-        pairs = [
-            *norm(f"{ours}/norm1", f"{theirs}.norm1"),
-            *conv(f"{ours}/conv1", f"{theirs}.conv1"),
-            *linear(f"{ours}/emb", f"{theirs}.time_emb_proj"),
-            *norm(f"{ours}/norm2", f"{theirs}.norm2"),
-            *conv(f"{ours}/conv2", f"{theirs}.conv2"),
+    def residual(native: str, foreign: str, projected: bool) -> list[Pair]:
+        layers = [
+            *norm(f"{native}/norm1", f"{foreign}.norm1"),
+            *conv(f"{native}/conv1", f"{foreign}.conv1"),
+            *linear(f"{native}/emb", f"{foreign}.time_emb_proj"),
+            *norm(f"{native}/norm2", f"{foreign}.norm2"),
+            *conv(f"{native}/conv2", f"{foreign}.conv2"),
         ]
-        return [*pairs, *pointwise(f"{ours}/skip", f"{theirs}.conv_shortcut")] if projected else pairs
+        return [*layers, *pointwise(f"{native}/skip", f"{foreign}.conv_shortcut")] if projected else layers
 
-    def attention(ours: str, theirs: str) -> list[Pair]:
+    def attention(native: str, foreign: str) -> list[Pair]:
         return [
-            *norm(f"{ours}/norm", f"{theirs}.group_norm"),
-            *fused(f"{ours}/qkv", [f"{theirs}.to_{part}" for part in "qkv"]),
-            *linear(f"{ours}/out", f"{theirs}.to_out.0"),
+            *norm(f"{native}/norm", f"{foreign}.group_norm"),
+            *fused(f"{native}/qkv", [f"{foreign}.to_{part}" for part in "qkv"]),
+            *linear(f"{native}/out", f"{foreign}.to_out.0"),
         ]
 
-    def resampler(ours: str, theirs: str) -> list[Pair]:
+    def resampler(native: str, foreign: str) -> list[Pair]:
         if network["resample"] == "residual":
-            return residual(f"{ours}/residual", theirs, projected=False)
-        return conv(f"{ours}/conv", f"{theirs}.conv")
+            return residual(f"{native}/residual", foreign, projected=False)
+        return conv(f"{native}/conv", f"{foreign}.conv")
 
-    pairs = [
+    table = [
         *linear("embed/inner", "time_embedding.linear_1"),
         *linear("embed/outer", "time_embedding.linear_2"),
         *conv("conv_in", "conv_in"),
@@ -269,9 +281,9 @@ def _unet_pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
         *residual("middle/second/residual", "mid_block.resnets.1", projected=False),
     ]
     if spec.num_classes:
-        pairs.append(same("embed/label/embedding", "class_embedding.weight"))
+        table.append(same("embed/label/embedding", "class_embedding.weight"))
     if network["middle_attention"]:
-        pairs += attention("middle/first/attention", "mid_block.attentions.0")
+        table += attention("middle/first/attention", "mid_block.attentions.0")
     for level, multiplier in enumerate(network["channel_mult"]):
         down, up = f"down_blocks.{level}", f"up_blocks.{levels - 1 - level}"
         grows = multiplier != network["channel_mult"][max(level - 1, 0)]
@@ -279,17 +291,17 @@ def _unet_pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
         for block in range(blocks + 1):
             if block < blocks:
                 projected = grows and block == 0
-                pairs += residual(f"down/{level}_{block}/residual", f"{down}.resnets.{block}", projected)
-            pairs += residual(f"up/{level}_{block}/residual", f"{up}.resnets.{block}", projected=True)
+                table += residual(f"down/{level}_{block}/residual", f"{down}.resnets.{block}", projected)
+            table += residual(f"up/{level}_{block}/residual", f"{up}.resnets.{block}", projected=True)
             if attends and block < blocks:
-                pairs += attention(f"down/{level}_{block}/attention", f"{down}.attentions.{block}")
+                table += attention(f"down/{level}_{block}/attention", f"{down}.attentions.{block}")
             if attends:
-                pairs += attention(f"up/{level}_{block}/attention", f"{up}.attentions.{block}")
+                table += attention(f"up/{level}_{block}/attention", f"{up}.attentions.{block}")
         if level + 1 < levels:
-            pairs += resampler(f"down/{level}_down", f"{down}.downsamplers.0")
+            table += resampler(f"down/{level}_down", f"{down}.downsamplers.0")
         if level:
-            pairs += resampler(f"up/{level}_up", f"{up}.upsamplers.0")
-    return pairs
+            table += resampler(f"up/{level}_up", f"{up}.upsamplers.0")
+    return table
 
 
 # DiTTransformer2DModel
@@ -303,8 +315,8 @@ _DIT_DEFAULTS = {
 
 
 def _read_dit(config: Mapping[str, Any]) -> tuple[dict[str, Any], Spec]:
-    _only(config, dropout=0, attention_bias=True, activation_fn="gelu-approximate", upcast_attention=False,
-          norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=(1e-5, 1e-6))  # fmt: skip
+    _check_foreign(config, dropout=0, attention_bias=True, activation_fn="gelu-approximate", upcast_attention=False,
+                   norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=(1e-5, 1e-6))  # fmt: skip
     size = _size(config)
     network = {
         "name": "dit",
@@ -312,16 +324,16 @@ def _read_dit(config: Mapping[str, Any]) -> tuple[dict[str, Any], Spec]:
         "width": config["num_attention_heads"] * config["attention_head_dim"],
         "depth": config["num_layers"],
         "num_heads": config["num_attention_heads"],
-        "freq_shift": True,
+        "freq_shift": 1,
         "outputs": _outputs(config),
     }
     return network, Spec((size, size, config["in_channels"]), config["num_embeds_ada_norm"])
 
 
 def _dit_config(network: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
-    _lacks(network, mlp_ratio=4, positions="sincos", norm="layer", qk_norm=False, mlp="gelu", freq_shift=True)
+    _check_native(network, mlp_ratio=4, positions="sincos", norm="layer", qk_norm=False, mlp="gelu", freq_shift=1)
     if not spec.num_classes:
-        raise InputError("data", "has no classes; diffusers' DiT is conditioned on one")
+        raise InputError("data", "must have classes for a DiT to be written for diffusers")
     return {
         "_class_name": "DiTTransformer2DModel",
         "_diffusers_version": VERSION,
@@ -360,7 +372,7 @@ def _dit_pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
         lambda array: [array.reshape(p, p, C, D).transpose(3, 2, 0, 1)],
     )
     return [
-        *copies(embedder, prefixes),  # every block of theirs has its own copy of the embeddings
+        *copies(embedder, prefixes),  # in diffusers every block has a copy of the embeddings
         *stacked(block, prefixes),
         patches,
         same("patches_in/bias", "pos_embed.proj.bias"),

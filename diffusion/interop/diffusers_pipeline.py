@@ -1,5 +1,5 @@
-"""Pipelines of diffusers: a model's folder, `scheduler/scheduler_config.json`, and `model_index.json` that names
-both."""
+"""Reads and writes pipelines of diffusers: a model folder, `scheduler/scheduler_config.json`, and `model_index.json`,
+which names both."""
 
 import os
 from collections.abc import Mapping
@@ -13,20 +13,25 @@ COMPONENTS = {
     "unet": ("unet", "UNet2DModel", "DDPMPipeline"),
     "dit": ("transformer", "DiTTransformer2DModel", "DiTPipeline"),
 }
-# A DiT's pipeline hands its scheduler no variance, so it takes DDIM's.
+# DiTPipeline does not pass a learned variance to its scheduler, so a DiT is sampled with DDIM.
 SCHEDULERS = {"unet": "DDPMScheduler", "dit": "DDIMScheduler"}
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def read(path: str, *, null_class: bool = False) -> tuple[Model, dict[str, Any] | None]:
-    """Reads a model's folder, or a pipeline's.
+    """Reads a model folder or a pipeline folder.
+
+    Args:
+      path: The folder.
+      null_class: Whether the last row of a U-Net's table of classes is the null class.
 
     Returns:
-      The model, and the sections `objective`, `sampler` and `guidance` that its noise schedule makes: None without one.
+      The model, and the sections `objective`, `sampler` and `guidance` of a config that correspond to the pipeline's
+      scheduler; None for a model folder.
 
     Raises:
-      InputError: it cannot be read.
+      InputError: if the folder cannot be read or what it contains is not supported.
     """
     if not os.path.exists(os.path.join(path, "model_index.json")):
         return diffusers_models.read(path, null_class=null_class), None
@@ -35,22 +40,30 @@ def read(path: str, *, null_class: bool = False) -> tuple[Model, dict[str, Any] 
         if component in index:
             model = diffusers_models.read(os.path.join(path, component), null_class=null_class)
             schedule = model_folder.read_json(os.path.join(path, "scheduler"), "scheduler_config.json")
-            return model, _sections(schedule, model.network["outputs"])
-    raise InputError("folder", f"{path} is no pipeline of a UNet2DModel or a DiTTransformer2DModel")
+            return model, sections(schedule, model.network["outputs"])
+    raise InputError("folder", f"{path} must contain a pipeline of a UNet2DModel or a DiTTransformer2DModel")
 
 
 def write(path: str, model: Model, objective: Mapping[str, Any]) -> str:
-    """Writes a pipeline's folder, or the model's alone where the objective has no scheduler in diffusers.
+    """Writes a pipeline folder, or only a model folder if the objective has no scheduler in diffusers.
+
+    Args:
+      path: The folder.
+      model: The model to write.
+      objective: The section `objective` of a config.
 
     Returns:
-      What was written, in words.
+      A description of what was written.
+
+    Raises:
+      InputError: naming the option that diffusers' model does not support.
     """
     name = model.network["name"]
     component, kind, pipeline = COMPONENTS.get(name, ("", "", ""))
     problem = _no_scheduler(objective)
     if problem:
         diffusers_models.write(path, model)
-        return f"{kind}; no pipeline, for {problem}"
+        return f"{kind}; no pipeline, because {problem}"
     diffusers_models.write(os.path.join(path, component), model)
     scheduler = SCHEDULERS[name]
     config = {"_class_name": scheduler, "_diffusers_version": VERSION, **_scheduler(objective)}
@@ -61,24 +74,25 @@ def write(path: str, model: Model, objective: Mapping[str, Any]) -> str:
     if name == "dit":
         parts["vae"] = ["diffusers", "AutoencoderKL"]
     model_folder.write_json(path, "model_index.json", {"_class_name": pipeline, "_diffusers_version": VERSION, **parts})
-    return pipeline + (", which wants its vae: from_pretrained(..., vae=vae)" if name == "dit" else "")
+    return pipeline + (", which requires a vae: from_pretrained(..., vae=vae)" if name == "dit" else "")
 
 
 def _no_scheduler(objective: Mapping[str, Any]) -> str:
-    """Why the objective's models cannot be sampled by diffusers' DDPMScheduler; empty if they can."""
+    """Describes why diffusers' DDPMScheduler cannot sample the objective's models; empty if it can."""
     schedule, parameterization = (_named(objective.get(name)) for name in ("schedule", "parameterization"))
-    if objective["name"] != "ddpm" or schedule.get("name", "vp") != "vp":
-        return "its objective is not ddpm on a vp schedule"
+    if objective["name"] != "denoising" or schedule.get("name", "vp") != "vp":
+        return "the objective is not denoising with schedule vp"
     if schedule.get("betas", "linear") not in BETAS:
-        return f"diffusers reads no betas {schedule['betas']!r}"
+        return f"diffusers does not support betas {schedule['betas']!r}"
     if parameterization.get("name", "eps") not in PREDICTIONS:
-        return f"diffusers knows no parameterization {parameterization['name']!r}"
+        return f"diffusers does not support parameterization {parameterization['name']!r}"
     if parameterization.get("c_noise", "time") != "index":
-        return "the network was trained on times, not on indices (objective.parameterization.c_noise = 'index')"
+        return "the network was not trained on table indices (objective.parameterization.c_noise = 'index')"
     return ""
 
 
 def _scheduler(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the scheduler's configuration."""
     schedule, parameterization = (_named(objective.get(name)) for name in ("schedule", "parameterization"))
     betas = schedule.get("betas", "linear")
     start, end = (0.00085, 0.012) if betas == "scaled_linear" else (1e-4, 0.02)
@@ -94,17 +108,28 @@ def _scheduler(objective: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sections(scheduler: Mapping[str, Any], outputs: int) -> dict[str, Any]:
-    betas = {theirs: ours for ours, theirs in BETAS.items()}
-    predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+def sections(scheduler: Mapping[str, Any], outputs: int) -> dict[str, Any]:
+    """Returns the sections `objective`, `sampler` and `guidance` that correspond to a scheduler's configuration.
+
+    Args:
+      scheduler: The content of `scheduler_config.json`.
+      outputs: The network's number of output values per channel.
+
+    Raises:
+      InputError: naming the entry that is not supported.
+    """
+    betas = {foreign: native for native, foreign in BETAS.items()}
+    predictions = {foreign: native for native, foreign in PREDICTIONS.items()}
     named = {"beta_schedule": "linear", "prediction_type": "epsilon", **scheduler}
     for field, known in (("beta_schedule", betas), ("prediction_type", predictions)):
         if named[field] not in known:
             raise InputError(
-                f"scheduler_config.json.{field}", f"{named[field]!r} cannot be read; one of {', '.join(known)}"
+                f"scheduler_config.json.{field}", f"must be among {', '.join(known)} to be read, got {named[field]!r}"
             )
     if scheduler.get("trained_betas") is not None:
-        raise InputError("scheduler_config.json.trained_betas", "cannot be read; only beta_schedule can")
+        raise InputError(
+            "scheduler_config.json.trained_betas", "must be None to be read; only beta_schedule is supported"
+        )
     schedule = {
         "name": "vp",
         "betas": betas[named["beta_schedule"]],
@@ -126,7 +151,7 @@ def _sections(scheduler: Mapping[str, Any], outputs: int) -> dict[str, Any]:
             "name": "denoising",
             "schedule": schedule,
             "parameterization": {"name": predictions[named["prediction_type"]], "c_noise": "index"},
-            "times": {"name": "discrete"},
+            "time_sampler": {"name": "discrete"},
             "weighting": {"name": "simple"},
             "learned_variance": learned,
         },
@@ -136,4 +161,5 @@ def _sections(scheduler: Mapping[str, Any], outputs: int) -> dict[str, Any]:
 
 
 def _named(part: Any) -> dict[str, Any]:
+    """Returns a part of a config as a dict with the key `name`; empty if it is None."""
     return {"name": part} if isinstance(part, str) else dict(part or {})

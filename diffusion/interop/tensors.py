@@ -1,6 +1,6 @@
-"""How tensors of ours and of another library's are the same numbers: one table for both directions.
+"""Correspondence between this library's arrays and the tensors of another library, in one table for both directions.
 
-A network is a list of `Pair`s, each one of our arrays and the other library's tensors that it is made of.
+A network is a list of `Pair`s, each of one native array and the foreign tensors that it consists of.
 """
 
 import dataclasses
@@ -17,141 +17,149 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Attributes:
-    ours: the path of an array of ours, as in `down/0_0/conv1/kernel`.
-    theirs: the names of the tensors that it is made of.
-    join: from their tensors, in this order, to ours.
-    split: from ours to their tensors; `split(join(x)) == x`, and back.
+    """A native array and the foreign tensors that it consists of.
+
+    Attributes:
+      native: The path of the array in the parameters, such as `down/0_0/conv1/kernel`.
+      foreign: The names of the tensors.
+      join: Maps the tensors, in this order, to the array.
+      split: Maps the array to the tensors; the inverse of `join`.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
+    native: str
+    foreign: tuple[str, ...]
     join: Callable[[Sequence[np.ndarray]], np.ndarray]
     split: Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
-def same(ours: str, theirs: str) -> Pair:
-    return Pair(ours, (theirs,), lambda tensors: tensors[0], lambda array: [array])
+def same(native: str, foreign: str) -> Pair:
+    """Pairs an array with an identical tensor."""
+    return Pair(native, (foreign,), lambda tensors: tensors[0], lambda array: [array])
 
 
-def permuted(ours: str, theirs: str, *axes: int) -> Pair:
-    """Ours has their axes in this order."""
+def permuted(native: str, foreign: str, *axes: int) -> Pair:
+    """Pairs an array with a tensor whose transpose by `axes` it is."""
     back = np.argsort(axes)
-    return Pair(ours, (theirs,), lambda tensors: tensors[0].transpose(axes), lambda array: [array.transpose(back)])
+    return Pair(native, (foreign,), lambda tensors: tensors[0].transpose(axes), lambda array: [array.transpose(back)])
 
 
-def linear(ours: str, theirs: str) -> list[Pair]:
-    """`[in, out]` from `[out, in]`, and the bias."""
-    return [permuted(f"{ours}/kernel", f"{theirs}.weight", 1, 0), same(f"{ours}/bias", f"{theirs}.bias")]
+def linear(native: str, foreign: str) -> list[Pair]:
+    """Pairs linear layers: kernels `[in, out]` and `[out, in]`, and biases."""
+    return [permuted(f"{native}/kernel", f"{foreign}.weight", 1, 0), same(f"{native}/bias", f"{foreign}.bias")]
 
 
-def conv(ours: str, theirs: str) -> list[Pair]:
-    """HWIO from OIHW, and the bias."""
-    return [permuted(f"{ours}/kernel", f"{theirs}.weight", 2, 3, 1, 0), same(f"{ours}/bias", f"{theirs}.bias")]
+def conv(native: str, foreign: str) -> list[Pair]:
+    """Pairs convolutions: kernels HWIO and OIHW, and biases."""
+    return [permuted(f"{native}/kernel", f"{foreign}.weight", 2, 3, 1, 0), same(f"{native}/bias", f"{foreign}.bias")]
 
 
-def pointwise(ours: str, theirs: str) -> list[Pair]:
-    """A linear layer from a 1x1 convolution."""
-    kernel = Pair(f"{ours}/kernel", (f"{theirs}.weight",), lambda tensors: tensors[0][:, :, 0, 0].T,
+def pointwise(native: str, foreign: str) -> list[Pair]:
+    """Pairs a native linear layer with a foreign 1x1 convolution."""
+    kernel = Pair(f"{native}/kernel", (f"{foreign}.weight",), lambda tensors: tensors[0][:, :, 0, 0].T,
                   lambda array: [array.T[:, :, None, None]])  # fmt: skip
-    return [kernel, same(f"{ours}/bias", f"{theirs}.bias")]
+    return [kernel, same(f"{native}/bias", f"{foreign}.bias")]
 
 
-def norm(ours: str, theirs: str) -> list[Pair]:
-    return [same(f"{ours}/scale", f"{theirs}.weight"), same(f"{ours}/bias", f"{theirs}.bias")]
+def norm(native: str, foreign: str) -> list[Pair]:
+    """Returns the pairs of a normalization layer: scale and bias."""
+    return [same(f"{native}/scale", f"{foreign}.weight"), same(f"{native}/bias", f"{foreign}.bias")]
 
 
-def fused(ours: str, theirs: Sequence[str]) -> list[Pair]:
-    """One linear layer from several that are asked the same, their outputs side by side."""
+def fused(native: str, foreign: Sequence[str]) -> list[Pair]:
+    """Pairs one native linear layer with several foreign ones of the same input, whose outputs it concatenates."""
     kernel = Pair(
-        f"{ours}/kernel",
-        tuple(f"{name}.weight" for name in theirs),
+        f"{native}/kernel",
+        tuple(f"{name}.weight" for name in foreign),
         lambda tensors: np.concatenate([tensor.T for tensor in tensors], axis=1),
-        lambda array: [part.T for part in np.split(array, len(theirs), axis=1)],
+        lambda array: [part.T for part in np.split(array, len(foreign), axis=1)],
     )
     bias = Pair(
-        f"{ours}/bias",
-        tuple(f"{name}.bias" for name in theirs),
+        f"{native}/bias",
+        tuple(f"{name}.bias" for name in foreign),
         np.concatenate,
-        lambda array: np.split(array, len(theirs)),
+        lambda array: np.split(array, len(foreign)),
     )
     return [kernel, bias]
 
 
 def copies(pairs: Sequence[Pair], prefixes: Sequence[str]) -> list[Pair]:
-    """What ours has once, and theirs under each prefix: the copies must be equal."""
+    """Pairs native arrays with foreign tensors that exist once per prefix. `join` raises InputError if they differ."""
 
     def copied(pair: Pair) -> Pair:
-        (name,) = pair.theirs
+        (name,) = pair.foreign
         names = tuple(prefix + name for prefix in prefixes)
 
         def join(tensors: Sequence[np.ndarray]) -> np.ndarray:
             for other, tensor in zip(names, tensors, strict=True):
                 if not np.array_equal(tensor, tensors[0]):
-                    raise InputError(f"tensors.{other}", f"differs from {names[0]}; ours has one for all blocks")
+                    raise InputError(f"tensors.{other}", f"must equal {names[0]}: this library shares one tensor among "
+                                     "all blocks; the model cannot be converted")  # fmt: skip
             return pair.join(tensors[:1])
 
-        return Pair(pair.ours, names, join, lambda array: [*pair.split(array)] * len(names))
+        return Pair(pair.native, names, join, lambda array: [*pair.split(array)] * len(names))
 
     return [copied(pair) for pair in pairs]
 
 
 def stacked(pairs: Sequence[Pair], prefixes: Sequence[str]) -> list[Pair]:
-    """Blocks that are stacked in ours along a leading axis, and stand under one prefix each in theirs."""
+    """Pairs native arrays, stacked over the blocks along a leading axis, with foreign tensors of one block per
+    prefix."""
 
     def over_blocks(pair: Pair) -> Pair:
-        width = len(pair.theirs)
+        width = len(pair.foreign)
 
         def join(tensors: Sequence[np.ndarray]) -> np.ndarray:
             blocks = (tensors[i : i + width] for i in range(0, len(tensors), width))
             return np.stack([pair.join(block) for block in blocks])
 
-        names = tuple(prefix + name for prefix in prefixes for name in pair.theirs)
-        return Pair(pair.ours, names, join, lambda array: [part for block in array for part in pair.split(block)])
+        names = tuple(prefix + name for prefix in prefixes for name in pair.foreign)
+        return Pair(pair.native, names, join, lambda array: [part for block in array for part in pair.split(block)])
 
     return [over_blocks(pair) for pair in pairs]
 
 
-def to_ours(pairs: Sequence[Pair], tensors: Tensors, shapes: Params) -> Params:
-    """Our parameters from their tensors.
+def to_native(pairs: Sequence[Pair], tensors: Tensors, shapes: Params) -> Params:
+    """Converts foreign tensors to native parameters.
 
     Args:
-      shapes: our parameters, abstract, which say what shape each of their tensors must have.
+      pairs: The table of the network.
+      tensors: The foreign tensors by name.
+      shapes: The native parameters, possibly abstract, which determine the shapes that the tensors must have.
 
     Raises:
-      InputError: a tensor is missing, is not in the table, or has another shape.
+      InputError: if a tensor is missing, is not in the table, or has the wrong shape.
     """
-    ours = _flat(shapes)
-    known = {name for pair in pairs for name in pair.theirs}
+    native = _flat(shapes)
+    known = {name for pair in pairs for name in pair.foreign}
     for name in sorted(tensors.keys() - known):
-        raise InputError(f"tensors.{name}", f"{list(tensors[name].shape)} belongs to no layer of its config.json")
+        raise InputError(f"tensors.{name}", f"of shape {list(tensors[name].shape)} belongs to no layer of config.json")
     flat = {}
     for pair in pairs:
-        parts = pair.split(np.broadcast_to(np.float32(0), ours[pair.ours].shape))
-        for name, like in zip(pair.theirs, parts, strict=True):
+        parts = pair.split(np.broadcast_to(np.float32(0), native[pair.native].shape))
+        for name, like in zip(pair.foreign, parts, strict=True):
             if name not in tensors:
-                raise InputError(f"tensors.{name}", f"{list(like.shape)} is missing")
+                raise InputError(f"tensors.{name}", f"is missing; config.json requires it, of shape {list(like.shape)}")
             if tensors[name].shape != like.shape:
-                there, wanted = list(tensors[name].shape), list(like.shape)
-                raise InputError(f"tensors.{name}", f"is {there}; by config.json it must be {wanted}")
-        flat[pair.ours] = pair.join([tensors[name] for name in pair.theirs])
-    assert flat.keys() == ours.keys(), "the table does not cover the network"
+                actual, expected = list(tensors[name].shape), list(like.shape)
+                raise InputError(f"tensors.{name}", f"must have shape {expected} by config.json, got {actual}")
+        flat[pair.native] = pair.join([tensors[name] for name in pair.foreign])
+    assert flat.keys() == native.keys(), "the table does not cover the network"
     return _nested(flat)
 
 
-def to_theirs(pairs: Sequence[Pair], params: Params) -> dict[str, np.ndarray]:
-    """Their tensors from our parameters."""
+def to_foreign(pairs: Sequence[Pair], params: Params) -> dict[str, np.ndarray]:
+    """Converts native parameters to foreign tensors."""
     flat = _flat(params)
-    assert flat.keys() == {pair.ours for pair in pairs}, "the table does not cover the network"
+    assert flat.keys() == {pair.native for pair in pairs}, "the table does not cover the network"
     return {
         name: tensor
         for pair in pairs
-        for name, tensor in zip(pair.theirs, pair.split(np.asarray(flat[pair.ours])), strict=True)
+        for name, tensor in zip(pair.foreign, pair.split(np.asarray(flat[pair.native])), strict=True)
     }
 
 
-def lengths(params: Params, last: str) -> set[int]:
-    """Of our vectors whose path ends so."""
+def sizes(params: Params, last: str) -> set[int]:
+    """Returns the sizes of the native arrays whose path ends with the name `last`."""
     return {array.size for path, array in _flat(params).items() if path.rpartition("/")[2] == last}
 
 
@@ -163,8 +171,8 @@ def _nested(flat: Mapping[str, np.ndarray]) -> Params:
     nested: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, last = path.split("/")
-        place = nested
+        parent = nested
         for name in parents:
-            place = place.setdefault(name, {})
-        place[last] = value
+            parent = parent.setdefault(name, {})
+        parent[last] = value
     return nested

@@ -1,1 +1,1 @@
-"""Blocks that networks share."""
+"""Layers and helper functions that several networks share."""

@@ -1,11 +1,11 @@
 """Attention: one function for all networks, and the self-attention block of U-Nets.
 
-A network takes the choice of the implementation as its keyword `kernel`.
+Networks choose the implementation by their option `kernel`.
 """
 
-import contextlib
 import math
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,54 +13,63 @@ from flax import nnx
 
 from diffusion.core.types import Array, InputError
 from diffusion.layers.keys import Keys
-from diffusion.layers.residual import Style
+from diffusion.layers.residual import BlockConfig
 
 Kernel = Literal["auto", "xla", "cudnn", "chunked"]
 
-CHUNK = 256  # queries at a time, where they are taken in chunks
-LONG = 2**20  # products of queries and keys, for each head, from which `auto` takes them in chunks: 1,024 tokens
+CHUNK = 256  # queries per chunk of the `chunked` kernel
+LONG = 2**20  # products of queries and keys per head from which `auto` chooses `chunked`: 1,024 x 1,024 tokens
 
-_forward_mode = jax.make_user_context(False)  # a part of what `jax.jit` goes by: another value is traced anew
+_forward_mode = jax.make_user_context(False)  # part of the cache key of `jax.jit`, so a new value causes a new trace
 
 
-def forward_mode() -> contextlib.AbstractContextManager:
-    """Around a `jax.jvp` of a network: cuDNN's attention has no forward-mode derivative, and `auto` then does not
-    choose it."""
-    return _forward_mode(True)
+def jvp(function: Callable, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    """Computes `jax.jvp(function, primals, tangents)` of a function that applies a network.
+
+    cuDNN's attention has no forward-mode derivative, so the kernel `auto` does not choose it in this computation. The
+    trace itself does not show this: inside a scan, blocks are traced before they are differentiated.
+    """
+    with _forward_mode(True):
+        return jax.jvp(function, tuple(primals), tuple(tangents))
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: Kernel = "auto") -> Array:
-    """softmax(q k^T / sqrt(F)) v of each head; the softmax is float32.
+    """Computes softmax(q k^T / sqrt(F)) v for each head; the softmax is computed in float32.
 
     Args:
-      q: `[B, N, heads, F]`.
-      k, v: `[B, M, heads, F]`.
-      mask: bool `[B, M]`, the keys to be seen; at least one of each example.
-      kernel: `xla`; `cudnn`, flash attention on NVIDIA GPUs, for bfloat16 or float16 and F of at most 128 (256 from
-        Hopper on) divisible by 8; `chunked`, which holds the products of 256 queries at a time and computes them again
-        in the backward pass (Rabe & Staats 2021, arXiv 2112.05682, section 2, without chunks of keys); `auto`, cudnn
-        where it can be had and no mask is given, else chunked from 1,024 x 1,024 products on, else xla.
+      q: Queries `[B, N, heads, F]`.
+      k, v: Keys and values `[B, M, heads, F]`.
+      mask: Bool `[B, M]`, which keys are attended to; at least one per example. None: all.
+      kernel: The implementation.
+        `xla`: plain matrix products.
+        `cudnn`: flash attention on NVIDIA GPUs, for bfloat16 or float16 and F divisible by 8 and at most 128 (256 from
+        Hopper on).
+        `chunked`: holds the products of 256 queries at a time and recomputes them in the backward pass (Rabe & Staats
+        2021, arXiv 2112.05682, section 2, without chunks of keys).
+        `auto`: `cudnn` if it is available, no mask is given and the call is not inside `jvp`; otherwise `chunked` from
+        1,024 x 1,024 products on, and `xla` below.
 
     Returns:
       `[B, N, heads, F]`, of v's dtype.
 
     Raises:
-      InputError: cudnn is asked for where it cannot be had.
+      InputError: if `cudnn` is requested but not available.
     """
     if kernel == "auto":
-        kernel = _choose(q, k, mask)
+        kernel = choose_kernel(q, k, mask)
     if kernel == "cudnn":
-        wide = None if mask is None else jnp.broadcast_to(mask[:, None, None, :], (len(q), 1, q.shape[1], k.shape[1]))
+        mask4d = None if mask is None else jnp.broadcast_to(mask[:, None, None, :], (len(q), 1, q.shape[1], k.shape[1]))
         try:
-            return jax.nn.dot_product_attention(q, k, v, mask=wide, implementation="cudnn")
-        except (RuntimeError, ValueError, NotImplementedError) as error:  # each from another of its checks
-            raise InputError("network.kernel", f"cudnn cannot be had here: {error}; use auto") from error
+            return jax.nn.dot_product_attention(q, k, v, mask=mask4d, implementation="cudnn")
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # JAX's checks raise different types
+            raise InputError("network.kernel", f"cudnn is not available here: {error}; use auto") from error
     if kernel == "chunked":
         return _chunked(q, k, v, mask)
     return _plain(q, k, v, mask)
 
 
-def _choose(q: Array, k: Array, mask: Array | None) -> Kernel:
+def choose_kernel(q: Array, k: Array, mask: Array | None) -> Kernel:
+    """Returns the kernel that `auto` stands for."""
     if mask is None and not _forward_mode.value and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
         capability = _nvidia_capability()
         if capability >= (8, 0) and q.shape[-1] <= (256 if capability >= (9, 0) else 128):
@@ -69,7 +78,7 @@ def _choose(q: Array, k: Array, mask: Array | None) -> Kernel:
 
 
 def _nvidia_capability() -> tuple[int, ...]:
-    """Of the device that arrays go to, as (9, 0) for Hopper; () if it is not NVIDIA's."""
+    """Returns the compute capability of the default device, such as (9, 0) for Hopper; () if it is not by NVIDIA."""
     device = jax.devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return ()
@@ -78,15 +87,15 @@ def _nvidia_capability() -> tuple[int, ...]:
 
 def _plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     if jax.default_backend() != "cpu":
-        wide = None if mask is None else mask[:, None, None, :]
-        return jax.nn.dot_product_attention(q, k, v, mask=wide, implementation="xla")
-    # The same by hand, heads before tokens: there XLA's products on a CPU are twice as fast.
+        mask4d = None if mask is None else mask[:, None, None, :]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask4d, implementation="xla")
+    # On CPUs, XLA's batched matrix products are twice as fast with heads before tokens.
     q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
     return _heads_first(q, k, v, mask).swapaxes(1, 2)
 
 
 def _heads_first(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """`attend` for `[B, heads, N, F]`."""
+    """Computes `attend` for queries `[B, heads, N, F]`, and keys and values `[B, heads, M, F]`."""
     logits = jnp.einsum("bhnf,bhmf->bhnm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
@@ -104,12 +113,15 @@ def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 class SpatialAttention(nnx.Module):
-    """A residual attention block over all positions of `x [B, H, W, C]`; zero at initialisation."""
+    """Self-attention over all positions of `x [B, H, W, C]`, added to x; the identity at initialisation.
 
-    def __init__(self, channels: int, heads: int, style: Style, *, kernel: Kernel, rngs: Keys):
-        self.heads, self.style, self.kernel = heads, style, kernel
-        kwargs = dict(dtype=style.dtype, rngs=rngs)
-        self.norm = style.norm(channels, rngs)
+    With `config.rescale` the sum is divided by sqrt(2).
+    """
+
+    def __init__(self, channels: int, heads: int, config: BlockConfig, *, kernel: Kernel, rngs: Keys):
+        self.heads, self.config, self.kernel = heads, config, kernel
+        kwargs = dict(dtype=config.dtype, rngs=rngs)
+        self.norm = config.norm(channels, rngs)
         self.qkv = nnx.Linear(channels, 3 * channels, **kwargs)
         self.out = nnx.Linear(channels, channels, kernel_init=nnx.initializers.zeros, **kwargs)
 
@@ -117,4 +129,4 @@ class SpatialAttention(nnx.Module):
         B, H, W, C = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, H * W, 3, self.heads, C // self.heads)
         mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], kernel=self.kernel)
-        return self.style.add(x, self.out(mixed.reshape(B, H, W, C)))
+        return self.config.add(x, self.out(mixed.reshape(B, H, W, C)))

@@ -1,4 +1,4 @@
-"""Repeated blocks as one: their parameters stacked, the pass a scan, so that depth costs no compiling."""
+"""Repeated blocks as one `lax.scan` over stacked parameters, so that compile time does not grow with depth."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -14,8 +14,15 @@ Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveab
 
 
 def rematerialised(function: Callable, remat: Remat, *, in_scan: bool = False) -> Callable:
-    """`function` whose backward pass computes again nothing (`none`), all of it (`full`), or what a policy of
-    `jax.checkpoint_policies` does not save. In the body of a scan XLA needs no barrier against undoing that."""
+    """Returns `function` with rematerialisation: its backward pass recomputes intermediate values.
+
+    Args:
+      function: The function to differentiate.
+      remat: `none` recomputes nothing and `full` everything; any other value is the name of a policy of
+        `jax.checkpoint_policies`, which says what to save.
+      in_scan: Whether the function is the body of a scan, where XLA needs no barrier against common subexpression
+        elimination.
+    """
     if remat == "none":
         return function
     policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
@@ -23,15 +30,17 @@ def rematerialised(function: Callable, remat: Remat, *, in_scan: bool = False) -
 
 
 class Stack(nnx.Module):
-    """`depth` blocks of one shape, one after the other.
+    """`depth` blocks of identical structure, applied in sequence by a scan.
 
-    Each parameter of all blocks is one array with a leading axis of `depth`.
+    Each parameter of all blocks is one array with a leading axis of length `depth`.
 
     Args:
-      construct: builds one block from its random keys. Its call is `block(x, *own, *args) -> x` of the same shape.
-      depth: how many.
-      remat: of each block; see `rematerialised`.
-      unroll: blocks to an iteration of the scan: more compile longer, and may run faster.
+      construct: Builds one block from its random keys. A block is called as `block(x, *per_block, *args)` and returns
+        an array of the shape of x.
+      depth: The number of blocks.
+      remat: The rematerialisation of each block; see `rematerialised`.
+      unroll: The number of blocks per iteration of the scan. Higher values take longer to compile and may run faster.
+      rngs: The random keys that the blocks' parameters are drawn from.
     """
 
     def __init__(
@@ -39,26 +48,28 @@ class Stack(nnx.Module):
     ):
         self.remat, self.unroll = remat, unroll
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
-        drawn = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(construct(Keys(key)))))
-        self.blocks = _as_params(drawn(jax.random.split(rngs.params(), depth)))
+        draw = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(construct(Keys(key)))))
+        self.blocks = _as_params(draw(jax.random.split(rngs.params(), depth)))
 
-    def __call__(self, x: Array, *args: Any, own: tuple[Array, ...] = (), collect: bool = False) -> Any:
-        """x after the last block.
+    def __call__(self, x: Array, *args: Any, per_block: tuple[Array, ...] = (), collect: bool = False) -> Any:
+        """Applies the blocks and returns x after the last one.
 
         Args:
-          args: what all blocks are told.
-          own: what each block alone is told; arrays with a leading axis of `depth`.
-          collect: return x after each block as well, in one array with a leading axis of `depth`.
+          x: The input of the first block.
+          args: Further inputs, the same for every block.
+          per_block: Further inputs that differ between the blocks; arrays with a leading axis of length `depth`.
+          collect: Whether to return `(x, every_x)` instead, where `every_x` stacks x after each block along a leading
+            axis of length `depth`.
         """
 
-        def block(x: Array, params_and_own: tuple[dict[str, Any], tuple[Array, ...]]) -> tuple[Array, Array | None]:
-            params, own = params_and_own
-            x = constrain(nnx.merge(self.graphdef, nnx.State(params))(constrain(x), *own, *args))
+        def block(x: Array, inputs: tuple[dict[str, Any], tuple[Array, ...]]) -> tuple[Array, Array | None]:
+            params, per_block = inputs
+            x = constrain(nnx.merge(self.graphdef, nnx.State(params))(constrain(x), *per_block, *args))
             return x, x if collect else None
 
         block = rematerialised(block, self.remat, in_scan=True)
         stacked = nnx.to_pure_dict(nnx.state(self.blocks))
-        x, every = jax.lax.scan(block, x, (stacked, own), unroll=self.unroll)
+        x, every = jax.lax.scan(block, x, (stacked, per_block), unroll=self.unroll)
         return (x, every) if collect else x
 
 

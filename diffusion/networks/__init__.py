@@ -1,1 +1,1 @@
-"""Networks, one a file: `make(shape=..., num_classes=..., **options)` returns a `diffusion.types.Network`."""
+"""Networks, one per file: `make(shape=..., num_classes=..., **options)` returns a `diffusion.core.types.Network`."""

@@ -1,5 +1,6 @@
-"""A residual multi-layer perceptron, for points in the plane and other small vectors."""
+"""A residual multi-layer perceptron for points in the plane and other small vectors."""
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -15,41 +16,69 @@ from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 
 
-class MLP(nnx.Module):
-    """x `[B, *shape]`, c_noise `[B]`, cond -> `[B, *shape[:-1], outputs * shape[-1]]`, float32.
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """The options of an MLP; `make` documents them."""
 
-    The blocks are ADM's without convolutions and norms: silu, linear, scale and shift by the embedding, silu, linear,
-    around which the input is added; the identity at initialisation. There are no norms because on vectors of two
-    numbers they would leave the direction and hide the length. Each parameter of all blocks is one array with a leading
-    axis of `depth`, over which the pass scans.
+    shape: tuple[int, ...]
+    num_classes: int
+    scalar_conditions: tuple[str, ...]
+    width: int
+    depth: int
+    outputs: int
+    dtype: Literal["float32", "bfloat16"]
+
+    def __post_init__(self):
+        if not self.shape or min(self.shape) < 1:
+            raise InputError("shape", f"must be one or more positive numbers, got {self.shape}")
+        checks.network_size(width=self.width, depth=self.depth, outputs=self.outputs)
+        if self.width % 2:
+            raise InputError("width", f"must be even, got {self.width}")
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return *self.shape[:-1], self.outputs * self.shape[-1]
+
+
+class MLP(nnx.Module):
+    """Maps x `[B, *shape]`, c_noise `[B]` and cond to `[B, *shape[:-1], outputs * shape[-1]]`, float32.
+
+    The blocks are ADM's residual blocks without convolutions and norms: silu, linear, scale and shift by the embedding,
+    silu, linear. They are the identity at initialisation. There are no norms because a norm of two numbers would keep
+    the direction and discard the length. Each parameter of all blocks is one array with a leading axis of length
+    `depth`, which the forward pass scans over.
     """
 
-    def __init__(self, *, shape, num_classes, scalar_conditions, width, depth, outputs, dtype, rngs: Keys):
-        self.dtype, self.out_shape = dtype, (*shape[:-1], outputs * shape[-1])
-        kwargs = dict(dtype=dtype, rngs=rngs)
-        self.embed = ConditionEmbedding(width, width, num_classes, scalar_conditions=scalar_conditions, **kwargs)
-        self.linear_in = nnx.Linear(math.prod(shape), width, **kwargs)
-        draw = nnx.initializers.lecun_normal(batch_axis=0)
+    def __init__(self, config: MLPConfig, *, rngs: Keys):
+        self.config = config
+        width, depth = config.width, config.depth
+        kwargs = dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.embed = ConditionEmbedding(
+            width, width, config.num_classes, scalar_conditions=config.scalar_conditions, **kwargs
+        )
+        self.linear_in = nnx.Linear(math.prod(config.shape), width, **kwargs)
+        lecun = nnx.initializers.lecun_normal(batch_axis=0)
 
-        def drawn(*shape: int) -> nnx.Param:
-            return nnx.Param(draw(rngs.params(), (depth, *shape), jnp.float32))
+        def random(*shape: int) -> nnx.Param:
+            return nnx.Param(lecun(rngs.params(), (depth, *shape), jnp.float32))
 
-        def zero(*shape: int) -> nnx.Param:
+        def zeros(*shape: int) -> nnx.Param:
             return nnx.Param(jnp.zeros((depth, *shape), jnp.float32))
 
         self.blocks = nnx.Dict({
-            "kernel1": drawn(width, width),
-            "bias1": zero(width),
-            "emb_kernel": drawn(width, 2 * width),
-            "emb_bias": zero(2 * width),
-            "kernel2": zero(width, width),
-            "bias2": zero(width),
+            "kernel1": random(width, width),
+            "bias1": zeros(width),
+            "emb_kernel": random(width, 2 * width),
+            "emb_bias": zeros(2 * width),
+            "kernel2": zeros(width, width),
+            "bias2": zeros(width),
         })  # fmt: skip
         self.linear_out = nnx.Linear(
-            width, math.prod(self.out_shape), kernel_init=nnx.initializers.zeros, dtype=jnp.float32, rngs=rngs
+            width, math.prod(config.out_shape), kernel_init=nnx.initializers.zeros, dtype=jnp.float32, rngs=rngs
         )
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
+        dtype = jnp.dtype(self.config.dtype)
         emb_BxD = jax.nn.silu(self.embed(c_noise, cond))
 
         def block(x_BxD: Array, p: dict[str, Array]) -> tuple[Array, None]:
@@ -57,10 +86,10 @@ class MLP(nnx.Module):
             h = (jax.nn.silu(x_BxD) @ p["kernel1"] + p["bias1"]) * (1 + scale) + shift
             return constrain(x_BxD + jax.nn.silu(h) @ p["kernel2"] + p["bias2"]), None
 
-        x_BxD = constrain(self.linear_in(x.reshape(len(x), -1).astype(self.dtype)))
-        stacked = {name: param[...].astype(self.dtype) for name, param in self.blocks.items()}
+        x_BxD = constrain(self.linear_in(x.reshape(len(x), -1).astype(dtype)))
+        stacked = {name: param[...].astype(dtype) for name, param in self.blocks.items()}
         x_BxD, _ = jax.lax.scan(block, x_BxD, stacked)
-        return self.linear_out(x_BxD.astype(jnp.float32)).reshape(len(x), *self.out_shape)
+        return self.linear_out(x_BxD.astype(jnp.float32)).reshape(len(x), *self.config.out_shape)
 
 
 def make(
@@ -72,23 +101,17 @@ def make(
     outputs: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
-    """An MLP for examples of `shape` (from the data's spec), which it flattens.
+    """Builds an MLP for examples of shape `shape`, which it flattens.
 
     Args:
-      shape: of one example; at least one axis.
-      num_classes: labels to be conditioned on; 0 for none (from the data's spec).
-      scalar_conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
-      width: of the stream, the blocks and the embedding; must be even.
-      depth: number of residual blocks.
-      outputs: values for each entry of x's last axis: 2 for an objective with a learned variance.
-      dtype: of the computation; parameters and the last layer are float32.
+      shape: The shape of one example, with at least one axis; given by the data.
+      num_classes: The number of classes to condition on; 0 for none. Given by the data.
+      scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
+        `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
+      width: The width of the residual stream, the blocks and the embedding; even.
+      depth: The number of residual blocks.
+      outputs: The number of output values per entry of x's last axis; 2 for an objective with a learned variance.
+      dtype: The compute dtype. Parameters and the last layer are float32.
     """
-    if not shape or min(shape) < 1:
-        raise InputError("shape", f"must be one or more positive numbers, got {shape}")
-    checks.positive(width=width, depth=depth, outputs=outputs)
-    if width % 2:
-        raise InputError("width", f"must be even, got {width}")
-    return functional(lambda rngs: MLP(
-        shape=shape, num_classes=num_classes, scalar_conditions=scalar_conditions, width=width, depth=depth, outputs=outputs,
-        dtype=jnp.dtype(dtype), rngs=rngs,
-    ), shape, outputs, scalar_conditions=scalar_conditions)  # fmt: skip
+    config = MLPConfig(**locals())
+    return functional(lambda rngs: MLP(config, rngs=rngs), shape, outputs, scalar_conditions=scalar_conditions)

@@ -1,5 +1,5 @@
-"""The convolutional U-Net: DDPM's (Ho et al. 2020, arXiv 2006.11239), DDPM++ and NCSN++ (Song et al. 2021, arXiv
-2011.13456) and ADM's (Dhariwal & Nichol 2021, arXiv 2105.05233) by their options.
+"""The convolutional U-Net. Its options give those of DDPM (Ho et al. 2020, arXiv 2006.11239), DDPM++ and NCSN++ (Song
+et al. 2021, arXiv 2011.13456) and ADM (Dhariwal & Nichol 2021, arXiv 2105.05233).
 
 | option | DDPM | DDPM++ | NCSN++ | ADM |
 |---|---|---|---|---|
@@ -14,6 +14,7 @@
 | embedding | sinusoidal | sinusoidal | fourier | sinusoidal |
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -27,107 +28,168 @@ from diffusion.layers.attention import Kernel, SpatialAttention
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
-from diffusion.layers.resample import MEAN, halve
-from diffusion.layers.residual import Downsample, ResidualBlock, Style, Upsample, conv3x3
+from diffusion.layers.resample import BOX, Filter, halve
+from diffusion.layers.residual import BlockConfig, Downsample, ResidualBlock, Upsample, conv3x3
 from diffusion.layers.stack import Remat, rematerialised
 
 
-class UNet(nnx.Module):
-    """x `[B, H, W, C]`, c_noise `[B]`, cond -> `[B, H, W, outputs * C]`, float32.
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The options of a U-Net; `make` documents them."""
 
-    Down: each level's blocks, then a halving. Every tensor on the way is kept, and the way up, with one block a level
-    more, takes them back in reverse, each joined to the channels of one block's input.
+    shape: tuple[int, ...]
+    num_classes: int
+    scalar_conditions: tuple[str, ...]
+    width: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    up_attention: Literal["every", "last"]
+    middle_attention: bool
+    head_dim: int | None
+    scale_shift: bool
+    resample: Literal["conv", "residual", "projected"]
+    resample_filter: Filter
+    asymmetric_padding: bool
+    input_skip: bool
+    rescale: bool
+    embedding: Literal["sinusoidal", "fourier"]
+    freq_shift: Literal[0, 1]
+    sin_first: bool
+    null_class: bool
+    dropout: float
+    groups: int | None
+    epsilon: float
+    kernel: Kernel
+    remat: Remat
+    outputs: int
+    dtype: Literal["float32", "bfloat16"]
+
+    def __post_init__(self):
+        checks.square_images("unet", self.shape)
+        checks.network_size(
+            width=self.width, num_res_blocks=self.num_res_blocks, outputs=self.outputs, epsilon=self.epsilon,
+            head_dim=self.head_dim, groups=self.groups,
+        )  # fmt: skip
+        checks.rate(dropout=self.dropout)
+        if self.width % 2:
+            raise InputError("width", f"must be even, got {self.width}")
+        checks.levels(self.shape[0], self.width, self.channel_mult, self.attention_resolutions, self.head_dim,
+                      middle_attention=self.middle_attention)  # fmt: skip
+        weights = self.resample_filter
+        if not weights or len(weights) % 2 or weights != weights[::-1] or sum(weights) == 0:
+            raise InputError("resample_filter", "must be a symmetric filter with an even number of weights and a "
+                             f"nonzero sum, got {weights}")  # fmt: skip
+        for channels in (self.width * m for m in self.channel_mult):
+            if self.groups and channels % self.groups:
+                raise InputError("groups", f"must divide the {channels} channels of a level, got {self.groups}")
+
+    @property
+    def block(self) -> BlockConfig:
+        """The options that all blocks share."""
+        return BlockConfig(4 * self.width, self.dropout, self.scale_shift, self.rescale, self.resample_filter,
+                           self.groups, self.epsilon, jnp.dtype(self.dtype))  # fmt: skip
+
+    def attends(self, level: int) -> bool:
+        """Returns whether there is self-attention at a level."""
+        return self.shape[0] >> level in self.attention_resolutions
+
+
+class UNet(nnx.Module):
+    """Maps x `[B, H, W, C]`, c_noise `[B]` and cond to `[B, H, W, outputs * C]`, float32.
+
+    Each level of the way down ends with a halving. The way up has one block more per level than the way down. Each of
+    its blocks receives, concatenated to its input, one tensor of the way down, in reverse order.
     """
 
-    def __init__(self, *, size, channels, num_classes, scalar_conditions, width, channel_mult, num_res_blocks, attention_resolutions, up_attention,
-                 middle_attention, head_dim, resample, asymmetric_padding, input_skip, embedding, freq_shift, sin_first,
-                 null_class, kernel, remat, outputs, style: Style, rngs: Keys):  # fmt: skip
-        self.style, self.remat = style, remat
+    def __init__(self, config: UNetConfig, *, rngs: Keys):
+        self.config = config
+        width, block, channels = config.width, config.block, config.shape[2]
         self.embed = ConditionEmbedding(
-            2 * width if embedding == "fourier" else width, style.emb_features, num_classes, scalar_conditions=scalar_conditions,
-            kind=embedding, last=freq_shift, sin_first=sin_first, null_class=null_class, dtype=style.dtype,
-            rngs=rngs,
+            2 * width if config.embedding == "fourier" else width, block.emb_features, config.num_classes,
+            scalar_conditions=config.scalar_conditions, kind=config.embedding, freq_shift=config.freq_shift,
+            sin_first=config.sin_first, null_class=config.null_class, dtype=block.dtype, rngs=rngs,
         )  # fmt: skip
-        self.conv_in = conv3x3(channels, width, dtype=style.dtype, rngs=rngs)
-
-        def attend(channels: int) -> SpatialAttention:
-            return SpatialAttention(channels, channels // (head_dim or channels), style, kernel=kernel, rngs=rngs)
+        self.conv_in = conv3x3(channels, width, dtype=block.dtype, rngs=rngs)
 
         def stage(in_channels: int, out_channels: int, attends: bool) -> nnx.Dict:
-            parts = {"residual": ResidualBlock(in_channels, out_channels, style, rngs=rngs)}
-            return nnx.Dict({**parts, "attention": attend(out_channels)} if attends else parts)
+            parts = {"residual": ResidualBlock(in_channels, out_channels, block, rngs=rngs)}
+            if attends:
+                heads = out_channels // (config.head_dim or out_channels)
+                parts["attention"] = SpatialAttention(out_channels, heads, block, kernel=config.kernel, rngs=rngs)
+            return nnx.Dict(parts)
 
-        def resized(channels: int, to: Literal["halve", "double"]) -> nnx.Module:
-            if resample != "conv":
-                block = ResidualBlock(
-                    channels, channels, style, resample=to, projected=resample == "projected", rngs=rngs
-                )
-                return nnx.Dict({"residual": block})
+        def resampler(channels: int, to: Literal["halve", "double"]) -> nnx.Module:
+            if config.resample != "conv":
+                projected = config.resample == "projected"
+                return nnx.Dict({"residual": ResidualBlock(channels, channels, block, resample=to, projected=projected,
+                                                           rngs=rngs)})  # fmt: skip
             if to == "halve":
-                return Downsample(channels, style, asymmetric_padding=asymmetric_padding, rngs=rngs)
-            return Upsample(channels, style, rngs=rngs)
+                return Downsample(channels, block, asymmetric_padding=config.asymmetric_padding, rngs=rngs)
+            return Upsample(channels, block, rngs=rngs)
 
-        kept, current, pyramid = [width], width, channels
+        # Channels of the tensors of the way down, of the current one, and of the input pyramid.
+        skips, current, pyramid = [width], width, channels
         down, up, inputs = {}, {}, {}
-        for level, multiplier in enumerate(channel_mult):
-            for block in range(num_res_blocks):
-                down[f"{level}_{block}"] = stage(current, width * multiplier, size >> level in attention_resolutions)
+        for level, multiplier in enumerate(config.channel_mult):
+            for index in range(config.num_res_blocks):
+                down[f"{level}_{index}"] = stage(current, width * multiplier, config.attends(level))
                 current = width * multiplier
-                kept.append(current)
-            if level + 1 < len(channel_mult):
-                down[f"{level}_down"] = resized(current, "halve")
-                kept.append(current)
-                if input_skip:
-                    inputs[f"{level}_down"] = conv3x3(pyramid, current, dtype=style.dtype, rngs=rngs)
+                skips.append(current)
+            if level + 1 < len(config.channel_mult):
+                down[f"{level}_down"] = resampler(current, "halve")
+                skips.append(current)
+                if config.input_skip:
+                    inputs[f"{level}_down"] = conv3x3(pyramid, current, dtype=block.dtype, rngs=rngs)
                     pyramid = current
         self.middle = nnx.Dict({
-            "first": stage(current, current, middle_attention),
+            "first": stage(current, current, config.middle_attention),
             "second": stage(current, current, False),
         })  # fmt: skip
-        for level, multiplier in reversed(list(enumerate(channel_mult))):
-            for block in range(num_res_blocks + 1):
-                attends = size >> level in attention_resolutions and (
-                    up_attention == "every" or block == num_res_blocks
+        for level, multiplier in reversed(list(enumerate(config.channel_mult))):
+            for index in range(config.num_res_blocks + 1):
+                attends = config.up_attention == "every" or index == config.num_res_blocks
+                up[f"{level}_{index}"] = stage(
+                    current + skips.pop(), width * multiplier, attends and config.attends(level)
                 )
-                up[f"{level}_{block}"] = stage(current + kept.pop(), width * multiplier, attends)
                 current = width * multiplier
             if level:
-                up[f"{level}_up"] = resized(current, "double")
+                up[f"{level}_up"] = resampler(current, "double")
         self.down, self.up, self.inputs = nnx.Dict(down), nnx.Dict(up), nnx.Dict(inputs)
-        # Names in the order of the passes: the dicts themselves come back sorted from a checkpoint.
+        # The order of the forward pass, because the dicts of restored parameters are sorted by name.
         self.down_names, self.up_names = tuple(down), tuple(up)
-        self.norm_out = style.norm(current, rngs)
-        self.conv_out = conv3x3(current, outputs * channels, zero=True, dtype=jnp.float32, rngs=rngs)
+        self.norm_out = block.norm(current, rngs)
+        self.conv_out = conv3x3(current, config.outputs * channels, zero=True, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
-        emb = self.embed(c_noise, cond)
+        block, emb = self.config.block, self.embed(c_noise, cond)
 
         def run(stage: nnx.Module, x: Array) -> Array:
             nonlocal key
             if not isinstance(stage, nnx.Dict):
                 return constrain(stage(x))
-            mine = None
+            stage_key = None
             if key is not None:
-                key, mine = jax.random.split(key)
+                key, stage_key = jax.random.split(key)
 
-            def pass_through(x: Array, emb: Array, mine: Array | None) -> Array:
-                x = stage["residual"](x, emb, mine)
+            def forward(x: Array, emb: Array, key: Array | None) -> Array:
+                x = stage["residual"](x, emb, key)
                 return stage["attention"](x) if "attention" in stage else x
 
-            return constrain(rematerialised(pass_through, self.remat)(x, emb, mine))
+            return constrain(rematerialised(forward, self.config.remat)(x, emb, stage_key))
 
-        pyramid = x = x.astype(self.style.dtype)
+        pyramid = x = x.astype(block.dtype)
         x = self.conv_in(x)
-        kept = [x]
+        skips = [x]
         for name in self.down_names:
             x = run(self.down[name], x)
             if name in self.inputs:
-                pyramid = x = self.style.add(x, self.inputs[name](halve(pyramid, self.style.resample_filter)))
-            kept.append(x)
+                pyramid = x = block.add(x, self.inputs[name](halve(pyramid, block.resample_filter)))
+            skips.append(x)
         x = run(self.middle["second"], run(self.middle["first"], x))
         for name in self.up_names:
             if not name.endswith("up"):
-                x = jnp.concatenate([x, kept.pop()], axis=-1)
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = run(self.up[name], x)
         return self.conv_out(jax.nn.silu(self.norm_out(x)).astype(jnp.float32))
 
@@ -145,12 +207,12 @@ def make(
     head_dim: int | None = 64,
     scale_shift: bool = True,
     resample: Literal["conv", "residual", "projected"] = "conv",
-    resample_filter: tuple[int, ...] = MEAN,
+    resample_filter: tuple[int, ...] = BOX,
     asymmetric_padding: bool = False,
     input_skip: bool = False,
     rescale: bool = False,
     embedding: Literal["sinusoidal", "fourier"] = "sinusoidal",
-    freq_shift: bool = False,
+    freq_shift: Literal[0, 1] = 0,
     sin_first: bool = False,
     null_class: bool = True,
     dropout: float = 0.0,
@@ -161,64 +223,45 @@ def make(
     outputs: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
-    """A U-Net for images of `shape` (from the data's spec).
+    """Builds a U-Net for images of shape `shape`.
 
     Args:
-      shape: `(H, W, C)`, H = W, divisible by 2 once for every level but the last; it says which levels attend, and the
-        network takes images of other such sizes too.
-      num_classes: labels to be conditioned on; 0 for none (from the data's spec).
-      scalar_conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
-      width: channels of the first level; must be even.
-      channel_mult: channels of each level, as multiples of `width`.
-      num_res_blocks: residual blocks a level on the way down; one more on the way up.
-      attention_resolutions: the resolutions at which blocks are followed by self-attention.
-      up_attention: after `every` block of such a level on the way up, or after the `last`; on the way down every one.
-      middle_attention: also between the two blocks of the middle.
-      head_dim: channels of an attention head; must divide the channels wherever there is attention. None: one head.
-      scale_shift: the embedding scales and shifts a block's second norm; else it is added before it.
-      resample: by a strided `conv`, and one after nearest neighbours on the way up; or in a `residual` block, whose
-        input may be `projected` as well.
-      resample_filter: the filter that halves and doubles, where no strided convolution does; see `layers.resample`.
-      asymmetric_padding: strided convolutions pad below and right alone, which published DDPM weights want.
-      input_skip: the halved input, convolved, is added after each halving.
-      rescale: sums of two are divided by sqrt(2).
-      embedding: of the noise label: `sinusoidal` for labels up to 1,000 or so, `fourier` for small ones (log sigma).
-      freq_shift: the sinusoidal embedding reaches its lowest frequency, 1 / 10,000, as DDPM's does and ADM's not.
-      sin_first: its sines stand before its cosines, which published DDPM weights want.
-      null_class: the table of classes has a row for no class; without it, nothing is added for no class.
-      dropout: rate inside the residual blocks, in [0, 1).
-      groups: of every group norm; None for 32, or fewer where they would have less than 4 channels.
-      epsilon: of the group norms.
-      kernel: how attention is computed; see `layers.attention.attend`.
-      remat: what of a block the backward pass computes again; see `layers.stack.rematerialised`.
-      outputs: values for each channel: 2 for an objective with a learned variance.
-      dtype: of the computation; parameters, norms' statistics and the last convolution are float32.
+      shape: `(H, W, C)` with H = W, divisible by 2 once per level after the first; given by the data. It determines
+        which levels have attention. The network also accepts images of other sizes with this divisibility.
+      num_classes: The number of classes to condition on; 0 for none. Given by the data.
+      scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
+        `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
+      width: The channels of the first level; even.
+      channel_mult: The channels of each level as multiples of `width`.
+      num_res_blocks: The number of residual blocks per level on the way down; one more on the way up.
+      attention_resolutions: The resolutions at which residual blocks are followed by self-attention.
+      up_attention: Whether attention on the way up follows `every` block of such a level or only the `last`. On the
+        way down it follows every block.
+      middle_attention: Whether there is attention between the two blocks of the middle.
+      head_dim: The channels of an attention head; must divide the channels wherever there is attention. None: one head.
+      scale_shift: Whether the embedding scales and shifts a block's second norm. Otherwise it is added before the norm.
+      resample: How levels are halved and doubled. `conv`: by a strided convolution, and by nearest-neighbour
+        upsampling and a convolution. `residual`: inside a residual block. `projected`: the same with a linear layer on
+        the skip connection.
+      resample_filter: The filter that halves and doubles where no strided convolution does; see `layers.resample`.
+      asymmetric_padding: Whether strided convolutions are padded only at the bottom and on the right. Published DDPM
+        weights require it.
+      input_skip: Whether the halved input, after a convolution, is added after each halving.
+      rescale: Whether sums of two tensors are divided by sqrt(2).
+      embedding: The features of the noise label: `sinusoidal` for labels up to about 1,000, `fourier` for small ones
+        (log sigma).
+      freq_shift: 0 for the sinusoidal frequencies of ADM, 1 for those of DDPM, whose lowest is exactly 1 / 10,000; see
+        `layers.embeddings.sinusoidal`.
+      sin_first: Whether the sinusoidal features begin with the sines. Published DDPM weights require it.
+      null_class: Whether the table of classes has a row for the null class. Without it, the null class adds nothing.
+      dropout: The dropout rate inside the residual blocks, in [0, 1).
+      groups: The number of groups of every group norm. None: 32, or fewer where groups would have less than 4 channels.
+      epsilon: The epsilon of the group norms.
+      kernel: The implementation of attention; see `layers.attention.attend`.
+      remat: What the backward pass recomputes in each block; see `layers.stack.rematerialised`.
+      outputs: The number of output values per channel; 2 for an objective with a learned variance.
+      dtype: The compute dtype. Parameters, the statistics of norms and the last convolution are float32.
     """
-    checks.square_images("unet", shape)
-    checks.positive(
-        width=width, num_res_blocks=num_res_blocks, outputs=outputs, epsilon=epsilon, head_dim=head_dim, groups=groups
-    )
-    checks.rate(dropout=dropout)
-    if width % 2:
-        raise InputError("width", f"must be even, got {width}")
-    checks.levels(shape[0], width, channel_mult, attention_resolutions, head_dim, middle_attention=middle_attention)
-    if (
-        not resample_filter
-        or len(resample_filter) % 2
-        or resample_filter != resample_filter[::-1]
-        or sum(resample_filter) == 0
-    ):
-        raise InputError(
-            "resample_filter", f"must be a symmetric filter of an even number of weights, got {resample_filter}"
-        )
-    for channels in (width * m for m in channel_mult):
-        if groups and channels % groups:
-            raise InputError("groups", f"{groups} do not divide the {channels} channels of a level")
-    style = Style(4 * width, dropout, scale_shift, rescale, resample_filter, groups, epsilon, jnp.dtype(dtype))
-    return functional(lambda rngs: UNet(
-        size=shape[0], channels=shape[2], num_classes=num_classes, scalar_conditions=scalar_conditions, width=width,
-        channel_mult=channel_mult, num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, up_attention=up_attention,
-        middle_attention=middle_attention, head_dim=head_dim, resample=resample, asymmetric_padding=asymmetric_padding,
-        input_skip=input_skip, embedding=embedding, freq_shift=freq_shift, sin_first=sin_first,
-        null_class=null_class, kernel=kernel, remat=remat, outputs=outputs, style=style, rngs=rngs,
-    ), shape, outputs, multiple=2 ** (len(channel_mult) - 1), scalar_conditions=scalar_conditions)  # fmt: skip
+    config = UNetConfig(**locals())
+    return functional(lambda rngs: UNet(config, rngs=rngs), shape, outputs, multiple=2 ** (len(channel_mult) - 1),
+                      scalar_conditions=scalar_conditions)  # fmt: skip

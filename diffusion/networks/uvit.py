@@ -1,5 +1,7 @@
-"""The U-ViT (Bao et al. 2022, "All are Worth Words", arXiv 2209.12152): time and class as tokens, long skips."""
+"""The U-ViT (Bao et al. 2022, "All are Worth Words", arXiv 2209.12152): a transformer with time and class as tokens
+and long skip connections."""
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -14,97 +16,149 @@ from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.stack import Remat, Stack
 
-SMALL = nnx.initializers.normal(0.02)  # the paper's code truncates it at 2, which is 100 standard deviations
-UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(fan_in), for convolutions
-EPSILON = 1e-5  # of the norms
+# The paper's code truncates this normal at +-2, which is 100 standard deviations.
+NORMAL = nnx.initializers.normal(0.02)
+UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within +-1 / sqrt(fan_in), for convolutions
+EPSILON = 1e-5  # of the layer norms
 
 
-class Block(nnx.Module):
-    """Attention and a perceptron, each behind a norm and around which the input is added. `long_skip`: the tokens and
-    those of an earlier block become the input by a linear map of both."""
+@dataclasses.dataclass(frozen=True)
+class UViTConfig:
+    """The options of a U-ViT; `make` documents them."""
 
-    def __init__(self, *, width, num_heads, inner, qkv_bias, long_skip, kernel, dtype, rngs: Keys):
-        self.num_heads, self.kernel, self.long_skip = num_heads, kernel, long_skip
-        kwargs = dict(kernel_init=SMALL, dtype=dtype, rngs=rngs)
+    shape: tuple[int, ...]
+    num_classes: int
+    scalar_conditions: tuple[str, ...]
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    qkv_bias: bool
+    time_mlp: bool
+    conv: bool
+    kernel: Kernel
+    remat: Remat
+    outputs: int
+    dtype: Literal["float32", "bfloat16"]
+
+    def __post_init__(self):
+        checks.square_images("uvit", self.shape)
+        checks.network_size(
+            patch_size=self.patch_size, width=self.width, depth=self.depth, num_heads=self.num_heads,
+            outputs=self.outputs, mlp_ratio=self.mlp_ratio,
+        )  # fmt: skip
+        if self.depth < 3 or self.depth % 2 == 0:
+            raise InputError("depth", f"must be odd and at least 3 (two halves and a middle block), got {self.depth}")
+        if self.shape[0] % self.patch_size:
+            raise InputError("patch_size", f"must divide the {self.shape[0]} pixels of a side, got {self.patch_size}")
+        if self.width % 2 or self.width % self.num_heads:
+            raise InputError("width", f"must be divisible by 2 and by num_heads = {self.num_heads}, got {self.width}")
+        checks.inner_width(self.mlp_width)
+
+    @property
+    def side(self) -> int:
+        """The number of patches per side of the image."""
+        return self.shape[0] // self.patch_size
+
+    @property
+    def num_extras(self) -> int:
+        """The number of tokens before those of the patches."""
+        return 1 + bool(self.num_classes)
+
+    @property
+    def mlp_width(self) -> int:
+        """The width of the MLP's hidden layer."""
+        return int(self.width * self.mlp_ratio)
+
+
+class UViTBlock(nnx.Module):
+    """Attention and an MLP with pre-norm and residual connections.
+
+    With `long_skip`, a linear layer first maps the tokens and those of an earlier block to the block's input.
+    """
+
+    def __init__(self, config: UViTConfig, *, long_skip: bool, rngs: Keys):
+        self.config, self.long_skip = config, long_skip
+        width, dtype = config.width, jnp.dtype(config.dtype)
+        kwargs = dict(kernel_init=NORMAL, dtype=dtype, rngs=rngs)
         if long_skip:
             self.skip = nnx.Linear(2 * width, width, **kwargs)
         self.norm1, self.norm2 = (nnx.LayerNorm(width, epsilon=EPSILON, dtype=dtype, rngs=rngs) for _ in range(2))
-        self.qkv = nnx.Linear(width, 3 * width, use_bias=qkv_bias, **kwargs)
+        self.qkv = nnx.Linear(width, 3 * width, use_bias=config.qkv_bias, **kwargs)
         self.out = nnx.Linear(width, width, **kwargs)
-        self.up = nnx.Linear(width, inner, **kwargs)
-        self.down = nnx.Linear(inner, width, **kwargs)
+        self.up = nnx.Linear(width, config.mlp_width, **kwargs)
+        self.down = nnx.Linear(config.mlp_width, width, **kwargs)
 
     def __call__(self, x_BxNxD: Array, earlier_BxNxD: Array | None = None) -> Array:
         if self.long_skip:
             x_BxNxD = self.skip(jnp.concatenate([x_BxNxD, earlier_BxNxD], axis=-1))
-        x_BxNxD += self._attend(self.norm1(x_BxNxD))
+        x_BxNxD += self._attention(self.norm1(x_BxNxD))
         return x_BxNxD + self.down(jax.nn.gelu(self.up(self.norm2(x_BxNxD)), approximate=False))
 
-    def _attend(self, h_BxNxD: Array) -> Array:
+    def _attention(self, h_BxNxD: Array) -> Array:
         B, N, D = h_BxNxD.shape
-        q, k, v = (part.reshape(B, N, self.num_heads, -1) for part in jnp.split(self.qkv(h_BxNxD), 3, axis=-1))
-        return self.out(attend(q, k, v, kernel=self.kernel).reshape(B, N, D))
+        heads = self.config.num_heads
+        q, k, v = (part.reshape(B, N, heads, -1) for part in jnp.split(self.qkv(h_BxNxD), 3, axis=-1))
+        return self.out(attend(q, k, v, kernel=self.config.kernel).reshape(B, N, D))
 
 
 class UViT(nnx.Module):
-    """x `[B, H, W, C]`, c_noise `[B]`, cond -> `[B, H, W, outputs * C]`, float32.
+    """Maps x `[B, H, W, C]`, c_noise `[B]` and cond to `[B, H, W, outputs * C]`, float32.
 
-    The tokens are the class if there are classes, the noise label, then the patches row by row. Row `num_classes` of
-    the table of classes is the null embedding, used where `keep` is False.
+    The tokens are the class (if there are classes), the noise label, and the patches in row-major order. Where `keep`
+    is False the class is replaced by the null class, row `num_classes` of the table.
     """
 
-    def __init__(self, *, size, channels, num_classes, scalar_conditions, patch_size, width, depth, num_heads, inner, qkv_bias,
-                 time_mlp, conv, kernel, remat, outputs, dtype, rngs: Keys):  # fmt: skip
-        self.patch_size, self.side, self.width, self.num_classes = patch_size, size // patch_size, width, num_classes
-        self.time_mlp, self.conv, self.dtype = time_mlp, conv, dtype
-        self.extras, out_channels = 1 + bool(num_classes), outputs * channels
-        kwargs = dict(kernel_init=SMALL, dtype=dtype, rngs=rngs)
-        if time_mlp:
+    def __init__(self, config: UViTConfig, *, rngs: Keys):
+        self.config = config
+        width, dtype, channels = config.width, jnp.dtype(config.dtype), config.shape[2]
+        kwargs = dict(kernel_init=NORMAL, dtype=dtype, rngs=rngs)
+        if config.time_mlp:
             self.time_inner = nnx.Linear(width, 4 * width, **kwargs)
             self.time_outer = nnx.Linear(4 * width, width, **kwargs)
-        self.numbers = ScalarEmbedding(scalar_conditions, width, dtype=dtype, rngs=rngs)
-        if num_classes:
-            init = nnx.initializers.normal(1)  # as large as the sinusoids
-            self.label = nnx.Embed(num_classes + 1, width, embedding_init=init, dtype=dtype, rngs=rngs)
-        self.patches_in = nnx.Linear(patch_size**2 * channels, width, kernel_init=UNIFORM, dtype=dtype, rngs=rngs)
-        self.positions = nnx.Param(SMALL(rngs.params(), (self.extras + self.side**2, width), jnp.float32))
+        self.numbers = ScalarEmbedding(config.scalar_conditions, width, dtype=dtype, rngs=rngs)
+        if config.num_classes:
+            init = nnx.initializers.normal(1)  # the scale of the sinusoidal features
+            self.label = nnx.Embed(config.num_classes + 1, width, embedding_init=init, dtype=dtype, rngs=rngs)
+        patch_area = config.patch_size**2
+        self.patches_in = nnx.Linear(patch_area * channels, width, kernel_init=UNIFORM, dtype=dtype, rngs=rngs)
+        num_tokens = config.num_extras + config.side**2
+        self.positions = nnx.Param(NORMAL(rngs.params(), (num_tokens, width), jnp.float32))
 
         def stack(depth: int, long_skip: bool) -> Stack:
-            return Stack(
-                lambda rngs: Block(width=width, num_heads=num_heads, inner=inner, qkv_bias=qkv_bias, long_skip=long_skip,
-                                   kernel=kernel, dtype=dtype, rngs=rngs),
-                depth, remat, rngs=rngs,
-            )  # fmt: skip
+            return Stack(lambda rngs: UViTBlock(config, long_skip=long_skip, rngs=rngs), depth, config.remat, rngs=rngs)
 
-        # The middle block is of the first half's form, and the last of its stack.
-        self.in_blocks, self.out_blocks = stack(depth // 2 + 1, False), stack(depth // 2, True)
-        kwargs = dict(dtype=jnp.float32, rngs=rngs)
+        # The middle block has the same structure as those of the first half, and is the last of their stack.
+        self.in_blocks, self.out_blocks = stack(config.depth // 2 + 1, False), stack(config.depth // 2, True)
+        out_channels, kwargs = config.outputs * channels, dict(dtype=jnp.float32, rngs=rngs)
         self.norm = nnx.LayerNorm(width, epsilon=EPSILON, **kwargs)
-        self.patches_out = nnx.Linear(width, patch_size**2 * out_channels, kernel_init=SMALL, **kwargs)
-        if conv:
+        self.patches_out = nnx.Linear(width, patch_area * out_channels, kernel_init=NORMAL, **kwargs)
+        if config.conv:
             self.smooth = nnx.Conv(out_channels, out_channels, (3, 3), padding=1, kernel_init=UNIFORM, **kwargs)
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
-        B, side, p = len(x), self.side, self.patch_size
+        B, side, p, dtype = len(x), self.config.side, self.config.patch_size, jnp.dtype(self.config.dtype)
         x = x.reshape(B, side, p, side, p, -1).swapaxes(2, 3).reshape(B, side**2, -1)
-        tokens = [*self._extras(c_noise, cond), self.patches_in(x.astype(self.dtype))]
-        x_BxNxD = jnp.concatenate(tokens, axis=1) + self.positions[...].astype(self.dtype)
+        tokens = [*self._extra_tokens(c_noise, cond), self.patches_in(x.astype(dtype))]
+        x_BxNxD = jnp.concatenate(tokens, axis=1) + self.positions[...].astype(dtype)
         x_BxNxD, every_LxBxNxD = self.in_blocks(x_BxNxD, collect=True)
-        skips_LxBxNxD = every_LxBxNxD[-2::-1]  # without the middle block's; the last block's comes first
-        x_BxNxD = self.out_blocks(x_BxNxD, own=(skips_LxBxNxD,))
-        x = self.patches_out(self.norm(x_BxNxD[:, self.extras :]))
+        skips_LxBxNxD = every_LxBxNxD[-2::-1]  # in reverse, without the output of the middle block
+        x_BxNxD = self.out_blocks(x_BxNxD, per_block=(skips_LxBxNxD,))
+        x = self.patches_out(self.norm(x_BxNxD[:, self.config.num_extras :]))
         x = x.reshape(B, side, side, p, p, -1).swapaxes(2, 3).reshape(B, side * p, side * p, -1)
-        return self.smooth(x) if self.conv else x
+        return self.smooth(x) if self.config.conv else x
 
-    def _extras(self, c_noise: Array, cond: Cond) -> list[Array]:
-        """The tokens before the patches, `[B, 1, D]` each."""
-        time_BxD = sinusoidal(c_noise, self.width).astype(self.dtype)
-        if self.time_mlp:
+    def _extra_tokens(self, c_noise: Array, cond: Cond) -> list[Array]:
+        """Returns the tokens before those of the patches, `[B, 1, D]` each."""
+        num_classes = self.config.num_classes
+        time_BxD = sinusoidal(c_noise, self.config.width).astype(self.config.dtype)
+        if self.config.time_mlp:
             time_BxD = self.time_outer(jax.nn.silu(self.time_inner(time_BxD)))
         time_BxD = self.numbers(time_BxD, cond)
-        if not self.num_classes:
+        if not num_classes:
             return [time_BxD[:, None]]
-        label_BxD = self.label(jnp.where(cond.get("keep", True), cond["label"], self.num_classes))
+        label_BxD = self.label(jnp.where(cond.get("keep", True), cond["label"], num_classes))
         return [label_BxD[:, None], time_BxD[:, None]]
 
 
@@ -125,40 +179,29 @@ def make(
     outputs: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Network:
-    """A U-ViT for images or latents of `shape` (from the data's spec). The default is U-ViT-S/2; the paper's others are
-    (width, depth, heads) = (512, 17, 8) for S (deep), (768, 17, 12) for M, (1024, 21, 16) for L, (1152, 29, 16) for H.
+    """Builds a U-ViT for images or latents of shape `shape`.
+
+    The default is U-ViT-S/2. The paper's others have (width, depth, num_heads) = (512, 17, 8) for S (deep), (768, 17,
+    12) for M, (1024, 21, 16) for L and (1152, 29, 16) for H.
 
     Args:
-      shape: `(H, W, C)`, H = W, divisible by `patch_size`.
-      num_classes: labels to be conditioned on; 0 for none (from the data's spec).
-      scalar_conditions: numbers that it is told beside the noise label, `r` and `guidance`; see `layers.embeddings.Numbers`.
-      patch_size: side of the square of pixels that becomes a token.
-      width: of the tokens; even, and divisible by `num_heads`.
-      depth: number of blocks, odd: a first half, one in the middle, and a second half, whose blocks also take what the
-        first half's gave, the last one's first. They are stacked and scanned.
-      num_heads: of attention.
-      mlp_ratio: width of the perceptron's inner layer, in units of `width`.
-      qkv_bias: whether queries, keys and values have biases.
-      time_mlp: whether the noise label's token goes through a perceptron of its own.
-      conv: whether a 3x3 convolution follows on the image, over the borders of the patches.
-      kernel: how attention is computed; see `layers.attention.attend`.
-      remat: what of a block the backward pass computes again; see `layers.stack.rematerialised`.
-      outputs: values for each channel: 2 for an objective with a learned variance.
-      dtype: of the computation; parameters, norms' statistics and all after the blocks are float32.
+      shape: `(H, W, C)` with H = W, divisible by `patch_size`; given by the data.
+      num_classes: The number of classes to condition on; 0 for none. Given by the data.
+      scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
+        `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
+      patch_size: The side, in pixels, of the square patch that becomes a token.
+      width: The width of the tokens; even, and divisible by `num_heads`.
+      depth: The number of blocks; odd. Each block of the second half also receives the output of the corresponding
+        block of the first half, in reverse order. The halves are stacked and scanned.
+      num_heads: The number of attention heads.
+      mlp_ratio: The width of the MLP's hidden layer as a multiple of `width`.
+      qkv_bias: Whether queries, keys and values have biases.
+      time_mlp: Whether an MLP maps the features of the noise label to its token.
+      conv: Whether a 3x3 convolution is applied to the output image, across the boundaries of the patches.
+      kernel: The implementation of attention; see `layers.attention.attend`.
+      remat: What the backward pass recomputes in each block; see `layers.stack.rematerialised`.
+      outputs: The number of output values per channel; 2 for an objective with a learned variance.
+      dtype: The compute dtype. Parameters, the statistics of norms and everything after the blocks are float32.
     """
-    checks.square_images("uvit", shape)
-    checks.positive(
-        patch_size=patch_size, width=width, depth=depth, num_heads=num_heads, outputs=outputs, mlp_ratio=mlp_ratio
-    )
-    if depth < 3 or depth % 2 == 0:
-        raise InputError("depth", f"must be odd, 3 or more: two halves and a block between them, got {depth}")
-    if shape[0] % patch_size:
-        raise InputError("patch_size", f"{patch_size} does not divide the {shape[0]} pixels of a side")
-    if width % 2 or width % num_heads:
-        raise InputError("width", f"must be divisible by 2 and by num_heads = {num_heads}, got {width}")
-    inner = checks.inner_width(width * mlp_ratio)
-    return functional(lambda rngs: UViT(
-        size=shape[0], channels=shape[2], num_classes=num_classes, scalar_conditions=scalar_conditions, patch_size=patch_size, width=width,
-        depth=depth, num_heads=num_heads, inner=inner, qkv_bias=qkv_bias, time_mlp=time_mlp, conv=conv,
-        kernel=kernel, remat=remat, outputs=outputs, dtype=jnp.dtype(dtype), rngs=rngs,
-    ), shape, outputs, scalar_conditions=scalar_conditions)  # fmt: skip
+    config = UViTConfig(**locals())
+    return functional(lambda rngs: UViT(config, rngs=rngs), shape, outputs, scalar_conditions=scalar_conditions)

@@ -1,5 +1,5 @@
-"""From a run to a pipeline of diffusers and back, by the job that does it; with the peer installed, its pipelines and
-our sampler draw the same images from the same noise."""
+"""Conversion from a run to a pipeline of diffusers and back, by the job `convert`. With diffusers installed (`make
+parity`), its pipelines and this library's samplers draw the same images from the same noise."""
 
 import importlib.util
 import json
@@ -10,32 +10,32 @@ import numpy as np
 import pytest
 
 from diffusion.core.arrays import fold, normal, sample_keys
-from diffusion.core.types import InputError
 from diffusion.interop import diffusers_pipeline
 from diffusion.pipelines.run import open_run
 from tests.jobs import job
+from tests.refusals import refused, refused_field
 
 SHORT = "--config.train.steps=3 --config.train.batch_size=4 --config.train.preview_every=0 --config.optimizer.warmup=0"
 UNET = ("--config=configs/cifar10_ddpm.py --config.network.channel_mult=(1,1) "
         "--config.network.num_res_blocks=1 --config.network.attention_resolutions=(4,)")  # fmt: skip
 DIT = ("--config=configs/imagenet256_dit.py:S/2 --config.network.width=16 --config.network.depth=2 "
-       "--config.network.num_heads=2 --config.network.freq_shift=True")  # fmt: skip
+       "--config.network.num_heads=2 --config.network.freq_shift=1")  # fmt: skip
 
 
-def reading(folder, classes=0):
-    """Flags that put a folder of arrays in the place of a config's data."""
+def data_flags(folder, classes=0):
+    """Returns flags that replace a config's data by a folder of arrays."""
     section = {"name": "npy", "path": str(folder), "num_classes": classes}
     return [f"--config.data={section}", f"--config.eval.data={section}"]
 
 
 def trained_and_converted(tmp_path, flags, x, classes=0):
-    """A run of three steps on x, and what the job makes of it."""
+    """Trains for three steps on x and converts the run; returns the folders of both."""
     data = tmp_path / "data"
     data.mkdir()
     np.save(data / "x.npy", x)
     np.save(data / "label.npy", np.arange(len(x)) % max(classes, 1))
     run, folder = tmp_path / "run", tmp_path / "folder"
-    paths = [*reading(data, classes), f"--workdir={run}"]
+    paths = [*data_flags(data, classes), f"--workdir={run}"]
     for done in (
         job("train", *flags.split(), *SHORT.split(), *paths),
         job("convert", f"--from={run}", f"--to={folder}"),
@@ -56,13 +56,13 @@ def dit(tmp_path_factory):
     return trained_and_converted(tmp_path_factory.mktemp("dit"), DIT, x, classes=1000)
 
 
-def test_there_and_back(unet, tmp_path):
-    """A pipeline read by the job is a run with the same weights, which can be sampled and trained further."""
+@pytest.mark.slow
+def test_round_trip(unet, tmp_path):
+    """A converted pipeline is a run with the same weights, which can be sampled and trained further."""
     run, folder = unet
     back = tmp_path / "back"
     done = job("convert", f"--from={folder}", f"--to={back}")
     assert done.returncode == 0, done.stderr
-    assert "objective read from its scheduler" in done.stdout
     first, second = open_run(str(run)), open_run(str(back))
     assert (second.step, second.spec.shape) == (0, first.spec.shape)
     jax.tree.map(np.testing.assert_array_equal, second.params, first.params)
@@ -70,33 +70,30 @@ def test_there_and_back(unet, tmp_path):
         assert first.config["objective"][section].items() <= second.config["objective"][section].items()
 
     data = run.parent / "data"
-    paths = [*reading(data), f"--workdir={back}"]
-    still = "--config.optimizer.learning_rate=1e-12"
-    done = job("train", *UNET.split(), *SHORT.split(), *paths, still, "--config.train.steps=1")
+    paths = [*data_flags(data), f"--workdir={back}"]
+    frozen = "--config.optimizer.learning_rate=1e-12"
+    done = job("train", *UNET.split(), *SHORT.split(), *paths, frozen, "--config.train.steps=1")
     assert done.returncode == 0, done.stderr
-    assert "going on from step 0" in done.stdout
     third = open_run(str(back), "none")
     assert third.step == 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), third.params, first.params)
 
-    refused = job("convert", f"--from={folder}", f"--to={back}")
-    assert (refused.returncode, refused.stderr) == (2, f"error: --to: {back} is not empty; give a folder that is\n")
-    absent = job("convert", f"--from={tmp_path / 'none'}", f"--to={tmp_path / 'to'}")
-    assert (absent.returncode, absent.stderr) == (2, f"error: --from: {tmp_path / 'none'} is no folder\n")
+    assert refused_field(job("convert", f"--from={folder}", f"--to={back}")) == "--to"  # not empty
+    assert refused_field(job("convert", f"--from={tmp_path / 'none'}", f"--to={tmp_path / 'to'}")) == "--from"
 
 
 @pytest.mark.parametrize(
     ("objective", "reason"),
     [
-        ({"name": "flow_matching"}, "not ddpm on a vp"),
-        ({"name": "denoising", "schedule": "edm"}, "not ddpm on a vp"),
-        ({"name": "denoising", "parameterization": "eps"}, "was trained on times"),
-        ({"name": "denoising", "schedule": {"name": "vp", "betas": "sigmoid"}}, "reads no betas 'sigmoid'"),
-        ({"name": "denoising", "parameterization": {"name": "edm"}}, "knows no parameterization 'edm'"),
+        ({"name": "flow_matching"}, "schedule"),
+        ({"name": "denoising", "schedule": "edm"}, "schedule"),
+        ({"name": "denoising", "parameterization": "eps"}, "c_noise"),
+        ({"name": "denoising", "schedule": {"name": "vp", "betas": "sigmoid"}}, "betas 'sigmoid'"),
+        ({"name": "denoising", "parameterization": {"name": "edm"}}, "parameterization 'edm'"),
     ],
 )
 def test_an_objective_without_a_scheduler(objective, reason, unet, tmp_path):
-    """The model is written alone, and it is said why."""
+    """Only the model is written, and the reason is returned."""
     model, _ = diffusers_pipeline.read(str(unet[1]))
     assert reason in diffusers_pipeline.write(str(tmp_path), model, objective)
     assert diffusers_pipeline.read(str(tmp_path))[1] is None
@@ -105,23 +102,23 @@ def test_an_objective_without_a_scheduler(objective, reason, unet, tmp_path):
 def test_schedulers_that_cannot_be_read(unet, tmp_path):
     config = json.loads((unet[1] / "scheduler" / "scheduler_config.json").read_text())
     for change in ({"beta_schedule": "exp"}, {"prediction_type": "flow"}, {"trained_betas": [0.1]}):
-        with pytest.raises(InputError, match=f"scheduler_config.json.{next(iter(change))}: "):
-            diffusers_pipeline._sections(config | change, 1)
+        with refused(f"scheduler_config.json.{next(iter(change))}"):
+            diffusers_pipeline.sections(config | change, 1)
 
 
-# Against the peer.
+# Comparison with diffusers.
 
 needs_peer = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
 
 
-def ours(run, labels, num, sampler, scale=1.0):
+def native_samples(run, labels, num, sampler, scale=1.0):
     opened = open_run(str(run))
-    drawer = opened.drawer(sampler=sampler, guidance={"name": "cfg", "scale": scale})
-    return drawer(opened.params, labels, num, seed=0, batch_size=num), opened
+    generate = opened.generator(sampler=sampler, guidance={"name": "cfg", "scale": scale})
+    return generate(opened.params, labels, num, seed=0, batch_size=num), opened
 
 
 def noises(opened, num, first):
-    """What our sampler starts from, and the noise of its steps, NCHW."""
+    """Yields this library's initial noise and the noise of each step, NCHW."""
     import torch
 
     keys = sample_keys(jax.random.key(0), jnp.arange(num))
@@ -133,11 +130,11 @@ def noises(opened, num, first):
 
 @pytest.mark.peers
 @needs_peer
-def test_a_ddpm_pipeline_draws_our_images(unet, monkeypatch):
+def test_a_ddpm_pipeline_draws_the_same_images(unet, monkeypatch):
     from diffusers import DDPMPipeline
 
     run, folder = unet
-    x, opened = ours(run, None, 3, {"name": "ancestral", "steps": 20, "grid": {"name": "leading"}})
+    x, opened = native_samples(run, None, 3, {"name": "ancestral", "steps": 20, "grid": {"name": "leading"}})
     stream = noises(opened, 3, 951 / 1000)
     for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *args, **kwargs: next(stream))
@@ -149,13 +146,13 @@ def test_a_ddpm_pipeline_draws_our_images(unet, monkeypatch):
 @pytest.mark.peers
 @needs_peer
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_a_dit_pipeline_draws_our_images(dit, scale, monkeypatch):
+def test_a_dit_pipeline_draws_the_same_images(dit, scale, monkeypatch):
     import torch
     from diffusers import AutoencoderKL, DiTPipeline
 
     run, folder = dit
     labels = np.array([7, 999, 0])
-    x, opened = ours(run, labels, 3, {"name": "ddim", "steps": 10, "grid": {"name": "leading"}}, scale)
+    x, opened = native_samples(run, labels, 3, {"name": "ddim", "steps": 10, "grid": {"name": "leading"}}, scale)
     stream = noises(opened, 3, 901 / 1000)
     monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *args, **kwargs: next(stream))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Attention: what each implementation computes, what it costs, and which one is chosen."""
+"""Attention: the result and the memory of each implementation, and the choice between them."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from diffusion.layers import attention
-from diffusion.layers.attention import attend, forward_mode
+from diffusion.layers.attention import attend, choose_kernel, jvp
+from tests.refusals import refused
 
 B, N, M, HEADS, F = 2, 11, 9, 3, 16
 KERNELS = ["auto", "xla", "chunked"]
@@ -47,7 +48,7 @@ def test_is_softmax_attention(kernel, mask, chunks_of_4):
 
 @pytest.mark.parametrize(("tokens", "mask"), [(8, None), (11, None), (11, MASK)], ids=["full", "partial", "mask"])
 def test_chunks_change_nothing(tokens, mask, chunks_of_4):
-    """Neither output nor gradients, whether or not the queries fill the last chunk."""
+    """Output and gradients are the same, whether or not the queries fill the last chunk."""
 
     def run(kernel):
         def loss(q, k, v):
@@ -63,7 +64,7 @@ def test_chunks_change_nothing(tokens, mask, chunks_of_4):
 
 
 def test_chunks_take_less_memory():
-    """Less than a third of that for all products at once, forward and backward; `auto` knows."""
+    """Forward and backward take less than a third of the memory of all products at once; `auto` chooses chunks."""
     tokens = jax.ShapeDtypeStruct((1, 2048, 1, 8), jnp.float32)
 
     def temporary(kernel, f):
@@ -77,11 +78,10 @@ def test_chunks_take_less_memory():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_forward_mode(kernel, chunks_of_4):
-    """The derivative along a direction is that of central differences."""
+def test_jvp(kernel, chunks_of_4):
+    """The directional derivative agrees with central differences."""
     directions = draw(seed=1)
-    with forward_mode():
-        out, tangent = jax.jvp(lambda *qkv: attend(*qkv, MASK, kernel=kernel), (Q, K, V), directions)
+    out, tangent = jvp(lambda *qkv: attend(*qkv, MASK, kernel=kernel), (Q, K, V), directions)
     ahead, behind = (
         by_hand(*(part + h * direction for part, direction in zip((Q, K, V), directions, strict=True)), MASK)
         for h in (1e-3, -1e-3)
@@ -100,16 +100,16 @@ def test_masked_keys_have_no_influence(kernel, chunks_of_4):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_softmax_of_bfloat16_is_float32(kernel, chunks_of_4):
-    """Logits near 40, which bfloat16 would round by up to 1/8 and so their exponentials by that part."""
+    """Logits are near 40, where bfloat16 would change them by up to 1/8, and their exponentials by that factor."""
     q, k, v = (jnp.asarray(part, jnp.bfloat16) for part in (10 * Q, K, V))
-    out, wanted = attend(q, k, v, kernel=kernel), by_hand(q, k, v)
+    out, expected = attend(q, k, v, kernel=kernel), by_hand(q, k, v)
     assert out.dtype == jnp.bfloat16
     assert abs(np.einsum("bnhf,bmhf->bhnm", np.float32(q), np.float32(k)) / F**0.5).max() > 30
-    np.testing.assert_allclose(np.float32(out), wanted, atol=2**-8 * abs(np.float32(v)).max())
+    np.testing.assert_allclose(np.float32(out), expected, atol=2**-8 * abs(np.float32(v)).max())
 
 
 @pytest.mark.parametrize(
-    ("capability", "tokens", "width", "dtype", "wanted"),
+    ("capability", "tokens", "width", "dtype", "expected"),
     [
         ((9, 0), 64, 64, "bfloat16", "cudnn"),
         ((9, 0), 64, 64, "float16", "cudnn"),
@@ -128,23 +128,41 @@ def test_softmax_of_bfloat16_is_float32(kernel, chunks_of_4):
         ((), 1024, 64, "bfloat16", "chunked"),
     ],
 )
-def test_what_auto_chooses(capability, tokens, width, dtype, wanted, monkeypatch):
+def test_choice_of_auto(capability, tokens, width, dtype, expected, monkeypatch):
     monkeypatch.setattr(attention, "_nvidia_capability", lambda: capability)
     q = jax.ShapeDtypeStruct((1, tokens, 2, width), jnp.dtype(dtype))
-    assert attention._choose(q, q, None) == wanted
+    assert choose_kernel(q, q, None) == expected
     without_cudnn = "chunked" if tokens >= 1024 else "xla"
     mask = jax.ShapeDtypeStruct((1, tokens), jnp.dtype(bool))
-    assert attention._choose(q, q, mask) == without_cudnn
-    with forward_mode():
-        assert attention._choose(q, q, None) == without_cudnn
-    assert attention._choose(q, q, None) == wanted
+    assert choose_kernel(q, q, mask) == without_cudnn
 
 
-def test_long_is_queries_times_keys():
+def test_auto_avoids_cudnn_inside_jvp(monkeypatch):
+    """The choice holds inside a scan, whose body is traced before it is differentiated, and ends with the jvp."""
+    monkeypatch.setattr(attention, "_nvidia_capability", lambda: (9, 0))
+    q, chosen = jnp.zeros((1, 4, 1, 8), jnp.bfloat16), []
+
+    def scanned(x):
+        def body(x, _):
+            chosen.append(choose_kernel(q, q, None))
+            return x, None
+
+        return jax.lax.scan(body, x, length=2)[0]
+
+    scanned(1.0)
+    assert chosen == ["cudnn"]
+    jvp(scanned, (1.0,), (1.0,))
+    assert set(chosen[1:]) == {"xla"}
+    assert choose_kernel(q, q, None) == "cudnn"
+
+
+def test_chunks_depend_on_queries_times_keys():
     q, k = (jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32) for tokens in (4096, 77))
-    assert attention._choose(q, k, None) == "xla"
-    assert attention._choose(q, q, None) == "chunked"
+    assert choose_kernel(q, k, None) == "xla"
+    assert choose_kernel(q, q, None) == "chunked"
 
 
-def test_there_is_no_nvidia_gpu_here():
+def test_cudnn_that_is_not_available_is_refused():
     assert attention._nvidia_capability() == ()
+    with refused("network.kernel"):
+        attend(Q, K, V, kernel="cudnn")

@@ -1,4 +1,4 @@
-"""DiT: its sizes, its parts, and what its options change."""
+"""DiT: parameter counts, its parts, and the effect of its options."""
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.core.types import InputError
 from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
+from tests.refusals import refused
 
 TINY = {"name": "dit", "patch_size": 2, "width": 16, "depth": 3, "num_heads": 2}
 PAPER = {"S": (384, 12, 6, 33), "B": (768, 12, 12, 130), "L": (1024, 24, 16, 458), "XL": (1152, 28, 16, 675)}
 
 
 def tiny(**options):
-    """A small DiT of digits with nothing left at zero, and its parameters."""
+    """A small DiT for digits, and parameters of which none is zero."""
     network = build("networks", {**TINY, **options}, shape=(8, 8, 1), num_classes=10)
     params = jax.jit(network.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -34,19 +34,19 @@ def test_the_papers_parameter_counts(size):
     assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6) == millions
 
 
-def test_starts_at_zero():
+def test_output_is_zero_at_initialisation():
     network = build("networks", TINY, shape=(8, 8, 1), num_classes=10)
     params = jax.jit(network.init)(jax.random.key(0))
     out = network.apply(params, X, C_NOISE, COND)
     assert out.shape == X.shape and out.dtype == jnp.float32 and not out.any()
 
 
-def test_blocks_are_drawn_apart():
+def test_blocks_have_independent_initial_parameters():
     network = build("networks", TINY, shape=(8, 8, 1), num_classes=10)
     kernel = jax.jit(network.init)(jax.random.key(0))["blocks"]["blocks"]["qkv"]["kernel"]
     assert kernel.shape == (3, 16, 48)
     assert abs(kernel[0] - kernel[1]).max() > 0.1
-    # Xavier's bound goes by one block's own fans.
+    # Xavier's bound depends on the fans of a single block.
     assert 0.95 < abs(kernel).max() / (6 / (16 + 48)) ** 0.5 <= 1
 
 
@@ -70,7 +70,7 @@ def test_every_input_matters(options):
         assert abs(out - other).max() > 1e-3
 
 
-def test_an_example_does_not_see_its_neighbours():
+def test_examples_do_not_mix():
     network, params = tiny()
     out = network.apply(params, X, C_NOISE, COND)
     alone = network.apply(params, X[:1], C_NOISE[:1], {"label": COND["label"][:1]})
@@ -78,8 +78,8 @@ def test_an_example_does_not_see_its_neighbours():
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rope"])
-def test_places_matter(positions):
-    """Two tokens exchanged at the input do not merely come out exchanged."""
+def test_positions_matter(positions):
+    """Exchanging two patches of the input does more than exchange them in the output."""
     network, params = tiny(positions=positions)
     swapped = X.copy()
     swapped[:, :2, :2], swapped[:, 4:6, 2:4] = X[:, 4:6, 2:4], X[:, :2, :2]
@@ -90,7 +90,7 @@ def test_places_matter(positions):
 
 
 def test_patches_are_squares_of_the_image():
-    """A change of one patch reaches, without the blocks, that patch alone."""
+    """With blocks that do nothing, a change of one patch affects only that patch."""
     network, params = tiny()
     params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
     changed = X.copy()
@@ -103,7 +103,7 @@ def test_patches_are_squares_of_the_image():
     assert not difference.any()
 
 
-def test_depth_costs_no_code():
+def test_program_size_does_not_depend_on_depth():
     def lines(depth):
         network = build("networks", {**TINY, "depth": depth}, shape=(8, 8, 1), num_classes=10)
         shapes = jax.eval_shape(network.init, jax.random.key(0))
@@ -113,7 +113,7 @@ def test_depth_costs_no_code():
 
 
 def test_rotation_makes_products_relative(x64):
-    """q at place a times k at place b depends on a - b alone, in rows and in columns."""
+    """q at position a times k at position b depends only on a - b, in rows and in columns."""
     side, rng = 6, np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 1, 1, 8))
     angles = np.float64(rotary_angles(side, 8))
@@ -124,27 +124,30 @@ def test_rotation_makes_products_relative(x64):
     assert abs(products[1, 2, 3, 5] - products[1, 2, 2, 5]) > 1e-3
 
 
-def test_embeddings_of_places():
-    """Columns in the first half, rows in the second; sines, then cosines."""
+def test_position_embeddings():
+    """Columns in the first half, rows in the second; sines before cosines."""
     table = sincos_2d(3, 8).reshape(3, 3, 8)
     np.testing.assert_allclose(table[2, 1], [np.sin(1), np.sin(0.01), np.cos(1), np.cos(0.01),
                                              np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02)], rtol=1e-6)  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field"),
     [
-        ({"patch_size": 3}, "patch: 3 does not divide the 8 pixels"),
-        ({"width": 18}, "width: must be divisible by 4"),
-        ({"num_heads": 3}, "width: must be divisible by 4 and by heads = 3"),
-        ({"positions": "rope", "num_heads": 8}, "positions: rope wants heads of a width divisible by 4, got 2"),
-        ({"depth": 0}, "depth: must be positive"),
-        ({"norm": "batch"}, "norm: "),
-        ({"remat": "some"}, "remat: "),
+        ({"patch_size": 3}, "patch_size"),
+        ({"width": 18}, "width"),
+        ({"num_heads": 3}, "width"),
+        ({"positions": "rope", "num_heads": 8}, "positions"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio"),
+        ({"depth": 0}, "depth"),
+        ({"norm": "batch"}, "norm"),
+        ({"freq_shift": 2}, "freq_shift"),
+        ({"remat": "some"}, "remat"),
+        ({"shape": (8, 4, 1)}, "shape"),
     ],
 )
-def test_refusals(options, message):
-    with pytest.raises(InputError, match=f"networks.{message}"):
-        build("networks", {**TINY, **options}, shape=(8, 8, 1), num_classes=10)
-    with pytest.raises(InputError, match="shape: dit takes square images"):
-        build("networks", TINY, shape=(8, 4, 1))
+def test_bad_options(options, field):
+    spec = {**TINY, **options}
+    shape = spec.pop("shape", (8, 8, 1))
+    with refused(f"networks.{field}"):
+        build("networks", spec, shape=shape, num_classes=10)

@@ -1,4 +1,4 @@
-"""EDM2: its sizes, magnitudes that nothing but the gains can change, and weights that stay where they belong."""
+"""EDM2: parameter counts, magnitudes that only the gains change, and weights that stay normalised."""
 
 import dataclasses
 import functools
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffusion.core.build import build
-from diffusion.core.types import InputError, Network
+from diffusion.core.build import build, defaults
+from diffusion.core.types import Network
 from diffusion.layers import magnitude as mp
 from diffusion.networks import edm2
 from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
+from tests.refusals import refused
 
 TINY = {
     "name": "edm2",
@@ -28,12 +29,11 @@ TINY = {
 }
 PAPER = {"XS": (128, 125), "S": (192, 280), "M": (256, 498), "L": (320, 777), "XL": (384, 1119), "XXL": (448, 1523)}
 
-
 SMALLER = {"channel_mult": (1,), "attention_resolutions": ()}  # one level
 
 
 def drawn(network):
-    """Parameters with no gain left at zero, each from a seed that is its name. (`init` compiles for longer.)"""
+    """Returns parameters with nonzero gains, each drawn with a seed from its name (faster than compiling `init`)."""
 
     def draw(path, leaf):
         seed = zlib.crc32("/".join(key.key for key in path).encode())
@@ -44,7 +44,7 @@ def drawn(network):
 
 @functools.cache
 def tiny(**options):
-    """A small EDM2 of digits, compiled, and its parameters."""
+    """A small compiled EDM2 for digits, and its parameters."""
     network = build("networks", {**TINY, **options}, shape=(8, 8, 1), num_classes=10)
     return jax.jit(network.apply), drawn(network)
 
@@ -63,15 +63,15 @@ def kernels(params):
 
 
 def off_unit(params):
-    """How far any output unit of any weight is from RMS 1."""
+    """Returns the largest distance from RMS 1 among the output units of all weights."""
     return max(abs(rms(kernel, tuple(range(kernel.ndim - 1))) - 1).max() for kernel in kernels(params))
 
 
-# The parts.
+# The layers.
 
 
 @pytest.mark.parametrize("t", [0.1, 0.3, 0.5, 0.8])
-def test_sums_and_joins_keep_magnitude(t):
+def test_sums_and_concatenations_preserve_magnitude(t):
     a, b = RNG.normal(size=(1000, 10)), RNG.normal(size=(1000, 50))
     assert abs(rms(mp.mp_sum(a, b[:, :10], t)) - 1) < 0.03
     joined = np.asarray(mp.mp_cat(a, b, t))
@@ -81,24 +81,15 @@ def test_sums_and_joins_keep_magnitude(t):
     assert np.corrcoef(joined[:, 0], a[:, 0])[0, 1] > 0.999
 
 
-def test_balance_goes_from_the_first_to_the_second():
+def test_balance_interpolates_from_the_first_to_the_second():
     a, b = jnp.array([1.0, 2.0]), jnp.array([-3.0, 5.0])
     np.testing.assert_allclose(mp.mp_sum(a, b, 0.0), a)
     np.testing.assert_allclose(mp.mp_sum(a, b, 1.0), b)
     np.testing.assert_allclose(mp.mp_cat(a, b, 0.5), jnp.concatenate([a, b]), rtol=1e-6)
 
 
-def test_silu_and_features_keep_magnitude():
+def test_silu_preserves_magnitude():
     assert abs(rms(mp.mp_silu(RNG.normal(size=100_000))) - 1) < 0.01
-    features = mp.fourier_features(jnp.linspace(-2, 2, 9), 4000)
-    assert features.shape == (9, 4000)
-    np.testing.assert_allclose(rms(features, 1), 1, atol=0.04)
-
-
-def test_features_are_the_same_for_ever():
-    """Trained weights depend on them."""
-    expected = [1.35266, 0.14141, -0.16659, -1.30126]
-    np.testing.assert_allclose(mp.fourier_features(jnp.array([0.3]), 4)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1e-2, 1, 1e3])
@@ -110,20 +101,20 @@ def test_pixel_norm(length):
     assert mp.pixel_norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_a_pixel_of_zeros_has_a_gradient():
+def test_pixel_norm_has_a_finite_gradient_at_zero():
     gradient = jax.grad(lambda x: jnp.sum(mp.pixel_norm(x)))(jnp.zeros((2, 4)).at[0].set(1.0))
     assert np.isfinite(gradient).all() and gradient[1].all()
 
 
 @pytest.mark.parametrize("layer", [mp.MPLinear, mp.MPConv])
-def test_layers_keep_magnitude(layer):
+def test_layers_preserve_magnitude(layer):
     module = layer(32, 48, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = RNG.normal(size=(4, 12, 12, 32)).astype(np.float32)
     out = np.asarray(module(x))
-    inside = out[:, 1:-1, 1:-1]  # at the border a convolution sees zeros
+    inside = out[:, 1:-1, 1:-1]  # at the border the convolution pads with zeros
     assert out.shape == (4, 12, 12, 48) and abs(rms(inside) - 1) < 0.03
     np.testing.assert_allclose(module(x, 0.25), out / 4, atol=1e-5)
-    module.kernel[...] *= np.geomspace(0.1, 30, 48)  # the length of no unit's weight counts
+    module.kernel[...] *= np.geomspace(0.1, 30, 48)  # the length of a unit's weight has no effect
     np.testing.assert_allclose(module(x), out, atol=5e-3)
 
 
@@ -133,7 +124,7 @@ def test_normalized_weights_have_orthogonal_gradients(x64):
     weight = RNG.normal(size=w.shape)
     gradient = jax.grad(lambda w: jnp.sum(weight * mp.normalize(w)))(w)
     along = np.sum(gradient * w, (0, 1, 2)) / (72 * rms(gradient, (0, 1, 2)) * rms(w, (0, 1, 2)))
-    assert abs(along).max() < 2e-4  # nothing but EPSILON
+    assert abs(along).max() < 2e-4  # because of EPSILON
     straight = np.sum(weight * w, (0, 1, 2)) / (72 * rms(weight, (0, 1, 2)) * rms(w, (0, 1, 2)))
     assert abs(straight).max() > 0.1
 
@@ -149,7 +140,7 @@ def test_the_papers_parameter_counts(size):
     assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6) == millions
 
 
-def test_starts_at_zero():
+def test_output_is_zero_at_initialisation():
     network = build("networks", {**TINY, **SMALLER, "outputs": 2}, shape=(8, 8, 1), num_classes=10)
     params = jax.jit(network.init)(jax.random.key(0))
     assert all(isinstance(key.key, str) for path, _ in jax.tree.leaves_with_path(params) for key in path)
@@ -159,8 +150,8 @@ def test_starts_at_zero():
     assert out.shape == (3, 8, 8, 2) and out.dtype == jnp.float32 and not out.any()
 
 
-def test_is_the_published_network():
-    """Four numbers of the authors' PyTorch code with these weights, in its order (github.com/NVlabs/edm2)."""
+def test_agrees_with_the_published_network():
+    """The expected values are from the authors' PyTorch code with these weights (github.com/NVlabs/edm2)."""
     spec = {**TINY, "channel_mult": (1, 2, 2), "num_res_blocks": 2, "attention_resolutions": (4,)}
     network = build("networks", spec, shape=(16, 16, 3), num_classes=5)
     x = np.random.RandomState(0).randn(2, 16, 16, 3).astype(np.float32)
@@ -169,11 +160,11 @@ def test_is_the_published_network():
     np.testing.assert_allclose([out[0, 0, 0, 0], out[0, 7, 9, 2], out[1, 4, 4, 1], rms(out)], expected, rtol=1e-4)
 
 
-def test_every_block_keeps_magnitude(monkeypatch):
+def test_every_block_preserves_magnitude(monkeypatch):
     seen = []
-    call = edm2.Block.__call__
+    call = edm2.EDM2Block.__call__
     monkeypatch.setattr(
-        edm2.Block, "__call__", lambda *args: seen.append(jnp.sqrt(jnp.mean((y := call(*args)) ** 2))) or y
+        edm2.EDM2Block, "__call__", lambda *args: seen.append(jnp.sqrt(jnp.mean((y := call(*args)) ** 2))) or y
     )
     spec = {**TINY, "width": 32, "attention_resolutions": (8,)}
     network = build("networks", spec, shape=(16, 16, 3), num_classes=10)
@@ -190,7 +181,7 @@ def test_every_block_keeps_magnitude(monkeypatch):
     assert 0.7 < rms(out) < 1.4
 
 
-def test_the_length_of_weights_does_not_count():
+def test_the_length_of_weights_has_no_effect():
     apply, params = tiny()
     longer = jax.tree.map(lambda leaf: leaf * RNG.uniform(1, 20, leaf.shape[-1:]) if leaf.ndim else leaf, params)
     out, same = (apply(p, X, C_NOISE, COND) for p in (params, longer))
@@ -218,8 +209,8 @@ def test_every_input_matters(options):
         assert abs(out - other).max() > 1e-2
 
 
-def test_keep_chooses_the_null_class():
-    """Where `keep` is False the label does not matter, and where it is True it does."""
+def test_keep_selects_the_null_class():
+    """The label has an effect where `keep` is True and none where it is False."""
     apply, params = tiny()
     x, c_noise, keep = np.broadcast_to(X[:1], (3, 8, 8, 1)), np.zeros(3, np.float32), np.array([True, True, False])
     out = apply(params, x, c_noise, {"label": np.array([3, 7, 3]), "keep": keep})
@@ -239,13 +230,13 @@ def test_without_classes():
     assert jax.eval_shape(network.apply, params, X, C_NOISE, {}).shape == X.shape
 
 
-def test_bandwidth_is_of_the_noise_label():
+def test_bandwidth_scales_the_noise_label():
     (wide, params), (narrow, _) = tiny(**SMALLER), tiny(**SMALLER, bandwidth=0.001)
     out = wide(params, X, C_NOISE, COND)
     np.testing.assert_allclose(narrow(params, X, 1000 * C_NOISE, COND), out, atol=1e-3 * abs(out).max())
 
 
-def test_an_example_does_not_see_its_neighbours():
+def test_examples_do_not_mix():
     apply, params = tiny()
     out = apply(params, X, C_NOISE, COND)
     changed = np.concatenate([X[:2], X[:1]]), C_NOISE * np.float32([1, 1, 0]), {**COND, "label": np.array([0, 3, 4])}
@@ -254,41 +245,44 @@ def test_an_example_does_not_see_its_neighbours():
     assert abs(other[2] - out[2]).max() > 1e-2
 
 
-def test_outputs_of_a_block_are_limited():
-    block = edm2.Block(4, 4, 4, side="dec", dropout=0.0, res_balance=0.3, attn_balance=0.3, kernel="xla",
-                       dtype=jnp.float32, rngs=nnx.Rngs(0))  # fmt: skip
+def test_outputs_of_a_block_are_clipped():
+    options = {"width": 4, "channel_mult": (1,), "attention_resolutions": (), "head_dim": 4}
+    config = edm2.EDM2Config(**defaults(edm2.make) | options, shape=(4, 4, 1))
+    block = edm2.EDM2Block(4, 4, config, side="dec", rngs=nnx.Rngs(0))
     out = block(jnp.array([1e4, -1e4, 1e4, -1e4]) * jnp.ones((1, 4, 4, 4)), jnp.ones((1, 4)), None)
     assert out.max() == 256 and out.min() == -256
 
 
-def test_attention_is_computed_as_asked(monkeypatch):
-    asked = []
-    monkeypatch.setattr(edm2, "attend", lambda q, k, v, *, kernel: asked.append((kernel, q.shape)) or v)
+def test_attention_uses_the_chosen_kernel(monkeypatch):
+    calls = []
+    monkeypatch.setattr(edm2, "attend", lambda q, k, v, *, kernel: calls.append((kernel, q.shape)) or v)
     apply, params = tiny(kernel="chunked")
     jax.eval_shape(apply, params, X, C_NOISE, COND)
-    assert asked == [("chunked", (3, 16, 2, 8))] * 4  # one block down, one in the middle, two up
+    assert calls == [("chunked", (3, 16, 2, 8))] * 4  # one block on the way down, one in the middle, two on the way up
 
 
-def test_bfloat16_computes_near_float32():
+def test_bfloat16_is_close_to_float32():
     outs = [apply(params, X, C_NOISE, COND) for apply, params in (tiny(), tiny(dtype="bfloat16"))]
     gap = abs(outs[0] - outs[1]).max()
     assert 1e-6 < gap < 0.05 * abs(outs[0]).max()
 
 
-def test_remat_changes_nothing():
-    """Neither the loss nor the gradients, of the gains and of the noise label."""
+def test_remat_changes_neither_loss_nor_gradients():
+    """The gradients are those of the gains and of the noise label."""
 
     def of_gains(remat):
         apply, params = tiny(**SMALLER, remat=remat, dropout=0.3)
         leaves, tree = jax.tree.flatten(params)
 
         def loss(gains, c_noise):
-            own = iter(gains)
-            params = jax.tree.unflatten(tree, [leaf if leaf.ndim else next(own) for leaf in leaves])
+            remaining = iter(gains)
+            params = jax.tree.unflatten(tree, [leaf if leaf.ndim else next(remaining) for leaf in leaves])
             return jnp.sum(apply(params, X, c_noise, COND, key=jax.random.key(0)) ** 2)
 
         gains = jnp.stack([leaf for leaf in leaves if not leaf.ndim])
-        assert str(jax.make_jaxpr(loss)(gains, C_NOISE)).count("remat") == (0 if remat == "none" else 5)  # one a block
+        assert str(jax.make_jaxpr(loss)(gains, C_NOISE)).count("remat") == (
+            0 if remat == "none" else 5
+        )  # one per block
         loss, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(gains, C_NOISE)
         return loss, *gradients
 
@@ -308,7 +302,7 @@ def test_dropout_needs_a_key():
 
 
 def test_training_keeps_weights_normalised():
-    """And without the hook it does not. An average that follows at once shows what it is an average of."""
+    """Without `project` they do not stay normalised. An EMA of decay 0 shows that averages follow the projection."""
     network = build("networks", {**TINY, **SMALLER}, shape=(8, 8, 1), num_classes=10)
     params = network.project(drawn(network))
     objective = build("objectives", {"name": "denoising", "parameterization": "v"})
@@ -319,7 +313,7 @@ def test_training_keeps_weights_normalised():
 
     @jax.jit
     def step(state, on):
-        """With the hook switched on or off, at the price of one compilation."""
+        """The train step with or without `project`, in one compilation."""
 
         def project(params):
             return jax.tree.map(lambda new, old: jnp.where(on, new, old), network.project(params), params)
@@ -343,7 +337,7 @@ def test_training_keeps_weights_normalised():
 
 @dataclasses.dataclass(frozen=True)
 class Several:
-    """An objective of four networks: one, a critic and a frozen teacher like it, and a schedule that is none."""
+    """An objective with a network, a critic and a frozen teacher of the same structure, and a learned schedule."""
 
     frozen: tuple[str, ...] = ("teacher",)
 
@@ -351,25 +345,25 @@ class Several:
         return {"net": network.init(key), "critic": {"w": jnp.ones(2)}, "teacher": {"w": jnp.full(2, 5.0)},
                 "gamma": {"ends": jnp.full(2, 3.0)}}  # fmt: skip
 
-    def memory(self):
+    def initial_state(self):
         return {}
 
-    def prepare(self, params, ema_params, batch, memory, key, step):
-        return params, memory
+    def before_step(self, params, ema_params, batch, objective_state, key, step):
+        return params, objective_state
 
-    def draw(self, batch, key, step, memory):
+    def draw(self, batch, key, step, objective_state):
         return {}
 
-    def remember(self, memory, noise, loss):
-        return memory, {}
+    def update_state(self, objective_state, draws, loss):
+        return objective_state, {}
 
     def loss(self, net, params, ema_params, batch, key, step):
         total = sum(jnp.sum(leaf * jnp.array([1.0, 2.0])) for leaf in jax.tree.leaves(params))
         return batch["x"] * total, {}
 
 
-def test_what_is_projected():
-    """Each trained copy of the network, after the step and before the average; neither a frozen one nor a schedule."""
+def test_which_parameters_are_projected():
+    """Trained copies of the network are, after the step and before the EMA; frozen copies and the schedule are not."""
     norm = np.linalg.norm
     network = Network(lambda key: {"w": jnp.ones(2)}, None, project=lambda p: {"w": p["w"] / jnp.linalg.norm(p["w"])})
     opt, averages = (
@@ -388,29 +382,26 @@ def test_what_is_projected():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field"),
     [
-        ({"width": 0}, "width: must be positive"),
-        ({"bandwidth": 0.0}, "bandwidth: must be positive"),
-        ({"channel_mult": ()}, "channel_mult: must be one or more"),
-        ({"channel_mult": (1, 1, 1, 1, 1)}, "channel_mult: 8 pixels cannot be halved 4 times"),
-        ({"attention_resolutions": (5,)}, "attention: no level has resolution 5"),
-        ({"head_dim": 5}, "head_dim: 5 does not divide the 16 channels"),
-        (
-            {"channel_mult": (1, 3), "attention_resolutions": (8,), "head_dim": 12},
-            "head_dim: 12 does not divide the 8 channels",
-        ),
-        ({"dropout": 1.0}, "dropout: "),
-        ({"res_balance": 1.5}, "res_balance: must be in"),
-        ({"concat_balance": -0.1}, "concat_balance: must be in"),
-        ({"remat": "some"}, "remat: "),
-        ({"kernel": "torch"}, "kernel: "),
-        ({"dtype": "float16"}, "dtype: "),
-        ({"shape": (8, 4, 1)}, "shape: edm2 takes square images"),
+        ({"width": 0}, "width"),
+        ({"bandwidth": 0.0}, "bandwidth"),
+        ({"channel_mult": ()}, "channel_mult"),
+        ({"channel_mult": (1, 1, 1, 1, 1)}, "channel_mult"),
+        ({"attention_resolutions": (5,)}, "attention_resolutions"),
+        ({"head_dim": 5}, "head_dim"),
+        ({"channel_mult": (1, 3), "attention_resolutions": (8,), "head_dim": 12}, "head_dim"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"res_balance": 1.5}, "res_balance"),
+        ({"concat_balance": -0.1}, "concat_balance"),
+        ({"remat": "some"}, "remat"),
+        ({"kernel": "torch"}, "kernel"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"shape": (8, 4, 1)}, "shape"),
     ],
 )
-def test_refusals(options, message):
+def test_bad_options(options, field):
     spec = {**TINY, **options}
     shape = spec.pop("shape", (8, 8, 1))
-    with pytest.raises(InputError, match=f"networks.{message}"):
+    with refused(f"networks.{field}"):
         build("networks", spec, shape=shape, num_classes=10)

@@ -1,10 +1,12 @@
+"""MLP: its shapes, its parameters, and the effect of its inputs."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.core.types import InputError
+from tests.refusals import refused
 
 DEPTH, WIDTH = 3, 16
 
@@ -15,7 +17,7 @@ def mlp(shape=(2,), num_classes=4, **keywords):
 
 
 def nonzero(network):
-    """Parameters with nothing left at zero, so that every input matters."""
+    """Returns parameters of which none is zero, so that every input has an effect."""
     rng = np.random.default_rng(0)
     params = jax.jit(network.init)(jax.random.key(0))
     return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
@@ -43,7 +45,7 @@ COND = {"label": jnp.arange(8) % 4}
     ("shape", "outputs", "expected"),
     [((2,), 1, (2,)), ((5,), 2, (10,)), ((4, 3, 2), 1, (4, 3, 2)), ((4, 3), 3, (4, 9))],
 )
-def test_shape_and_zero_start(shape, outputs, expected):
+def test_shape_and_zero_output_at_initialisation(shape, outputs, expected):
     network = mlp(shape, num_classes=0, outputs=outputs)
     assert network.outputs == outputs
     params = jax.jit(network.init)(jax.random.key(0))
@@ -56,19 +58,19 @@ def test_shape_and_zero_start(shape, outputs, expected):
     assert network.apply(nonzero(network), x, jnp.full(6, 500.0), {}).any()
 
 
-def test_parameters_are_drawn_from_the_key(network):
-    first, again, other = (jax.jit(network.init)(jax.random.key(k)) for k in (0, 0, 1))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
+def test_initial_parameters_depend_on_the_key(network):
+    first, second, other = (jax.jit(network.init)(jax.random.key(k)) for k in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
     for path, leaf in jax.tree.leaves_with_path(jax.tree.map(lambda a, b: jnp.where(a == 0, 1, a - b), first, other)):
         assert leaf.any(), jax.tree_util.keystr(path)
 
 
-def test_blocks_are_stacked_drawn_apart_and_all_read(network, params, x):
+def test_blocks_are_stacked_independent_and_all_used(network, params, x):
     fresh = jax.jit(network.init)(jax.random.key(0))["blocks"]
     assert {leaf.shape[0] for leaf in jax.tree.leaves(fresh)} == {DEPTH}
     kernels = np.asarray(fresh["kernel1"])
     assert not np.array_equal(kernels[0], kernels[1])
-    # LeCun's variance, of one block's width and not of all the blocks'.
+    # LeCun's variance depends on the width of a single block.
     np.testing.assert_allclose(kernels.std(), WIDTH**-0.5, rtol=0.15)
     apply = jax.jit(network.apply)
     out = apply(params, x, jnp.full(8, 500.0), COND)
@@ -78,15 +80,15 @@ def test_blocks_are_stacked_drawn_apart_and_all_read(network, params, x):
             assert abs(apply(changed, x, jnp.full(8, 500.0), COND) - out).max() > 1e-4, (name, block)
 
 
-def test_every_parameter_learns(network, params, x):
+def test_every_parameter_has_a_gradient(network, params, x):
     cond = {**COND, "keep": jnp.arange(8) % 3 > 0}
     grads = jax.jit(jax.grad(lambda p: (network.apply(p, x, jnp.full(8, 500.0), cond) ** 2).mean()))(params)
     for path, leaf in jax.tree.leaves_with_path(grads):
         assert leaf.any() and np.isfinite(leaf).all(), jax.tree_util.keystr(path)
 
 
-def test_keep_chooses_the_null_embedding(network, params, x):
-    """Where `keep` is False the label does not matter, and where it is True it does."""
+def test_keep_selects_the_null_class(network, params, x):
+    """The label has an effect where `keep` is True and none where it is False."""
     x = jnp.broadcast_to(x[:1], (4, 2))
     cond = {"label": jnp.array([1, 3, 1, 3]), "keep": jnp.array([True, True, False, False])}
     out = jax.jit(network.apply)(params, x, jnp.full(4, 500.0), cond)
@@ -103,7 +105,7 @@ def test_noise_label_matters(network, params, x):
 
 
 def test_length_of_x_matters(network, params, x):
-    """At initialisation too: no norm leaves only the direction."""
+    """Also at initialisation: no norm discards the length."""
     params = {**jax.jit(network.init)(jax.random.key(0)), "linear_out": params["linear_out"]}
     out = [network.apply(params, c * x, jnp.zeros(8), COND) - params["linear_out"]["bias"] for c in (1, 2)]
     np.testing.assert_allclose(out[1], 2 * out[0], rtol=1e-4, atol=1e-5)  # the blocks are the identity
@@ -122,7 +124,7 @@ def test_examples_do_not_mix(network, params, x):
         assert difference[3] > 1e-3 and np.delete(difference, 3).max() < 1e-6
 
 
-def test_bfloat16_computes_near_float32(network, params, x):
+def test_bfloat16_is_close_to_float32(network, params, x):
     other = mlp(dtype="bfloat16")
     fresh = jax.jit(other.init)(jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
@@ -145,5 +147,5 @@ def test_bfloat16_computes_near_float32(network, params, x):
     ],
 )
 def test_bad_options(keywords, field):
-    with pytest.raises(InputError, match=f"networks.{field}: "):
+    with refused(f"networks.{field}"):
         mlp(**keywords)

@@ -1,4 +1,4 @@
-"""Computing again what the backward pass needs: less memory, the same loss and gradient."""
+"""Rematerialisation takes less memory and gives the same loss and gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ DEEP = {
 def test_less_memory_and_the_same_gradient(name):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(16, 8, 8, 1)).astype(np.float32)
-    answers, memory, params = {}, {}, None
+    results, memory, params = {}, {}, None
     for remat in ("none", "dots_with_no_batch_dims_saveable", "full"):
         network = build("networks", {"name": name, "remat": remat, **DEEP[name]}, shape=(8, 8, 1))
         params = params or jax.tree.map(
@@ -36,11 +36,11 @@ def test_less_memory_and_the_same_gradient(name):
             return jnp.mean(jnp.square(network.apply(params, x, jnp.arange(16.0), {}, key=jax.random.key(1)) - x))
 
         compiled = jax.jit(jax.value_and_grad(loss)).lower(params, x).compile()
-        memory[remat], answers[remat] = compiled.memory_analysis().temp_size_in_bytes, compiled(params, x)
-    if name != "unet":  # outside of a scan, XLA on a CPU computes again at once what it should put off
+        memory[remat], results[remat] = compiled.memory_analysis().temp_size_in_bytes, compiled(params, x)
+    if name != "unet":  # outside a scan, XLA on CPUs recomputes too early to save memory
         assert memory["full"] < memory["dots_with_no_batch_dims_saveable"] < 0.75 * memory["none"]
-    (_, gradient) = answers["none"]
+    _, gradient = results["none"]
     scale = max(abs(leaf).max() for leaf in jax.tree.leaves(gradient))
     for remat in ("dots_with_no_batch_dims_saveable", "full"):
-        for a, b in zip(*(jax.tree.leaves(answers[key]) for key in (remat, "none")), strict=True):
+        for a, b in zip(*(jax.tree.leaves(results[key]) for key in (remat, "none")), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6 * scale, rtol=1e-4)

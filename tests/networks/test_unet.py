@@ -1,13 +1,17 @@
+"""U-Net: its shapes, its options, and the effect of its inputs."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from diffusion.core.build import build
-from diffusion.core.types import InputError
+from diffusion.layers.residual import BlockConfig, ResidualBlock
+from tests.refusals import refused
 
 
-def test_shape_and_zero_start(tiny_unet, digits_batch):
+def test_shape_and_zero_output_at_initialisation(tiny_unet, digits_batch):
     params = jax.jit(tiny_unet.init)(jax.random.key(0))
     assert all(isinstance(key.key, str) for path, _ in jax.tree.leaves_with_path(params) for key in path)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
@@ -16,8 +20,8 @@ def test_shape_and_zero_start(tiny_unet, digits_batch):
     assert not out.any()
 
 
-def test_keep_chooses_the_null_embedding(tiny_unet, tiny_params, digits_batch):
-    """Where `keep` is False the label does not matter, and where it is True it does."""
+def test_keep_selects_the_null_class(tiny_unet, tiny_params, digits_batch):
+    """The label has an effect where `keep` is True and none where it is False."""
     x = jnp.broadcast_to(digits_batch["x"][:1], (4, 8, 8, 1))
     cond = {"label": jnp.array([3, 7, 3, 7]), "keep": jnp.array([True, True, False, False])}
     out = jax.jit(tiny_unet.apply)(tiny_params["net"], x, jnp.full(4, 500.0), cond)
@@ -63,7 +67,7 @@ def test_dropout_needs_a_key(digits, digits_batch):
     assert abs(first - second).max() > 1e-3 and abs(first - apply(*args)).max() > 1e-3
 
 
-def test_bfloat16_computes_near_float32(digits, tiny_params, digits_batch):
+def test_bfloat16_is_close_to_float32(digits, tiny_params, digits_batch):
     spec = {
         "name": "unet",
         "width": 8,
@@ -83,21 +87,21 @@ def test_bfloat16_computes_near_float32(digits, tiny_params, digits_batch):
     assert 1e-6 < gap < 0.05 * abs(outs[0]).max()
 
 
-SONG = {"name": "unet", "width": 8, "channel_mult": (1, 2), "num_res_blocks": 2, "attention_resolutions": (8,), "head_dim": None,
-        "scale_shift": False, "resample": "projected", "rescale": True, "up_attention": "last",
-        "resample_filter": (1, 3, 3, 1), "input_skip": True, "embedding": "fourier"}  # fmt: skip
+NCSNPP = {"name": "unet", "width": 8, "channel_mult": (1, 2), "num_res_blocks": 2, "attention_resolutions": (8,),
+          "head_dim": None, "scale_shift": False, "resample": "projected", "rescale": True, "up_attention": "last",
+          "resample_filter": (1, 3, 3, 1), "input_skip": True, "embedding": "fourier"}  # fmt: skip
 
 
 def random_net(spec, num_classes=0):
-    """A U-Net of 8x8x1 with nothing at zero."""
+    """Returns a U-Net for 8 x 8 x 1, and parameters of which none is zero."""
     network = build("networks", spec, shape=(8, 8, 1), num_classes=num_classes)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     return network, jax.tree.map(lambda s: 0.2 * rng.normal(size=s.shape).astype(np.float32), shapes)
 
 
-def test_ncsnpp_has_its_parts():
-    network, params = random_net(SONG)
+def test_parts_of_ncsnpp():
+    network, params = random_net(NCSNPP)
     assert [name for name in params["up"] if "attention" in params["up"][name]] == ["0_2"]
     assert [name for name in params["down"] if "attention" in params["down"][name]] == ["0_0", "0_1"]
     assert params["inputs"]["0_down"]["kernel"].shape == (3, 3, 1, 8)
@@ -112,23 +116,19 @@ def test_ncsnpp_has_its_parts():
 
 
 def test_rescaled_sums():
-    """At initialisation a block is its input, over sqrt(2)."""
-    from flax import nnx
-
-    from diffusion.layers.residual import ResidualBlock, Style
-
+    """At initialisation the output of a block is its input, divided by sqrt(2) with `rescale`."""
     x, emb = np.random.default_rng(0).normal(size=(2, 8, 8, 8)).astype(np.float32), jnp.ones((2, 4))
     for rescale, factor in ((False, 1), (True, 2**-0.5)):
-        block = ResidualBlock(8, 8, Style(4, rescale=rescale), rngs=nnx.Rngs(0))
+        block = ResidualBlock(8, 8, BlockConfig(4, rescale=rescale), rngs=nnx.Rngs(0))
         np.testing.assert_allclose(block(x, emb, None), factor * x, rtol=1e-6)
-        halved = ResidualBlock(8, 8, Style(4, rescale=rescale), resample="halve", rngs=nnx.Rngs(0))
-        wanted = factor * x.reshape(2, 4, 2, 4, 2, 8).mean((2, 4))
-        np.testing.assert_allclose(halved(x, emb, None), wanted, atol=1e-6)
+        halved = ResidualBlock(8, 8, BlockConfig(4, rescale=rescale), resample="halve", rngs=nnx.Rngs(0))
+        expected = factor * x.reshape(2, 4, 2, 4, 2, 8).mean((2, 4))
+        np.testing.assert_allclose(halved(x, emb, None), expected, atol=1e-6)
 
 
 def test_without_a_null_class_nothing_is_added():
-    spec = {"name": "unet", "width": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "head_dim": 8,
-            "null_class": False}  # fmt: skip
+    spec = {"name": "unet", "width": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (),
+            "head_dim": 8, "null_class": False}  # fmt: skip
     network, params = random_net(spec, num_classes=3)
     assert params["embed"]["label"]["embedding"].shape == (3, 32)
     x, c_noise, label = np.ones((3, 8, 8, 1), np.float32), np.ones(3, np.float32), np.array([0, 1, 2])
@@ -146,7 +146,7 @@ def test_without_a_null_class_nothing_is_added():
         ({"width": 7}, "width"),
         ({"channel_mult": ()}, "channel_mult"),
         ({"channel_mult": (1, 1, 1, 1, 1)}, "channel_mult"),
-        ({"attention_resolutions": (5,)}, "attention"),
+        ({"attention_resolutions": (5,)}, "attention_resolutions"),
         ({"head_dim": 5}, "head_dim"),
         ({"dropout": 1.0}, "dropout"),
         ({"dtype": "float16"}, "dtype"),
@@ -155,6 +155,7 @@ def test_without_a_null_class_nothing_is_added():
         ({"resample_filter": (1, 2)}, "resample_filter"),
         ({"groups": 3}, "groups"),
         ({"epsilon": 0.0}, "epsilon"),
+        ({"freq_shift": 2}, "freq_shift"),
         ({"up_attention": "first"}, "up_attention"),
     ],
 )
@@ -168,5 +169,5 @@ def test_bad_options(keywords, field):
         **keywords,
     }
     shape = spec.pop("shape", (8, 8, 1))
-    with pytest.raises(InputError, match=f"networks.{field}: "):
+    with refused(f"networks.{field}"):
         build("networks", spec, shape=shape)
