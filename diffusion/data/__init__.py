@@ -1,1 +1,1 @@
-"""Data sources, one a file, and the pipeline that shuffles, shards and batches any of them."""
+"""Data sources, one per file, and the input pipeline that shuffles, shards and batches them."""

@@ -1,4 +1,7 @@
-"""The kept list of a folder's images: walked once, then mapped into memory, a few tens of bytes an image."""
+"""The index of a folder's images: built by one walk over the folder, stored on disk and memory-mapped from there.
+
+It takes a few tens of bytes of memory per image.
+"""
 
 import json
 import os
@@ -16,11 +19,16 @@ FOLDER = ".index"  # inside the folder that is indexed
 HEADER = "index.json"
 FORMAT = 1
 METADATA = "metadata.jsonl"
-THREADS = 8  # that read the sizes of images, which waits for the disk
+THREADS = 8  # reading the sizes of images mostly waits for the disk
 
 
-class Strings:
-    """Many byte strings in one array: `strings[i]`."""
+class PackedStrings:
+    """A sequence of byte strings stored in one array.
+
+    Attributes:
+      data: The bytes of all strings, one after the other.
+      ends: `[N]`, where each string ends in `data`.
+    """
 
     def __init__(self, data: np.ndarray, ends: np.ndarray):
         self.data, self.ends = data, ends
@@ -34,51 +42,58 @@ class Strings:
 
 
 class FileIndex:
-    """The images of a folder and of all below it, in the order of their names.
+    """The images of a folder and its subfolders, sorted by path. Symbolic links are followed.
 
-    It is kept in `.index` in the folder, and made anew when a directory has changed since. Links are followed.
+    The index is stored in `root/.index`, or in `folder`, and is rebuilt when a directory has changed.
 
     Attributes:
-      root: the folder.
-      paths: `Strings`, relative to it, as the file system has them.
-      labels: `[N]` int32, the number of the top directory each is in; -1 for those in the folder itself.
-      class_names: of the top directories, sorted.
-      captions: `Strings` from `metadata.jsonl`, empty where it has none, or None without the file.
-      ignored: how many other files there are, by their extension.
+      root: The folder that is indexed.
+      folder: The folder in which the index is stored.
+      paths: `PackedStrings`, relative to `root`, as bytes of the file system.
+      labels: `[N]` int32, the number of the top-level directory of each image; -1 for images directly in `root`.
+      class_names: The names of the top-level directories, sorted.
+      captions: `PackedStrings` from `metadata.jsonl`, empty for images it does not list; None if there is no such file.
+      ignored: The number of other files by their extension.
     """
 
-    def __init__(self, root: str, where: str | None = None):
-        self.root, self.where = root, where or os.path.join(root, FOLDER)
-        header = _kept(self.where)
-        if header is None or not _fresh(root, header):
-            header = _build(root, self.where)
+    def __init__(self, root: str, folder: str | None = None):
+        self.root, self.folder = root, folder or os.path.join(root, FOLDER)
+        header = _read_header(self.folder)
+        if header is None or not _is_current(root, header):
+            header = _build(root, self.folder)
         self.class_names, self.ignored = tuple(header["class_names"]), header["ignored"]
-        self._captions = header["captions"]
+        self._has_captions = header["captions"]
         self._map()
         if len(self.labels) != len(self.paths) or (self.labels >= len(self.class_names)).any():
-            raise InputError("path", f"{self.where} has other labels than images; remove it, and it is made anew")
+            problem = "has labels that do not match its images"
+            raise InputError("path", f"{self.folder} {problem}; remove that folder to rebuild the index")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def path(self, index: int) -> str:
+        """Returns the path of an image."""
         path = os.fsdecode(self.paths[index])
-        if os.path.isabs(path) or ".." in path.split("/") or "\0" in path:  # a list may have come with the images
-            raise InputError("path", f"{self.where} lists {path!r}, which is not in {self.root}; remove that folder")
+        # An index may come with downloaded images, so it must not point to files elsewhere.
+        if os.path.isabs(path) or ".." in path.split("/") or "\0" in path:
+            problem = f"{self.folder} lists {path!r}, which is not in {self.root}"
+            raise InputError("path", f"{problem}; remove that folder to rebuild the index")
         return os.path.join(self.root, path)
 
     def sizes(self) -> np.ndarray:
-        """`[N, 2]` int32, height and width of the images as they are shown, from the heads of the files; 0 where that
-        cannot be read. They are kept once they are known."""
-        file = os.path.join(self.where, "sizes.npy")
+        """Returns `[N, 2]` int32, the height and width of each image after its EXIF orientation is applied.
+
+        They are read from the file headers once and then stored in the index. Unreadable images have size 0.
+        """
+        file = os.path.join(self.folder, "sizes.npy")
         if not os.path.exists(file):
             with ThreadPoolExecutor(THREADS) as pool:
                 paths = (self.path(index) for index in range(len(self)))
-                _save(self.where, "sizes", np.array(list(pool.map(_size, paths, chunksize=256)), np.int32))
-        return _load(self.where, "sizes")
+                _save(self.folder, "sizes", np.array(list(pool.map(_size, paths, chunksize=256)), np.int32))
+        return _load(self.folder, "sizes")
 
     def __getstate__(self) -> dict[str, Any]:
-        # A data worker maps the files itself; the arrays would be copied to it.
+        # Leave out the arrays, which would be copied to every data worker; a worker maps the files itself.
         mapped = ("paths", "labels", "captions")
         return {name: value for name, value in self.__dict__.items() if name not in mapped}
 
@@ -87,14 +102,15 @@ class FileIndex:
         self._map()
 
     def _map(self) -> None:
-        self.paths = _strings(self.where, "paths")
-        self.labels = _load(self.where, "labels")
-        self.captions = _strings(self.where, "captions") if self._captions else None
+        self.paths = _load_strings(self.folder, "paths")
+        self.labels = _load(self.folder, "labels")
+        self.captions = _load_strings(self.folder, "captions") if self._has_captions else None
 
 
-def _kept(where: str) -> dict[str, Any] | None:
+def _read_header(folder: str) -> dict[str, Any] | None:
+    """Returns the header of a stored index, or None if there is no valid one."""
     try:
-        with open(os.path.join(where, HEADER), encoding="utf-8") as file:
+        with open(os.path.join(folder, HEADER), encoding="utf-8") as file:
             header = json.load(file)
     except (OSError, ValueError):
         return None
@@ -104,20 +120,22 @@ def _kept(where: str) -> dict[str, Any] | None:
     return header if all(isinstance(header.get(name), kind) for name, kind in kinds.items()) else None
 
 
-def _fresh(root: str, header: dict[str, Any]) -> bool:
+def _is_current(root: str, header: dict[str, Any]) -> bool:
+    """Returns whether no directory has changed since the index was built."""
     try:
         return all(os.stat(os.path.join(root, path)).st_mtime_ns == time for path, time in header["changed"].items())
-    except (OSError, ValueError):  # a name with a NUL
+    except (OSError, ValueError):  # os.stat raises ValueError for a name that contains NUL
         return False
 
 
-def _build(root: str, where: str) -> dict[str, Any]:
+def _build(root: str, folder: str) -> dict[str, Any]:
+    """Builds and stores the index. Returns its header."""
     if not os.path.isdir(root):
         raise InputError("path", f"there is no folder {root}")
     try:
-        files.make_folder(where, "index")  # first, for it changes the folder's own time
+        files.make_folder(folder, "index")  # before the walk, because it may change the modification time of `root`
     except InputError as error:
-        raise InputError("index", f"{error.problem}; give another folder to keep the list of images in") from None
+        raise InputError("index", f"{error.problem}; choose another folder for the index") from None
     extensions = Image.registered_extensions()
     found, changed, ignored = [], {}, {}
     for path, time, names in _walk(root):
@@ -135,10 +153,10 @@ def _build(root: str, where: str) -> dict[str, Any]:
     metadata = os.path.join(root, METADATA)
     if os.path.exists(metadata):
         changed[METADATA] = os.stat(metadata).st_mtime_ns
-        _save_strings(where, "captions", _captions(metadata, found))
-    _save_strings(where, "paths", found)
-    _save(where, "labels", np.array([numbers[top] for top in tops], np.int32))
-    sizes = os.path.join(where, "sizes.npy")
+        _save_strings(folder, "captions", _captions(metadata, found))
+    _save_strings(folder, "paths", found)
+    _save(folder, "labels", np.array([numbers[top] for top in tops], np.int32))
+    sizes = os.path.join(folder, "sizes.npy")
     if os.path.exists(sizes):
         os.remove(sizes)
     header = {
@@ -148,14 +166,16 @@ def _build(root: str, where: str) -> dict[str, Any]:
         "captions": os.path.exists(metadata),
         "changed": changed,
     }
-    with files.replace(os.path.join(where, HEADER)) as file:
+    with files.replace(os.path.join(folder, HEADER)) as file:
         json.dump(header, file)
     return header
 
 
 def _walk(root: str, path: str = "", above: frozenset = frozenset()) -> Iterator[tuple[str, int, list[str]]]:
-    """Each directory's relative path, time of its last change and names of files; a link to a directory that it is in
-    is not followed."""
+    """Yields the relative path, modification time and file names of each directory.
+
+    A link to a directory that contains it is not followed.
+    """
     here = os.path.join(root, path)
     status = os.stat(here)
     if (status.st_dev, status.st_ino) in above:
@@ -167,7 +187,8 @@ def _walk(root: str, path: str = "", above: frozenset = frozenset()) -> Iterator
                 continue
             if entry.is_dir():
                 directories.append(entry.name)
-            elif entry.is_file() or not os.path.exists(entry.path):  # no pipes and sockets; broken links are named
+            # Leave out pipes and sockets. Broken links are listed, so that reading them reports an error.
+            elif entry.is_file() or not os.path.exists(entry.path):
                 names.append(entry.name)
     yield path, status.st_mtime_ns, names
     for name in directories:
@@ -175,7 +196,7 @@ def _walk(root: str, path: str = "", above: frozenset = frozenset()) -> Iterator
 
 
 def _captions(metadata: str, paths: list[bytes]) -> list[bytes]:
-    """Of `{"file_name": ..., "text": ...}` a line, in the order of the paths."""
+    """Reads lines `{"file_name": ..., "text": ...}` from a file. Returns the captions in the order of `paths`."""
     captions = {}
     with open(metadata, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -185,7 +206,7 @@ def _captions(metadata: str, paths: list[bytes]) -> list[bytes]:
                 entry = json.loads(line)
                 captions[os.fsencode(entry["file_name"])] = entry["text"].encode()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                problem = f'{metadata}, line {number}: {error}; write {{"file_name": ..., "text": ...}} in UTF-8'
+                problem = f'{metadata}, line {number}: {error}; expects {{"file_name": ..., "text": ...}} in UTF-8'
                 raise InputError("path", problem) from None
     return [captions.get(path, b"") for path in paths]
 
@@ -193,33 +214,33 @@ def _captions(metadata: str, paths: list[bytes]) -> list[bytes]:
 def _size(path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception:  # whoever reads the image itself says what is wrong
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if rotated else (image.height, image.width)
+    except Exception:  # reading the image itself later reports what is wrong
         return 0, 0
 
 
-def _save(where: str, name: str, array: np.ndarray) -> None:
-    with files.replace(os.path.join(where, f"{name}.npy"), "wb") as file:
+def _save(folder: str, name: str, array: np.ndarray) -> None:
+    with files.replace(os.path.join(folder, f"{name}.npy"), "wb") as file:
         np.save(file, array)
 
 
-def _load(where: str, name: str) -> np.ndarray:
-    path = os.path.join(where, f"{name}.npy")
+def _load(folder: str, name: str) -> np.ndarray:
+    path = os.path.join(folder, f"{name}.npy")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError("path", f"{path} cannot be read: {error}; remove {where}, and it is made anew") from None
+        raise InputError("path", f"{path} cannot be read: {error}; remove {folder} to rebuild the index") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
-        raise InputError("path", f"{path} is no list of ours; remove {where}, and it is made anew")
+        raise InputError("path", f"{path} is not part of an index; remove {folder} to rebuild the index")
     return array
 
 
-def _save_strings(where: str, name: str, strings: Iterable[bytes]) -> None:
+def _save_strings(folder: str, name: str, strings: Iterable[bytes]) -> None:
     strings = list(strings)
-    _save(where, name, np.frombuffer(b"".join(strings), np.uint8))
-    _save(where, f"{name}_ends", np.cumsum([len(string) for string in strings], dtype=np.uint64))
+    _save(folder, name, np.frombuffer(b"".join(strings), np.uint8))
+    _save(folder, f"{name}_ends", np.cumsum([len(string) for string in strings], dtype=np.uint64))
 
 
-def _strings(where: str, name: str) -> Strings:
-    return Strings(_load(where, name), _load(where, f"{name}_ends"))
+def _load_strings(folder: str, name: str) -> PackedStrings:
+    return PackedStrings(_load(folder, name), _load(folder, f"{name}_ends"))

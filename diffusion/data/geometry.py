@@ -1,7 +1,7 @@
-"""Coloured shapes on black: their masks, their words, and the search for the mask and the colour nearest to pixels.
+"""Coloured shapes on black: their masks, their colours, and the search for the mask and colour nearest to given pixels.
 
-What is random here follows from numbers alone, and is the same on every machine and with every version of NumPy: the
-draws are digits of a hash, and every pixel is a multiple of 1/64, which float32 holds.
+Random choices depend on integers alone and are the same on every machine and with every version of NumPy: they are
+digits of a hash, and every pixel is a multiple of 1/64, which float32 represents exactly.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusion.core.types import InputError, Spec
 
-# No two are nearer than 1.7 in [-1, 1], black included.
+# Any two colours, and any colour and black, are at least 1.7 apart in [-1, 1].
 COLOURS = {
     "red": (1.0, 0.0, 0.0),
     "green": (0.0, 1.0, 0.0),
@@ -28,42 +28,55 @@ COLOURS = {
 }
 COLOUR_NAMES, PALETTE = tuple(COLOURS), np.array(list(COLOURS.values()), np.float32)
 SHAPES = ("circle", "square", "triangle")
-# In pixels of a picture of 32 x 32, as are the next two; a picture of 64 x 64 has all of them doubled.
+# RADII, CELL and MARGIN are in pixels of a 32 x 32 image; a 64 x 64 image doubles them.
 RADII = {"small": 2.5, "large": 4.0}
 CELL, MARGIN = 10, 1
-FINE = 8  # samples along each side of a pixel: the steps of an edge, and of a motion, are 1/8 of it
+FINE = 8  # samples along each side of a pixel: edges and motions are resolved to 1/8 of a pixel
 
-Thing = Any  # a frozen dataclass of words, each set of pictures its own
+Thing = Any  # a frozen dataclass of words that describes one shape; each source has its own
 Kind = tuple[str, ...]  # the words that a mask stands for
-Part = tuple[Thing, tuple[slice, ...], np.ndarray, np.ndarray]  # a thing, its window, the mask there and the colour
+Part = tuple[Thing, tuple[slice, ...], np.ndarray, np.ndarray]  # thing, window, mask in the window, colour
 
 
 def scale_of(size: int) -> int:
-    """How many times 32 a picture's side is. Raises InputError for what is neither 32 nor 64."""
+    """Returns an image's side divided by 32.
+
+    Raises:
+      InputError: `size` is neither 32 nor 64.
+    """
     if size not in (32, 64):
         raise InputError("size", f"must be 32 or 64, got {size}")
     return size // 32
 
 
 def cell(number: int, scale: int) -> slice:
-    """The pixels of the first, second or third cell along a side."""
+    """Returns the pixels of the first, second or third cell along a side."""
     start = (MARGIN + number * CELL) * scale
     return slice(start, start + CELL * scale)
 
 
 def tile(shape: str, radius: float, down: float = 0.0, right: float = 0.0) -> np.ndarray:
-    """The share of every pixel that a shape covers, `[h, w]` float32, on the smallest square of an even side that holds
-    it; with a row or a column more where it is moved down or right by a fraction of a pixel, a multiple of 1 / FINE."""
+    """Returns the fraction of every pixel that a shape covers.
+
+    Args:
+      shape: One of `SHAPES`.
+      radius: In pixels.
+      down, right: Fractions of a pixel by which to shift the shape, multiples of 1 / FINE.
+
+    Returns:
+      `[h, w]` float32: the smallest square with an even side that holds the shape, with one more row or column if the
+      shape is shifted down or right.
+    """
     side = 2 * math.ceil(radius)
 
-    def offsets(moved: float) -> np.ndarray:
-        pixels = side + (moved > 0)
-        return (np.arange(pixels * FINE) + 0.5) / FINE - side / 2 - moved
+    def offsets(shift: float) -> np.ndarray:
+        pixels = side + (shift > 0)
+        return (np.arange(pixels * FINE) + 0.5) / FINE - side / 2 - shift
 
     y, x = offsets(down)[:, None], offsets(right)
     if shape == "circle":
         inside = x**2 + y**2 <= radius**2
-    elif shape == "square":  # of about the circle's area
+    elif shape == "square":  # with about the area of the circle
         inside = (abs(x) <= 0.875 * radius) & (abs(y) <= 0.875 * radius)
     else:
         inside = (abs(y) <= radius) & (2 * abs(x) <= y + radius)
@@ -71,39 +84,38 @@ def tile(shape: str, radius: float, down: float = 0.0, right: float = 0.0) -> np
     return inside.reshape(height, FINE, width, FINE).mean(axis=(1, 3)).astype(np.float32)
 
 
-def placed(part: np.ndarray, height: int, width: int, top: int, left: int) -> np.ndarray:
-    """A tile on an empty canvas."""
-    canvas = np.zeros((height, width), np.float32)
-    canvas[top : top + part.shape[0], left : left + part.shape[1]] = part
-    return canvas
+def place(tile: np.ndarray, height: int, width: int, top: int, left: int) -> np.ndarray:
+    """Returns an empty mask `[height, width]` with a tile placed on it."""
+    mask = np.zeros((height, width), np.float32)
+    mask[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return mask
 
 
 class Templates:
-    """All masks that one window of a picture can have.
+    """All masks that one window of an image can have.
 
     Attributes:
-      masks: `[M, ...]` float32 in [0, 1], those of one kind next to each other.
-      kinds: what each of the M stands for.
-      spans: of each kind, its first mask and the number of them.
+      masks: `[M, ...]` float32 in [0, 1]; those of one kind are adjacent.
+      kinds: The kind of each of the M masks.
+      spans: For each kind, the index of its first mask and the number of its masks.
     """
 
     def __init__(self, masks: Mapping[Kind, Sequence[np.ndarray]]):
-        self.masks = np.stack([mask for those in masks.values() for mask in those])
-        self.kinds = [kind for kind, those in masks.items() for _ in those]
-        self.spans = {kind: (self.kinds.index(kind), len(those)) for kind, those in masks.items()}
+        self.masks = np.stack([mask for group in masks.values() for mask in group])
+        self.kinds = [kind for kind, group in masks.items() for _ in group]
+        self.spans = {kind: (self.kinds.index(kind), len(group)) for kind, group in masks.items()}
         self._flat = self.masks.reshape(len(self.masks), -1)
         self._energy = np.outer((self._flat**2).sum(axis=1), (PALETTE**2).sum(axis=1))
 
     def nearest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The mask and the colour whose picture has the least squared error, which under white Gaussian noise is the
-        likeliest.
+        """Finds the mask and colour with the least squared error, the most likely ones under white Gaussian noise.
 
         Args:
-          x: windows `[N, ..., 3]` in [-1, 1].
+          x: Windows `[N, ..., 3]` in [-1, 1].
 
         Returns:
-          The number of the mask, the number of the colour, and by how much they lower the squared error of plain
-          black; `[N]` each. Where that is not above 0, black is the nearest.
+          The index of the mask, the index of the colour, and the squared error of plain black minus theirs, `[N]` each.
+          Where the last is not positive, plain black is nearest.
         """
         y = (np.asarray(x, np.float32).reshape(len(x), self._flat.shape[1], 3) + 1) / 2
         channels = y.swapaxes(1, 2).reshape(-1, self._flat.shape[1])
@@ -114,53 +126,18 @@ class Templates:
         return mask, colour, np.take_along_axis(gain, best[:, None], axis=1)[:, 0]
 
 
-class Vocabulary:
-    """Captions of some things, and the way back.
+class ProceduralSource:
+    """Base class of sources that draw every example from its index.
 
-    Args:
-      phrase: of one thing.
-      things: all that there are, each with a phrase of its own.
-      together: whether things are those of one picture.
+    A subclass chooses the parts of an example (`_parts`), describes one in words (`phrase`) and finds the parts in
+    pixels (`closest`).
     """
-
-    def __init__(
-        self, phrase: Callable[[Thing], str], things: Iterable[Thing], together: Callable[[Iterable[Thing]], bool]
-    ):
-        self.phrase, self.together = phrase, together
-        self.things = {phrase(thing): thing for thing in things}
-
-    def caption(self, things: Iterable[Thing]) -> str:
-        """The phrases of one thing or more, in the order given."""
-        *others, last = map(self.phrase, things)
-        return f"{', '.join(others)} and {last}" if others else last
-
-    def parse(self, text: str) -> frozenset[Thing]:
-        """The inverse of `caption`, up to the order.
-
-        Raises:
-          ValueError: for any text that is not to the letter a caption of a picture that there is.
-        """
-        found = []
-        for phrase in text.replace(" and ", ", ").split(", "):
-            if phrase not in self.things:
-                raise ValueError(f"{phrase!r} is no phrase of a caption, such as {next(iter(self.things))!r}")
-            found.append(self.things[phrase])
-        if not self.together(found) or self.caption(found) != text:
-            raise ValueError(f"{text!r} is no caption of one picture")
-        return frozenset(found)
-
-
-class Drawn:
-    """A source that draws its examples, each from its index. A set of pictures says what its parts are (`_parts`) and
-    reads them back (`closest`); `vocabulary` has its words."""
-
-    vocabulary: Vocabulary
 
     def __init__(self, spec: Spec, split: Literal["train", "test"], seed: int, length: int):
         if not 0 <= seed < 2**64:
-            raise InputError("seed", f"must be at least 0 and less than 2^64, got {seed}")
+            raise InputError("seed", f"must be in [0, 2^64), got {seed}")
         if not 1 <= length < 2**63:
-            raise InputError("length", f"must be at least 1 and less than 2^63, got {length}")
+            raise InputError("length", f"must be in [1, 2^63), got {length}")
         self.spec, self.length = spec, length
         self._stream = struct.pack("<QB", seed, split == "test")
 
@@ -168,38 +145,45 @@ class Drawn:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        parts = self._parts(self._below(index))
+        parts = self._parts(self._generator(index))
         example = {"x": self._paint(parts), "cond": {}}
         if self.spec.captions:
-            example["caption"] = self.vocabulary.caption(part[0] for part in parts)
+            example["caption"] = self.caption(part[0] for part in parts)
         return example
 
+    @staticmethod
+    def phrase(thing: Thing) -> str:
+        """Returns the description of one thing."""
+        raise NotImplementedError
+
+    @classmethod
+    def caption(cls, things: Iterable[Thing]) -> str:
+        """Returns the caption of one or more things, in the order given."""
+        *others, last = map(cls.phrase, things)
+        return f"{', '.join(others)} and {last}" if others else last
+
     def things(self, index: int) -> tuple[Thing, ...]:
-        """What is to be seen in an example, in its caption's order."""
-        return tuple(part[0] for part in self._parts(self._below(index)))
-
-    def caption(self, things: Iterable[Thing]) -> str:
-        """A caption that names things in the order given."""
-        return self.vocabulary.caption(things)
-
-    def parse_caption(self, text: str) -> frozenset[Thing]:
-        """The things of a caption. Raises ValueError for text that is not to the letter a caption of this kind."""
-        return self.vocabulary.parse(text)
+        """Returns the things in an example, in the order of its caption."""
+        return tuple(part[0] for part in self._parts(self._generator(index)))
 
     def read(self, x: np.ndarray) -> frozenset[Thing]:
-        """What is to be seen in one `x`, in [-1, 1]: the things of the picture nearest to it in squared error. They may
-        be more than the set ever draws, or none: see `closest`, which reads many."""
+        """Returns the things in one example `x` in [-1, 1]; see `closest`, which reads a batch."""
         return self.closest(np.asarray(x)[None])[0][0]
 
     def closest(self, x: np.ndarray) -> tuple[list[frozenset[Thing]], np.ndarray]:
-        """Reads `x [N, ...]`, in [-1, 1].
+        """Finds, for each `x`, the image of things that is nearest in squared error.
+
+        The image may hold more things than the source ever draws, or none.
+
+        Args:
+          x: `[N, ...]` in [-1, 1].
 
         Returns:
-          The things of each, and the pictures `[N, ...]` float32 that were found the nearest.
+          The things in each image, and the images `[N, ...]` float32.
         """
         raise NotImplementedError
 
-    def _parts(self, below: Callable[[int], int]) -> list[Part]:
+    def _parts(self, randbelow: Callable[[int], int]) -> list[Part]:
         raise NotImplementedError
 
     def _paint(self, parts: Iterable[Part]) -> np.ndarray:
@@ -208,17 +192,17 @@ class Drawn:
             x[window] = 2 * mask[..., None] * colour - 1
         return x
 
-    def _below(self, index: int) -> Callable[[int], int]:
-        """`below(n)`, an example's own draws from 0 .. n - 1, one after the other."""
+    def _generator(self, index: int) -> Callable[[int], int]:
+        """Returns `randbelow(n)`, which draws successive random integers in [0, n) for one example."""
         index = operator.index(index)
         if not 0 <= index < self.length:
-            raise IndexError(f"there are {self.length} examples, no number {index}")
+            raise IndexError(f"index {index} is out of range for {self.length} examples")
         digest = hashlib.blake2b(self._stream + struct.pack("<Q", index), digest_size=32).digest()
         rest = int.from_bytes(digest, "little")
 
-        def below(n: int) -> int:
+        def randbelow(n: int) -> int:
             nonlocal rest
             rest, digit = divmod(rest, n)
             return digit
 
-        return below
+        return randbelow

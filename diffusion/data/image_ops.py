@@ -1,4 +1,4 @@
-"""From the bytes of an image file to the array that a network sees: decode, resize, crop, flip, scale."""
+"""Image operations from the bytes of a file to a network's input: decode, resize, crop, flip, scale."""
 
 import dataclasses
 import io
@@ -11,30 +11,32 @@ from PIL import ExifTags, Image, ImageOps
 from diffusion.core.types import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 89_478_485  # of one image, as it is and as it is resized; Pillow's own limit
-ZOOM = 1.25  # of the image that a random crop is taken from, at most; guided-diffusion's
+MAX_PIXELS = 89_478_485  # limit for an image both before and after resizing; Pillow's default
+ZOOM = 1.25  # a random crop is taken from an image of up to this many times its size, as in guided-diffusion
 
 Size = tuple[int, int]  # height, width
 
 
 class Unreadable(Exception):
-    """An example that cannot be read: what is wrong with it."""
+    """Raised for an example that cannot be read. The message is a predicate, such as "is empty"."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """An image file as 8-bit `RGB` or `L`, upright as its EXIF orientation says, on white where it is transparent.
+    """Decodes an image file to 8-bit `RGB` or `L`.
+
+    The EXIF orientation is applied, and transparent images are placed on white.
 
     Raises:
-      Unreadable: it is no JPEG, PNG or WebP, or a damaged, animated or enormous one.
+      Unreadable: The file is not JPEG, PNG or WebP, or it is corrupt, animated or too large.
     """
     if not data:
         raise Unreadable("is empty")
     try:
         image = Image.open(io.BytesIO(data))
         if image.format not in FORMATS:
-            raise Unreadable(f"is a {image.format} file; JPEG, PNG and WebP are read")
+            raise Unreadable(f"is a {image.format} file; must be JPEG, PNG or WebP")
         if getattr(image, "is_animated", False):
-            raise Unreadable(f"is animated, of {image.n_frames} frames")
+            raise Unreadable(f"is animated, with {image.n_frames} frames")
         _check_pixels(image.size, "is")
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -43,21 +45,21 @@ def decode(data: bytes) -> Image.Image:
     except Unreadable:
         raise
     except Image.UnidentifiedImageError:
-        raise Unreadable("is no image") from None
-    except Exception as error:  # Pillow's parsers raise whatever they run into
-        raise Unreadable(f"is damaged: {error}") from None
+        raise Unreadable("is not an image") from None
+    except Exception as error:  # Pillow's parsers raise errors of many types
+        raise Unreadable(f"is corrupt: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """What is done to a decoded image.
+    """A transform from a decoded image to a network's input.
 
     Attributes:
-      size: (height, width) of the result; None leaves the image's own.
+      size: (height, width) of the result; None keeps the size of the image.
       channels: 3, or 1 for grey.
-      crop: which part of an image that covers `size` is taken: its middle, or, in training, a random part of one up to
-        1.25 times as large.
-      flip: whether half of the images are mirrored left to right in training.
+      crop: `center` resizes the image to cover `size` and takes its center. `random`, in training, resizes it to up to
+        1.25 times that size and takes a random part.
+      flip: Whether to mirror half of the images left to right in training.
     """
 
     size: Size | None = None
@@ -68,14 +70,14 @@ class Transform:
     def __call__(
         self, image: Image.Image, rng: np.random.Generator | None = None, size: Size | None = None
     ) -> np.ndarray:
-        """An image in mode RGB or L as `[H, W, channels]` float32 in [-1, 1].
+        """Returns an image in mode RGB or L as `[H, W, channels]` float32 in [-1, 1].
 
         Args:
-          rng: for the random crop and flip of training; without, the middle, never mirrored.
-          size: (height, width) for this image alone.
+          rng: Generator for the random crop and flip of training. Without it, the center is taken and not mirrored.
+          size: (height, width) for this image, in place of the attribute.
 
         Raises:
-          Unreadable: it would be enormous once it covers `size`.
+          Unreadable: The image would be too large once it covers `size`.
         """
         mode = "RGB" if self.channels == 3 else "L"
         if image.mode != mode:
@@ -89,16 +91,21 @@ class Transform:
         return pixels / np.float32(127.5) - np.float32(1)
 
 
-def check(name: str, value: int | Size) -> Size:
-    """A size as configs give it, a number for a square, as (height, width). Raises InputError naming `name`."""
+def check_size(name: str, value: int | Size) -> Size:
+    """Returns a size from a config, where a number stands for a square, as (height, width).
+
+    Raises:
+      InputError: The size is not positive or too large; the error names the field `name`.
+    """
     size = (value, value) if isinstance(value, int) else value
     if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
-        raise InputError(name, f"must be at least 1 and have no more than {MAX_PIXELS:,} pixels, got {value}")
+        raise InputError(name, f"must be at least 1 with at most {MAX_PIXELS:,} pixels in total, got {value}")
     return size
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip and not scale
+    """Converts an image of any mode to 8-bit `RGB` or `L`."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scaling
         return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -108,8 +115,11 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _fit(image: Image.Image, size: Size, rng: np.random.Generator | None) -> Image.Image:
-    """The image scaled to cover a size and cropped to it, as guided-diffusion does: halved by boxes while it is twice
-    as large or more, then resized by bicubic interpolation."""
+    """Resizes an image to cover a size and crops it to that size, as guided-diffusion does.
+
+    The image is halved with a box filter while it is at least twice as large, then resized by bicubic interpolation.
+    With a generator, the scale and the position of the crop are random.
+    """
     height, width = size
     zoom = 1.0
     if rng is not None:
@@ -119,7 +129,7 @@ def _fit(image: Image.Image, size: Size, rng: np.random.Generator | None) -> Ima
         image = _halved(image)
     scale = max(height * zoom / image.height, width * zoom / image.width)
     covering = round(image.width * scale), round(image.height * scale)
-    _check_pixels(covering, f"is {image.width} x {image.height}, which makes it")
+    _check_pixels(covering, f"is {image.width} x {image.height} and would be resized to")
     image = image.resize(covering, Image.Resampling.BICUBIC)
     free = image.height - height, image.width - width
     top, left = (space // 2 if rng is None else int(rng.integers(space, endpoint=True)) for space in free)
@@ -127,8 +137,11 @@ def _fit(image: Image.Image, size: Size, rng: np.random.Generator | None) -> Ima
 
 
 def _halved(image: Image.Image) -> Image.Image:
-    """The means of 2 x 2 pixels, to the bit those of Pillow's BOX filter, which rounds up after each axis, in a third
-    of its time: a pixel's channels are averaged together, as one number."""
+    """Halves an image by averaging 2 x 2 pixels.
+
+    The result equals that of Pillow's BOX filter, which rounds up after each axis, bit for bit. It takes a third of the
+    time, because the channels of a pixel are averaged together as one 32-bit number.
+    """
     width, height = image.width // 2, image.height // 2
     if image.mode != "RGB" or image.width % 2 or image.height % 2:
         return image.resize((width, height), Image.Resampling.BOX)
@@ -138,10 +151,13 @@ def _halved(image: Image.Image) -> Image.Image:
 
 
 def _mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Byte by byte, halves rounded up: a | b holds what both have and what one has, of which half is too much."""
+    """Returns the byte-wise mean, with halves rounded up.
+
+    It uses (a + b + 1) // 2 = (a | b) - ((a ^ b) >> 1); the mask removes the bits that the shift moves across bytes.
+    """
     return (a | b) - (((a ^ b) >> np.uint32(1)) & np.uint32(0x7F7F7F7F))
 
 
 def _check_pixels(size: tuple[int, int], what: str) -> None:
     if size[0] * size[1] > MAX_PIXELS:
-        raise Unreadable(f"{what} {size[0]:,} x {size[1]:,} pixels; the limit is {MAX_PIXELS:,}")
+        raise Unreadable(f"{what} {size[0]:,} x {size[1]:,} pixels; must have at most {MAX_PIXELS:,}")

@@ -1,6 +1,7 @@
-"""From a source to an endless stream of batches: shuffled, sharded over processes, its position saveable."""
+"""The input pipeline: an endless, shuffled, sharded stream of batches from a source, with a position to resume from."""
 
 import contextlib
+import inspect
 import multiprocessing
 import os
 import threading
@@ -13,34 +14,40 @@ import grain
 import numpy as np
 from absl import flags
 
+from diffusion.core.build import find, is_external
 from diffusion.core.types import InputError, Source
 
-THREADS = 4  # that read batches ahead, where no worker processes do
+THREADS = 4  # number of reading threads when there are no worker processes
 
 
 class Batches:
-    """An iterator over this process's parts of the batches, `{"x": [b, ...], "cond": {...}}` in numpy, b examples of
-    `batch_size` over all processes; `caption` and `skipped [b]` beside them where the source has them.
+    """An iterator over this process's parts of the batches.
 
-    Every epoch is a new order of all examples, which follows from the seed alone, and so does what is random in an
-    example; batches run across the ends of epochs. Process p has the p-th part of every batch, so the batches of all
-    processes together are those of one, row by row, and worker processes change nothing. A source with `buckets` has an
-    order for each; a batch is of one bucket, and each bucket has batches in proportion to its examples.
+    A part is `{"x": [b, ...], "cond": {...}}` in numpy, where b is `batch_size` divided by the number of processes. It
+    also holds `caption` and `skipped [b]` if the source provides them.
 
-    The position is how many examples all processes together have had, so a run may go on with another number of
-    processes or workers and, without buckets, another batch size.
+    Every epoch visits all examples in a new order. The order and the random numbers used for an example (its crop and
+    flip) depend on the seed alone. Batches run across the ends of epochs. Every batch is cut into contiguous parts and
+    process p receives the p-th, so the parts of all processes, concatenated, are the batch of a single process. The
+    number of worker processes has no effect on the examples. A source with `buckets` has one order per bucket; every
+    batch comes from a single bucket, and each bucket has a share of the batches proportional to its size.
+
+    The position is the number of examples that all processes together have consumed. A run can therefore resume with
+    another number of processes or workers and, without buckets, with another batch size.
 
     Args:
-      source: examples by index.
-      batch_size: examples a batch over all processes; divisible by `processes`.
-      seed: of the order and of what is random in examples.
-      process, processes: this process and their number.
-      workers: processes that read; 0 reads in threads of this one, which suits what needs little work.
-      prefetch: batches read ahead, by each worker.
-      position: a `position()` to go on from.
+      source: The examples, by index.
+      batch_size: Number of examples per batch over all processes; divisible by `processes`.
+      seed: Seed of the order and of the random numbers used for the examples, in [0, 2^32).
+      process: Index of this process.
+      processes: Number of processes.
+      workers: Number of worker processes that read examples. With 0, threads of this process read them, which is
+        enough if an example takes little work.
+      prefetch: Number of batches to read ahead, per worker.
+      position: A result of `position()` to resume from.
 
     Raises:
-      InputError: the position is one in other data. A batch may raise what its source does.
+      InputError: The position belongs to other data. Iteration raises the errors of the source.
     """
 
     def __init__(
@@ -48,66 +55,79 @@ class Batches:
         prefetch: int = 8, position: Mapping[str, int] | None = None,
     ):  # fmt: skip
         if not 0 <= seed < 2**32:
-            raise InputError("seed", f"must be from 0 to 2^32 - 1, got {seed}")
+            raise InputError("seed", f"must be in [0, 2^32), got {seed}")
         self.size, self.batch_size = len(source), batch_size
         buckets = getattr(source, "buckets", None)
-        self.examples = 0 if position is None else self._begin(position, divides=buckets is not None)
-        share = batch_size // processes
+        self.examples = 0 if position is None else self._resume(position, bucketed=buckets is not None)
+        part = batch_size // processes
         if buckets is None:
             order = _examples(source, grain.MapDataset.range(self.size), seed)
-            mine = order[self.examples :].batch(share, drop_remainder=True)[process::processes]
+            dataset = order[self.examples :].batch(part, drop_remainder=True)[process::processes]
         else:
             numbers, counts = np.unique(buckets, return_counts=True)
             orders = [
                 _examples(source, grain.MapDataset.source(np.flatnonzero(buckets == number)), seed + int(number))
                 for number in numbers
             ]
-            streams = [order.batch(share, drop_remainder=True)[process::processes] for order in orders]
-            mine = grain.MapDataset.mix(streams, counts.tolist())[self.examples // batch_size :]
-        self.iterator = _read_ahead(mine, workers, prefetch)
-        self._finalize = weakref.finalize(self, self.iterator.close)  # at the latest when the interpreter ends
+            streams = [order.batch(part, drop_remainder=True)[process::processes] for order in orders]
+            dataset = grain.MapDataset.mix(streams, counts.tolist())[self.examples // batch_size :]
+        self.iterator = _read_ahead(dataset, workers, prefetch)
+        self._finalize = weakref.finalize(self, self.iterator.close)  # runs at interpreter exit at the latest
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> dict[str, Any]:
-        with _as_raised():
+        with _original_errors():
             batch = next(self.iterator)
         self.examples += self.batch_size
         return batch
 
     def position(self) -> dict[str, int]:
-        """Where the next batch begins, JSON-able and the same in all processes."""
+        """Returns where the next batch begins. The result is JSON-able and the same in all processes."""
         return {"examples": self.examples, "size": self.size}
 
     def close(self) -> None:
         """Ends the threads and worker processes."""
         self._finalize()
 
-    def _begin(self, position: Mapping[str, int], divides: bool) -> int:
-        began = position.get("size", 0)
-        if began != self.size:
-            raise InputError("data", f"has {self.size:,} examples, but the run began with {began:,}; give it "
-                             "the same data, or begin anew in another --workdir")  # fmt: skip
-        if divides and position["examples"] % self.batch_size:
-            raise InputError("train.batch_size", f"{self.batch_size} does not divide the {position['examples']:,} "
-                             "examples that the run has had; batches of several sizes keep their number")  # fmt: skip
+    def _resume(self, position: Mapping[str, int], bucketed: bool) -> int:
+        size = position.get("size", 0)
+        if size != self.size:
+            raise InputError("data", f"has {self.size:,} examples, but the run started with {size:,}; provide the "
+                             "same data, or start a new run in another --workdir")  # fmt: skip
+        if bucketed and position["examples"] % self.batch_size:
+            raise InputError("train.batch_size", f"must divide the {position['examples']:,} examples consumed so far, "
+                             f"got {self.batch_size}; with several image sizes, keep the batch size")  # fmt: skip
         return position["examples"]
 
 
 def in_order(source: Source, num: int, *, workers: int = 0, prefetch: int = 64) -> Iterator[dict[str, Any]]:
-    """The first `num` examples, each once, read ahead as `Batches` does."""
+    """Yields the first `num` examples once each and in order, read ahead as by `Batches`."""
     stream = _read_ahead(grain.MapDataset.range(num).map(_Reader(source.__getitem__)), workers, prefetch)
     try:
-        with _as_raised():
+        with _original_errors():
             yield from stream
     finally:
         stream.close()
 
 
+def location_keywords(section: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the keywords of a `data` section that do not affect what its examples are.
+
+    They say where the data are stored or how errors are handled, so a run may resume with other values. Each source
+    module lists its own in `LOCATION_KEYWORDS`; parts from outside the package have none.
+    """
+    name = section.get("name")
+    if name is None or is_external(name):
+        return ()
+    module = inspect.getmodule(find("data", name, field="data.name"))
+    return getattr(module, "LOCATION_KEYWORDS", ())
+
+
 @contextlib.contextmanager
-def _as_raised() -> Iterator[None]:
-    """A source's errors without what grain adds to their message."""
+def _original_errors() -> Iterator[None]:
+    """Raises the errors of a source without the text that grain adds to their messages."""
     try:
         yield
     except InputError as error:
@@ -118,24 +138,37 @@ def _read_ahead(dataset: grain.MapDataset, workers: int, prefetch: int) -> grain
     threads = 1 if workers else THREADS
     read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain has flags of its own, which a notebook does not parse
-            flags.FLAGS.mark_as_parsed()
+        _make_grain_flags_readable()
         _start_tracker()
         read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
     return iter(read)
 
 
-def _examples(source: Source, numbers: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """An endless stream of a source's examples of some numbers, each epoch in an order of its own."""
-    order = numbers.seed(seed).shuffle().repeat(None)
+def _make_grain_flags_readable() -> None:
+    """Lets grain read its own absl flags in a program that does not parse flags, such as a notebook.
+
+    Grain's worker processes read them, and absl refuses to read a flag before parsing unless the flag is present. Only
+    grain's flags are marked as present, so the flags of the program itself remain unparsed.
+    """
+    if not flags.FLAGS.is_parsed():
+        for name in flags.FLAGS:
+            if name.startswith("grain_"):
+                flags.FLAGS[name].present = max(1, flags.FLAGS[name].present)
+
+
+def _examples(source: Source, indices: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """Returns an endless stream of the examples with these indices, with a new order in every epoch."""
+    order = indices.seed(seed).shuffle().repeat(None)
     if hasattr(source, "draw"):
         return order.random_map(_Reader(source.draw))
     return order.map(_Reader(source.__getitem__))
 
 
 class _Reader:
-    """A source's function, which makes a process that it is sent to end when the one that sent it does: a worker would
-    outlive a training that was killed, and keep its memory."""
+    """Wraps a function that reads examples, so that a worker process that unpickles it exits with its parent process.
+
+    Without this, the workers of a training that is killed would keep running and hold their memory.
+    """
 
     def __init__(self, read: Callable):
         self.read = read
@@ -144,24 +177,28 @@ class _Reader:
         return self.read(*args)
 
     def __reduce__(self) -> tuple:
-        return _arrived, (self.read,)
+        return _unpickle_reader, (self.read,)
 
 
-def _arrived(read: Callable) -> _Reader:
+def _unpickle_reader(read: Callable) -> _Reader:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), name="end with the parent", daemon=True).start()
+        threading.Thread(target=_exit_with, args=(parent,), name="exit with the parent", daemon=True).start()
     return _Reader(read)
 
 
-def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
+    # This runs in a data worker process only, and ends that process alone. `sys.exit` would end this thread alone.
     os._exit(1)
 
 
 def _start_tracker() -> None:
-    """Starts the process that frees what others leave in shared memory, and keeps it silent when it does: batches that
-    were on their way when a run ended are left to it."""
+    """Starts multiprocessing's resource tracker with its warnings disabled.
+
+    It frees the shared memory that other processes leave behind. When a run ends, that includes the batches in transit,
+    which it would warn about.
+    """
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker" + (f",{before}" if before else "")
     try:

@@ -1,11 +1,13 @@
+"""Points in the plane: their scale, their exact densities, and their dependence on the seed."""
+
 import jax
 import numpy as np
 import pytest
 import sklearn.datasets
 
 from diffusion.core.build import build
-from diffusion.core.types import InputError
 from diffusion.data.pipeline import Batches
+from tests.refusals import refused
 
 KINDS = ("gaussian", "mixture", "checkerboard", "moons", "spiral")
 EXACT = ("gaussian", "mixture", "checkerboard")
@@ -16,7 +18,7 @@ def toy(kind, size=4000, **keywords):
 
 
 def grid(low, high, cells):
-    """The middles of the cells of a square, `[cells^2, 2]`, and a cell's area."""
+    """Returns the centers of the cells of a square, `[cells^2, 2]`, and the area of a cell."""
     middles = low + (high - low) * (np.arange(cells) + 0.5) / cells
     return np.stack(np.meshgrid(middles, middles, indexing="ij"), axis=-1).reshape(-1, 2), ((high - low) / cells) ** 2
 
@@ -44,20 +46,20 @@ def test_examples(kind):
     ],
 )
 def test_scale(kind, std):
-    """The deviations of the docstring."""
+    """Checks the standard deviations stated in the docstring of `make`."""
     np.testing.assert_allclose(toy(kind, size=20_000).points.std(axis=0), std, atol=0.015)
 
 
-def test_labels_may_be_left_out():
+def test_labels_are_optional():
     source = build("data", {"name": "toy", "kind": "mixture", "size": 10, "labels": False})
     assert source.spec.num_classes == 0 and source[0]["cond"] == {}
 
 
-def test_labels_name_the_component():
+def test_labels_are_the_components():
     source = toy("mixture")
     assert source.labels.dtype == np.int32 and set(source.labels) == set(range(8))
     distance = np.linalg.norm(source.points - source.distribution.means[source.labels], axis=1)
-    # Rayleigh of scale 0.1: its mean is 0.125; neighbours on the ring are 0.61 apart.
+    # The distance has a Rayleigh distribution of scale 0.1, whose mean is 0.125; neighbouring means are 0.61 apart.
     assert abs(distance.mean() - 0.125) < 0.005 and distance.max() < 0.6
 
 
@@ -71,12 +73,12 @@ def test_density_integrates_to_one(kind):
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_points_are_drawn_from_the_density(kind):
-    """Counts on a grid of squares are multinomial with the density's integrals: the chi-square is as its law says."""
+    """Checks the chi-square statistic of the counts in a grid of squares against the integrals of the density."""
     size, squares, fine = 20_000, 20, 10
     low, high = (-2.0, 2.0) if kind == "gaussian" else (-1.2, 1.2)
     source = toy(kind, size)
     if kind == "checkerboard":
-        low, high = -1.25, 1.25  # the fine grid's cells then lie inside the board's
+        low, high = -1.25, 1.25  # each cell of the fine grid then lies inside a cell of the board
     points, area = grid(low, high, squares * fine)
     mass = np.exp(source.log_density(points)).reshape(squares, fine, squares, fine).sum(axis=(1, 3)) * area
     counts, _, _ = np.histogram2d(*source.points.T, bins=squares, range=[[low, high]] * 2)
@@ -87,8 +89,8 @@ def test_points_are_drawn_from_the_density(kind):
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_every_point_has_the_surprise_of_the_entropy(kind):
-    """The mean of -log p over points is the entropy, from an integral on a grid."""
+def test_the_mean_of_minus_log_density_is_the_entropy(kind):
+    """Compares the mean over points with the integral on a grid."""
     source = toy(kind, size=20_000)
     points, area = grid(-4, 4, 800)
     log_density = source.log_density(points)
@@ -98,7 +100,7 @@ def test_every_point_has_the_surprise_of_the_entropy(kind):
     assert abs(surprise.mean() - entropy) <= 4 * surprise.std() / len(source) ** 0.5 + 1e-9
 
 
-def test_checkerboard_is_empty_off_its_cells():
+def test_checkerboard_is_empty_outside_its_cells():
     source = toy("checkerboard")
     inside = [[-0.9, -0.9], [-0.9, 0.1], [0.9, 0.9], [-0.4, -0.4], [-0.5, -0.5]]
     outside = [[-0.9, -0.4], [0.9, -0.9], [1.1, 1.1], [-1.1, -1.1], [0.1, 1.6]]
@@ -106,7 +108,7 @@ def test_checkerboard_is_empty_off_its_cells():
     np.testing.assert_array_equal(source.log_density(outside), -np.inf)
 
 
-def test_density_is_float64_and_leaves_jax_as_it_was():
+def test_density_is_float64_without_changing_the_settings_of_jax():
     x = np.array([[0.8 + 1e-9, 0.0]])
     source = toy("mixture")
     assert source.log_density(x) != source.log_density(x + 1e-9)
@@ -115,7 +117,7 @@ def test_density_is_float64_and_leaves_jax_as_it_was():
 
 @pytest.mark.parametrize(("kind", "noise"), [("moons", 0.03), ("spiral", 0.02)])
 def test_curves(kind, noise):
-    """Points lie about the curve as far as the noise takes them, and no stretch of it is empty."""
+    """Checks that the points deviate from the curve by the noise alone, and that they cover all of it."""
     if kind == "moons":
         curve = (sklearn.datasets.make_moons(1000)[0] - [0.5, 0.25]) / 1.5
     else:
@@ -128,21 +130,21 @@ def test_curves(kind, noise):
 
 
 @pytest.mark.parametrize("kind", ["moons", "spiral"])
-def test_kinds_without_a_density_say_so(kind):
+def test_kinds_without_a_density(kind):
     source = toy(kind)
     assert source.distribution is None
-    with pytest.raises(InputError, match=f"kind: {kind} has no exact density"):
+    with refused("kind"):
         source.log_density(np.zeros((1, 2)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_points_follow_from_seed_and_split(kind):
+def test_points_depend_on_seed_and_split_alone(kind):
     first, again = toy(kind, seed=3), toy(kind, seed=3)
     np.testing.assert_array_equal(first.points, again.points)
     others = [toy(kind, seed=4), toy(kind, seed=3, split="test")]
     seen = {point.tobytes() for point in first.points}
     for other in others:
-        # Places on the checkerboard are counted, 2^40 of them in a cell; the others' are finer still.
+        # The checkerboard has 2^40 distinct positions per cell, and the other kinds have more.
         assert not any(point.tobytes() in seen for point in other.points)
 
 
@@ -151,5 +153,5 @@ def test_points_follow_from_seed_and_split(kind):
                             ({"split": "valid"}, "split")]
 )  # fmt: skip
 def test_bad_options(keywords, field):
-    with pytest.raises(InputError, match=f"data.{field}: "):
+    with refused(f"data.{field}"):
         build("data", {"name": "toy", "size": 10, **keywords})

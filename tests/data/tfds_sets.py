@@ -1,4 +1,4 @@
-"""A TFDS builder for tests, of 20 tiny images, and what has to come back from it."""
+"""A TFDS builder with 20 tiny images, and the examples that reading it must return."""
 
 import io
 
@@ -14,15 +14,15 @@ def pixels(split: str, index: int) -> np.ndarray:
 
 
 def expected(split: str) -> dict[str, np.ndarray]:
-    """Images by their captions, which tell which is which: tfds shuffles them."""
+    """Returns the images by their captions. Captions identify the images, because TFDS shuffles them."""
     return {f"{split} no. {i} é": pixels(split, i) for i in range({"train": 14, "test": 6}[split])}
 
 
 class TinyThings(tfds.core.GeneratorBasedBuilder):
-    """The images are given as files, for tfds takes TensorFlow to encode arrays."""
+    """Yields images as encoded files, because TFDS uses TensorFlow to encode arrays."""
 
     VERSION = tfds.core.Version("1.2.0")
-    code_path = None  # for tfds takes importlib_resources to find it
+    code_path = None  # TFDS needs importlib_resources to find it
 
     def _info(self):
         features = {

@@ -1,1 +1,1 @@
-"""Data sources."""
+"""Data sources, one per file."""

@@ -1,4 +1,4 @@
-"""A sharded set of our own, written once from any other source: decoded and resized, for fast training."""
+"""A sharded data set of decoded and resized examples, written once from any other source, for fast training."""
 
 import dataclasses
 import glob
@@ -19,14 +19,15 @@ from diffusion.core.types import InputError, Source, Spec
 FORMAT = 1
 INFO = "info.json"
 SHARD_BYTES = 1 << 28
+LOCATION_KEYWORDS = ("path",)  # see pipeline.location_keywords
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and 0 <= value < 2**31
 
 
-# What `info.json` must hold, for it may come from elsewhere.
-_KINDS = {
+# Checks for the entries of `info.json`, which may have been downloaded with the data.
+_CHECKS = {
     "count": _is_count,
     "num_classes": _is_count,
     "dtype": lambda name: name in ("uint8", "float32"),
@@ -39,10 +40,10 @@ _KINDS = {
 
 
 class ArrayRecord:
-    """Examples with `label` and `caption` where the set has them and they are asked for.
+    """Examples with `label` and `caption` if the data set has them and they are requested.
 
-    A record is `x` as the set's dtype, the label as int32 if there are classes, and the caption in UTF-8: `info.json`
-    beside the shards says which. uint8 stands for -1 to 1.
+    A record holds `x` in the dtype of the data set, the label as int32 if there are classes, and the caption in UTF-8
+    if there are captions, as `info.json` next to the shards states. The uint8 values 0 to 255 stand for -1 to 1.
     """
 
     def __init__(self, path: str, info: Mapping[str, Any], flip: bool, labels: bool, captions: bool):
@@ -58,7 +59,7 @@ class ArrayRecord:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} examples, no number {index}")
+            raise IndexError(f"index {index} is out of range for {len(self)} examples")
         record, count = self.records[index], math.prod(self.spec.shape)
         x = np.frombuffer(record, self.dtype, count).reshape(self.spec.shape)
         x = x / np.float32(127.5) - np.float32(1) if self.dtype == np.uint8 else x.copy()
@@ -68,57 +69,58 @@ class ArrayRecord:
         return {**example, "caption": record[rest + 4 * self.labelled :].decode()} if self.captions else example
 
     def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The example, mirrored half of the time if `flip`."""
+        """Returns the example. With `flip`, it is mirrored with probability 1/2."""
         example = self[index]
         return {**example, "x": example["x"][:, ::-1]} if self.flip and rng.random() < 0.5 else example
 
 
 def make(path: str, flip: bool = False, labels: bool = True, captions: bool = False) -> ArrayRecord:
-    """A set that `python -m experiments.prepare_data --config=... --out=PATH` has written.
+    """Opens a data set written by `python -m experiments.prepare_data --config=... --out=PATH`.
 
     Args:
-      path: of its folder.
-      flip: mirror half of the images left to right in training.
-      labels: whether to give them, if the set has classes.
-      captions: whether to give them; the set must have them.
+      path: The folder of the data set.
+      flip: Whether to mirror half of the images left to right in training.
+      labels: Whether to return labels, if the data set has classes.
+      captions: Whether to return captions, which the data set must have.
     """
     try:
         with open(os.path.join(path, INFO), encoding="utf-8") as file:
             info = json.load(file)
         version = info["format"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError("path", f"{path} is no prepared set; write one: python -m experiments.prepare_data --config=... "
-                         f"--out={path}") from None  # fmt: skip
+        command = f"python -m experiments.prepare_data --config=... --out={path}"
+        raise InputError("path", f"{path} is not a prepared data set; write one: {command}") from None
     if version != FORMAT:
-        raise InputError("path", f"{path} has format {version}; this code reads {FORMAT}; prepare it anew")
-    bad = [name for name, sound in _KINDS.items() if not sound(info.get(name))]
-    if bad:
-        raise InputError("path", f"{os.path.join(path, INFO)} has no sound {bad[0]!r}; prepare the set anew")
+        raise InputError("path", f"{path} must have format {FORMAT}, got {version}; prepare it again")
+    invalid = [name for name, is_valid in _CHECKS.items() if not is_valid(info.get(name))]
+    if invalid:
+        raise InputError("path", f"{os.path.join(path, INFO)} has no valid {invalid[0]!r}; prepare the data set again")
     if captions and not info["captions"]:
-        raise InputError("captions", f"{path} has none; prepare it anew with data.captions=True")
+        raise InputError("captions", f"{path} has no captions; prepare it again with data.captions=True")
     found = ArrayRecord(path, info, flip, labels and info["num_classes"] > 0, captions)
     if len(found) != info["count"]:
-        raise InputError("path", f"{path} has {len(found):,} examples of {info['count']:,}; copy all of it")
+        raise InputError("path", f"{path} must have {info['count']:,} examples, got {len(found):,}; copy all files")
     return found
 
 
 def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str) -> int:
-    """Writes examples as a set in a new folder, which is there whole or not at all.
+    """Writes examples as a data set in a new folder. If writing fails, no folder is left behind.
 
     Args:
-      source: that they are from.
-      examples: `source[i]` each; those with `skipped` are left out.
+      source: The source of the examples.
+      examples: The examples `source[i]`; those with `skipped` are left out.
+      out: Path of the new folder.
 
     Returns:
-      How many were written.
+      The number of examples written.
     """
     spec = source.spec
     if hasattr(source, "buckets"):
-        raise InputError("data.size", "is several; a set of array records has one")
+        raise InputError("data.size", "must be a single size, as all records of a data set have one shape")
     dtype = np.dtype(np.uint8 if spec.is_image and (spec.low, spec.high) == (0, 255) else np.float32)
     each = max(1, SHARD_BYTES // (math.prod(spec.shape) * dtype.itemsize))
     if os.path.exists(out):
-        raise InputError("--out", f"{out} is there already; remove it or give another folder")
+        raise InputError("--out", f"{out} already exists; remove it or give another folder")
     parent = files.make_folder(os.path.dirname(os.path.abspath(out)), "--out")
     with tempfile.TemporaryDirectory(dir=parent, prefix=".partial-") as folder:
         writer, count = None, 0
@@ -145,7 +147,7 @@ def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str) -> in
             json.dump(info, file, indent=2)
         os.chmod(folder, 0o755)
         os.rename(folder, out)
-        os.mkdir(folder)  # which the context removes
+        os.mkdir(folder)  # for TemporaryDirectory to remove
     return count
 
 

@@ -1,9 +1,8 @@
-"""scikit-learn's handwritten digits: 1,797 real 8x8 grey images of 10 classes, shipped with the package."""
+"""The handwritten digits of scikit-learn: 1,797 real 8 x 8 grey images in 10 classes, shipped with that package."""
 
 from typing import Any, Literal
 
 import numpy as np
-import sklearn.datasets
 
 from diffusion.core.types import Spec
 
@@ -11,13 +10,15 @@ TRAIN_SIZE = 1500
 
 
 class Digits:
-    """Images `[8, 8, 1]` in [-1, 1] with `label`, one of two fixed splits."""
+    """Images `[8, 8, 1]` in [-1, 1] with `label`, of one of two fixed splits."""
 
     spec = Spec(shape=(8, 8, 1), num_classes=10, low=0.0, high=16.0)
 
     def __init__(self, split: Literal["train", "test"]):
+        import sklearn.datasets  # takes seconds, and reading a config imports this module
+
         images, labels = sklearn.datasets.load_digits(return_X_y=True)
-        # The set is ordered by writer: a shuffle that never changes gives both splits the same writers.
+        # The images are ordered by writer. A fixed shuffle gives both splits the same writers.
         order = np.random.RandomState(0).permutation(len(images))
         order = order[:TRAIN_SIZE] if split == "train" else order[TRAIN_SIZE:]
         self.images = (images[order].reshape(-1, 8, 8, 1) / 8 - 1).astype(np.float32)
@@ -31,5 +32,9 @@ class Digits:
 
 
 def make(split: Literal["train", "test"] = "train") -> Digits:
-    """Args: `split`, `train` (1,500 images) or `test` (the other 297)."""
+    """Loads the digits.
+
+    Args:
+      split: `train` (1,500 images) or `test` (the other 297).
+    """
     return Digits(split)

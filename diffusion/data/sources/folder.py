@@ -1,7 +1,7 @@
-"""Images in a directory tree, with the top directories as classes and captions from text files."""
+"""Images in a directory tree, with the top-level directories as classes and captions from text files."""
 
+import logging
 import os
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,16 +12,20 @@ from diffusion.core.types import InputError, Spec
 from diffusion.data import image_ops
 from diffusion.data.file_index import FileIndex
 
+LOCATION_KEYWORDS = ("path", "index", "on_error")  # see pipeline.location_keywords
+
 Size = tuple[int, int]
+
+logger = logging.getLogger(__name__)
 
 
 class Folder:
-    """Examples `[H, W, C]` in [-1, 1], with `label` and `caption` where they are asked for.
+    """Examples `[H, W, C]` in [-1, 1], with `label` and `caption` if requested.
 
     Attributes:
-      index: of the files.
-      shapes: the sizes there are; more than one makes `buckets`.
-      buckets: `[N]` int32, which of them each image is fitted to: that of the nearest ratio.
+      index: The index of the files.
+      shapes: The sizes of the examples. If there are several, the source has `buckets`.
+      buckets: `[N]` int32, the index in `shapes` of each image's size, the one with the nearest aspect ratio.
     """
 
     def __init__(
@@ -36,23 +40,23 @@ class Folder:
         height, width = shapes[0]
         shape = (height, width, transform.channels)
         self.spec = Spec(shape=shape, num_classes=len(self.class_names), captions=captions)
-        self._told = set()
+        self._reported = set()
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} examples, no number {index}")
+            raise IndexError(f"index {index} is out of range for {len(self)} examples")
         return self._readable(index, None)
 
     def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The example with its random crop and flip."""
+        """Returns the example with its random crop and flip."""
         return self._readable(index, rng)
 
     @property
     def stages(self) -> tuple[tuple[str, Callable], ...]:
-        """What `self[index]` does, one after the other."""
+        """The functions, with their names, whose composition is `self[index]`."""
         return (
             ("read", lambda index: (index, self._bytes(index))),
             ("decode", lambda read: (read[0], image_ops.decode(read[1]))),
@@ -60,7 +64,7 @@ class Folder:
         )
 
     def _readable(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
-        """The example, or with `skip` the next of its bucket that can be read."""
+        """Returns the example or, with `skip`, the next one of its bucket that can be read."""
         number = index
         for _ in range(len(self)):
             try:
@@ -69,10 +73,10 @@ class Folder:
             except image_ops.Unreadable as error:
                 problem = f"{self.index.path(number)} {error}"
             if not self.skip:
-                raise InputError("data", f"{problem}; mend or remove it, or set data.on_error='skip'")
-            if number not in self._told:
-                self._told.add(number)
-                print(f"skipped: {problem}", file=sys.stderr)
+                raise InputError("data", f"{problem}; fix or remove it, or set data.on_error='skip'")
+            if number not in self._reported:
+                self._reported.add(number)
+                logger.warning("skipped: %s", problem)
             number = self._next(number)
         raise InputError("data.path", f"no image in {self.index.root} can be read")
 
@@ -97,7 +101,7 @@ class Folder:
         return {**example, "caption": self._caption(index)} if self.captions else example
 
     def _caption(self, index: int) -> str:
-        """From the folder's metadata.jsonl, or the `.txt` beside the image."""
+        """Returns the caption from the folder's metadata.jsonl, or from the `.txt` file next to the image."""
         if self.index.captions is not None:
             caption = self.index.captions[index].decode()
             if not caption:
@@ -124,39 +128,42 @@ def make(
     on_error: Literal["raise", "skip"] = "raise",
     index: str | None = None,
 ) -> Folder:
-    """JPEG, PNG and WebP images in a folder and the directories below it, links followed. What cannot be read is named
-    with its path.
+    """Opens the JPEG, PNG and WebP images in a folder and its subfolders. Symbolic links are followed.
 
     Args:
-      path: of the folder.
-      size: that images are scaled to cover, and cropped to: a number for a square, (height, width), or several of
-        these, of which each image takes that of the nearest ratio; a batch is of one size then.
+      path: The folder.
+      size: Size that images are resized to cover and then cropped to: a number for a square, (height, width), or a
+        tuple of these. With several, each image takes the size of the nearest aspect ratio, and the examples of a batch
+        have one size.
       channels: 3, or 1 for grey.
-      crop: the middle, or in training a random part at a random scale of up to 1.25.
-      flip: mirror half of the images in training.
-      labels: whether the folder's own directories are classes, in the order of their names.
-      captions: whether to read them: from `metadata.jsonl` in the folder, lines of `{"file_name": ..., "text": ...}`,
-        if it is there, or else from the `.txt` beside each image.
-      on_error: what an image that cannot be read does: it ends the run, or the next one that can be read takes its
-        place, which the metric `skipped` counts.
-      index: folder to keep the list of images in; `.index` in the folder itself if not given.
+      crop: `center`, or `random` for a random part at a random scale of up to 1.25 in training.
+      flip: Whether to mirror half of the images in training.
+      labels: Whether the top-level directories are classes, in the order of their names.
+      captions: Whether to read captions. They come from `metadata.jsonl` in the folder, with lines
+        `{"file_name": ..., "text": ...}`, if it exists, and otherwise from the `.txt` file next to each image.
+      on_error: What to do about an unreadable image. `raise` ends the run with an error that states its path; `skip`
+        substitutes the next readable image and counts it in the metric `skipped`.
+      index: Folder to store the index of the images in; defaults to `.index` in the folder itself.
     """
     several = isinstance(size, tuple) and isinstance(size[0], tuple)
-    shapes = tuple(image_ops.check("size", one) for one in (size if several else (size,)))
+    shapes = tuple(image_ops.check_size("size", one) for one in (size if several else (size,)))
     found = FileIndex(path, index)
     if not len(found):
         others = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in found.ignored.items())
-        raise InputError("path", f"{path} has no images" + (f", but other files: {others}" if others else ""))
+        raise InputError("path", f"{path} contains no images" + (f", only other files: {others}" if others else ""))
     if labels and (found.labels < 0).any():
         first = found.path(int(np.argmax(found.labels < 0)))
-        raise InputError("labels", f"{first} lies in no directory, which would be its class; set labels=False")
+        raise InputError("labels", f"{first} is in no top-level directory and so has no class; set labels=False")
     return Folder(found, image_ops.Transform(channels=channels, crop=crop, flip=flip), shapes, labels, captions,
                   skip=on_error == "skip")  # fmt: skip
 
 
 def _nearest(sizes: np.ndarray, shapes: tuple[Size, ...]) -> np.ndarray:
-    """`[N]` int32: for each (height, width) the shape of the nearest ratio, the first for one that is not known."""
+    """Returns `[N]` int32, the index of the shape with the nearest aspect ratio for each (height, width).
+
+    Unknown sizes, which are 0, get the index of the first shape's aspect ratio.
+    """
     ratios = np.log([height / width for height, width in shapes])
     known = np.where(sizes.min(axis=1, keepdims=True) > 0, sizes, np.array(shapes[0]))
-    mine = np.log(known[:, 0] / known[:, 1])
-    return np.abs(mine[:, None] - ratios).argmin(axis=1).astype(np.int32)
+    image_ratios = np.log(known[:, 0] / known[:, 1])
+    return np.abs(image_ratios[:, None] - ratios).argmin(axis=1).astype(np.int32)

@@ -1,9 +1,9 @@
-"""Pictures of coloured shapes on black, with English captions, and a parser that says what a sample shows."""
+"""Images of coloured shapes on black, with English captions, and a reader that finds the shapes in a sample."""
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from diffusion.core.types import InputError, Spec
 from diffusion.data import geometry
 from diffusion.data.geometry import COLOUR_NAMES, PALETTE, RADII, SHAPES
 
-LOCATION_KEYWORDS = {
+PLACES = {
     "top left": "at the top left",
     "top": "at the top",
     "top right": "at the top right",
@@ -25,9 +25,9 @@ LOCATION_KEYWORDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Thing:
-    """One shape: `size` of RADII, `colour` of COLOURS, `shape` of SHAPES, `place` of LOCATION_KEYWORDS, all words."""
+    """One shape: `size` of RADII, `colour` of COLOURS, `shape` of SHAPES and `place` of PLACES, all words."""
 
     size: str
     colour: str
@@ -35,24 +35,8 @@ class Thing:
     place: str
 
 
-def _phrase(thing: Thing) -> str:
-    return f"a {thing.size} {thing.colour} {thing.shape} {LOCATION_KEYWORDS[thing.place]}"
-
-
-def _apart(things: Iterable[Thing]) -> bool:
-    places = [thing.place for thing in things]
-    return len(set(places)) == len(places)
-
-
-VOCABULARY = geometry.Vocabulary(
-    _phrase, itertools.starmap(Thing, itertools.product(RADII, COLOUR_NAMES, SHAPES, LOCATION_KEYWORDS)), _apart
-)
-
-
-class Shapes(geometry.Drawn):
-    """Images `[size, size, 3]` in [-1, 1], each of a few shapes in cells of their own; see `make`."""
-
-    vocabulary = VOCABULARY
+class Shapes(geometry.ProceduralSource):
+    """Images `[size, size, 3]` in [-1, 1] of a few shapes, each in a separate cell; see `make`."""
 
     def __init__(
         self, size: int, max_things: int, split: Literal["train", "test"], seed: int, captions: bool, length: int
@@ -61,28 +45,33 @@ class Shapes(geometry.Drawn):
         self.max_things = max_things
         self._templates = _templates(size)
         cells = [geometry.cell(number, geometry.scale_of(size)) for number in range(3)]
-        self._windows = list(itertools.product(cells, cells))  # in the order of LOCATION_KEYWORDS
+        self._windows = list(itertools.product(cells, cells))  # in the order of PLACES
+
+    @staticmethod
+    def phrase(thing: Thing) -> str:
+        return f"a {thing.size} {thing.colour} {thing.shape} {PLACES[thing.place]}"
 
     def draws(self, things: frozenset[Thing]) -> bool:
-        """Whether the set has pictures of these things."""
-        return 1 <= len(things) <= self.max_things and _apart(things)
+        """Returns whether the source draws images of these things."""
+        places = {thing.place for thing in things}
+        return 1 <= len(things) <= self.max_things and len(places) == len(things)
 
     def closest(self, x: np.ndarray) -> tuple[list[frozenset[Thing]], np.ndarray]:
         found = [[] for _ in x]
-        for place, window in zip(LOCATION_KEYWORDS, self._windows, strict=True):
+        for place, window in zip(PLACES, self._windows, strict=True):
             for parts, mask, colour, gain in zip(found, *self._templates.nearest(x[:, *window]), strict=True):
                 if gain > 0:
                     parts.append(self._part(place, window, mask, colour))
         things = [frozenset(part[0] for part in parts) for parts in found]
         return things, np.array([self._paint(parts) for parts in found]).reshape(-1, *self.spec.shape)
 
-    def _parts(self, below: Callable[[int], int]) -> list[geometry.Part]:
-        free = list(zip(LOCATION_KEYWORDS, self._windows, strict=True))
+    def _parts(self, randbelow: Callable[[int], int]) -> list[geometry.Part]:
+        free = list(zip(PLACES, self._windows, strict=True))
         parts = []
-        for _ in range(1 + below(self.max_things)):
-            place, window = free.pop(below(len(free)))
-            first, count = self._templates.spans[tuple(RADII)[below(2)], SHAPES[below(3)]]
-            parts.append(self._part(place, window, first + below(count), below(len(PALETTE))))
+        for _ in range(1 + randbelow(self.max_things)):
+            place, window = free.pop(randbelow(len(free)))
+            first, count = self._templates.spans[tuple(RADII)[randbelow(2)], SHAPES[randbelow(3)]]
+            parts.append(self._part(place, window, first + randbelow(count), randbelow(len(PALETTE))))
         return parts
 
     def _part(self, place: str, window: tuple[slice, slice], mask: int, colour: int) -> geometry.Part:
@@ -99,23 +88,23 @@ def make(
     captions: bool = False,
     length: int = 2**31 - 1,
 ) -> Shapes:
-    """One to `max_things` circles, squares and triangles, small or large, of eight colours.
+    """Draws one to `max_things` circles, squares and triangles, small or large, in eight colours.
 
-    Each lies in a cell of its own of a 3 x 3 grid, anywhere in it at whole pixels. All choices are equally likely.
-    There are few enough pictures of one thing that both splits have most of them; of three there are over 4 x 10^10.
+    Each lies in a separate cell of a 3 x 3 grid, anywhere in it at whole pixels. All choices are equally likely. So few
+    images have a single shape that both splits contain most of them; with three shapes there are over 4 x 10^10.
 
     Args:
-      size: of the image's sides in pixels, 32 or 64.
-      max_things: from 1 to 9.
+      size: Side of the images in pixels, 32 or 64.
+      max_things: Maximum number of shapes, from 1 to 9.
       split: `train` or `test`, independent draws.
-      seed: of the draws, at least 0.
-      captions: whether an example has its `caption`, such as "a large red circle at the top left, a small blue square
-        in the center and a small white triangle on the right".
-      length: of the set. Every example is drawn from its own index, so it costs nothing.
+      seed: Seed of the draws, at least 0.
+      captions: Whether an example has a `caption`, such as "a large red circle at the top left, a small blue square in
+        the center and a small white triangle on the right".
+      length: Number of examples. Each is drawn from its index when it is read, so a large number costs nothing.
     """
     geometry.scale_of(size)
     if not 1 <= max_things <= 9:
-        raise InputError("max_things", f"must be from 1 to 9, one for each cell of the grid, got {max_things}")
+        raise InputError("max_things", f"must be from 1 to 9, at most one per cell of the grid, got {max_things}")
     return Shapes(size, max_things, split, seed, captions, length)
 
 
@@ -126,6 +115,6 @@ def _templates(size: int) -> geometry.Templates:
     masks = {}
     for name, shape in itertools.product(RADII, SHAPES):
         tile = geometry.tile(shape, RADII[name] * scale)
-        room = range(side - len(tile) + 1)
-        masks[name, shape] = [geometry.placed(tile, side, side, top, left) for top in room for left in room]
+        starts = range(side - len(tile) + 1)
+        masks[name, shape] = [geometry.place(tile, side, side, top, left) for top in starts for left in starts]
     return geometry.Templates(masks)

@@ -1,4 +1,4 @@
-"""Image data sets of TensorFlow Datasets by name, prepared as ArrayRecord files and read without TensorFlow."""
+"""Image data sets of TensorFlow Datasets (TFDS), prepared as ArrayRecord files and read without TensorFlow."""
 
 import difflib
 import functools
@@ -15,17 +15,19 @@ from diffusion.core.types import InputError, Spec
 from diffusion.data import image_ops
 
 PREPARE = "python -m experiments.prepare_data --config=..."
-Keys = tuple[str, ...]  # of a feature in the nested dicts of an example
+LOCATION_KEYWORDS = ("data_dir",)  # see pipeline.location_keywords
+
+Keys = tuple[str, ...]  # path of a feature in the nested dicts of an example
 
 
 class Tfds:
-    """Examples `[H, W, C]` in [-1, 1], with `label` and `caption` where they are asked for.
+    """Examples `[H, W, C]` in [-1, 1], with `label` and `caption` if requested.
 
     Attributes:
-      name: of the set and its split, for messages.
-      records: serialized examples by index.
-      keys: where the `image`, the `label` and the `caption` are in an example, of those there are.
-      features: what tfds parses, the features of the top level that have them.
+      name: The data set and its split, for messages.
+      records: Serialized examples by index.
+      keys: The path of `image` and, if used, of `label` and `caption` in an example.
+      features: The top-level features that contain them, which TFDS parses.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class Tfds:
         self.name, self.records, self.transform = name, records, transform
         self.keys = {kind: keys for kind, (keys, _) in chosen.items()}
         self.features = tfds.features.FeaturesDict({keys[0]: features[keys[0]] for keys in self.keys.values()})
-        self.decoders = tfds.decode.SkipDecoding()  # the file of an image is left to us
+        self.decoders = tfds.decode.SkipDecoding()  # this class decodes images itself
         for key in reversed(self.keys["image"]):
             self.decoders = {key: self.decoders}
         self.class_names = _class_names(*chosen["label"]) if "label" in chosen else ()
@@ -50,12 +52,12 @@ class Tfds:
         return self._example(index, None)
 
     def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The example with its random crop and flip, and any one of its captions."""
+        """Returns the example with its random crop and flip, and a random one of its captions."""
         return self._example(index, rng)
 
     @property
     def stages(self) -> tuple[tuple[str, Callable], ...]:
-        """What `self[index]` does, one after the other."""
+        """The functions, with their names, whose composition is `self[index]`."""
         return (
             ("read", self._read),
             ("decode", lambda read: {**read, "image": _image(read["image"])}),
@@ -70,15 +72,15 @@ class Tfds:
             raise InputError("data", f"example {index} of {self.name} {error}") from None
 
     def _read(self, index: int) -> dict[str, Any]:
-        """The image's file, the label and the caption, of those there are."""
+        """Returns the encoded image and, if used, the label and the caption."""
         if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} examples, no number {index}")
+            raise IndexError(f"index {index} is out of range for {len(self)} examples")
         try:
             record = self.records[index]
         except Exception as error:
-            problem = f"example {index} of {self.name} cannot be read: {error}; remove the set and prepare it anew"
-            raise InputError("data", problem) from None
-        if not isinstance(record, Mapping):  # tfds.testing.mock_data has no records, but the examples themselves
+            problem = f"example {index} of {self.name} cannot be read: {error}"
+            raise InputError("data", f"{problem}; remove the data set and prepare it again") from None
+        if not isinstance(record, Mapping):  # tfds.testing.mock_data provides parsed examples instead of records
             record = self.features.deserialize_example_np(record, decoders=self.decoders)
         return {kind: functools.reduce(operator.getitem, keys, record) for kind, keys in self.keys.items()}
 
@@ -86,10 +88,9 @@ class Tfds:
         example = {"x": self.transform(read["image"], rng), "cond": {}}
         if "label" in read:
             label = int(read["label"])
-            if not 0 <= label < self.spec.num_classes:  # tfds has -1 where a test set keeps its labels to itself
-                raise image_ops.Unreadable(
-                    f"has the label {label}, not one of {self.spec.num_classes}; set labels=False"
-                )
+            if not 0 <= label < self.spec.num_classes:  # TFDS uses -1 in test sets without labels
+                problem = f"must have a label from 0 to {self.spec.num_classes - 1}, got {label}; set labels=False"
+                raise image_ops.Unreadable(problem)
             example["cond"]["label"] = np.int32(label)
         if "caption" in read:
             example["caption"] = _caption(read["caption"], rng)
@@ -110,29 +111,32 @@ def make(
     label: str | None = None,
     caption: str | None = None,
 ) -> Tfds:
-    """A set that `python -m experiments.prepare_data` has prepared. A feature inside another is named as `attributes/Male`.
+    """Opens a data set prepared by `python -m experiments.prepare_data`.
+
+    Nested features are named by their path, such as `attributes/Male`.
 
     Args:
-      dataset: name, config and version as tfds has them, such as `mnist` or `imagenet_resized/64x64`.
-      split: one of the set's, or a part or a sum of them, such as `train[:90%]`.
-      data_dir: folder of all sets; tfds' own if not given, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
-      size: that images are scaled to cover, and cropped to, a number for a square or (height, width); without it they
-        stay as they are, if all have one size.
-      channels: 3, or 1 for grey; as the set has them if not given.
-      crop: the middle, or in training a random part at a random scale of up to 1.25.
-      flip: mirror half of the images in training.
-      labels: whether to give them, if the set has classes.
-      captions: whether to give them; the set must have them. Of several for one image, training draws one.
-      image: which feature is the image; if not given the set's main one, or else the first by name.
-      label: likewise, of the classes; a bool will do as well.
-      caption: likewise, a text; it must be given where the set has several.
+      dataset: Name, config and version as in TFDS, such as `mnist` or `imagenet_resized/64x64`.
+      split: A split of the data set, or a slice or a sum of splits, such as `train[:90%]`.
+      data_dir: Folder of all data sets; defaults to that of TFDS, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+      size: Size that images are resized to cover and then cropped to, a number for a square or (height, width). Without
+        it, images are not resized and must all have one size.
+      channels: 3, or 1 for grey; defaults to that of the data set.
+      crop: `center`, or `random` for a random part at a random scale of up to 1.25 in training.
+      flip: Whether to mirror half of the images in training.
+      labels: Whether to return labels, if the data set has classes.
+      captions: Whether to return captions, which the data set must have. If an image has several, training draws one.
+      image: The feature to use as the image; defaults to the supervised input, or else to the first image by name.
+      label: The feature to use as the label, a class or a bool; defaults to the supervised target, or else to the first
+        class by name.
+      caption: The feature to use as the caption, a text; required if the data set has several.
     """
     if crop == "random" and size is None:
-        raise InputError("crop", "is of images scaled to a size; give one")
+        raise InputError("crop", "must be 'center' for images that are not resized; set size")
     if label and not labels:
-        raise InputError("label", f"is {label!r}, but labels = False; leave one of them out")
+        raise InputError("label", f"must not be set if labels = False, got {label!r}; remove one of them")
     if caption and not captions:
-        raise InputError("caption", f"is {caption!r}; set captions = True as well")
+        raise InputError("caption", f"expects captions = True, got {caption!r} without it; set both")
     info, records = _open(dataset, split, os.path.expanduser(data_dir) if data_dir else None)
     found = _candidates(info)
     chosen = {"image": _choose("image", image, found["image"], dataset)}
@@ -141,40 +145,43 @@ def make(
         chosen["label"] = _choose("label", label or classes[0], found["label"], dataset)
     if captions:
         if not caption and len(found["caption"]) > 1:
-            raise InputError("caption", f"{dataset} has several texts; name one: {', '.join(found['caption'])}")
+            raise InputError("caption", f"must be set, as {dataset} has several texts: {', '.join(found['caption'])}")
         chosen["caption"] = _choose("caption", caption, found["caption"], dataset)
     height, width, depth = chosen["image"][1].shape
     if size is not None:
-        height, width = size = image_ops.check("size", size)
+        height, width = size = image_ops.check_size("size", size)
     elif not height or not width:
-        raise InputError("size", f"{dataset} has images of many sizes; give one for all, a number or (height, width)")
+        raise InputError("size", f"must be a number or (height, width), as {dataset} has images of several sizes")
     transform = image_ops.Transform(size, channels or (1 if depth == 1 else 3), crop, flip)
     return Tfds(f"{dataset}, {split}", records, info.features, chosen, transform, (height, width, transform.channels))
 
 
 def _candidates(info: Any) -> dict[str, dict[str, tuple[Keys, Any]]]:
-    """The features that may be the image, the label and the caption: by path, keys and feature. What the set calls its
-    input and its target comes first, and the others by name, for a prepared set keeps no order."""
+    """Returns the features that can be used as image, label and caption: `{kind: {path: (keys, feature)}}`.
+
+    The supervised input and target of the data set come first. The others are sorted by name, because a prepared data
+    set does not keep their order.
+    """
     import tensorflow_datasets as tfds
 
-    def leaves(feature: Any, keys: Keys, several: bool) -> Iterator[tuple[Keys, Any, bool]]:
+    def leaves(feature: Any, keys: Keys, in_sequence: bool) -> Iterator[tuple[Keys, Any, bool]]:
         if isinstance(feature, tfds.features.FeaturesDict):
             for key in feature:
-                yield from leaves(feature[key], (*keys, key), several)
+                yield from leaves(feature[key], (*keys, key), in_sequence)
         elif type(feature) is tfds.features.Sequence:
             yield from leaves(feature.feature, keys, True)
         else:
-            yield keys, feature, several
+            yield keys, feature, in_sequence
 
     found = {"image": {}, "label": {}, "caption": {}}
-    for keys, feature, several in leaves(info.features, (), False):
+    for keys, feature, in_sequence in leaves(info.features, (), False):
         kind = None
         if type(feature) is tfds.features.Image:
-            kind = "image" if feature.np_dtype == np.uint8 and not several else None
+            kind = "image" if feature.np_dtype == np.uint8 and not in_sequence else None
         elif isinstance(feature, tfds.features.ClassLabel):
-            kind = "label" if feature.num_classes and not several else None
+            kind = "label" if feature.num_classes and not in_sequence else None
         elif isinstance(feature, tfds.features.Tensor) and feature.shape == ():
-            if feature.np_dtype == np.bool_ and not several:
+            if feature.np_dtype == np.bool_ and not in_sequence:
                 kind = "label"
             elif feature.np_dtype in (np.str_, np.object_):
                 kind = "caption"
@@ -187,16 +194,16 @@ def _candidates(info: Any) -> dict[str, dict[str, tuple[Keys, Any]]]:
 
 def _choose(keyword: str, path: str | None, found: Mapping[str, tuple[Keys, Any]], dataset: str) -> tuple[Keys, Any]:
     if not found:
-        raise InputError(keyword, f"{dataset} has no feature that could be one")
+        raise InputError(keyword, f"{dataset} has no feature that can be used as the {keyword}")
     if path is None:
         path = next(iter(found))
     if path not in found:
-        raise InputError(keyword, f"{dataset} has no {keyword} {path!r}; one of: {', '.join(found)}")
+        raise InputError(keyword, f"must be a feature of {dataset}, one of: {', '.join(found)}; got {path!r}")
     return found[path]
 
 
 def _open(dataset: str, split: str, data_dir: str | None) -> tuple[Any, Sequence[bytes]]:
-    """A prepared set's info and the records of a split."""
+    """Returns the info of a prepared data set and the records of a split."""
     import tensorflow_datasets as tfds
 
     builder = builder_of(dataset, data_dir)
@@ -205,31 +212,37 @@ def _open(dataset: str, split: str, data_dir: str | None) -> tuple[Any, Sequence
         records = builder.as_data_source(split=split, file_format="array_record").data_source
     except Exception:
         if not builder.is_prepared():
-            raise InputError("dataset", f"there is no {builder.data_dir}; prepare it: {prepare}") from None
+            raise InputError("dataset", f"there is no {builder.data_dir}; prepare the data set: {prepare}") from None
         formats = builder.info.available_file_formats()
         if tfds.core.FileFormat.ARRAY_RECORD not in formats:
-            there = ", ".join(sorted(one.value for one in formats))
-            problem = f"{builder.data_dir} has {there} alone, and array_record is read; convert it: {prepare}"
+            available = ", ".join(sorted(one.value for one in formats))
+            problem = f"{builder.data_dir} must have the format array_record, got {available}; convert it: {prepare}"
             raise InputError("dataset", problem) from None
         known = ", ".join(builder.info.splits)
-        problem = f"{split!r} has no examples in {dataset}; one of: {known}, or a part such as train[:90%]"
+        problem = f"must be one of {known}, or a slice such as train[:90%], with examples in {dataset}; got {split!r}"
         raise InputError("split", problem) from None
     try:
         records[0]
     except Exception as error:
-        problem = f"{builder.data_dir} cannot be read: {error}; remove it and prepare it anew"
+        problem = f"{builder.data_dir} cannot be read: {error}; remove it and prepare it again"
         raise InputError("dataset", problem) from None
     return builder.info, records
 
 
 def builder_of(dataset: str, data_dir: str | None) -> Any:
-    """tfds' builder of a set, prepared or not. Its folder suffices; its code, where there is any, says what is missing.
-    Raises InputError naming `dataset`."""
+    """Returns the TFDS builder of a data set, prepared or not.
+
+    The files of a prepared data set suffice. If there are none, the builder is made from its code.
+
+    Raises:
+      InputError: There is no such data set; the error names the field `dataset`.
+    """
     import tensorflow_datasets as tfds
 
     parsed = re.fullmatch(r"(\w+)(?:/([\w.-]+))?(?::[\d.*]+)?", dataset)
-    if not parsed:  # tfds would look for others in the network
-        raise InputError("dataset", f"{dataset!r} is no name such as mnist, mnist:3.0.1 or imagenet_resized/64x64")
+    if not parsed:  # TFDS would look up other forms over the network
+        problem = f"must be a name such as mnist, mnist:3.0.1 or imagenet_resized/64x64, got {dataset!r}"
+        raise InputError("dataset", problem)
     try:
         return tfds.core.read_only_builder.builder_from_files(dataset, data_dir=data_dir)
     except Exception:
@@ -241,11 +254,13 @@ def builder_of(dataset: str, data_dir: str | None) -> Any:
         known = tfds.list_builders(with_community_datasets=False)
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=3))
-            problem = f"there is no {dataset} in {data_dir or tfds.core.constants.DATA_DIR}, and tfds knows no {name!r}"
-            raise InputError("dataset", problem + (f", but {near}" if near else "")) from None
+            folder = data_dir or tfds.core.constants.DATA_DIR
+            problem = f"there is no {dataset} in {folder}, and {name!r} is not a TFDS data set"
+            raise InputError("dataset", problem + (f"; did you mean {near}?" if near else "")) from None
         configs = tfds.builder_cls(name).builder_configs
         if config and config not in configs:
-            raise InputError("dataset", f"{name} has no {config!r}; one of: {', '.join(configs) or 'none'}") from None
+            problem = f"{name} has no config {config!r}; one of: {', '.join(configs) or 'none'}"
+            raise InputError("dataset", problem) from None
         raise InputError("dataset", f"{dataset} cannot be opened: {error}") from None
 
 
