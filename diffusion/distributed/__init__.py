@@ -1,1 +1,1 @@
-"""Meshes of devices and the rules that lay arrays out over them."""
+"""Device meshes, sharding rules, and jobs of several processes."""

@@ -1,7 +1,8 @@
-"""Where a network's blocks meet, activations stay as the batch is laid out.
+"""Pins the sharding of activations at the boundaries of a network's blocks.
 
-A network names the places, `constrain(x)`, and knows no mesh; who compiles a step over many devices says what is kept
-there. Without it the partitioner may gather a batch's activations on every device instead of a block's parameters.
+Networks mark the boundaries by `constrain(x)` and do not depend on a mesh. The code that compiles a step for several
+devices switches the constraints on by `enabled`. Without them, XLA's partitioner may gather a batch's activations on
+every device instead of a block's parameters.
 """
 
 import functools
@@ -14,42 +15,51 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusion.core.types import Array, InputError
 
-_kept = jax.make_user_context(None)  # a part of what `jax.jit` goes by: another value is traced anew
+# (batch_sharding, sequence_axis) or None; part of the cache key of `jax.jit`, so a new value causes a new trace.
+_sharding = jax.make_user_context(None)
 
 
 def constrain(x: Array) -> Array:
-    """The same array, `[B, ...]`; tokens are `[B, N, D]`. A part of a batch that the devices do not divide is left to
-    the compiler.
+    """Constrains the sharding of x `[B, ...]` inside a function that is `enabled`; elsewhere returns x as it is.
+
+    The leading axis is sharded like the batch, and the second axis of tokens `[B, N, D]` over the mesh axis
+    `sequence_axis` if that is set. An x whose leading axis is not divisible by its number of shards is left to the
+    compiler.
 
     Raises:
-      InputError: the tokens are to be split, and cannot be.
+      InputError: if the number of tokens is not divisible by the size of `sequence_axis`.
     """
-    if _kept.value is None:
+    if _sharding.value is None:
         return x
-    place, sequence = _kept.value
-    mesh, axes = place.mesh, place.spec[0]
-    if len(x) % _parts(place):
+    sharding, sequence_axis = _sharding.value
+    mesh, batch_axes = sharding.mesh, sharding.spec[0]
+    if len(x) % _num_shards(sharding):
         return x
-    if x.ndim == 3 and sequence is not None:
-        if x.shape[1] % mesh.shape[sequence]:
-            problem = f"splits tokens over the {mesh.shape[sequence]} devices of mesh.{sequence}, which do not divide"
-            raise InputError("sharding.sequence", f"{problem} the {x.shape[1]} there are")
-        place = NamedSharding(mesh, PartitionSpec(axes, sequence))
-    return jax.lax.with_sharding_constraint(x, place)
+    if x.ndim == 3 and sequence_axis is not None:
+        if x.shape[1] % mesh.shape[sequence_axis]:
+            problem = f"mesh.{sequence_axis} = {mesh.shape[sequence_axis]} must divide the {x.shape[1]} tokens; "
+            raise InputError("sharding.sequence", problem + "change mesh, or set sharding.sequence to None")
+        sharding = NamedSharding(mesh, PartitionSpec(batch_axes, sequence_axis))
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def enabled(function: Callable, place: NamedSharding, sequence: str | None = None) -> Callable:
-    """`function`, traced with every border's arrays laid out as `place`, which splits their leading axis, and their
-    tokens over the mesh axis `sequence`."""
+def enabled(function: Callable, batch_sharding: NamedSharding, sequence_axis: str | None = None) -> Callable:
+    """Returns `function` with the constraints of `constrain` switched on while it is traced.
+
+    Args:
+      function: The function to compile, such as a train step.
+      batch_sharding: The sharding of a batch, which shards the leading axis.
+      sequence_axis: The mesh axis that shards the tokens of a transformer, or None (`sharding.sequence`).
+    """
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
-        with _kept((place, sequence)):
+        with _sharding((batch_sharding, sequence_axis)):
             return function(*args)
 
     return traced
 
 
-def _parts(place: NamedSharding) -> int:
-    axes = place.spec[0]
-    return math.prod(place.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+def _num_shards(sharding: NamedSharding) -> int:
+    axes = sharding.spec[0]
+    return math.prod(sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))

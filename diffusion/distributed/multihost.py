@@ -1,74 +1,89 @@
-"""Several processes of one job, each with devices of its own."""
+"""Jobs of several processes, each with its own devices."""
 
+import logging
 import os
 import re
-import sys
 
 import jax
 import numpy as np
-from jax._src import distributed  # whose barriers have a limit; jax.experimental.multihost_utils has none
-from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize finds out by itself and tells nobody
 from jax.experimental import multihost_utils
 
 from diffusion.core.types import InputError
-from diffusion.distributed import roll_call
+from diffusion.distributed import jax_internals, roll_call
 from diffusion.distributed.roll_call import Missing
 
-HEARTBEAT = 30  # seconds of silence after which a process counts as dead, and ends the others
-LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|CoordinationService")  # in what JAX raises then
-TOGETHER = 300  # seconds that a process waits for the others, at the start, at a barrier, at the end
+HEARTBEAT_TIMEOUT = 30  # seconds of silence after which a process counts as dead and the others are ended
+LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|CoordinationService")  # in the errors that JAX raises then
+TIMEOUT = 300  # seconds that a process waits for the others: at the start, at a barrier and at the end
+
+logger = logging.getLogger(__name__)
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the processes of a job; before anything else touches a device.
+    """Connects the processes of a job; call it before anything uses a device.
+
+    A roll call comes first, because `jax.distributed.initialize` cannot report which process is missing.
 
     Args:
-      coordinator: HOST:PORT of process 0, the same in all; with None the environment tells of all three: that of
-        Slurm, Open MPI, GKE or a TPU VM.
-      num_processes: how many there are.
-      process_id: which this is, from 0.
+      coordinator: HOST:PORT of process 0, the same in all processes. If None, all three are detected from the
+        environment of Slurm, Open MPI, GKE or a TPU VM.
+      num_processes: The number of processes.
+      process_id: The index of this process, from 0.
 
     Raises:
-      InputError: they do not go together, or the environment does not tell.
-      Missing: some have not come.
+      InputError: The arguments are inconsistent, or the environment does not describe the job.
+      Missing: Some processes did not join in time.
     """
-    if coordinator is not None:
+    if coordinator is None:
+        coordinator, num_processes, process_id = _detected()
+    else:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise InputError("--coordinator", f"must be HOST:PORT, as in 127.0.0.1:1234, got {coordinator!r}")
+            raise InputError("--coordinator", f"must be HOST:PORT, for example 127.0.0.1:1234, got {coordinator!r}")
         if num_processes < 1:
             raise InputError("--num_processes", f"must be at least 1, got {num_processes}")
         if not 0 <= process_id < num_processes:
             raise InputError("--process_id", f"must be from 0 to {num_processes - 1}, got {process_id}")
+    if coordinator is None:
+        logger.info("no roll call: this version of JAX does not report the processes that it detects")
     else:
-        coordinator, num_processes, process_id = _told()
-    print(f"process {process_id} of {num_processes} waits at {coordinator} for the others, {TOGETHER} s at most",
-          file=sys.stderr)  # fmt: skip
-    roll_call.call(coordinator, num_processes, process_id, TOGETHER)
-    # It would take SIGTERM from training/preemption.py, to save a step that Orbax chooses.
+        logger.info("process %d of %d waits at %s for the others, up to %d s", process_id, num_processes, coordinator,
+                    TIMEOUT)  # fmt: skip
+        roll_call.call(coordinator, num_processes, process_id, TIMEOUT)
+    # JAX's preemption service would take SIGTERM from training/resilience/preemption.py and let Orbax choose the step.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id, initialization_timeout=TOGETHER,
-        heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=TOGETHER,
-    )  # fmt: skip
-
-
-def _told() -> tuple[str, int, int]:
-    """What the environment says of coordinator, number of processes and this one's id."""
-    problem = "the environment does not tell of other processes; give --coordinator, --num_processes and --process_id"
     try:
-        told = ClusterEnv.auto_detect_unset_distributed_params(
-            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, TOGETHER
-        )[:3]
-    except (ValueError, RuntimeError) as error:  # it tells half of it, or of a host that nobody knows
-        raise InputError("--distributed", f"{problem} ({error})") from error
-    if None in told:
-        raise InputError("--distributed", problem)
-    return told
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT, shutdown_timeout_seconds=TIMEOUT,
+        )  # fmt: skip
+    except ValueError as error:
+        if coordinator is not None:
+            raise
+        raise _undetected(error) from error
+
+
+def _detected() -> tuple[str | None, int | None, int | None]:
+    """Returns the coordinator, the process count and this process's id; None thrice if JAX detects them by itself."""
+    try:
+        detected = jax_internals.detect_cluster(TIMEOUT)
+    except (ValueError, RuntimeError) as error:  # the environment is incomplete, or names an unknown host
+        raise _undetected(error) from error
+    if detected is None:
+        return None, None, None
+    if None in detected:
+        raise _undetected()
+    return detected
+
+
+def _undetected(error: Exception | None = None) -> InputError:
+    problem = "the environment describes no job of several processes"
+    advice = "give --coordinator, --num_processes and --process_id"
+    return InputError("--distributed", f"{problem}; {advice}" + (f" ({error})" if error else ""))
 
 
 def is_announced() -> bool:
-    """Whether the environment says that this is one of several processes: Slurm's srun, or GKE with TPUs."""
+    """Returns whether the environment says that this is one of several processes (Slurm's srun, or GKE with TPUs)."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
@@ -76,7 +91,7 @@ def is_announced() -> bool:
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Whether an error, or what it comes from, says that another process of the job has left."""
+    """Returns whether an error, or a cause of it, says that another process of the job was lost."""
     while error is not None and jax.distributed.is_initialized():
         if LOST.search(str(error)):
             return True
@@ -85,25 +100,26 @@ def is_loss(error: BaseException | None) -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Until every process has come here.
+    """Waits until every process has called this function with the same `what`.
 
     Raises:
-      Missing: names those that have not, after TOGETHER seconds.
+      Missing: Some processes, which the message names, have not called it after `TIMEOUT` seconds.
     """
     if jax.process_count() == 1:
         return
-    client = distributed.global_state.client
     try:
-        client.wait_at_barrier(f"diffusion: {what}", 1000 * TOGETHER)
+        jax_internals.wait_at_barrier(f"diffusion: {what}", TIMEOUT)
     except jax.errors.JaxRuntimeError as error:
         late = re.findall(r"^\d+$", str(error).partition("timed out task names:")[2], re.MULTILINE)
-        if not late:  # one is lost, and that is what it says
+        if not late:  # a process was lost, and the error says so
             raise
-        raise Missing(
-            f"process {', '.join(sorted(late, key=int))} did not come to {what!r} within {TOGETHER} s"
-        ) from error
+        names = ", ".join(sorted(late, key=int))
+        raise Missing(f"process {names} did not reach the barrier {what!r} within {TIMEOUT} s") from error
 
 
-def agreed(answer: bool) -> bool:
-    """What the first process answers: the files that all look at may have changed before the last looks."""
+def broadcast_from_first(answer: bool) -> bool:
+    """Returns the answer of the first process.
+
+    Use it for questions about files, which may have changed before the last process looks at them.
+    """
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(answer))) if jax.process_count() > 1 else answer

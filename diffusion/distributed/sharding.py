@@ -1,10 +1,10 @@
-"""Where arrays lie on the mesh: batches by example, the train state by ordered rules on its paths."""
+"""Shardings of arrays over the mesh: batches by example, the train state by ordered rules on its paths."""
 
 import collections
 import itertools
+import logging
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,36 +15,51 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diffusion.core.types import InputError
 from diffusion.distributed.mesh import REST
 
-# A regular expression on the path, and the mesh axis or axes (or None) of each dimension; None for a leaf left whole.
+# A regular expression on the path, and one mesh axis, tuple of axes or None per dimension. None in place of the axes
+# replicates the array.
 Rule = tuple[str, tuple[str | tuple[str, ...] | None, ...] | None]
+# Elements below which an array is replicated: 1 MiB in float32. Gathering a small array costs more than storing it.
+FSDP_MIN_SIZE = 2**18
+
+logger = logging.getLogger(__name__)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that keeps the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_example(mesh: Mesh) -> NamedSharding:
-    """The leading axis over data x fsdp."""
+    """Returns the sharding of a batch: its leading axis over data x fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", *_fsdp_axes(mesh))))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """The number of parts that a batch is split into."""
-    return mesh.shape["data"] * _parts(_fsdp_axes(mesh), mesh)
+    """Returns the number of shards of a batch."""
+    return mesh.shape["data"] * _shards(_fsdp_axes(mesh), mesh)
 
 
-def of_state(state: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
-    """A sharding for each leaf of an abstract state.
+def of_state(state: Any, mesh: Mesh, rules: Sequence[Rule] = (), fsdp_min_size: int = FSDP_MIN_SIZE) -> Any:
+    """Returns a sharding for each leaf of an abstract state.
 
-    The first rule whose expression is found in the leaf's path, such as `ema/0.999/net/conv_in/kernel`, says which mesh
-    axes split which dimension; paths of optimizer moments and EMA copies end as those of their parameters do, so one
-    rule holds for all three. `fsdp` needs no rule: it splits the largest dimension that divides and that no rule has
-    split, or two of them where the mesh has `fsdp_rest`, one over each. A rule may name it all the same, for both. A
-    rule of None in the place of axes leaves a leaf whole.
+    The first rule whose expression is found in the path of a leaf, such as `ema/0.999/net/conv_in/kernel`, says which
+    mesh axes shard which dimension. The paths of optimizer moments and EMA copies end with the path of their
+    parameter, so one rule covers all three.
+
+    `fsdp` needs no rule. It shards the largest dimension that it divides and that no rule has sharded, or two such
+    dimensions if the mesh has `fsdp_rest`. Arrays of fewer than `fsdp_min_size` elements are replicated over it. A
+    rule may name `fsdp`, which stands for both axes and applies to arrays of any size. A rule with None in place of
+    the axes replicates an array.
+
+    Args:
+      state: A pytree of arrays or `jax.ShapeDtypeStruct`.
+      mesh: The device mesh.
+      rules: Pairs of a regular expression and mesh axes.
+      fsdp_min_size: Number of elements from which an array is sharded over `fsdp` without a rule; 0 shards all.
 
     Raises:
-      InputError: a rule that is no regular expression, or with an unknown axis, one axis twice, more axes than
-        dimensions, or one that does not divide.
+      InputError: A rule is not a regular expression, or has an unknown axis, the same axis twice, more axes than the
+        array has dimensions, or an axis that does not divide its dimension.
     """
     compiled = [(_expression(pattern, index), spec, index) for index, (pattern, spec) in enumerate(rules)]
     unused = {index: pattern for index, (pattern, _) in enumerate(rules)}
@@ -59,31 +74,35 @@ def of_state(state: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
         split = [_axes(axes, mesh) for axes in spec]
         _check(split, leaf.shape, mesh, f"sharding.rules[{index}]", name)
         split += [()] * (leaf.ndim - len(split))
-        if not any("fsdp" in axes for axes in split):
+        if math.prod(leaf.shape) >= fsdp_min_size and not any("fsdp" in axes for axes in split):
             for dimension, axes in _fsdp(leaf.shape, split, mesh).items():
                 split[dimension] = axes
         return NamedSharding(mesh, _spec(split))
 
     placed = jax.tree.map_with_path(place, state)
     for index, pattern in unused.items():
-        print(f"warning: sharding.rules[{index}], {pattern!r}, decides for no array", file=sys.stderr)
+        logger.warning("sharding.rules[%d] (%r) decides the sharding of no array", index, pattern)
     return placed
 
 
-def replicated_arrays(state: Any, least: int = 2**20) -> dict[str, int]:
-    """Bytes of the arrays, from `least` on, that every device of several has whole, by name.
+def replicated_arrays(state: Any, fsdp_min_size: int = FSDP_MIN_SIZE) -> dict[str, int]:
+    """Returns the bytes of each large array that several devices replicate, by name.
 
     Args:
-      state: of arrays or `jax.ShapeDtypeStruct`, with their shardings.
+      state: A pytree of arrays or `jax.ShapeDtypeStruct` with shardings.
+      fsdp_min_size: As in `of_state`. Arrays with fewer elements, or with fewer than `FSDP_MIN_SIZE`, are left out:
+        they are replicated on purpose, or their memory does not matter.
     """
-    size = {path_name(path): leaf.size * leaf.dtype.itemsize for path, leaf in jax.tree.leaves_with_path(state)
-            if leaf.sharding.is_fully_replicated and leaf.sharding.num_devices > 1}  # fmt: skip
-    return {name: bytes for name, bytes in size.items() if bytes >= least}
+    return {path_name(path): leaf.size * leaf.dtype.itemsize for path, leaf in jax.tree.leaves_with_path(state)
+            if leaf.sharding.is_fully_replicated and leaf.sharding.num_devices > 1
+            and leaf.size >= max(fsdp_min_size, FSDP_MIN_SIZE)}  # fmt: skip
 
 
 def part_of_process(sharding: NamedSharding, batch_size: int, process: int) -> tuple[int, int]:
-    """Which part of every batch a process reads, and how many parts there are. Processes whose devices have the same
-    rows, because they share a model, read the same part."""
+    """Returns which part of every batch a process reads, and the number of parts.
+
+    Processes whose devices hold the same rows, because they share a model, read the same part.
+    """
     rows = collections.defaultdict(set)
     for device, index in sharding.devices_indices_map((batch_size,)).items():
         rows[device.process_index].add(index[0].start or 0)
@@ -92,12 +111,12 @@ def part_of_process(sharding: NamedSharding, batch_size: int, process: int) -> t
 
 
 def to_global(batch: Mapping, sharding: NamedSharding) -> Any:
-    """This process's part of a batch, numpy `[b, ...]`, into global arrays `[B, ...]`."""
+    """Makes global arrays `[B, ...]` from this process's part of a batch, numpy arrays `[b, ...]`."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def spread(tree: Any, sharding: NamedSharding) -> Any:
-    """Arrays and keys `[B, ...]` that every process has whole, each laid out."""
+    """Shards arrays and keys `[B, ...]` that every process holds whole."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
@@ -110,6 +129,7 @@ def spread(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def path_name(path: tuple) -> str:
+    """Returns a path of a pytree as `a/b/c`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -117,19 +137,20 @@ def _expression(pattern: str, index: int) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise InputError(f"sharding.rules[{index}]", f"{pattern!r} is no regular expression: {error}") from None
+        problem = f"{pattern!r} is not a valid regular expression: {error}"
+        raise InputError(f"sharding.rules[{index}]", problem) from None
 
 
 def _fsdp_axes(mesh: Mesh) -> tuple[str, ...]:
     return ("fsdp", REST) if REST in mesh.shape else ("fsdp",)
 
 
-def _parts(axes: Sequence[str], mesh: Mesh) -> int:
+def _shards(axes: Sequence[str], mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _axes(given: str | Sequence[str] | None, mesh: Mesh) -> tuple[str, ...]:
-    """A dimension's axes in a rule, as the mesh has them."""
+    """Returns the mesh axes of one dimension in a rule, with `fsdp` expanded."""
     given = () if given is None else (given,) if isinstance(given, str) else given
     return tuple(part for axis in given for part in (_fsdp_axes(mesh) if axis == "fsdp" else (axis,)))
 
@@ -140,18 +161,18 @@ def _spec(split: Sequence[tuple[str, ...]]) -> PartitionSpec:
 
 
 def _fsdp(shape: tuple[int, ...], split: Sequence[tuple[str, ...]], mesh: Mesh) -> dict[int, tuple[str, ...]]:
-    """The split of the dimensions that are whole into the most parts, of the largest."""
+    """Chooses which unsharded dimensions to shard over fsdp: most shards first, then the largest dimension."""
     axes = _fsdp_axes(mesh)
-    free = [dimension for dimension in range(len(shape)) if _parts(split[dimension], mesh) == 1]
+    free = [dimension for dimension in range(len(shape)) if _shards(split[dimension], mesh) == 1]
     ways = [{dimension: axes} for dimension in free]
     if len(axes) > 1:
         ways += [dict(zip(pair, ((axis,) for axis in axes), strict=True)) for pair in itertools.permutations(free, 2)]
         ways += [{dimension: (axis,)} for dimension in free for axis in axes]
-    dividing = [way for way in ways if all(shape[d] % _parts(axes, mesh) == 0 for d, axes in way.items())]
+    dividing = [way for way in ways if all(shape[d] % _shards(axes, mesh) == 0 for d, axes in way.items())]
 
     def rank(way: dict[int, tuple[str, ...]]) -> tuple:
-        parts = math.prod(_parts(axes, mesh) for axes in way.values())
-        return parts, -len(way), *(shape[dimension] for dimension in way)
+        shards = math.prod(_shards(axes, mesh) for axes in way.values())
+        return shards, -len(way), *(shape[dimension] for dimension in way)
 
     return max(dividing, key=rank) if dividing and mesh.shape["fsdp"] > 1 else {}
 
@@ -162,10 +183,10 @@ def _check(split: Sequence[tuple[str, ...]], shape: tuple[int, ...], mesh: Mesh,
     used = [axis for axes in split for axis in axes]
     for axis in used:
         if axis not in mesh.shape:
-            raise InputError(field, f"no mesh axis {axis!r}; one of: {', '.join(mesh.shape)}")
+            raise InputError(field, f"there is no mesh axis {axis!r}; choose one of: {', '.join(mesh.shape)}")
         if used.count(axis) > 1:
-            raise InputError(field, f"splits two dimensions over {axis!r}; an axis may split one")
+            raise InputError(field, f"uses mesh axis {axis!r} for two dimensions; an axis may shard only one")
     for size, axes in zip(shape, split, strict=False):
-        if size % _parts(axes, mesh):
-            raise InputError(field, f"splits a dimension of {size} of {name} into {_parts(axes, mesh)}, which does not "
-                             "divide it")  # fmt: skip
+        if size % _shards(axes, mesh):
+            shards = _shards(axes, mesh)
+            raise InputError(field, f"shards a dimension of size {size} of {name} {shards} ways; use a divisor of it")

@@ -1,9 +1,10 @@
-"""Checkpoints: the only file that knows Orbax.
+"""Checkpoints of the train state; the only module that imports Orbax.
 
-A checkpoint of step n lies in `<workdir>/checkpoints/<n>` and has four items: `params`, `ema` and `optimizer` (together
-the train state) and `about`, JSON: the format, the run's `meta` (the resolved config, the data's spec), the position in
-the data, the kind and a digest of every array, and a hash of all this. So whatever is read is what was written, or is
-known not to be. Sampling reads `about` and the parameters or one of their averages.
+The checkpoint of step n is the folder `<workdir>/checkpoints/<n>`. It has four items: `params`, `ema` and
+`optimizer`, which together are the train state, and `about`, JSON: the format, the run's `meta` (the resolved config
+and the data's spec), the position in the data, the shape, dtype and digest of every array, and a SHA-256 of all this.
+So a read returns what was written, or reports that the checkpoint is corrupt. Sampling reads `about` and the parameters
+or one of their averages.
 """
 
 import contextlib
@@ -11,14 +12,15 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import operator
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
@@ -30,22 +32,28 @@ from diffusion.distributed.sharding import path_name
 from diffusion.training.state import TrainState
 
 FORMAT = 2
-DAMAGED = "damaged"  # folder beside `checkpoints` that holds what is set aside
+QUARANTINE = "quarantine"  # folder next to `checkpoints` for those that are corrupt
+# What Orbax and TensorStore raise while they save, and while they read files that are missing or invalid.
+UNWRITABLE = (OSError, ValueError)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+MAX_HOST_SIZE = 2**20  # elements of arrays whose digest a CPU computes without compiling
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
 
-class Damaged(InputError):
-    """A checkpoint that does not hold what was saved."""
+
+class Corrupt(InputError):
+    """A checkpoint does not hold what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are kept; those of any of the rules are.
+    """Which checkpoints to keep; a checkpoint stays if any of the rules selects it.
 
     Attributes:
-      newest: how many of the newest.
-      every: those of steps divisible by it; None for none.
-      best: name of a metric, of whose lowest value's checkpoint is kept; None for none.
+      newest: Number of the newest checkpoints.
+      every: Keep the steps divisible by this number; None for no such rule.
+      best: Keep the checkpoint with the lowest value of this metric; None for no such rule.
     """
 
     newest: int = 3
@@ -57,16 +65,19 @@ class Checkpoints:
     """The checkpoints of one workdir, a local path or one such as `gs://bucket/run`.
 
     Args:
-      workdir: the run's folder.
-      retention: which are kept.
-      read_only: for jobs that only read; nothing is created or removed.
+      workdir: The run's folder.
+      retention: Which checkpoints to keep.
+      read_only: Whether to create and remove nothing, for jobs that only read.
+
+    Raises:
+      InputError: The folder cannot be read, or the metadata of a checkpoint is corrupt.
     """
 
     def __init__(self, workdir: str, *, retention: Retention = Retention(), read_only: bool = False):
         self.workdir = epath.Path(workdir)
         self.retention, self.manager = retention, None
         folder = self.workdir / "checkpoints"
-        if read_only and not multihost.agreed(files.is_folder(folder, "workdir")):
+        if read_only and not multihost.broadcast_from_first(files.is_folder(folder, "workdir")):
             return
         policies = [preservation.LatestN(retention.newest)]
         if retention.every:
@@ -77,34 +88,40 @@ class Checkpoints:
             policies.append(preservation.BestN(get_metric_fn=lowest, reverse=True, n=1))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else preservation.AnyPreservationPolicy(policies),
-            best_fn=lowest, create=not read_only, read_only=read_only,
+            best_fn=lowest, create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1,
         )  # fmt: skip
         handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("params", "ema", "optimizer")}
         handlers["about"] = ocp.JsonCheckpointHandler()
         try:
             self.manager = ocp.CheckpointManager(_absolute(folder), options=options, item_handlers=handlers)
-        except (ValueError, TypeError, KeyError) as error:  # it reads each checkpoint's _CHECKPOINT_METADATA
-            problem = f"{folder} has a checkpoint whose metadata is damaged ({_reason(error)}); move it away"
+        except (ValueError, TypeError, KeyError) as error:  # it reads the _CHECKPOINT_METADATA of each checkpoint
+            problem = f"{folder} has a checkpoint with corrupt metadata ({_reason(error)}); move it away"
             raise InputError("workdir", problem) from error
 
     def latest(self) -> int | None:
-        """The newest committed step, or None."""
+        """Returns the newest committed step, or None if there is none."""
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """All committed steps, rising."""
+        """Returns all committed steps in rising order."""
         return [] if self.manager is None else sorted(self.manager.all_steps())
 
     def save(
         self, step: int, state: TrainState, position: Mapping, meta: Mapping, metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Starts saving and returns once the state is copied, so that it may be donated. A step is saved once.
+        """Starts to save a step and returns once the state is copied, so that it may be donated.
+
+        A step that has a checkpoint is not saved again.
 
         Args:
-          step: the state's own.
-          position: of the data, JSON-able.
-          meta: JSON-able.
-          metrics: of the step, for `Retention.best`.
+          step: The step of the state.
+          state: The train state.
+          position: The position in the data, JSON-serializable.
+          meta: JSON-serializable; see the module's docstring.
+          metrics: The metrics of the step, for `Retention.best`.
+
+        Raises:
+          InputError: The previous save failed, this one cannot start, or there is no metric `Retention.best`.
         """
         self.wait()
         if step in self.steps():
@@ -115,38 +132,40 @@ class Checkpoints:
         items["about"] = ocp.args.JsonSave({**about, "sha256": _hash(about)})
         best = self.retention.best
         if best and best not in (metrics or {}):
-            raise InputError("checkpoint.best", f"the run has no metric {best!r}; one of: {', '.join(metrics or {})}")
+            known = ", ".join(metrics or {})
+            raise InputError("checkpoint.keep_best", f"the run has no metric {best!r}; choose one of: {known}")
         folder = str(self.manager.directory)
-        if not files.is_remote(folder) and not os.path.isdir(folder):
-            raise InputError("workdir", f"{folder} was removed while the run was writing to it")  # and comes not back
+        if not files.is_remote(folder) and not os.path.isdir(folder):  # Orbax would create it again
+            raise InputError("workdir", f"{folder} was removed while the run was writing to it")
+        args = ocp.args.Composite(**items)
         with self._saving():
-            self.manager.save(step, args=ocp.args.Composite(**items), metrics={best: metrics[best]} if best else None)
+            self.manager.save(step, args=args, metrics={best: metrics[best]} if best else None)
 
     def check(self) -> None:
-        """Raises what went wrong with a save that was started, if it has by now."""
+        """Raises the error of the save in progress, if it has failed by now."""
         with self._saving():
             self.manager.check_for_errors()
 
     def wait(self) -> None:
-        """Until the last save is committed; raises what went wrong with it."""
+        """Waits until the last save is committed, and raises its error if it failed."""
         with self._saving():
             self.manager.wait_until_finished()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """A checkpoint's JSON, which can be read before its arrays.
+        """Returns the `meta` of a checkpoint, which can be read before its arrays.
 
         Raises:
-          Damaged: it is not what was saved.
-          InputError: it is of another format.
+          Corrupt: It is not what was saved.
+          InputError: The checkpoint has another format.
         """
         return self._about(step)["meta"]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state in the shapes, dtypes and shardings of `abstract`, and the position in the data.
+        """Returns the state with the shapes, dtypes and shardings of `abstract`, and the position in the data.
 
         Raises:
-          Damaged: the checkpoint is not what was saved.
-          InputError: it holds other arrays.
+          Corrupt: The checkpoint is not what was saved.
+          InputError: The checkpoint holds other arrays.
         """
         about, trees = self._about(step), _split(abstract)
         read = self._read(step, about, trees)
@@ -159,125 +178,132 @@ class Checkpoints:
         return state, about["position"]
 
     def restore_params(self, step: int, learned: Mapping, ema: str | None) -> dict[str, Any]:
-        """The dict of networks for sampling.
+        """Returns the dict of networks for sampling.
 
         Args:
-          learned: the trainable networks, abstract, with the shardings wanted.
-          ema: the average that they are read from, or None for the parameters themselves.
+          step: The step of the checkpoint.
+          learned: The trainable networks, abstract, with the shardings that they will have.
+          ema: The average to read them from, or None for the parameters themselves.
 
-        Raises: as `restore`.
+        Raises:
+          Corrupt, InputError: As `restore`.
         """
         name, tree = ("params", dict(learned)) if ema is None else ("ema", {ema: learned})
         read = self._read(step, self._about(step), {name: tree}, partial=True)[name]
         return read if ema is None else read[ema]
 
     def newest_valid(self, read: Callable[[int], T]) -> tuple[int | None, T | None, list[int]]:
-        """The newest checkpoint that is what was saved, and those newer than it, which are told of on stderr.
+        """Finds the newest checkpoint that can be read, and logs a warning for each newer one, which is corrupt.
 
         Args:
-          read: what is to be read of a step, raising `Damaged` where it is not what was saved.
+          read: Reads what is needed of a step; raises `Corrupt` if it is not what was saved.
 
         Returns:
-          Its step and what `read` returned, or twice None if there is no checkpoint; the steps of the damaged ones.
+          Its step, what `read` returned, and the steps of the corrupt checkpoints. The first two are None if there is
+          no checkpoint.
 
         Raises:
-          InputError: there are checkpoints, and all are damaged.
+          InputError: There are checkpoints, and all are corrupt.
         """
-        damaged = {}
+        corrupt = {}
         for step in reversed(self.steps()):
             try:
                 found = read(step)
-            except Damaged as error:
-                damaged[step] = error.problem
+            except Corrupt as error:
+                corrupt[step] = error.problem
                 continue
-            for problem in damaged.values():
-                print(f"warning: {problem}", file=sys.stderr)
-            return step, found, list(damaged)
-        if damaged:
-            newest = next(iter(damaged.values()))
+            for problem in corrupt.values():
+                logger.warning("%s", problem)
+            return step, found, list(corrupt)
+        if corrupt:
+            newest = next(iter(corrupt.values()))
             folder = self.workdir / "checkpoints"
-            raise InputError("workdir", f"{newest}, and no other is sound; move {folder} away to begin anew")
+            raise InputError("workdir", f"{newest}, and no other is valid; move {folder} away to start from scratch")
         return None, None, []
 
     def quarantine(self, step: int) -> str:
-        """Moves a checkpoint out of the way, and returns where it is now."""
-        aside = self.workdir / DAMAGED
+        """Moves a checkpoint to the folder `quarantine`, and returns its new path."""
+        folder = self.workdir / QUARANTINE
         names = (f"{step}_{number}" if number else f"{step}" for number in itertools.count())
-        target = next(aside / name for name in names if not (aside / name).exists())
-        multihost.wait_for_all("setting aside")
+        target = next(folder / name for name in names if not (folder / name).exists())
+        multihost.wait_for_all("quarantine: all have chosen the path")
         if files.writes():
-            aside.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             (self.workdir / "checkpoints" / str(step)).rename(target)
-        multihost.wait_for_all("set aside")
+        multihost.wait_for_all("quarantine: moved")
         if self.manager is not None:
             self.manager.reload()
         return str(target)
 
     def close(self) -> None:
-        """Ends the last save, and raises what goes wrong with it."""
+        """Waits for the last save, and raises its error if it failed."""
         if self.manager is not None:
             with self._saving():
                 self.manager.close()
 
-    def _at(self, step: int) -> str:
+    def _path(self, step: int) -> str:
         return str(self.workdir / "checkpoints" / str(step))
 
     def _about(self, step: int) -> dict[str, Any]:
-        folder = epath.Path(self._at(step))
-        if (folder / "meta").exists() and not (folder / "about").exists():
-            raise InputError(
-                "workdir", f"{folder} has format 1; this code reads {FORMAT}; train anew in another workdir"
-            )
-        with self._damaging(step):
-            about = dict(self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about)
-            if about.pop("sha256", None) != _hash(about):
-                raise ValueError("its description is not the one that was saved")
+        """Returns the verified JSON of a checkpoint."""
+        about = self._restored(step, {"about": ocp.args.JsonRestore()})["about"]
+        if not isinstance(about, dict) or about.pop("sha256", None) != _hash(about):
+            raise self._corrupt(step, "its description is not the one that was saved")
         if about.get("format") != FORMAT:
-            raise InputError("workdir", f"{self._at(step)} has format {about.get('format')}; this code reads {FORMAT}")
-        unsound = _unsound(about)
-        if unsound:
-            raise Damaged("workdir", f"{self._at(step)} is damaged (its description has no sound {unsound!r})")
+            raise InputError("workdir", f"{self._path(step)} has format {about.get('format')}; expected {FORMAT}")
+        invalid = _invalid_part(about)
+        if invalid:
+            raise self._corrupt(step, f"its description has no valid {invalid!r}")
         return about
 
     def _read(self, step: int, about: Mapping, trees: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
-        """Arrays as `trees` describes them, held against what was saved: Orbax would cast and cut without a word."""
-        wanted = {name: _kind(leaf) for name, leaf in _leaves(trees)}
+        """Returns the arrays that `trees` describes, after comparing them with the description.
+
+        Orbax would cast and crop arrays of another dtype or shape silently, so these are compared first.
+        """
+        expected = {name: _kind(leaf) for name, leaf in _leaves(trees)}
         stored = {name: (tuple(shape), dtype) for name, (shape, dtype, _) in about["arrays"].items()}
-        for name in sorted(wanted.keys() | (set() if partial else stored.keys())):
-            ours, theirs = wanted.get(name), stored.get(name)
+        for name in sorted(expected.keys() | (set() if partial else stored.keys())):
+            ours, theirs = expected.get(name), stored.get(name)
             if ours != theirs:
                 raise InputError(
                     "workdir",
-                    f"{self._at(step)} was trained with another network or optimizer: {name} is {_spell(theirs)} there "
-                    f"and {_spell(ours)} in the config; give its config or another workdir",
+                    f"{self._path(step)} was trained with another network or optimizer: {name} is {_spell(theirs)} "
+                    f"there and {_spell(ours)} in the config; use the run's config, or another workdir",
                 )
-        with self._damaging(step):
-            args = {name: _restore_args(tree) for name, tree in trees.items()}
-            read = self.manager.restore(step, args=ocp.args.Composite(**args))
-            trees = {name: read[name] for name in trees}
-            for name, found in _digests(trees).items():
-                if found != about["arrays"][name][2]:
-                    raise ValueError(f"{name} is not what was saved")
-        return trees
+        read = self._restored(step, {name: _restore_args(tree) for name, tree in trees.items()})
+        # Where its own metadata is corrupt, Orbax leaves arrays abstract or returns others.
+        kinds = {name: _kind(leaf) if isinstance(leaf, jax.Array) else None for name, leaf in _leaves(read)}
+        if kinds != expected:
+            raise self._corrupt(step, "its arrays are not those that were saved")
+        for name, digest in _digests(read).items():
+            if digest != about["arrays"][name][2]:
+                raise self._corrupt(step, f"{name} is not what was saved")
+        return read
+
+    def _restored(self, step: int, args: Mapping[str, ocp.args.CheckpointArgs]) -> dict[str, Any]:
+        """Returns items of a checkpoint as Orbax reads them; only its errors count as a corrupt checkpoint."""
+        composite = ocp.args.Composite(**args)
+        try:
+            read = self.manager.restore(step, args=composite)
+            return {name: read[name] for name in args}
+        except UNREADABLE as error:
+            if multihost.is_loss(error):
+                raise
+            raise self._corrupt(step, _reason(error)) from error
+
+    def _corrupt(self, step: int, reason: str) -> Corrupt:
+        return Corrupt("workdir", f"{self._path(step)} is corrupt ({reason})")
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+        except UNWRITABLE as error:
             if multihost.is_loss(error):
                 raise
-            problem = f"{self.workdir}: a checkpoint cannot be saved ({_reason(error)}); those before it are untouched"
+            problem = f"{self.workdir}: cannot save a checkpoint ({_reason(error)}); earlier ones are unchanged"
             raise InputError("workdir", problem) from error
-
-    @contextlib.contextmanager
-    def _damaging(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-            if multihost.is_loss(error):
-                raise
-            raise Damaged("workdir", f"{self._at(step)} is damaged ({_reason(error)})") from error
 
 
 def _absolute(folder: epath.Path) -> epath.Path:
@@ -285,6 +311,7 @@ def _absolute(folder: epath.Path) -> epath.Path:
 
 
 def _split(state: TrainState) -> dict[str, Any]:
+    """Returns the items of a checkpoint that hold arrays."""
     optimizer = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
     if state.objective_state:
         optimizer["objective_state"] = state.objective_state
@@ -297,8 +324,11 @@ def _restore_args(tree: Any) -> ocp.args.PyTreeRestore:
     )
 
 
-def _unsound(about: Mapping) -> str | None:
-    """The first part of a description that is not of the kind that is saved: whoever can write it can make its hash."""
+def _invalid_part(about: Mapping) -> str | None:
+    """Returns the first part of a description that has another type than the saved ones, or None.
+
+    The hash does not rule this out, because an edited description can be hashed again.
+    """
 
     def is_array(kind: Any) -> bool:
         match kind:
@@ -309,17 +339,27 @@ def _unsound(about: Mapping) -> str | None:
     def is_count(number: Any) -> bool:
         return isinstance(number, int) and number >= 0
 
+    def is_sum(pair: Any) -> bool:
+        return isinstance(pair, list) and len(pair) == 2 and all(isinstance(number, (int, float)) for number in pair)
+
     def is_section(value: Any) -> bool:
         return isinstance(value, dict)
 
-    for name, item in (("meta", is_section), ("position", is_count), ("arrays", is_array)):
-        part = about.get(name)
-        if not isinstance(part, dict) or not all(map(item, part.values())):
-            return name
-    config, position = about["meta"].get("config", {}), about["position"]
-    if not all(map(is_section, (value for name, value in config.items() if name != "seed"))):
+    def holds(part: Any, check: Callable[[Any], bool]) -> bool:
+        return is_section(part) and all(map(check, part.values()))
+
+    meta, position, arrays = (about.get(name) for name in ("meta", "position", "arrays"))
+    if not holds(meta, is_section):
         return "meta"
-    return None if not position or "examples" in position else "position"
+    if not all(is_section(value) for name, value in meta.get("config", {}).items() if name not in ("version", "seed")):
+        return "meta"
+    if not holds(arrays, is_array):
+        return "arrays"
+    if not is_section(position) or (position and "examples" not in position):
+        return "position"
+    counts = {name: value for name, value in position.items() if name != "window"}
+    # The window holds sums of metrics that are not logged yet.
+    return None if holds(counts, is_count) and holds(position.get("window", {}), is_sum) else "position"
 
 
 def _hash(about: Mapping) -> str:
@@ -327,6 +367,7 @@ def _hash(about: Mapping) -> str:
 
 
 def _described(trees: Any) -> dict[str, tuple]:
+    """Returns the shape, dtype and digest of each array by its name."""
     digests = _digests(trees)
     return {name: (*_kind(leaf), digests[name]) for name, leaf in _leaves(trees)}
 
@@ -340,26 +381,47 @@ def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
 
 
 def _digests(trees: Any) -> dict[str, int]:
-    """A number for each array that changes with any of its bits, and with the places of its elements."""
-    # One after the other: on a CPU, programs that wait for all devices at once can wait for each other for ever.
-    return {name: int(_digest(leaf)) for name, leaf in _leaves(trees)}
+    """Returns a number for each array that changes with any of its bits, and with the positions of its elements.
+
+    The device computes all digests before the host reads them. `_digest` is compiled once per shape: one program of
+    all arrays compiles four times as long, because networks have many arrays of few shapes.
+    """
+    # On CPU devices, collective programs that run at the same time can block each other forever.
+    on_cpu = jax.default_backend() == "cpu"
+    digests = {}
+    for name, leaf in _leaves(trees):
+        if on_cpu and leaf.is_fully_addressable and leaf.size <= MAX_HOST_SIZE:
+            digests[name] = _host_digest(np.asarray(leaf))
+        else:
+            digests[name] = _digest(leaf).block_until_ready() if on_cpu else _digest(leaf)
+    return {name: int(digest) for name, digest in jax.device_get(digests).items()}
+
+
+def _host_digest(x: np.ndarray) -> np.uint32:
+    """Returns `_digest` of a small array on a CPU, where compiling a program per shape takes far longer."""
+    size = 1 if x.dtype == bool else min(x.dtype.itemsize, 4)
+    words = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * size}").astype(np.uint32)
+    return np.sum(words * (2 * np.arange(words.size, dtype=np.uint32) + 1), dtype=np.uint32)
 
 
 @jax.jit
 def _digest(x: Array) -> Array:
-    """The sum of all words times odd numbers, mod 2^32: computed where the array lies, the same on every mesh."""
+    """Returns the sum of all words times odd numbers, modulo 2^32.
+
+    It is computed where the array is stored, and is the same on every mesh.
+    """
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     x = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
-    place, stride = jnp.uint32(0), 1
+    position, stride = jnp.uint32(0), 1
     for axis in reversed(range(x.ndim)):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        position = position + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= x.shape[axis]
-    return jnp.sum(x * (2 * place + 1), dtype=jnp.uint32)
+    return jnp.sum(x * (2 * position + 1), dtype=jnp.uint32)
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what it says, without the middle if that is long: what is wrong stands at an end."""
+    """Returns the first line of a message, shortened in the middle, since the cause stands at either end."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSONL file always, TensorBoard where it is installed."""
+"""Metrics of a training: their means over a logging window, and the writers that receive them."""
 
 import contextlib
 import json
@@ -6,42 +6,113 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from diffusion.core import files
 
+LAST = ("bad_steps", "skipped", "learning_rate")  # counters and settings, of which the last value is logged
 
-class MetricWriter:
-    """Appends one JSON object a call to `metrics.jsonl`, and writes the same to TensorBoard through clu if tensorflow
-    and tensorboard are there.
+
+class Writer(Protocol):
+    """Receives metrics. A writer may also have `cut(step)`, called when the run returns to an earlier step."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the metrics of a window that ends at `step`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Metrics:
+    """Sums metrics over a logging window. Values that are not finite are left out.
 
     Args:
-      workdir: the run's folder.
-      step: where the run goes on from; lines of later steps, written after the checkpoint that it goes on from, go.
+      state: What `state` returned when the run was saved, so that a resumed run logs the same means.
+
+    Attributes:
+      last: The last finite value of each metric; infinity if there was none.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None):
+        self.sums = {name: list(pair) for name, pair in (state or {}).items()}
+        self.last: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Adds the metrics of one step."""
+        for name, value in values.items():
+            self.last.setdefault(name, math.inf)
+            if math.isfinite(value):
+                self.last[name] = value
+                total, count = (0.0, 0) if name in LAST else self.sums.get(name, (0.0, 0))
+                self.sums[name] = [total + value, count + 1]
+
+    def flush(self) -> dict[str, float]:
+        """Returns the mean of each metric, and starts a new window."""
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return means
+
+    def state(self) -> dict[str, list[float]]:
+        """Returns the sum and the number of values of each metric, JSON-able."""
+        return {name: list(pair) for name, pair in self.sums.items()}
+
+
+class JsonLines:
+    """Appends one JSON object per call to `metrics.jsonl`.
+
+    Args:
+      workdir: The run's folder.
+      step: The step that the run resumes from; lines of later steps are removed.
 
     Raises:
-      OSError: from every method, as writing does.
+      OSError: From every method, if the file cannot be written.
     """
 
     def __init__(self, workdir: str, step: int):
         self.lines = files.Lines(os.path.join(workdir, "metrics.jsonl"))
         self.cut(step)
-        self.board = _tensorboard(workdir) if files.writes() else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.lines.add(json.dumps({"step": step, **values}))
-        if self.board is not None:
-            with _as_files_raise():
-                self.board.write_scalars(step, values)
 
     def cut(self, step: int) -> None:
-        """Takes back the lines of later steps, and such as are damaged."""
+        """Removes the lines of later steps, and corrupt lines."""
         self.lines.keep(lambda line: _step_of(line) <= step)
 
     def close(self) -> None:
         self.lines.close()
-        if self.board is not None:
-            with _as_files_raise():
-                self.board.close()
+
+
+class TensorBoard:
+    """Writes scalars for TensorBoard. Requires tensorflow and tensorboard (requirements-tf.txt).
+
+    Raises:
+      ImportError: From the constructor, if they are not installed.
+      OSError: From every method, if the files cannot be written.
+    """
+
+    def __init__(self, workdir: str):
+        from clu import metric_writers  # requires tensorflow
+
+        with _tensorflow_errors_as_os_errors():
+            self.writer = metric_writers.SummaryWriter(workdir)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with _tensorflow_errors_as_os_errors():
+            self.writer.write_scalars(step, values)
+
+    def close(self) -> None:
+        with _tensorflow_errors_as_os_errors():
+            self.writer.close()
+
+
+def default_writers(workdir: str, step: int) -> list[Writer]:
+    """Returns the writers of a workdir: `metrics.jsonl`, and TensorBoard where it is installed."""
+    writers: list[Writer] = [JsonLines(workdir, step)]
+    if files.writes():
+        with contextlib.suppress(ImportError):
+            writers.append(TensorBoard(workdir))
+    return writers
 
 
 def _step_of(line: str) -> float:
@@ -52,21 +123,11 @@ def _step_of(line: str) -> float:
 
 
 @contextlib.contextmanager
-def _as_files_raise() -> Iterator[None]:
-    """TensorFlow has errors of its own for a full disk: `{{node}} what is wrong`, and lines of details."""
+def _tensorflow_errors_as_os_errors() -> Iterator[None]:
+    """Raises TensorFlow's own errors for a full disk (`{{node}} what is wrong`, with many details) as OSError."""
     try:
         yield
     except Exception as error:
         if not type(error).__module__.startswith("tensorflow"):
             raise
         raise OSError(re.sub(r"\{\{.*?\}\}\s*", "", str(error).partition("\n")[0])) from error
-
-
-def _tensorboard(workdir: str):
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        from clu import metric_writers  # needs tensorflow and tensorboard
-    except ImportError:
-        return None
-    with _as_files_raise():
-        return metric_writers.SummaryWriter(workdir)

@@ -1,4 +1,4 @@
-"""The train step as a program: jitted with its places on the mesh, and described before any of its arrays exists."""
+"""The compiled train step: jitted with its shardings, and described before any of its arrays exists."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,11 +19,14 @@ from diffusion.training.step import make_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Attributes:
-    init: the teacher's networks, or None -> the state before the first step; jitted, each array born in its place.
-    step: `make_step`'s, jitted, the state donated.
-    state: of `jax.ShapeDtypeStruct`, each with its sharding.
-    batch: the sharding of every array of a batch.
+    """The jitted functions of a training, and the shapes and shardings of their arguments.
+
+    Attributes:
+      init: Maps the teacher's networks, or None, to the state before the first step. It creates each array with its
+        final sharding.
+      step: The function of `make_step`, which donates the state.
+      state: The state as `jax.ShapeDtypeStruct` with shardings.
+      batch: The sharding of every array of a batch.
     """
 
     init: Callable[[Mapping | None], TrainState]
@@ -34,26 +37,31 @@ class Program:
 
 def make_program(
     *, network: Network, objective: Objective, optimizer: Optimizer, ema: EMA, mesh: Mesh,
-    rules: tuple[sharding.Rule, ...] = (), sequence: str | None = None, seed: int, batch_size: int,
-    cond_drop_rate: float = 0.0, accumulate: int = 1, guard: Guard | None = None, teacher: Mapping | None = None,
+    rules: tuple[sharding.Rule, ...] = (), sequence: str | None = None, fsdp_min_size: int = sharding.FSDP_MIN_SIZE,
+    seed: int, batch_size: int, cond_drop_rate: float = 0.0, accumulate: int = 1, guard: Guard | None = None,
+    teacher: Mapping | None = None,
 ) -> Program:  # fmt: skip
-    """Nothing of the model is computed, and no array of it made.
+    """Builds the program without computing anything of the model or creating any of its arrays.
 
     Args:
-      rules: see `sharding.of_state`.
-      sequence: the mesh axis that splits tokens between the blocks of a network; see `layers.borders`.
-      seed, cond_drop_rate, accumulate, guard: see `make_step`.
-      teacher: the networks that the objective's teacher has, or their shapes; see `Objective.init`.
+      network, objective, optimizer, ema: The parts of the training.
+      mesh: The device mesh.
+      rules, fsdp_min_size: See `sharding.of_state`.
+      sequence: The mesh axis that shards tokens between the blocks of a network; see
+        `distributed.activation_sharding`.
+      seed, cond_drop_rate, accumulate, guard: See `make_step`.
+      batch_size: Number of examples over all devices.
+      teacher: The networks of the objective's teacher, or their shapes; see `Objective.init`.
 
     Raises:
-      InputError: the mesh does not divide the batch, or a rule does not fit.
+      InputError: The mesh does not divide the batch, or a sharding rule does not fit.
     """
     shards = sharding.batch_shards(mesh)
     if batch_size % (shards * accumulate):
         micro = f" in {accumulate} micro-batches" if accumulate > 1 else ""
         raise InputError(
             "train.batch_size",
-            f"{batch_size} examples{micro} cannot be divided over the mesh's data x fsdp = {shards}; "
+            f"{batch_size} examples{micro} cannot be sharded over the mesh's data x fsdp = {shards}; "
             f"use a multiple of {shards * accumulate}",
         )
 
@@ -61,17 +69,17 @@ def make_program(
         return init_state(objective, network, optimizer.transform, ema, jax.random.key(seed), teacher)
 
     shapes = jax.eval_shape(init, teacher)
-    places = sharding.of_state(shapes, mesh, rules)
+    shardings = sharding.of_state(shapes, mesh, rules, fsdp_min_size)
     state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                         shapes, places)  # fmt: skip
+                         shapes, shardings)  # fmt: skip
     batch = sharding.by_example(mesh)
     step = make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=cond_drop_rate,
                      accumulate=accumulate, guard=guard)  # fmt: skip
     if mesh.size > 1:
         step = activation_sharding.enabled(step, batch, sequence)
     return Program(
-        init=jax.jit(init, out_shardings=places),
-        step=jax.jit(step, in_shardings=(places, batch), out_shardings=(places, sharding.replicated(mesh)),
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, sharding.replicated(mesh)),
                      donate_argnums=0),
         state=state,
         batch=batch,
@@ -79,6 +87,6 @@ def make_program(
 
 
 def abstract_batch(spec: Spec, size: int, place: NamedSharding) -> Batch:
-    """What a batch of `size` examples of a data set looks like."""
+    """Returns a batch of `size` examples as `jax.ShapeDtypeStruct` with the sharding `place`."""
     cond = {"label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=place)} if spec.num_classes else {}
     return Batch(x=jax.ShapeDtypeStruct((size, *spec.shape), jnp.float32, sharding=place), cond=cond)

@@ -1,4 +1,4 @@
-"""The train state: all that a step changes."""
+"""The train state: everything that a step changes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ from diffusion.training.resilience import guards
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """There is no random key in it: the key of a step follows from the seed and the step's number.
+    """The state between two steps. It has no random key: the key of a step follows from the seed and the step.
 
     Attributes:
-      step: optimizer steps done, int32.
-      params: the dict of networks, float32.
-      ema: name of the average -> its copy of the trainable networks.
-      opt_state: optax's, for the trainable networks.
-      objective_state: what the objective keeps beside its parameters (`Objective.memory`).
-      guard: the counters of bad steps.
+      step: Number of completed optimizer steps, int32.
+      params: The dict of networks, float32.
+      ema: The averaged copy of the trainable networks, by the name of the average.
+      opt_state: optax's state for the trainable networks.
+      objective_state: The arrays that the objective keeps in addition to its parameters (`Objective.initial_state`).
+      guard: The counters of bad steps.
     """
 
     step: Array
@@ -43,10 +43,14 @@ def init_state(
     key: Array,
     teacher: Mapping | None = None,
 ) -> TrainState:
-    """The state before the first step. Pure: `jax.jit` it with `out_shardings`, so that it is born in its place.
+    """Returns the state before the first step.
+
+    It is pure: apply `jax.jit` with `out_shardings` to create each array with its sharding.
 
     Args:
-      teacher: see `Objective.init`.
+      objective, network, transform, ema: The parts of the training.
+      key: The random key of the initial parameters.
+      teacher: See `Objective.init`.
     """
     params = objective.init(network, key, teacher)
     learned = trainable(params, objective)
@@ -57,10 +61,10 @@ def init_state(
 
 
 def trainable(params: dict[str, Params], objective: Objective) -> dict[str, Params]:
-    """The networks that the objective does not name frozen."""
+    """Returns the networks that the objective does not freeze."""
     return {name: value for name, value in params.items() if name not in objective.frozen}
 
 
 def averaged(state: TrainState, name: str) -> dict[str, Params]:
-    """The dict of networks with one EMA's copies in place of the trainable ones."""
+    """Returns the dict of networks with the copies of one average in place of the trainable ones."""
     return {**state.params, **state.ema[name]}

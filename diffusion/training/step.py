@@ -1,4 +1,4 @@
-"""The train step: one pure function from state and batch to the next state and metrics."""
+"""The train step: one pure function from state and batch to the next state and the metrics."""
 
 from collections.abc import Callable
 
@@ -26,17 +26,18 @@ def make_step(
     accumulate: int = 1,
     guard: Guard | None = None,
 ) -> Step:
-    """The step as a pure function, to be jitted with the state donated.
+    """Returns the step as a pure function, to be jitted with the state donated.
 
     Args:
-      seed: the key of step n is `fold_in(key(seed), n)`.
-      cond_drop_rate: share of the examples whose condition is dropped (`keep` False).
-      accumulate: micro-batches that the gradient is averaged over, one after the other; B must be divisible by it.
-        Everything random is drawn for the whole batch, so only a network's dropout depends on it.
-      guard: judges the step; by default for finite numbers alone. A bad one changes nothing that is learned, averaged
-        or remembered; what `before_step` makes of the step's number alone happens all the same, and the number counts on.
+      objective, network, optimizer, ema: The parts of the training.
+      seed: The key of step n is `fold_in(key(seed), n)`.
+      cond_drop_rate: Fraction of the examples whose condition is dropped (`keep` False).
+      accumulate: Number of micro-batches, processed in turn, over which the gradient is averaged. It must divide the
+        batch size. All randomness of the loss is drawn for the whole batch, so only dropout depends on it.
+      guard: Decides whether a step is good; by default, whether its numbers are finite. A bad step changes no
+        parameter, average or optimizer state, and discards the result of `update_state`. The changes of `before_step`,
+        which depend on the step number alone, are kept, and the step number increases.
     """
-
     guard = guard or Guard()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -47,14 +48,14 @@ def make_step(
         batch = Batch(x=batch["x"], cond={**batch["cond"], "keep": keep})
         prepared, objective_state = objective.before_step(
             state.params,
-            averaged(state, ema.names[-1]),
+            averaged(state, ema.main),
             batch,
             state.objective_state,
             jax.random.fold_in(key, 3),
             state.step,
         )
         batch["draws"] = objective.draw(batch, key_draw, state.step, objective_state)
-        learned, ema_params = trainable(prepared, objective), {**prepared, **state.ema[ema.names[-1]]}
+        learned, ema_params = trainable(prepared, objective), {**prepared, **state.ema[ema.main]}
 
         def mean_loss(learned, micro, key):
             params = {**prepared, **learned}
@@ -70,8 +71,8 @@ def make_step(
         else:
             keys = jax.random.split(key_net, accumulate)
             (metrics, grads), losses = _mean_over(gradient, _split(batch, accumulate), keys)
-            losses = losses.swapaxes(0, 1).reshape(-1)  # as they stood before the split
-        remembered, seen = objective.update_state(objective_state, batch["draws"], losses)
+            losses = losses.swapaxes(0, 1).reshape(-1)  # in the order of the batch
+        updated_state, seen = objective.update_state(objective_state, batch["draws"], losses)
         metrics = {"loss": jnp.mean(losses), **metrics, **seen}
         if skipped is not None:
             metrics["skipped"] = jnp.sum(skipped)
@@ -88,7 +89,7 @@ def make_step(
         updated = _projected(optax.apply_updates(learned, updates), network, prepared)
         averages = ema.update(state.ema, updated, state.step)
         updated, averages, opt_state, objective_state = select_if_ok(
-            ok, (updated, averages, opt_state, remembered), (learned, state.ema, state.opt_state, objective_state)
+            ok, (updated, averages, opt_state, updated_state), (learned, state.ema, state.opt_state, objective_state)
         )
         return TrainState(
             state.step + 1, {**prepared, **updated}, averages, opt_state, objective_state, counters
@@ -98,30 +99,36 @@ def make_step(
 
 
 def _norms(grads: dict[str, Params]) -> dict[str, Array]:
-    """The gradient's norm in each module at the top of each network."""
+    """Returns the norm of the gradient of each top-level module of each network."""
     modules = {f"{name}/{top}": module for name, network in grads.items() for top, module in network.items()}
     return {name: optax.global_norm(module) for name, module in modules.items()}
 
 
 def _projected(learned: dict[str, Params], network: Network, params: dict[str, Params]) -> dict[str, Params]:
-    """The trained networks after a step, each that is a copy of the network (a critic may be) where `project` wants it;
-    what else an objective trains (VDM's schedule) is told from them by its names."""
+    """Applies `network.project` to the trained networks with the same parameter tree as `params["net"]`.
+
+    They are copies of the network, such as a teacher that is trained jointly. The other parameters that an objective
+    trains (VDM's noise schedule) have a different tree and stay as they are.
+    """
     if network.project is None:
         return learned
-    names = jax.tree.structure(params["net"])
+    structure = jax.tree.structure(params["net"])
     return {
-        name: network.project(value) if jax.tree.structure(value) == names else value for name, value in learned.items()
+        name: network.project(value) if jax.tree.structure(value) == structure else value
+        for name, value in learned.items()
     }
 
 
 def _split(batch: Batch, parts: int) -> Batch:
-    """`[B, ...]` -> `[parts, B / parts, ...]`, every parts-th example to a part: each device keeps its own."""
+    """Splits `[B, ...]` into `[parts, B / parts, ...]` with stride `parts`, so that each device keeps its examples."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _mean_over(function, *stacked):
-    """For `function(...) -> (mean, each)`: the mean of the first over the leading axis of the arguments, and all of the
-    second stacked, in a scan that keeps one gradient at a time."""
+    """Applies `function(...) -> (mean, each)` along the leading axis of the arguments.
+
+    Returns the average of the first results and the stack of the second, by a scan that keeps one gradient at a time.
+    """
     parts = jax.tree.leaves(stacked)[0].shape[0]
     shapes, _ = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], stacked))
 

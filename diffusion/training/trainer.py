@@ -1,72 +1,71 @@
-"""The train loop, from top to bottom."""
+"""The training loop: a short loop around the pure train step, with hooks for everything that happens now and then."""
 
 import contextlib
 import dataclasses
 import json
-import math
+import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
-from PIL import Image
 
-from diffusion.core import files, images
-from diffusion.core.checks import at_most
+from diffusion.core import files
+from diffusion.core.build import build, call
+from diffusion.core.checks import at_least, at_most, positive
 from diffusion.core.progress import Progress
 from diffusion.core.types import InputError, Network, Objective, Params, Source
 from diffusion.data import pipeline
 from diffusion.distributed import sharding
-from diffusion.training import program as programs
+from diffusion.distributed.mesh import make_mesh
+from diffusion.objectives.base.gaussian import PartSpec
 from diffusion.training.checkpoint import Checkpoints, Retention
-from diffusion.training.ema import EMA
-from diffusion.training.metrics import MetricWriter
-from diffusion.training.optimizer import Optimizer
+from diffusion.training.ema import EMA, make_ema
+from diffusion.training.hooks import Hook
+from diffusion.training.metrics import Metrics, Writer, default_writers
+from diffusion.training.optimizer import Optimizer, make_optimizer
+from diffusion.training.program import make_program
 from diffusion.training.resilience.goodput import Goodput
 from diffusion.training.resilience.guards import DUMP, Diverged, Guard, dump
-from diffusion.training.resilience.preemption import Preempted, Preemption
-from diffusion.training.resilience.watchdog import Watchdog
+from diffusion.training.resilience.preemption import Preempted
 from diffusion.training.state import TrainState, averaged
 
-SAVE, STOP = 1, 2  # what a process may wish that all do
-FIRST = 10  # times as long as another step the first may take, which is compiled
-LOCATION_KEYWORDS = (
-    "path",
-    "data_dir",
-    "index",
-    "on_error",
-)  # keywords of sources that say nothing of what the examples are
+CONFIG_VERSION = 2  # increases whenever a stored config can no longer be read as it is
+CONTINUE, SAVE, STOP = 0, 1, 2  # requests that a process sends to all others
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How long to train and what to report.
+    """How long to train, and what to report.
 
     Attributes:
-      steps: of the whole run, counted over restarts.
-      batch_size: over all devices.
-      accumulate: micro-batches a step.
-      cond_drop_rate: share of the examples trained without their condition; guidance needs more than 0.
-      log_every: steps between lines of metrics.
-      preview_every: steps between sample grids; 0 for none.
-      prefetch: batches read ahead.
-      workers: processes that read the data; 0 for what needs little work, read in threads.
-      patience: bad steps in a row that end the run; a step is bad, and changes nothing, if its loss or its gradient is
-        no finite number.
-      spike: a loss above so many times the running mean is bad too; None for no such limit.
-      rollbacks: how often the run goes back to its newest checkpoint, and on with data not seen yet, before bad steps
-        end it.
-      hang_timeout: minutes without a step that end the run, with the stacks of all threads; 0 for no such watch. The
-        first step, which is compiled, saves and previews have ten times as long.
+      steps: Number of steps of the whole run, restarts included.
+      batch_size: Examples per step, over all devices.
+      accumulate: Number of micro-batches that a step averages its gradient over.
+      cond_drop_rate: Share of the examples trained without their condition; guidance needs a rate above 0.
+      log_every: Steps between two lines of metrics; a line has the means over these steps.
+      preview_every: Steps between two grids of samples; 0 disables them.
+      prefetch: Number of batches read ahead.
+      workers: Processes that read the data; 0 reads in threads, which is best for data that need little work.
+      patience: Number of consecutive bad steps that ends the run. A step is bad, and changes nothing, if its loss or
+        gradient is not finite.
+      spike: Loss, in multiples of its running mean, above which a step is bad too; None disables this limit.
+      rollbacks: How many times the run returns to its newest checkpoint, and continues with data that it has not seen,
+        before bad steps end it.
+      hang_timeout: Minutes without a completed step after which the jobs end a run, with the stacks of all threads; 0
+        disables the watchdog. The first step, which is compiled, saves and previews have ten times as long.
     """
 
-    steps: int
-    batch_size: int
+    steps: int = 1000
+    batch_size: int = 128
     accumulate: int = 1
     cond_drop_rate: float = 0.1
     log_every: int = 50
@@ -79,14 +78,11 @@ class Options:
     hang_timeout: float = 10.0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "prefetch", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(name, f"must be at least 1, got {getattr(self, name)}")
+        positive_names = ("steps", "batch_size", "accumulate", "log_every", "prefetch", "patience")
+        at_least(1, **{name: getattr(self, name) for name in positive_names})
+        at_least(0, **{name: getattr(self, name) for name in ("preview_every", "workers", "rollbacks", "hang_timeout")})
         for name, most in (("batch_size", 10**7), ("prefetch", 10**4), ("workers", 10**4)):
             at_most(most, getattr(self, name), name)
-        for name in ("preview_every", "workers", "rollbacks", "hang_timeout"):
-            if getattr(self, name) < 0:
-                raise InputError(name, f"must be at least 0, got {getattr(self, name)}")
         Guard(self.spike)
         if not 0 <= self.cond_drop_rate < 1:
             raise InputError("cond_drop_rate", f"must be in [0, 1), got {self.cond_drop_rate}")
@@ -96,14 +92,14 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointOptions:
-    """When to save, and what to keep.
+    """When to save, and which checkpoints to keep.
 
     Attributes:
-      every: steps between checkpoints; the last step is always saved.
-      minutes: save after so many as well; None for no such clock.
-      keep: how many of the newest to keep.
-      keep_every: keep those of steps divisible by it for good.
-      keep_best: name of a metric; keep the checkpoint at which it was the lowest.
+      every: Steps between two checkpoints; the last step is always saved.
+      minutes: Also save when this many minutes have passed since the last save; None disables this.
+      keep: Number of the newest checkpoints to keep.
+      keep_every: Keep the checkpoints of steps divisible by this number for good; None keeps no others.
+      keep_best: Name of a metric; keep the checkpoint at which it was lowest. None keeps no others.
     """
 
     every: int = 1000
@@ -113,223 +109,400 @@ class CheckpointOptions:
     keep_best: str | None = None
 
     def __post_init__(self):
-        for name in ("every", "minutes", "keep", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InputError(name, f"must be above 0, got {value}")
+        positive(**{name: getattr(self, name) for name in ("every", "minutes", "keep", "keep_every")})
 
 
-def train(
-    workdir: str,
-    *,
-    source: Source,
-    network: Network,
-    objective: Objective,
-    optimizer: Optimizer,
-    ema: EMA,
-    mesh: Mesh,
-    rules: tuple[sharding.Rule, ...] = (),
-    sequence: str | None = None,
-    options: Options,
-    checkpoint: CheckpointOptions,
-    seed: int,
-    meta: Mapping[str, Any],
-    teacher: Mapping | None = None,
-    preview: Callable[[Params], Image.Image] | None = None,
-) -> TrainState:
-    """Trains to `options.steps`, from the workdir's newest checkpoint if it has one.
+class Trainer:
+    """Trains a model, from the newest checkpoint of the workdir if it has one.
+
+    The trainer neither handles signals nor ends the process. A caller that wants to be stopped between two steps passes
+    `should_stop`, and one that watches for hangs passes `heartbeat`; the training job passes both.
+
+    Each part is an object, a name, a section `{"name": ..., **options}`, a callable that makes the part, or
+    `"package.module:attribute"`.
 
     Args:
-      workdir: for checkpoints, `metrics.jsonl` and `previews/`.
-      rules, sequence, seed: see `program.make_program`.
-      meta: JSON-able, saved with every checkpoint.
-      teacher: the dict of networks that the objective's teacher has, for a run that begins; one that goes on has it.
-      preview: averaged parameters -> a picture of samples, from the same noise each time.
+      source: The training data.
+      network: A `Network`; a callable receives those of `shape` and `num_classes` that it accepts.
+      objective: An `Objective`.
+      optimizer: An `Optimizer`, an optax transformation, or the options of `make_optimizer`, which are the default.
+      ema: An `EMA`, or the options of `make_ema`, which are the default.
+      mesh: The devices; by default all, with the batch split over them.
+      options: How long to train, and what to report; `**train_options` change fields of it.
+      checkpoint: When to save, and which checkpoints to keep.
+      seed: Determines initial parameters, the order of the data and all noise.
+      workdir: Folder for checkpoints, metrics and previews. None keeps everything in memory.
+      meta: JSON-able, saved with each checkpoint. By default it describes the parts, so that the workdir can be loaded.
+      rules, sequence, fsdp_min_size: How arrays are sharded; see `program.make_program`.
+      teacher: The dict of networks of the objective's teacher, for a run that starts; one that resumes has its own.
+      hooks: What to do at certain steps, after the checkpoint of that step.
+      writers: Receive the metrics in addition to the workdir's own (`metrics.jsonl`, TensorBoard).
+      should_stop: Returns whether to save and stop after this step.
+      heartbeat: Called as `heartbeat(activity, limit_factor)` before each activity that may hang; `limit_factor` is how
+        many times longer than a step it may take.
+      during_steps: A context that is entered after the run is opened and left after its files are closed; the training
+        job passes its signal handlers and watchdog.
+
+    Attributes:
+      state: The train state.
+      step: Number of steps done.
+      metrics: The metrics of the last step that was read, by name.
 
     Raises:
-      InputError: the mesh does not divide the batch, or the workdir's checkpoint does not fit.
-      Diverged: too many steps in a row were bad; the last checkpoint stays.
-      Preempted: it was told to stop, and is saved.
+      InputError: A part cannot be built.
     """
-    if source.spec.captions:
-        raise InputError("data.captions", "no network reads captions yet; set it False to train without")
-    program = programs.make_program(
-        network=network, objective=objective, optimizer=optimizer, ema=ema, mesh=mesh, rules=rules, sequence=sequence,
-        seed=seed, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate,
-        guard=Guard(options.spike), teacher=teacher,
-    )  # fmt: skip
-    whole = sharding.replicated_arrays(program.state) if mesh.shape["fsdp"] > 1 else {}
-    if whole:
-        size = f"{sum(whole.values()) / 2**20:,.0f} MiB"
-        print(f"warning: every device has all {size} of {', '.join(whole)}: no dimension divides; choose another "
-              "mesh.fsdp, or split them by sharding.rules", file=sys.stderr)  # fmt: skip
 
-    # Start, or go on. Nothing is written before the checkpoint is known to fit.
-    def restore(step: int) -> tuple[TrainState, dict]:
-        if step > options.steps:
-            raise InputError("train.steps", f"is {options.steps}, but {workdir} is at step {step} already")
-        if step:
-            _check_same(found.meta(step), meta)
-        return found.restore(step, program.state)
+    def __init__(
+        self,
+        source: Source | PartSpec,
+        network: Network | PartSpec,
+        objective: Objective | PartSpec,
+        *,
+        optimizer: Optimizer | optax.GradientTransformation | Mapping[str, Any] | None = None,
+        ema: EMA | Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
+        options: Options | None = None,
+        checkpoint: CheckpointOptions | None = None,
+        seed: int = 0,
+        workdir: str | None = None,
+        meta: Mapping[str, Any] | None = None,
+        rules: tuple[sharding.Rule, ...] = (),
+        sequence: str | None = None,
+        fsdp_min_size: int = sharding.FSDP_MIN_SIZE,
+        teacher: Mapping | None = None,
+        hooks: Sequence[Hook] = (),
+        writers: Sequence[Writer] = (),
+        should_stop: Callable[[], bool] = lambda: False,
+        heartbeat: Callable[[str, float], None] = lambda activity, limit_factor: None,
+        during_steps: contextlib.AbstractContextManager | None = None,
+        **train_options: Any,
+    ):
+        self.source = source if hasattr(source, "__getitem__") and hasattr(source, "spec") else build("data", source)
+        spec = self.spec = self.source.spec
+        if spec.captions:
+            raise InputError("data.captions", "no network reads captions yet; set it False to train without")
+        self.network = network
+        if not isinstance(network, Network):
+            self.network = build("networks", network, field="network", shape=spec.shape, num_classes=spec.num_classes)
+        self.objective = objective if hasattr(objective, "loss") else build("objectives", objective, field="objective")
+        self.options = dataclasses.replace(options or Options(), **train_options)
+        self.ema = ema if isinstance(ema, EMA) else call(make_ema, ema or {}, field="ema")
+        self.optimizer, self.mesh = optimizer, mesh or make_mesh()
+        self.seed, self.workdir, self.checkpoint = seed, workdir, checkpoint or CheckpointOptions()
+        self.sharding = {"rules": rules, "sequence": sequence, "fsdp_min_size": fsdp_min_size}
+        self.teacher, self.hooks, self.extra_writers = teacher, tuple(hooks), tuple(writers)
+        self.should_stop, self.heartbeat = should_stop, heartbeat
+        self.during_steps = during_steps or contextlib.nullcontext()
+        parts = {"data": source, "network": network, "objective": objective}
+        self.meta = dict(meta) if meta else self._describe(parts)
+        self.state: TrainState | None = None
+        self.program, self._program_steps, self._position = None, None, {}
+        self.step, self.skipped, self.rollbacks, self.metrics = 0, 0, 0, {}
 
-    began = time.monotonic()
-    found = Checkpoints(workdir, read_only=True)
-    latest, restored, damaged = found.newest_valid(restore)
-    found.close()
-    state, position = restored or (None, {})  # converted weights, at step 0, have no position either
-    start, skipped = latest or 0, position.get("skipped", 0)
-    part, parts = sharding.part_of_process(program.batch, options.batch_size, jax.process_index())
-    data = pipeline.Batches(
-        source, batch_size=options.batch_size, seed=seed, process=part, processes=parts,
-        workers=options.workers, prefetch=options.prefetch, position=position or None,
-    )  # fmt: skip
-    previews = os.path.join(workdir, "previews")
-    files.make_folder(workdir, "workdir")
-    files.make_folder(previews, "workdir")
-    with _writing(workdir), files.replace(os.path.join(workdir, "config.json")) as file:
-        json.dump(meta["config"], file, indent=2)
-    if latest is None:
-        state = program.init(teacher)
-    overview = parameter_overview.get_parameter_overview(state.params)
-    with _writing(workdir), files.replace(os.path.join(workdir, "parameters.txt")) as file:
-        file.write(overview + "\n")
-    retention = Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best)
-    checkpoints = Checkpoints(workdir, retention=retention)
-    for step in damaged:
-        print(f"warning: step {step} is kept in {checkpoints.quarantine(step)}", file=sys.stderr)
-    print(
-        f"{parameter_overview.count_parameters(state.params):,} parameters ({workdir}/parameters.txt), "
-        f"{mesh.size} device{'s' if mesh.size > 1 else ''}, {len(source):,} examples, "
-        + ("from the start" if latest is None else f"going on from step {start:,}")
-    )
+    def fit(self, steps: int | None = None) -> TrainState:
+        """Trains, and returns the last state.
 
-    with _writing(workdir):
-        writer = MetricWriter(workdir, start)
-        meter = Goodput(workdir, start, since=began)
-    progress = Progress("train", options.steps, done=start, weight=options.batch_size)
-    known = {}  # the last finite value of each metric, for what is kept as the best; infinity before there is one
+        Args:
+          steps: Number of steps of the whole run; `options.steps` by default. Another call with more steps continues.
 
-    def report(step: int, end: int, metrics: Mapping[str, Any]) -> None:
-        nonlocal skipped
-        metrics = jax.device_get(metrics)
+        Raises:
+          InputError: The mesh does not divide the batch, or the workdir's checkpoint does not fit.
+          Diverged: Too many consecutive steps were bad; the last checkpoint is kept.
+          Preempted: `should_stop` returned True; the state is saved.
+        """
+        self._make_program(self.options.steps if steps is None else steps)
+        with self._running():
+            while self.step < self.options.steps and self._request < STOP:
+                batch = self._next_batch()
+                self._beat(f"step {self.step}", 10 if self._is_first else 1)
+                with self._spent("compile" if self._is_first else "step"):
+                    self.state, metrics = self.program.step(self.state, batch)
+                    # The device computes this step while the host reads the metrics of the previous one.
+                    previous, self._pending = self._pending, (self.step, self.data.position()["examples"], metrics)
+                    self._request = self._agreed_request(previous)
+                    save = self._is_last or self.step % self.checkpoint.every == 0 or self._request > CONTINUE
+                    due = [hook for hook in self.hooks if hook.is_due(self.step, self._is_last)]
+                    try:
+                        self._report(previous)
+                        if save or due:
+                            self._report(self._pending)
+                            self._pending = None
+                    except Diverged:
+                        self._roll_back()
+                        continue
+                if self.checkpoints:
+                    self.checkpoints.check()
+                    if save:
+                        self._save()
+                for hook in due:
+                    self._beat(f"{hook.name} of step {self.step}", 10)
+                    with self._spent("preview"), self._writing():
+                        hook.run(self)
+        if self.step < self.options.steps:
+            raise Preempted(f"stopped after step {self.step:,} and saved; start it again to resume")
+        return self.state
+
+    def averaged_params(self) -> dict[str, Params]:
+        """Returns the networks with the average that sampling uses in place of the trained ones."""
+        return averaged(self.state, self.ema.main)
+
+    def position(self) -> dict[str, Any]:
+        """Returns what a resumed run needs besides the state: its place in the data, and metrics not yet logged."""
+        return {**self.data.position(), "skipped": self.skipped, "window": self.window.state()}
+
+    def _make_program(self, steps: int) -> None:
+        """Makes the train step for a run of `steps` steps, unless it exists; learning rates may depend on `steps`."""
+        self.options = dataclasses.replace(self.options, steps=steps)
+        if self.program is not None and self._program_steps == steps:
+            return
+        optimizer = self.optimizer
+        if isinstance(optimizer, optax.GradientTransformation):
+            optimizer = Optimizer(optimizer, lambda step: jnp.float32(jnp.nan))  # optax does not tell its learning rate
+        elif not isinstance(optimizer, Optimizer):
+            optimizer = call(make_optimizer, {**(optimizer or {}), "steps": steps}, field="optimizer")
+        options = self.options
+        self.program, self._program_steps = make_program(
+            network=self.network, objective=self.objective, optimizer=optimizer, ema=self.ema, mesh=self.mesh,
+            **self.sharding, seed=self.seed, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate,
+            accumulate=options.accumulate, guard=Guard(options.spike), teacher=self.teacher,
+        ), steps  # fmt: skip
+
+    def _describe(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the `meta` of a run whose parts were given from Python."""
+        config = {name: _section(part) for name, part in parts.items()}
+        config |= {"version": CONFIG_VERSION, "seed": self.seed, "train": dataclasses.asdict(self.options)}
+        config |= {"ema": dataclasses.asdict(self.ema), "checkpoint": dataclasses.asdict(self.checkpoint)}
+        return {"config": config, "spec": dataclasses.asdict(self.spec)}
+
+    @property
+    def _is_first(self) -> bool:
+        return self.step == self._first
+
+    @property
+    def _is_last(self) -> bool:
+        return self.step == self.options.steps
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Restores or initialises the state, opens the data and the files, and closes them at the end."""
+        began = time.monotonic()
+        position = self._restore()
+        self._first, self._pending, self._request, self._saved_at = self.step + 1, None, CONTINUE, time.monotonic()
+        part, parts = sharding.part_of_process(self.program.batch, self.options.batch_size, jax.process_index())
+        self.data = pipeline.Batches(
+            self.source, batch_size=self.options.batch_size, seed=self.seed, process=part, processes=parts,
+            workers=self.options.workers, prefetch=self.options.prefetch, position=position or None,
+        )  # fmt: skip
+        if self.state is None:
+            self.state = self.program.init(self.teacher)
+        self._warn_of_replicated_arrays()
+        self.window = Metrics(position.get("window"))
+        self.meter = self.checkpoints = None
+        self.writers = list(self.extra_writers)
+        if self.workdir:
+            self._open_workdir(began)
+        count = parameter_overview.count_parameters(self.state.params)
+        where = f" ({self.workdir}/parameters.txt)" if self.workdir else ""
+        logger.info(
+            f"{count:,} parameters{where}, {self.mesh.size} device{'s' if self.mesh.size > 1 else ''}, "
+            f"{len(self.source):,} examples, "
+            + (f"resuming from step {self.step:,}" if self.step else "starting from step 0")
+        )
+        self.progress = Progress("train", self.options.steps, done=self.step, weight=self.options.batch_size)
+        with self.during_steps:
+            try:
+                yield
+                self._beat("the last save", 10)
+                if self.checkpoints:
+                    with self._spent("checkpoint"):
+                        self.checkpoints.wait()
+            finally:
+                self._position = self.position()
+                self.data.close()
+                self.progress.close()
+                with contextlib.suppress(OSError):  # a full disk has been reported already
+                    if self.meter:
+                        self.meter.write(self.step)
+                        self.meter.close()
+                    for writer in self.writers:
+                        writer.close()
+                if self.checkpoints:
+                    self.checkpoints.close()
+
+    def _restore(self) -> dict[str, Any]:
+        """Reads the newest valid checkpoint, and returns the position that it was saved with.
+
+        Nothing is written before the checkpoint is known to fit.
+        """
+        self._corrupt = []
+        if self.workdir is None or self.state is not None:  # a first or a further call of `fit`
+            return self._position
+
+        def restore(step: int) -> tuple[TrainState, dict]:
+            if step > self.options.steps:
+                problem = f"is {self.options.steps}, but {self.workdir} is at step {step} already"
+                raise InputError("train.steps", problem)
+            if step:
+                _check_same(found.meta(step), self.meta)
+            return found.restore(step, self.program.state)
+
+        found = Checkpoints(self.workdir, read_only=True)
+        latest, restored, self._corrupt = found.newest_valid(restore)
+        found.close()
+        self.state, position = restored or (None, {})  # converted weights, at step 0, have no position either
+        self.step, self.skipped = latest or 0, position.get("skipped", 0)
+        return position
+
+    def _open_workdir(self, began: float) -> None:
+        workdir, checkpoint = self.workdir, self.checkpoint
+        files.make_folder(workdir, "workdir")
+        with self._writing():
+            if "config" in self.meta:
+                with files.replace(os.path.join(workdir, "config.json")) as file:
+                    json.dump(self.meta["config"], file, indent=2)
+            with files.replace(os.path.join(workdir, "parameters.txt")) as file:
+                file.write(parameter_overview.get_parameter_overview(self.state.params) + "\n")
+        retention = Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best)
+        self.checkpoints = Checkpoints(workdir, retention=retention)
+        for step in self._corrupt:
+            logger.warning(f"the checkpoint of step {step} was moved to {self.checkpoints.quarantine(step)}")
+        with self._writing():
+            self.writers += default_writers(workdir, self.step)
+            self.meter = Goodput(workdir, self.step, since=began)
+
+    def _next_batch(self) -> Any:
+        self.step += 1
+        self._beat(f"the data of step {self.step}")
+        with self._spent("data"):
+            batch = next(self.data)
+            if self.meter and self._pending and not self._pending[-1]["loss"].is_ready():
+                self.meter.count_as("step")  # the device did not wait for the data
+        if jax.process_count() > 1:  # requests travel through the step, so that all processes see them at the same step
+            batch["request"] = np.full(batch["x"].shape[0], self._own_request(), np.int32)
+        return sharding.to_global(batch, self.program.batch)
+
+    def _own_request(self) -> int:
+        minutes = self.checkpoint.minutes
+        late = minutes and time.monotonic() - self._saved_at > 60 * minutes
+        return STOP if self.should_stop() else SAVE if late else CONTINUE
+
+    def _agreed_request(self, previous: tuple | None) -> int:
+        if jax.process_count() == 1:
+            return self._own_request()
+        return int(previous[-1]["request"]) if previous else CONTINUE
+
+    def _report(self, pending: tuple[int, int, Mapping[str, Any]] | None) -> None:
+        """Reads the metrics of a step, and logs their means at the end of a window.
+
+        Raises:
+          Diverged: `options.patience` consecutive steps were bad.
+        """
+        if pending is None:
+            return
+        step, examples, metrics = pending[0], pending[1], jax.device_get(pending[2])
         norms, in_row = metrics.pop("norms"), int(metrics.pop("in_row"))
         metrics.pop("request", None)
         values = {name: float(value) for name, value in metrics.items()}
-        if "skipped" in values:  # of this step, here of the whole run
-            skipped += round(values["skipped"])
-            values["skipped"] = skipped
-        if in_row >= options.patience:
-            examples = {"seed": seed, "examples": [end - options.batch_size, end]}
-            with _writing(workdir):
-                dump(workdir, step, {**examples, **values, "gradient_norms": norms})
-            raise Diverged(f"{in_row} steps in a row were bad, the last is {step}, of loss {values['loss']}; the last "
-                           f"checkpoint is untouched; see {workdir}/{DUMP}")  # fmt: skip
-        progress.update(step, loss=values["loss"])
-        # Not every metric exists at every step: there may be no example in a bin of noise levels.
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        known.update({**dict.fromkeys(values.keys() - known.keys(), math.inf), **finite})
-        if step % options.log_every == 0 or step == options.steps:
-            with _writing(workdir):
-                writer.write(step, {**finite, "images_per_second": progress.rate() * options.batch_size})
-                meter.write(step)
+        if "skipped" in values:  # reported per step, logged for the whole run
+            self.skipped += round(values["skipped"])
+            values["skipped"] = self.skipped
+        if in_row >= self.options.patience:
+            raise Diverged(self._dump(step, examples, in_row, values, norms))
+        self.metrics = values
+        self.window.add(values)
+        best = self.checkpoint.keep_best
+        if best is not None and best not in values:
+            raise InputError("checkpoint.keep_best", f"the run has no metric {best!r}; one of: {', '.join(values)}")
+        self.progress.update(step, loss=values["loss"])
+        if step % self.options.log_every == 0 or step == self.options.steps:
+            means = {**self.window.flush(), "images_per_second": self.progress.rate() * self.options.batch_size}
+            with self._writing():
+                for writer in self.writers:
+                    writer.write(step, means)
+                if self.meter:
+                    self.meter.write(step)
 
-    def own_request() -> int:
-        late = checkpoint.minutes and time.monotonic() - saved_at > 60 * checkpoint.minutes
-        return STOP if preemption.requested else SAVE if late else 0
+    def _dump(self, step: int, examples: int, in_row: int, values: Mapping[str, float], norms: Any) -> str:
+        """Writes what is known of the step that ends the run, and returns a message."""
+        message = f"{in_row} consecutive steps were bad; the last is step {step}, with loss {values['loss']}"
+        if self.workdir is None:
+            return message
+        seen = {"seed": self.seed, "examples": [examples - self.options.batch_size, examples]}
+        with self._writing():
+            dump(self.workdir, step, {**seen, **values, "gradient_norms": norms})
+        return f"{message}; the last checkpoint is kept; see {self.workdir}/{DUMP}"
 
-    alone = jax.process_count() == 1
-    watchdog = Watchdog(60 * options.hang_timeout, os.path.join(workdir, "stuck.txt"))
-    with watchdog, Preemption() as preemption:
+    def _roll_back(self) -> None:
+        """Restores the newest checkpoint after the exception being handled, or raises it again."""
+        if self.checkpoints:
+            self.checkpoints.wait()
+        newest = self.checkpoints.latest() if self.checkpoints else None
+        if self.rollbacks == self.options.rollbacks or newest is None:
+            raise
+        self.rollbacks += 1
+        logger.warning(f"returning to step {newest:,}, and continuing with other data")
+        self.state, position = self.checkpoints.restore(newest, self.program.state)
+        self.step, self._pending = newest, None
+        self.window = Metrics(position.get("window"))
+        for writer in self.writers:
+            if hasattr(writer, "cut"):
+                writer.cut(newest)
+
+    def _save(self) -> None:
+        self._beat(f"the save of step {self.step}", 10)
+        # Before the next batch is drawn, so that the saved position is the next step's.
+        with self._spent("checkpoint"):
+            self.checkpoints.save(self.step, self.state, self.position(), self.meta, self.window.last)
+        self._saved_at = time.monotonic()
+
+    def _beat(self, activity: str, limit_factor: float = 1) -> None:
+        self.heartbeat(activity, limit_factor)
+
+    def _spent(self, kind: str) -> contextlib.AbstractContextManager:
+        return self.meter.spent(kind) if self.meter else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            step, waiting, request, rollbacks, saved_at = start, None, 0, 0, time.monotonic()
-            while step < options.steps and request < STOP:
-                step += 1
-                watchdog.beat(f"the data of step {step}")
-                with meter.spent("data"):
-                    batch = next(data)
-                    if waiting and not waiting[-1]["loss"].is_ready():
-                        meter.count_as("step")  # the device was not kept waiting
-                if not alone:  # all save the same step: what one wishes goes through the step, and comes back to all
-                    batch["request"] = np.full(batch["x"].shape[0], own_request(), np.int32)
-                first = step == start + 1
-                watchdog.beat(f"step {step}", FIRST * watchdog.limit if first else None)
-                with meter.spent("compile" if first else "step"):
-                    state, metrics = program.step(state, sharding.to_global(batch, program.batch))
-                    # The device works on this step while the host reads the one before.
-                    previous, waiting = waiting, (step, data.position()["examples"], metrics)
-                    request = own_request() if alone else int(previous[-1]["request"]) if previous else 0
-                    save = step == options.steps or step % checkpoint.every == 0 or request
-                    show = (preview is not None and options.preview_every
-                            and (step == options.steps or step % options.preview_every == 0))  # fmt: skip
-                    try:
-                        if previous:
-                            report(*previous)
-                        if save or show:
-                            report(*waiting)
-                            waiting = None
-                    except Diverged:
-                        checkpoints.wait()
-                        newest = checkpoints.latest()
-                        if rollbacks == options.rollbacks or newest is None:
-                            raise
-                        rollbacks += 1
-                        print(f"warning: back to step {newest:,}, and on with other data", file=sys.stderr)
-                        (state, _), step, waiting = checkpoints.restore(newest, program.state), newest, None
-                        writer.cut(step)
-                        continue
-                checkpoints.check()
-                if save:
-                    watchdog.beat(f"the save of step {step}", FIRST * watchdog.limit)
-                    # Before the next batch is drawn, so the position that is saved is the next step's.
-                    with meter.spent("checkpoint"):
-                        checkpoints.save(step, state, {**data.position(), "skipped": skipped}, meta, known)
-                    saved_at = time.monotonic()
-                if show:
-                    watchdog.beat(f"the preview of step {step}", FIRST * watchdog.limit)
-                    with meter.spent("preview"), _writing(workdir):
-                        sheet = preview(averaged(state, ema.names[-1]))
-                        images.save_png(sheet, os.path.join(previews, f"step_{step:07d}.png"))
-            watchdog.beat("the last save", FIRST * watchdog.limit)
-            with meter.spent("checkpoint"):
-                checkpoints.wait()
-        finally:
-            data.close()
-            progress.close()
-            with contextlib.suppress(OSError):  # of a full disk, which has been told of
-                meter.write(step)
-                meter.close()
-                writer.close()
-            checkpoints.close()
-    if step < options.steps:
-        raise Preempted(f"stopped at step {step:,}, and saved; start it again to go on")
-    return state
+            yield
+        except OSError as error:
+            problem = f"{self.workdir} cannot be written: {error.strerror or error}"
+            there = "" if isinstance(error, FileNotFoundError) else "; its checkpoints are kept"
+            raise InputError("workdir", problem + there) from error
+
+    def _warn_of_replicated_arrays(self) -> None:
+        whole = sharding.replicated_arrays(self.program.state, self.sharding["fsdp_min_size"])
+        if whole and self.mesh.shape["fsdp"] > 1:
+            size = f"{sum(whole.values()) / 2**20:,.0f} MiB"
+            logger.warning(f"every device holds all {size} of {', '.join(whole)}: no dimension divides; choose another "
+                           "mesh.fsdp, or split them by sharding.rules")  # fmt: skip
 
 
-@contextlib.contextmanager
-def _writing(workdir: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        problem = f"{workdir} cannot be written: {error.strerror or error}"
-        there = "" if isinstance(error, FileNotFoundError) else "; its checkpoints are untouched"
-        raise InputError("workdir", problem + there) from error
+def _section(part: Any) -> dict[str, Any]:
+    """Returns the section of a config that describes a part; that of an object or a local function cannot be built."""
+    section = dict(part) if isinstance(part, Mapping) else {"name": part}
+    name = section["name"]
+    if callable(name) and "<" not in name.__qualname__ and name.__module__ != "__main__":
+        section["name"] = f"{name.__module__}:{name.__qualname__}"
+    elif not isinstance(name, str):
+        section = {"object": type(name).__name__}
+    return section
 
 
 def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """A run goes on with the network, objective and data it began with; the rest of a config may change, and where the
-    data lie."""
+    """Checks that a run resumes with the network, objective and data that it started with.
+
+    The rest of a config may change, and so may the options that say where the data lie.
+    """
     for part in ("network", "objective", "data"):
         ours, theirs = (json.loads(json.dumps(m.get("config", {}).get(part, {}))) for m in (meta, stored))
         if part == "data":
-            ours, theirs = (
-                {key: value for key, value in section.items() if key not in LOCATION_KEYWORDS}
-                for section in (ours, theirs)
-            )
+            where = pipeline.location_keywords(theirs)
+            ours, theirs = ({key: value for key, value in s.items() if key not in where} for s in (ours, theirs))
         if ours != theirs:
-            field = next(f"{part}.{key}" for key in {**theirs, **ours} if ours.get(key) != theirs.get(key))
-            key = field.partition(".")[2]
+            key = next(key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key))
             raise InputError(
-                field,
+                f"{part}.{key}",
                 f"is {ours.get(key)!r}, but the workdir was trained with {theirs.get(key)!r}; "
                 "restore it or give another --workdir",
             )

@@ -1,8 +1,8 @@
-"""A training small enough to be killed a hundred times, that notes down what it does:
-`--config=tests/chaos/config.py:NAME`, with the name of a case below.
+"""A training that is small enough to be killed a hundred times, and that records what it does.
 
-Into the folder NOTES: `batches.P`, a line of step and hash for each batch of process P; `doing.P`, what it is at, last
-line last; `state.npz`, all arrays of the last checkpoint.
+Use it as `--config=tests/chaos/config.py:NAME` with the name of a case below. It writes to the folder NOTES:
+`batches.P`, a line with step and hash for each batch of process P; `doing.P`, its activities, the current one last; and
+`state.npz`, all arrays of the last checkpoint.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ TEACHERS = {
 }
 
 
-def taught(name, teacher, **options):
+def distilled(name, teacher, **options):
     like = {key: TEACHERS[teacher][key] for key in ("schedule", "parameterization")}
     return {"name": name, **like, "teacher": teacher, **options}
 
@@ -40,10 +40,10 @@ CASES = {
     "vdm": {"name": "vdm"},
     "consistency": {"name": "consistency", "discretization": CURRICULUM, "target": "average", "sigma_min": 0.002},
     "continuous_consistency": {"name": "continuous_consistency", "warmup": 10},
-    "latent_consistency": taught("latent_consistency", "eps"),
+    "latent_consistency": distilled("latent_consistency", "eps"),
     "mean_flow": {"name": "mean_flow"},
-    "progressive_distillation": taught("progressive_distillation", "v", start_steps=4, round_steps=15),
-    "reflow": taught("reflow", "velocity", round_steps=20, rounds=2, pool=32, every=4, ode_steps=2),
+    "progressive_distillation": distilled("progressive_distillation", "v", start_steps=4, round_steps=15),
+    "reflow": distilled("reflow", "velocity", round_steps=20, rounds=2, pool=32, every=4, ode_steps=2),
     "shortcut": {"name": "shortcut"},
 }
 STEPS, EVERY = 60, 6
@@ -64,7 +64,7 @@ def get_config(name: str) -> ml_collections.ConfigDict:
         prefetch=1,
         hang_timeout=10.0,
     )
-    config.checkpoint.update(every=EVERY, minutes=ml_collections.config_dict.placeholder(float))
+    config.checkpoint.update(every=EVERY)
     if "NOTES" in os.environ:
         take_notes(os.environ["NOTES"])
     return config
@@ -87,8 +87,9 @@ def take_notes(folder: str) -> None:
         setattr(owner, name, noted)
 
     def beat(watchdog, text, *_) -> None:
-        if text.startswith("step "):
-            at["step"] = int(text.split()[1])
+        if text.startswith("the data of step "):
+            at["step"] = int(text.split()[-1])
+        elif text.startswith("step "):
             time.sleep(PACE)
         note("doing", text)
 
@@ -117,6 +118,6 @@ def take_notes(folder: str) -> None:
     before(Checkpoints, "restore", lambda *_: note("doing", "the restore"))
 
 
-HANGS = int(os.environ.get("HANGS", 10**9))  # step from which on the data do not come
-CLOCK = float(os.environ.get("CLOCK", 0))  # seconds that the wall clock jumps each time it is looked at
-PACE = float(os.environ.get("PACE", 0))  # seconds more to a step
+HANGS = int(os.environ.get("HANGS", 10**9))  # first step for which reading the data hangs
+CLOCK = float(os.environ.get("CLOCK", 0))  # seconds by which the wall clock jumps whenever it is read
+PACE = float(os.environ.get("PACE", 0))  # additional seconds per step

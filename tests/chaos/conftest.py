@@ -1,10 +1,12 @@
+"""Fixtures that start trainings."""
+
 import os
 
 import pytest
 
 from tests.chaos.training import Training
 
-FULL = int(os.environ.get("CHAOS", 0))  # kills of each case in `make chaos`
+FULL = int(os.environ.get("CHAOS", 0))  # number of kills of each case in `make chaos`
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +16,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory, compiled):
-    """A folder of models for the cases that want one."""
+    """A folder of trained models for the cases that need a teacher."""
     folder = tmp_path_factory.mktemp("teachers")
     if FULL:
         for name in ("eps", "v", "velocity"):
@@ -24,7 +26,7 @@ def teachers(tmp_path_factory, compiled):
 
 @pytest.fixture
 def start(compiled, teachers):
-    """`start(case, workdir, processes, ...)`: a `Training` that does not outlive the test."""
+    """`start(case, workdir, processes, ...)` starts a `Training` that ends with the test."""
     started = []
 
     def run(*args, **keywords):

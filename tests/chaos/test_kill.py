@@ -1,7 +1,7 @@
-"""Trainings killed at random moments, again and again, end as if nothing had happened.
+"""Trainings that are killed repeatedly at random moments end as if they had not been interrupted.
 
-`make test` and `make slow` kill a few; `make chaos` kills a hundred times, over every objective, with one process and
-two.
+`make test` and `make slow` kill a few; `make chaos` kills each a hundred times, for every objective, with one process
+and two.
 """
 
 import collections
@@ -18,13 +18,16 @@ from tests.chaos.config import CASES, EVERY, STEPS
 from tests.chaos.conftest import FULL
 from tests.chaos.training import committed, outcome
 
-SOME = [("ddpm", 1), pytest.param("flow_matching", 2, marks=pytest.mark.slow)]
+SOME = [pytest.param("denoising", 1, marks=pytest.mark.slow), pytest.param("flow_matching", 2, marks=pytest.mark.slow)]
 ALL = list(itertools.product(CASES, (1, 2)))
 MOMENTS = ("at any time", "in a save", "in the restore", "in a step")
 
 
 def kill_once(training, moment, began_at, draw):
-    """Waits for a moment, and kills. Returns what the first process was at; None if the training has ended before."""
+    """Waits for a moment and kills the training.
+
+    Returns the activity of the first process, or None if the training ended before.
+    """
     if moment == "at any time":
         time.sleep(draw.uniform(0, 6))
     elif moment == "in the restore" and began_at is not None:
@@ -45,10 +48,10 @@ def kill_once(training, moment, began_at, draw):
 
 
 @pytest.mark.parametrize(("case", "processes"), ALL if FULL else SOME)
-def test_killed_again_and_again(case, processes, start, tmp_path):
+def test_repeated_kills(case, processes, start, tmp_path):
     draw = random.Random(f"{case} {processes}")
     whole = start(case, tmp_path / "whole", processes)
-    assert whole.wait() == [0] * processes, whole.told()
+    assert whole.wait() == [0] * processes, whole.output()
     expected = outcome(tmp_path / "whole")
     assert len(expected[1]) == STEPS and len(expected[2]) == processes * STEPS
 
@@ -63,13 +66,13 @@ def test_killed_again_and_again(case, processes, start, tmp_path):
         if done:
             kills, at[done] = kills + 1, at[done] + 1
         else:
-            assert training.wait() == [0] * processes, training.told()
-        # Nothing is lost beyond the last step that was committed, and nothing is found damaged.
-        told = training.logs[0].read_text()
-        began = f"going on from step {known:,}" if known else "from the start"
-        assert (began in told or done) and "warning" not in told and "Traceback" not in told, told
-        if "examples, " in told:
-            assert began in told
+            assert training.wait() == [0] * processes, training.output()
+        # Nothing is lost beyond the last committed step, and no checkpoint is corrupt.
+        output = training.logs[0].read_text()
+        began = f"resuming from step {known:,}" if known else "starting from step 0"
+        assert (began in output or done) and "warning" not in output and "Traceback" not in output, output
+        if "examples, " in output:
+            assert began in output
         if done:
             continue
         found = outcome(workdir)
@@ -81,6 +84,6 @@ def test_killed_again_and_again(case, processes, start, tmp_path):
         assert found[2] == expected[2]
         if kills >= goal:
             break
-        shutil.rmtree(workdir)  # it ended before it was killed often enough
+        shutil.rmtree(workdir)  # it ended before enough kills
         shutil.rmtree(training.notes)
     print(f"{case}, {processes} process(es): {kills} kills in {dict(at)}")

@@ -1,4 +1,4 @@
-"""Storage that is full, read-only or gone, and clocks that are wrong."""
+"""Storage that is full, read-only or removed, and clocks that are wrong."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from tests.chaos.training import Training, committed, outcome
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small file system of its own, and how to change its size."""
+    """A small separate file system, and a function that changes its size."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -32,33 +32,34 @@ def disk(tmp_path):
 
 
 def ends_with_one_line(training):
-    assert training.wait() == [BAD_INPUT], training.told()
-    told = training.told()
-    assert "Traceback" not in told
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert training.wait() == [BAD_INPUT], training.output()
+    output = training.output()
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return line
 
 
 @pytest.fixture(scope="module")
 def whole(compiled, tmp_path_factory):
-    training = Training("ddpm", tmp_path_factory.mktemp("whole") / "run", 1, compiled=compiled)
-    assert training.wait() == [0], training.told()
+    training = Training("denoising", tmp_path_factory.mktemp("whole") / "run", 1, compiled=compiled)
+    assert training.wait() == [0], training.output()
     return outcome(training.workdir)
 
 
-def goes_on(start, workdir, whole, step):
-    """From a step to the end, which is that of the run that was not stopped."""
-    training = start("ddpm", workdir, 1)
-    assert training.wait() == [0] and f"going on from step {step}" in training.told(), training.told()
+def resumes(start, workdir, whole, step):
+    """Resumes a run from a step, and compares its end with that of the uninterrupted run."""
+    training = start("denoising", workdir, 1)
+    assert training.wait() == [0] and f"resuming from step {step}" in training.output(), training.output()
     (arrays, *rest), (found, *others) = whole, outcome(workdir)
     for name, value in arrays.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     assert others == rest
 
 
+@pytest.mark.slow
 def test_a_full_disk(start, disk, whole):
     folder, change = disk
-    training = start("ddpm", folder / "run", 1, pace=0.05)
+    training = start("denoising", folder / "run", 1, pace=0.05)
     training.until_doing(f"step {2 * EVERY + 1}")
     with open(folder / "other", "wb", buffering=0) as other:
         while True:
@@ -69,33 +70,33 @@ def test_a_full_disk(start, disk, whole):
     assert re.search("No space left", line := ends_with_one_line(training)), line
     step = committed(folder / "run")
     assert step and step % EVERY == 0
-    # Started again on the full disk it says so too, and changes nothing.
-    assert re.search("No space left", line := ends_with_one_line(start("ddpm", folder / "run", 1))), line
+    # A restart on the full disk reports the same, and changes nothing.
+    assert re.search("No space left", line := ends_with_one_line(start("denoising", folder / "run", 1))), line
     assert committed(folder / "run") == step
     change("64m")
-    goes_on(start, folder / "run", whole, step)
+    resumes(start, folder / "run", whole, step)
 
 
 @pytest.mark.chaos
 def test_a_folder_that_becomes_read_only(start, tmp_path, whole):
-    # To the superuser, who may write everywhere, no folder is read-only.
+    # The superuser may write to every folder, so this capability is dropped.
     bound = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
     run = tmp_path / "run"
-    training = start("ddpm", run, 1, before=bound, pace=0.05)
+    training = start("denoising", run, 1, before=bound, pace=0.05)
     training.until_doing(f"step {2 * EVERY + 1}")
     (run / "checkpoints").chmod(0o555)
     assert "Permission denied" in ends_with_one_line(training)
     step = committed(run)
-    assert "Permission denied" in ends_with_one_line(start("ddpm", run, 1, before=bound))
+    assert "Permission denied" in ends_with_one_line(start("denoising", run, 1, before=bound))
     (run / "checkpoints").chmod(0o755)
-    goes_on(start, run, whole, step)
+    resumes(start, run, whole, step)
 
 
 @pytest.mark.chaos
 def test_a_folder_that_is_removed(start, tmp_path):
-    training = start("ddpm", tmp_path / "run", 1, pace=0.05)
+    training = start("denoising", tmp_path / "run", 1, pace=0.05)
     training.until_doing(f"step {EVERY + 2}")
-    while (tmp_path / "run").exists():  # what is being written comes back
+    while (tmp_path / "run").exists():  # a save in progress may create files again
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
     assert re.search("was removed|No such file", line := ends_with_one_line(training)), line
     assert not (tmp_path / "run").exists()
@@ -103,8 +104,8 @@ def test_a_folder_that_is_removed(start, tmp_path):
 
 @pytest.mark.chaos
 def test_a_clock_that_goes_backwards(start, tmp_path, whole):
-    training = start("ddpm", tmp_path / "run", 1, clock=-3600)
-    assert training.wait() == [0], training.told()
+    training = start("denoising", tmp_path / "run", 1, clock=-3600)
+    assert training.wait() == [0], training.output()
     (arrays, *rest), (found, *others) = whole, outcome(tmp_path / "run")
     for name, value in arrays.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)

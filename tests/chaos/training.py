@@ -1,4 +1,4 @@
-"""Starts trainings of `tests/chaos/config.py` as whoever runs them does, and reads what they leave behind."""
+"""Starts trainings of `tests/chaos/config.py` as a user does, and reads their results."""
 
 import collections
 import json
@@ -15,11 +15,11 @@ import numpy as np
 from tests.chaos.config import CASES
 
 ROOT = pathlib.Path(__file__).parents[2]
-LIMIT = 90  # seconds that no start may take
+LIMIT = 90  # seconds that a start may take
 
 
 def notes_of(workdir):
-    """Where a training of a workdir takes its notes: not on the same disk, if that has one of its own."""
+    """Returns the folder for the notes of a training, outside the workdir and its disk."""
     return workdir.parents[1] / f"{workdir.parent.name}_{workdir.name}_notes"
 
 
@@ -27,9 +27,9 @@ class Training:
     """The processes of one start.
 
     Args:
-      case: a name in `tests/chaos/config.py`.
-      before: the command that starts each process.
-      settings: `pace`, `hangs` and `clock`, as the end of that file has them.
+      case: A name in `tests/chaos/config.py`.
+      before: The command that starts each process.
+      settings: `pace`, `hangs` and `clock`; see the end of that file.
     """
 
     def __init__(self, case, workdir, processes, *, compiled, teachers=None, flags=(), before=(), **settings):
@@ -56,7 +56,7 @@ class Training:
                 ))  # fmt: skip
 
     def done(self):
-        """What the first process has begun with, in order; nothing before it has read the config."""
+        """Returns the activities of the first process, in order; none before it has read the config."""
         path = self.notes / "doing.0"
         return path.read_text().splitlines() if path.exists() else []
 
@@ -67,15 +67,15 @@ class Training:
         return any(process.poll() is None for process in self.processes)
 
     def until(self, condition):
-        """Whether a condition came before the end."""
+        """Waits for a condition or the end, and returns whether the training still runs."""
         began = time.monotonic()
         while self.running() and not condition():
-            assert time.monotonic() - began < LIMIT, self.told()
+            assert time.monotonic() - began < LIMIT, self.output()
             time.sleep(0.005)
         return self.running()
 
     def until_doing(self, what):
-        """Whether it has begun with that before the end."""
+        """Waits until an activity begins or the training ends, and returns whether it still runs."""
         return self.until(lambda: any(line.startswith(what) for line in self.done()))
 
     def kill(self):
@@ -87,7 +87,7 @@ class Training:
         self.until(lambda: False)
         return [process.returncode for process in self.processes]
 
-    def told(self):
+    def output(self):
         return "\n".join(log.read_text() for log in self.logs)
 
 
@@ -97,7 +97,7 @@ def committed(workdir):
 
 
 def outcome(workdir):
-    """All that a run leaves behind: its arrays, its metrics by step, the hash of each step's batch by process."""
+    """Returns the results of a run: its arrays, its metrics by step, and the hashes of each step's batch by process."""
     notes = notes_of(workdir)
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for line in metrics:

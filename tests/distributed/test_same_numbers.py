@@ -1,4 +1,4 @@
-"""Twenty steps of training, and samples, on eight devices in every arrangement against one device."""
+"""Twenty training steps, and samples, on meshes of eight devices compared with one device."""
 
 import functools
 
@@ -10,7 +10,9 @@ from configs import imagenet64_adm, imagenet256_dit
 from diffusion.core.build import build
 from diffusion.distributed import sharding
 from diffusion.pipelines.generator import Generator
-from diffusion.training import ema, optimizer, program
+from diffusion.training.ema import make_ema
+from diffusion.training.optimizer import make_optimizer
+from diffusion.training.program import make_program
 from diffusion.training.state import averaged
 
 STEPS, BATCH_SIZE = 20, 32
@@ -31,40 +33,37 @@ RULES = {
 }
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "model": (1, 1, 8), "all": (2, 2, 2), "accumulated": (2, 2, 2),
           "sequence": (2, 2, 2)}  # fmt: skip
-HOW = {"accumulated": {"accumulate": 4}, "sequence": {"sequence": "model"}}
+OPTIONS = {"accumulated": {"accumulate": 4}, "sequence": {"sequence": "model"}}
 
 
 @pytest.fixture(scope="module")
 def trained(digits, mesh_of):
-    """Losses, parameters and samples of a network on a mesh."""
+    """Returns the losses, parameters and samples of a network on a mesh, and the paths of its sharded parameters."""
 
     @functools.cache
     def train(name, arrangement):
         mesh, objective = mesh_of(*MESHES.get(arrangement, (1, 1, 1))), build("objectives", {"name": "flow_matching"})
         network = build("networks", NETWORKS[name], shape=digits.spec.shape, num_classes=10)
-        # SGD: Adam makes as much of a gradient that is 1e-9 by rounding as of one that is 1.
-        opt, averages = (
-            optimizer.make_optimizer(steps=STEPS, name="sgd", learning_rate=0.05),
-            ema.make_ema(decays=(0.5,)),
-        )
-        made = program.make_program(
-            network=network, objective=objective, optimizer=opt, ema=averages, mesh=mesh, rules=RULES[name], seed=0,
-            batch_size=BATCH_SIZE, cond_drop_rate=0.1, **HOW.get(arrangement, {}),
+        # SGD, because Adam turns a gradient of 1e-9 that is rounding error into an update of full size.
+        program = make_program(
+            network=network, objective=objective, ema=make_ema(decays=(0.5,)), mesh=mesh, rules=RULES[name],
+            optimizer=make_optimizer(steps=STEPS, name="sgd", learning_rate=0.05), seed=0, batch_size=BATCH_SIZE,
+            cond_drop_rate=0.1, fsdp_min_size=0, **OPTIONS.get(arrangement, {}),
         )  # fmt: skip
-        state, losses = made.init(None), []
+        state, losses = program.init(None), []
         for number in range(STEPS):
             examples = [digits[number * BATCH_SIZE + row] for row in range(BATCH_SIZE)]
             batch = jax.tree.map(lambda *rows: np.stack(rows), *examples)
-            state, metrics = made.step(state, sharding.to_global(batch, made.batch))
+            state, metrics = program.step(state, sharding.to_global(batch, program.batch))
             losses.append(float(metrics["loss"]))
-        drawer = Generator(
+        generator = Generator(
             network, objective, digits.spec, mesh, sampler={"name": "heun", "steps": 4}, cond_drop_rate=0.1,
             guidance={"name": "cfg", "scale": 2.0},
         )  # fmt: skip
-        samples = drawer(averaged(state, "0.5"), np.arange(16) % 10, 16, seed=0, batch_size=16)
-        split = {sharding.path_name(path) for path, leaf in jax.tree.leaves_with_path(state.params)
-                 if not leaf.is_fully_replicated}  # fmt: skip
-        return losses, jax.device_get(state.params["net"]), samples, split
+        samples = generator(averaged(state, "0.5"), np.arange(16) % 10, 16, seed=0, batch_size=16)
+        sharded = {sharding.path_name(path) for path, leaf in jax.tree.leaves_with_path(state.params)
+                   if not leaf.is_fully_replicated}  # fmt: skip
+        return losses, jax.device_get(state.params["net"]), samples, sharded
 
     return train
 
@@ -80,6 +79,6 @@ def test_the_same_numbers(name, mesh, trained):
         scale = np.linalg.norm(one)
         assert np.linalg.norm(other - one) <= 1e-4 * max(scale, 1e-3), sharding.path_name(path)
     assert np.abs(found[2] - samples).max() <= 1e-4 * np.abs(samples).max()
-    if mesh == "model":  # the rules are for what is wide, and split it
+    if mesh == "model":  # the rules shard the wide layers
         kinds = {"dit": ("qkv", "up", "out", "down"), "unet": ("conv1", "conv2", "qkv", "out")}[name]
         assert all(any(f"{kind}/kernel" in path for path in found[3]) for kind in kinds)

@@ -1,3 +1,5 @@
+"""The train step on a problem that is small enough to compute by hand."""
+
 import dataclasses
 
 import jax
@@ -7,14 +9,16 @@ import pytest
 
 from diffusion.core.types import Network
 from diffusion.distributed import sharding
-from diffusion.training import ema, optimizer
+from diffusion.training.ema import make_ema
+from diffusion.training.optimizer import make_optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
+from tests.refusals import refused
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """An objective small enough to do by hand: loss_i = (w x_i - n_i)^2, n drawn, w replaced by 0 where dropped."""
+    """An objective with loss_i = (w x_i - n_i)^2, where n is drawn and w is 0 if the condition is dropped."""
 
     frozen: tuple[str, ...] = ()
 
@@ -30,8 +34,8 @@ class Linear:
     def draw(self, batch, key, step, objective_state):
         return {"n": jax.random.normal(key, batch["x"].shape)}
 
-    def update_state(self, objective_state, noise, loss):
-        return {"losses": loss}, {"matched": jnp.sum(loss * noise["n"])}
+    def update_state(self, objective_state, draws, loss):
+        return {"losses": loss}, {"matched": jnp.sum(loss * draws["n"])}
 
     def loss(self, net, params, ema_params, batch, key, step):
         predicted = net(params["net"], batch["x"], None, batch["cond"]) + 0 * params["teacher"]["w"]
@@ -49,8 +53,8 @@ BATCH = {"x": jnp.arange(1.0, 17.0), "cond": {}}
 
 def run(steps=1, *, objective=None, opt=None, averages=None, **options):
     objective = objective or Linear(frozen=("teacher",))
-    opt = opt or optimizer.make_optimizer(steps=100, name="sgd", learning_rate=1e-3, clip=None)
-    averages = averages or ema.make_ema(decays=(0.5,), warmup=False)
+    opt = opt or make_optimizer(steps=100, name="sgd", learning_rate=1e-3, clip=None)
+    averages = averages or make_ema(decays=(0.5,), warmup=False)
     state = init_state(objective, NETWORK, opt.transform, averages, jax.random.key(0))
     step = jax.jit(make_step(objective, NETWORK, opt, averages, seed=0, **options))
     states, metrics = [state], []
@@ -73,8 +77,8 @@ def test_gradient_step_by_hand():
     assert states[1].step == 1
 
 
-def test_every_average_follows():
-    averages = ema.make_ema(decays=(0.5, 0.9), warmup=False)
+def test_every_average_follows_the_parameters():
+    averages = make_ema(decays=(0.5, 0.9), warmup=False)
     states, metrics = run(3, averages=averages)
     for name, decay in (("0.5", 0.5), ("0.9", 0.9)):
         expected = float(states[0].params["net"]["w"])
@@ -82,11 +86,31 @@ def test_every_average_follows():
             expected = decay * expected + (1 - decay) * float(state.params["net"]["w"])
             np.testing.assert_allclose(state.ema[name]["net"]["w"], expected, rtol=1e-6)
     assert states[-1].ema["0.5"]["net"]["w"] != states[-1].ema["0.9"]["net"]["w"] != states[-1].params["net"]["w"]
-    np.testing.assert_allclose(metrics[1]["averaged"], states[1].ema["0.9"]["net"]["w"])  # the last is the target
+    np.testing.assert_allclose(metrics[1]["averaged"], states[1].ema["0.9"]["net"]["w"])  # by default the last
 
 
-def test_warm_up_of_averages():
-    states, _ = run(2, averages=ema.make_ema(decays=(0.999,)))
+def test_the_average_that_objectives_use():
+    states, metrics = run(2, averages=make_ema(decays=(0.5, 0.9), warmup=False, sample_with=0.5))
+    np.testing.assert_array_equal(metrics[1]["averaged"], states[1].ema["0.5"]["net"]["w"])
+    assert states[1].ema["0.5"]["net"]["w"] != states[1].ema["0.9"]["net"]["w"]
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"decays": ()}, "decays"),
+        ({"decays": (0.5, 0.5)}, "decays"),
+        ({"decays": (1.0,)}, "decays"),
+        ({"decays": (0.5,), "sample_with": 0.9}, "sample_with"),
+    ],
+)
+def test_bad_averages(options, field):
+    with refused(field):
+        make_ema(**options)
+
+
+def test_warmup_of_averages():
+    states, _ = run(2, averages=make_ema(decays=(0.999,)))
     w = [float(state.params["net"]["w"]) for state in states]
     first = 0.1 * w[0] + 0.9 * w[1]
     np.testing.assert_allclose(states[1].ema["0.999"]["net"]["w"], first, rtol=1e-6)
@@ -103,7 +127,7 @@ def test_accumulation_changes_nothing(accumulate):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, expected)
 
 
-def test_condition_is_dropped_at_the_rate():
+def test_conditions_are_dropped_at_the_given_rate():
     _, metrics = run(60, cond_drop_rate=0.25)
     kept = np.array([m["kept"] for m in metrics])
     assert abs(kept.mean() - 0.75) < 4 * (0.25 * 0.75 / (16 * 60)) ** 0.5 and kept.std() > 0
@@ -112,26 +136,17 @@ def test_condition_is_dropped_at_the_rate():
 
 
 def test_gradient_is_clipped():
-    opt = optimizer.make_optimizer(steps=100, name="sgd", learning_rate=1.0, clip=0.01)
+    opt = make_optimizer(steps=100, name="sgd", learning_rate=1.0, clip=0.01)
     (before, after), (metrics,) = run(opt=opt)
     np.testing.assert_allclose(abs(after.params["net"]["w"] - before.params["net"]["w"]), 0.01, rtol=1e-5)
-    assert metrics["grad_norm"] > 1  # as it was before clipping
+    assert metrics["grad_norm"] > 1  # before clipping
 
 
 def test_frozen_networks_have_no_moments_and_no_average():
-    opt = optimizer.make_optimizer(steps=100, name="adamw", learning_rate=1e-2)
+    opt = make_optimizer(steps=100, name="adamw", learning_rate=1e-2)
     states, _ = run(2, opt=opt)
     assert states[2].params["teacher"]["w"] == 5 and states[2].params["net"]["w"] != 2
     paths = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(states[2])]
     assert [path for path in paths if "teacher" in path] == ["params/teacher/w"]
     unfrozen, _ = run(1, objective=Linear(), opt=opt)
     assert "teacher" in unfrozen[1].ema["0.5"]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [("constant", [0, 0.5, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.75, 0.5]), ("cosine", [0, 0.5, 1, 0.853553, 0.5])],
-)
-def test_learning_rate(schedule, expected):
-    rate = optimizer.make_optimizer(steps=6, learning_rate=1.0, schedule=schedule, warmup=2).learning_rate
-    np.testing.assert_allclose([rate(step) for step in range(5)], expected, atol=1e-6)

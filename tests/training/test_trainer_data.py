@@ -1,4 +1,4 @@
-"""The train loop on images of a folder: skipped ones, several sizes, another place, worker processes."""
+"""The trainer on a folder of images: skipped images, several sizes, a moved folder, worker processes."""
 
 import json
 
@@ -7,15 +7,16 @@ import pytest
 from PIL import Image
 
 from diffusion.core.build import build
-from diffusion.core.types import InputError
-from diffusion.training import ema, optimizer, trainer
+from diffusion.training import optimizer
+from diffusion.training.trainer import CheckpointOptions, Options, Trainer
+from tests.refusals import refused
 
 BATCH_SIZE = 4
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ten images, two of them damaged; five are twice as wide."""
+    """Ten images, two of which are corrupt; five are twice as wide."""
     rng, root = np.random.default_rng(0), tmp_path / "images"
     root.mkdir()
     for number in range(10):
@@ -33,13 +34,12 @@ def run(mesh_of):
     def train(workdir, steps, path, *, network=mlp, size=8, on_error="skip", captions=False, mesh=(1, 1, 1), workers=0):
         data = {"name": "folder", "path": str(path), "size": size, "labels": False, "on_error": on_error}
         source = build("data", {**data, "captions": captions}, field="data")
-        return trainer.train(
-            str(workdir), source=source, network=build("networks", network, shape=source.spec.shape, num_classes=0),
-            objective=build("objectives", "denoising"), optimizer=optimizer.make_optimizer(steps=10), ema=ema.make_ema(),
-            mesh=mesh_of(*mesh), options=trainer.Options(steps=steps, batch_size=BATCH_SIZE, log_every=1, workers=workers),
-            checkpoint=trainer.CheckpointOptions(every=100), seed=0,
+        return Trainer(
+            source, network, "denoising", workdir=str(workdir), optimizer=optimizer.make_optimizer(steps=10),
+            mesh=mesh_of(*mesh), options=Options(steps=steps, batch_size=BATCH_SIZE, log_every=1, workers=workers),
+            checkpoint=CheckpointOptions(every=100),
             meta={"config": {"network": network, "objective": {}, "data": data}},
-        )  # fmt: skip
+        ).fit()  # fmt: skip
 
     return train
 
@@ -49,7 +49,7 @@ def metrics(workdir):
 
 
 def test_skipped_examples_are_counted(run, tmp_path, folder):
-    """Over the whole run, restarts, devices and workers included: two of the ten in every epoch."""
+    """Two of the ten in every epoch, over the whole run, whatever the restarts, devices and workers."""
     run(tmp_path / "whole", 10, folder)
     run(tmp_path / "cut", 4, folder)
     run(tmp_path / "cut", 10, folder, mesh=(2, 1, 1), workers=1)
@@ -57,11 +57,9 @@ def test_skipped_examples_are_counted(run, tmp_path, folder):
     assert whole == cut == sorted(whole) and whole[4] == 4 and whole[9] == 8  # two epochs, four epochs
 
 
-def test_a_run_that_met_a_bad_image_goes_on_without_it_elsewhere(run, tmp_path, folder):
+def test_a_folder_may_move_and_errors_may_be_handled_differently(run, tmp_path, folder):
     run(tmp_path / "run", 1, folder)
-    with pytest.raises(
-        InputError, match=r"^data: .*[36].png is empty; mend or remove it, or set data.on_error='skip'$"
-    ):
+    with refused("data"):
         run(tmp_path / "run", 10, folder, on_error="raise")
     run(tmp_path / "run", 10, folder.rename(tmp_path / "moved"))
     assert metrics(tmp_path / "run")[-1]["skipped"] == 8
@@ -69,13 +67,14 @@ def test_a_run_that_met_a_bad_image_goes_on_without_it_elsewhere(run, tmp_path, 
 
 def test_other_data_are_refused(run, tmp_path, folder):
     run(tmp_path / "run", 1, folder)
-    with pytest.raises(InputError, match=r"data.size: is 4, but the workdir was trained with 8"):
+    with refused("data.size"):
         run(tmp_path / "run", 10, folder, size=4)
     Image.new("RGB", (8, 8)).save(folder / "new.png")
-    with pytest.raises(InputError, match="data: has 11 examples, but the run began with 10"):
+    with refused("data"):
         run(tmp_path / "run", 10, folder)
 
 
+@pytest.mark.slow
 def test_batches_of_several_sizes(run, tmp_path, folder):
     unet = {
         "name": "unet",
@@ -92,6 +91,6 @@ def test_batches_of_several_sizes(run, tmp_path, folder):
 
 
 def test_captions_without_a_reader_are_refused(run, tmp_path, folder):
-    with pytest.raises(InputError, match=r"^data.captions: no network reads captions yet"):
+    with refused("data.captions"):
         run(tmp_path / "run", 1, folder, captions=True)
     assert not (tmp_path / "run").exists()

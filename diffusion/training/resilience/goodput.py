@@ -1,14 +1,14 @@
-"""Where the wall time of a run went, over all its starts: `goodput.jsonl`.
+"""Accounts for the wall time of a run over all its starts, in `goodput.jsonl`.
 
-A line has the `attempt` (one id a start), the `step`, the `seconds` by kind since the attempt's line before, and the
-`time`: the wall clock, which may be wrong and is used for `down` alone. The kinds:
+A line has the `attempt` (one id per start), the `step`, the `seconds` of each kind since the previous line of the
+attempt, and the `time`, the wall clock, which may be wrong and is used for `down` alone. The kinds:
   start: until the first step: restoring, opening the data.
-  compile: of the train step.
-  step: the training itself.
+  compile: compilation of the train step.
+  step: training.
   data: waiting for a batch.
-  checkpoint: the part of a save that the run waits for.
-  preview: evaluation and pictures.
-  other: all that is in no span.
+  checkpoint: the part of a save for which the run waits.
+  preview: evaluation and sample images.
+  other: everything outside these spans.
 """
 
 import contextlib
@@ -30,29 +30,31 @@ KINDS = ("start", "compile", "step", "data", "checkpoint", "preview", "other")
 
 
 class Goodput:
-    """Sorts a run's time into kinds; every second has exactly one. For one thread of one process.
+    """A meter that assigns every second of a run to exactly one kind, for one thread of one process.
 
     Args:
-      workdir: the run's folder, which exists.
-      start: the step that the run goes on from.
-      since: `time.monotonic()` when the start began; now by default.
+      workdir: The run's folder, which must exist.
+      start: The step from which the run resumes.
+      since: `time.monotonic()` at the beginning of the start; now by default.
     """
 
     def __init__(self, workdir: str, start: int, *, since: float | None = None):
         self.lines = files.Lines(os.path.join(workdir, FILE))
         self.attempt = secrets.token_hex(4)
-        self._open = ["start"]  # spans, the innermost last; below them what is in none
+        self._open = [
+            "start"
+        ]  # nested spans, the innermost last; the first entry is the kind of the time outside all spans
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._mark = time.monotonic() if since is None else since
         self.write(start)
 
     @contextlib.contextmanager
     def spent(self, kind: str) -> Iterator[None]:
-        """Counts what is done in it as `kind`; a span within has its time to itself."""
+        """Counts the time inside the context as `kind`, except for that of nested contexts."""
         if kind not in KINDS:
-            raise ValueError(f"no kind {kind!r}; one of {KINDS}")
+            raise ValueError(f"unknown kind {kind!r}; choose one of {KINDS}")
         self._count()
-        if kind == "flow_map":
+        if kind == "step":
             self._open[0] = "other"
         self._open.append(kind)
         try:
@@ -62,12 +64,14 @@ class Goodput:
             self._open.pop()
 
     def count_as(self, kind: str) -> None:
-        """Makes the open span one of another kind, from its beginning or the end of the last span within it: waiting
-        for a batch while the device is at work on a step is `step`."""
+        """Changes the kind of the innermost open span, from its beginning or the end of the last span nested in it.
+
+        For example, waiting for a batch while the device computes a step counts as `step`.
+        """
         self._open[-1] = kind
 
     def write(self, step: int) -> None:
-        """Appends a line: the run is at `step`."""
+        """Appends a line for `step`, with the seconds since the previous line."""
         self._count()
         seconds = {kind: round(value, 6) for kind, value in self._seconds.items() if value}
         line = {"attempt": self.attempt, "step": step, "seconds": seconds, "time": round(time.time(), 3)}
@@ -75,6 +79,7 @@ class Goodput:
         self._seconds = dict.fromkeys(KINDS, 0.0)
 
     def close(self) -> None:
+        """Closes the file."""
         self.lines.close()
 
     def _count(self) -> None:
@@ -84,27 +89,27 @@ class Goodput:
 
 
 def summary(workdir: str) -> dict[str, Any]:
-    """The totals of a run, in seconds.
+    """Returns the totals of a run, in seconds.
 
     Returns:
-      seconds: by kind.
-      total: their sum. What an attempt did after its last line is not known, and in none of them.
-      lost: the part of `step` that went into steps beyond the one that a later attempt began at.
-      down: between the last line of an attempt and the next start, as the wall clock has it, never negative. It is not
-        in the total: a run that is extended a week later was not down for a week.
+      seconds: By kind.
+      total: Their sum. The time of an attempt after its last line is unknown and not included.
+      lost: The part of `step` spent on steps that a later attempt repeated.
+      down: Time between the last line of an attempt and the next start by the wall clock, never negative. It is not
+        part of the total: a run that is extended a week later was not down for a week.
       goodput: (step - lost) / total, in [0, 1].
-      starts: how many attempts there are.
-      step: the last attempt's last.
+      starts: The number of attempts.
+      step: The last step of the last attempt.
 
     Raises:
-      InputError: there is no such folder, or no line in it.
+      InputError: The folder does not exist, or has no line.
     """
     attempts = list(_read(workdir).values())
     lost, down, bound, after = 0.0, 0.0, math.inf, None
     for lines in reversed(attempts):
         at = lines[0]["step"]
         for line in lines:
-            # Time is shared evenly among the steps of a line.
+            # The time of a line is divided evenly among its steps.
             share = (line["step"] - bound) / max(line["step"] - at, 1)
             lost += min(max(share, 0.0), 1.0) * line["seconds"].get("step", 0.0)
             at = line["step"]
@@ -127,7 +132,7 @@ def summary(workdir: str) -> dict[str, Any]:
 
 
 def _read(workdir: str) -> dict[str, list[dict]]:
-    """The lines of each attempt, both in order; damaged ones are left out."""
+    """Returns the lines of each attempt, both in order, without invalid ones."""
     path = os.path.join(workdir, FILE)
     if not epath.Path(workdir).is_dir():
         raise InputError("workdir", f"{workdir} does not exist")
@@ -137,8 +142,8 @@ def _read(workdir: str) -> dict[str, list[dict]]:
     for text in epath.Path(path).read_bytes().decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             line = json.loads(text)
-            math.fsum((line["step"], line["time"], *line["seconds"].values()))  # all are numbers
+            math.fsum((line["step"], line["time"], *line["seconds"].values()))  # raises unless all are numbers
             attempts.setdefault(str(line["attempt"]), []).append(line)
     if not attempts:
-        raise InputError("workdir", f"{path} has no whole line; training writes the first when it starts")
+        raise InputError("workdir", f"{path} has no complete line; training writes the first one when it starts")
     return attempts

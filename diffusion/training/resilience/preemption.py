@@ -1,57 +1,50 @@
-"""Being told to stop: the step is finished and saved, and the job ends so that it may be started again."""
+"""Handles the signals that stop a job: the current step is finished and saved, so that the job can be resumed."""
 
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-STOPPED = 75  # the exit code of a job that is to be started again
+PREEMPTED = 75  # the exit code of a preempted job; running it again resumes it
 
 
 class Preempted(Exception):
-    """The run was told to stop, and is saved."""
-
-
-def stop_at_once() -> None:
-    """From now on, outside of a `Preemption`, SIGTERM and SIGINT end the process with exit code 75: before the first
-    step and after the last there is nothing to save."""
-    for number in SIGNALS:
-        signal.signal(number, _stop)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    name = signal.Signals(number).name
-    os.write(sys.stderr.fileno(), f"{name}: stopped outside of training; start it again to go on\n".encode())
-    os._exit(STOPPED)
+    """The run was asked to stop, and is saved."""
 
 
 class Preemption:
-    """While it is entered, the first SIGTERM or SIGINT is noted, and the second ends the process at once.
+    """Handles SIGTERM and SIGINT while it is entered.
+
+    The first signal is recorded; the second ends the process immediately. Python delivers signals to the main thread
+    only, so entering it in another thread has no effect.
+
+    Args:
+      end_process: Called with 128 + the signal's number at the second signal; `os._exit` in a job.
 
     Attributes:
-      requested: whether one has come.
+      requested: Whether a signal has arrived.
     """
 
-    def __init__(self):
+    def __init__(self, end_process: Callable[[int], None]):
         self.requested = False
-        self._before = {}
+        self._end_process, self._before = end_process, {}
 
     def __enter__(self) -> "Preemption":
-        # Signals are the main thread's alone; a training in another is not told.
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-            self._before[number] = signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            os._exit(128 + number)
+            self._end_process(128 + number)
         self.requested = True
         name = signal.Signals(number).name
-        # Not print: the signal may have come while something is being printed.
-        os.write(sys.stderr.fileno(), f"{name}: saving after this step; again to end at once\n".encode())
+        # Not through a stream: the signal may have arrived while something is being printed.
+        os.write(sys.stderr.fileno(), f"{name}: saving after this step; send it again to exit immediately\n".encode())

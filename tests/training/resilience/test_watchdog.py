@@ -1,35 +1,37 @@
-"""Real processes that get stuck, and others that only look it."""
+"""Real processes that hang, and others that only seem to."""
 
 import concurrent.futures
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from diffusion.core.types import InputError
 from diffusion.training.resilience.watchdog import Watchdog
+from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[3]
-# The wall clock of all these runs backwards. PyDLL holds the GIL during a call.
+# The wall clock of all these processes runs backwards. PyDLL holds the GIL during a call.
 BEFORE = """
 import ctypes, multiprocessing, os, signal, subprocess, sys, threading, time
-from diffusion.training import watchdog
-from diffusion.training.watchdog import Watchdog
-watchdog.GRACE = 1.5
+import functools
+from diffusion.training.resilience import watchdog
+Watchdog = functools.partial(watchdog.Watchdog, end_process=os._exit)
+watchdog.REPORT_SECONDS = 1.5
 time.time = lambda: -time.monotonic()
 path, lock, hold = sys.argv[1], threading.Lock(), ctypes.PyDLL(None).usleep
 lock.acquire()
-def stuck_here(wait, *args):
+def hang_here(wait, *args):
     with Watchdog(0.4, path) as dog:
         dog.beat("step 7")
         wait(*args)
 """
 CASES = {
-    "sleep": "stuck_here(time.sleep, 30)",
-    "lock": "stuck_here(lock.acquire)",
-    "gil": "stuck_here(hold, 30_000_000)",
-    "no folder": "path = '/nowhere/at/all'; stuck_here(time.sleep, 30)",
+    "sleep": "hang_here(time.sleep, 30)",
+    "lock": "hang_here(lock.acquire)",
+    "gil": "hang_here(hold, 30_000_000)",
+    "no folder": "path = '/nowhere/at/all'; hang_here(time.sleep, 30)",
     "full pipe": """
 read, write = os.pipe()
 os.set_blocking(write, False)
@@ -38,11 +40,11 @@ try:
 except BlockingIOError:
     os.set_blocking(write, True)
 os.dup2(write, 2)
-stuck_here(time.sleep, 30)
+hang_here(time.sleep, 30)
 """,
     "worker": """
 multiprocessing.get_context("spawn").Process(target=time.sleep, args=(30,)).start()
-stuck_here(time.sleep, 30)
+hang_here(time.sleep, 30)
 """,
     "limit": """
 with Watchdog(0.4, path) as dog:
@@ -54,20 +56,20 @@ with Watchdog(0.4, path) as dog:
     time.sleep(30)
 """,
     "beats": """
-watchdog.GRACE = 0.0
+watchdog.REPORT_SECONDS = 0.0
 with Watchdog(0.8, path) as dog:
     for _ in range(24):
         dog.beat("step")
         time.sleep(0.1)
 """,
     "over": """
-watchdog.GRACE = 0.0
+watchdog.REPORT_SECONDS = 0.0
 with Watchdog(0.4, path):
     pass
 time.sleep(1.2)
 """,
     "stopped": """
-watchdog.GRACE = 9.0
+watchdog.REPORT_SECONDS = 9.0
 subprocess.Popen(["sh", "-c", f"sleep 1.5; kill -CONT {os.getpid()}"])
 with Watchdog(0.8, path) as dog:
     for _ in range(2):
@@ -87,7 +89,7 @@ with Watchdog(0, path) as dog:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """All of them, side by side since they mostly wait: `{name: (result, text of the report or None)}`."""
+    """Runs all cases in parallel, since they mostly wait: `{name: (result, text of the report or None)}`."""
     folder = tmp_path_factory.mktemp("watchdog")
 
     def run(name):
@@ -104,44 +106,44 @@ def ended(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["sleep", "lock"])
-def test_says_where_and_ends(ended, name):
+def test_reports_where_and_ends_the_process(ended, name):
     done, report = ended[name]
     assert done.returncode == 70, done.stderr
     for text in (done.stderr, report):
-        assert "s (limit 0.4 s), since: step 7\n" in text and "in stuck_here" in text
+        assert "s (limit 0.4 s), since: step 7\n" in text and "in hang_here" in text
 
 
 def test_ends_while_the_gil_is_held(ended):
     done, _ = ended["gil"]
-    assert done.returncode == 1 and "in stuck_here" in done.stderr, done.stderr
+    assert done.returncode == 1 and "in hang_here" in done.stderr, done.stderr
 
 
-def test_a_report_that_cannot_be_written_delays_nothing(ended):
+def test_a_report_that_cannot_be_written_does_not_delay_the_end(ended):
     done, report = ended["no folder"]
-    assert done.returncode == 70 and report is None and "in stuck_here" in done.stderr
+    assert done.returncode == 70 and report is None and "in hang_here" in done.stderr
     assert "Traceback" not in done.stderr
     done, report = ended["full pipe"]
-    assert done.returncode == 70 and "in stuck_here" in report
+    assert done.returncode == 70 and "in hang_here" in report
 
 
 def test_kills_the_workers(ended):
-    """They hold the pipes of the output open, which `run` reads to their end."""
+    """They keep the pipes open that `run` reads to the end."""
     assert ended["worker"][0].returncode == 70
 
 
-def test_a_phase_has_its_own_limit(ended):
+def test_an_activity_has_its_own_limit(ended):
     done, report = ended["limit"]
     assert done.stdout == "compiled\n" and done.returncode == 70 and "since: step 8\n" in report, done.stderr
 
 
 @pytest.mark.parametrize("name", ["beats", "over", "stopped", "off"])
-def test_leaves_a_live_run_alone(ended, name):
+def test_does_not_end_a_run_that_is_alive(ended, name):
     done, report = ended[name]
     assert done.returncode == 0 and not done.stderr and report is None, done.stderr
     assert name != "off" or done.stdout == "1\n"
 
 
 @pytest.mark.parametrize("limit", [-1, float("inf"), float("nan")])
-def test_refuses(limit):
-    with pytest.raises(InputError, match="limit: must be seconds up to 1e9, or 0"):
-        Watchdog(limit, "")
+def test_refuses_other_limits(limit):
+    with refused("limit"):
+        Watchdog(limit, "", os._exit)
