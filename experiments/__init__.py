@@ -1,1 +1,1 @@
-"""The jobs: each a thin absl main over the library."""
+"""The jobs: thin command-line programs over the library, run as `python -m experiments.NAME`."""

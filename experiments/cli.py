@@ -1,72 +1,131 @@
-"""What all jobs share at the command line: flags, one-line errors and exit codes.
+"""What all jobs share on the command line: flags, one-line errors and exit codes.
 
-Exit codes: 0 done, 2 bad config or input, 3 diverged, 70 stuck, 75 preempted and saved: start it again, 130 interrupted
-where there is nothing to save. `--debug` shows the traceback behind an error.
+Exit codes: 0 done, 2 bad config or input, 3 diverged, 70 hung or lost a process, 75 preempted after saving (run the
+same command again to resume), 130 interrupted with nothing to save. `--debug` shows the traceback of an error.
 """
 
-import contextlib
 import functools
-import io
-import logging as std_logging
+import logging
 import os
-import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from glob import glob
+from types import FrameType
 from typing import Any, NoReturn
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import app, flags
+from absl import logging as absl_logging
 
 from diffusion.core import files
 from diffusion.core.types import InputError
 from diffusion.distributed import multihost
+from diffusion.pipelines.config import read_config
 from diffusion.training.resilience.guards import Diverged
-from diffusion.training.resilience.preemption import STOPPED, Preempted
-from diffusion.training.resilience.watchdog import STUCK
+from diffusion.training.resilience.preemption import PREEMPTED, SIGNALS, Preempted
+from diffusion.training.resilience.watchdog import HUNG
 
 BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
 
 # On a CPU, XLA's older convolutions differentiate faster than those of YNNPACK, which it prefers: a U-Net's train step
-# takes 0.85 of the time. XLA ends the process at a flag that it does not know, so this is for the versions that do.
+# takes 0.85 of the time. XLA ends the process at an unknown flag, so the flag is for the versions that know it.
 CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 if (0, 10) <= jax.__version_info__ < (0, 13):
-    os.environ["XLA_FLAGS"] = f"{CONVOLUTIONS} {os.environ.get('XLA_FLAGS', '')}"  # a flag given later wins
+    os.environ["XLA_FLAGS"] = f"{CONVOLUTIONS} {os.environ.get('XLA_FLAGS', '')}"  # a flag given later takes precedence
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard's writer imports TensorFlow, which logs a lot
 
-# Atomic additions in no order, and algorithms chosen by how fast they were just now, make a GPU's sums differ.
+# Atomic additions in any order, and algorithms chosen by measuring them, make a GPU's sums differ between runs.
 DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
 
 COMPILED = flags.DEFINE_string(
-    "compiled", None, "Folder to keep compiled programs in, so that the next start need not compile them again."
+    "compiled", None, "Folder for compiled programs, so that the next start does not compile them again."
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where several processes do the job together; each is told the three."
+    "coordinator", None, "HOST:PORT of process 0, if several processes run the job; goes with the next two."
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: the number of processes.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: the index of this process, from 0.")
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", None, "Whether other processes do the job with this one, of whom the environment tells. Default: in "
-    "srun and GKE with TPUs, yes; on the hosts of a TPU pod slice say so."
+    "distributed", None, "Whether several processes run the job, as the environment describes. Default: yes under srun "
+    "and on GKE with TPUs; set it on the hosts of a TPU pod slice."
 )  # fmt: skip
 DETERMINISTIC = flags.DEFINE_bool(
-    "deterministic", False, "The same bits from every start on a GPU, too, where that is slower; a CPU needs no flag."
+    "deterministic", False, "Compute the same bits at every start on a GPU too, which is slower. A CPU always does."
 )
-flags.DEFINE_bool("debug", False, "Show the traceback behind an error.")
+flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+
+class Config:
+    """The flag `--config=FILE.py[:ARGUMENT]`, and a flag `--config.a.b=VALUE` for every option of the config."""
+
+    def __init__(self, values: flags.FlagValues = flags.FLAGS):
+        self.overrides: list[tuple[str, str]] = []
+        self.path = flags.DEFINE_string("config", None, "The experiment: a file with get_config().", flag_values=values)
+
+    @functools.cached_property
+    def value(self) -> dict[str, Any]:
+        """The resolved config.
+
+        Raises:
+          InputError: The file cannot be read, or an option does not exist.
+        """
+        return read_config(self.path.value, self.overrides)
+
+    def take(self, argv: list[str]) -> list[str]:
+        """Returns the command line without `--config.a.b=VALUE`, which it records."""
+        end = argv.index("--") if "--" in argv else len(argv)
+        rest = []
+        for given in argv[:end]:
+            name, equals, value = given.lstrip("-").partition("=")
+            if not given.startswith("-") or not name.startswith("config."):
+                rest.append(given)
+            elif not equals:
+                raise InputError(given, "has no value; flags are given as --name=value")
+            else:
+                self.overrides.append((name.removeprefix("config."), value))
+        return rest + argv[end:]
+
+
+_config: Config | None = None
+
+
+def define_config() -> Config:
+    """Defines the flags of a config for this job."""
+    global _config
+    _config = Config()
+    return _config
+
+
+def config_of(given: Iterable[str]) -> dict[str, Any]:
+    """Returns the config that flags `--config=...` and `--config.a.b=...` stand for.
+
+    Raises:
+      InputError: A job would reject it.
+    """
+    values = flags.FlagValues()
+    config = Config(values)
+    try:
+        values(config.take(["", *given]))
+    except flags.Error as error:
+        raise InputError("--config", str(error)) from error
+    if config.path.value is None:
+        raise InputError("--config", "is missing")
+    return _as_flags(lambda: config.value)
 
 
 def run(main: Callable[..., None], *, together: bool = True, takes_rest: bool = False) -> None:
     """Parses the flags and runs `main`.
 
     Args:
-      main: takes no arguments, or with `takes_rest` those that stand after `--`.
-      together: whether other processes may do the job with this one; they are joined first.
+      main: Takes no arguments, or with `takes_rest` those after `--`.
+      together: Whether several processes may run the job; they are connected first.
     """
-    logging.set_verbosity(logging.FATAL)  # Orbax logs what is raised as well
-    # Where one array of a checkpoint cannot be read, the reads of the others fail after Orbax has told of it.
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs what it raises
+    # Where one array of a checkpoint cannot be read, the pending reads of the others fail unobserved.
     sys.unraisablehook = lambda what: sys.__unraisablehook__(what) if "--debug" in sys.argv else None
-    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    _show_library_log()
     try:
         app.run(
             lambda argv: _guard(functools.partial(main, argv[1:]) if takes_rest else main, together),
@@ -85,92 +144,64 @@ def run(main: Callable[..., None], *, together: bool = True, takes_rest: bool = 
         os._exit(code)
 
 
-def define_config(values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> flags.FlagHolder:
-    """The flag `--config`, and with it `--config.a.b` for every such field in `argv`, by default the command line."""
-    return config_flags.DEFINE_config_file(
-        "config", None, "The experiment: a file with get_config().", lock_config=True, flag_values=values, sys_argv=argv
-    )
+def exit_on_signals() -> None:
+    """Lets SIGTERM and SIGINT end the process with exit code 75, while there is nothing to save."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        os.write(sys.stderr.fileno(), f"{name}: stopped outside of training; run it again to resume\n".encode())
+        os._exit(PREEMPTED)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
 
 
-def config_of(given: Iterable[str]) -> dict[str, Any]:
-    """The config that flags `--config=...` and `--config.a.b=...` stand for, by the parser that jobs have.
+def use_compilation_cache(folder: str) -> None:
+    """Keeps every compiled program in a folder, however fast it was compiled, and looks there first."""
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder) if "://" not in folder else folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-    Raises:
-      InputError: where a job would refuse it.
-    """
-    values, argv = flags.FlagValues(), ["", *given]
-    config = define_config(values, argv)
-    try:
-        _read(values, argv)
-        return config.value.to_dict()
-    except Exception as error:
-        refusal = _refusal(argv, error)
-        raise refusal if isinstance(refusal, InputError) else InputError("--config", str(refusal)) from error
+
+class _LibraryLog(logging.Handler):
+    """Prints the library's log: information to stdout, warnings to stderr with `warning: ` in front."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            print(f"warning: {record.getMessage()}", file=sys.stderr, flush=True)
+        else:
+            print(record.getMessage(), flush=True)
+
+
+def _show_library_log() -> None:
+    logger = logging.getLogger("diffusion")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [_LibraryLog()]
 
 
 def _parse(argv: list[str], takes_rest: bool) -> list[str]:
     try:
-        rest = _read(flags.FLAGS, argv)
+        rest = flags.FLAGS(_config.take(argv) if _config else argv)
         if len(rest) > 1 and not (takes_rest and "--" in argv):
-            raise InputError(rest[1] or "''", "is no flag; flags are given as --name=value")
+            raise InputError(rest[1] or "''", "is not a flag; flags are given as --name=value")
+        if _config and _config.path.value is not None:
+            _as_flags(lambda: _config.value)
         return rest
-    except Exception as error:  # a config file runs while it is parsed, and may raise anything
+    except (InputError, flags.Error) as error:
         if "--debug" in argv:
             raise
-        _fail(_refusal(argv, error), BAD_INPUT)
+        _fail(error, BAD_INPUT)
 
 
-def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:
-    """What is no flag of the command line."""
-    _check_config_file(argv[: argv.index("--")] if "--" in argv else argv)
-    with contextlib.redirect_stderr(io.StringIO()):  # config_flags prints a traceback of its own
-        return values(argv)
-
-
-def _refusal(argv: list[str], error: Exception) -> Exception:
-    return _unknown_key(argv, error) or _in_config(argv, error)
-
-
-def _check_config_file(argv: list[str]) -> None:
-    for given in argv[1:]:
-        name, equals, value = given.partition("=")
-        path = value.partition(":")[0]  # what follows the colon is the config's own argument
-        if name in ("--config", "-config") and equals:
-            if not os.path.isfile(path):
-                raise InputError("--config", f"no file {path!r}; there are: {', '.join(sorted(glob('configs/*.py')))}")
-            with open(path, encoding="utf-8") as source:
-                if "def get_config(" not in source.read():
-                    raise InputError("--config", f"{path} has no get_config()")
-
-
-def _unknown_key(argv: list[str], error: Exception) -> InputError | None:
-    """ConfigDict says which key it lacks, as in `'stepz'\\nDid you mean "steps"`, but not where it was asked for."""
-    if not isinstance(error, (AttributeError, KeyError)):
-        return None
-    text = str(error.args[0]) if error.args else ""
-    key = (re.findall(r"\w+", text) or [""])[0]
-    guess = re.findall(r'Did you mean "(\w+)"', text)
-    for given in argv[1:]:
-        field = given.partition("=")[0].lstrip("-")
-        if key in field.split("."):
-            nearest = f"; did you mean {guess[0]!r}?" if guess else ""
-            return InputError(f"--{field}", f"the config has no {key!r}{nearest}")
-    return None
-
-
-def _in_config(argv: list[str], error: Exception) -> Exception:
-    """What is neither ours nor the flags' own was raised by the config file."""
-    if isinstance(error, (InputError, flags.Error)):
-        return error
-    given = next((value for value in argv if value.lstrip("-").startswith("config=")), "--config")
-    return InputError(given, f"raised {type(error).__name__}: {error}")
-
-
-def use_compilation_cache(folder: str) -> None:
-    """Keeps every compiled program there, however fast it was compiled, and looks there first."""
-    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder) if "://" not in folder else folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def _as_flags(read: Callable[[], Any]) -> Any:
+    """Reads a config; an error that names `config.a.b` names the flag `--config.a.b` instead."""
+    try:
+        return read()
+    except InputError as error:
+        if error.field.startswith("config."):
+            raise InputError(f"--{error.field}", error.problem) from error
+        raise
 
 
 def _guard(main: Callable[[], None], together: bool) -> None:
@@ -182,30 +213,28 @@ def _guard(main: Callable[[], None], together: bool) -> None:
         if together:
             _join()
         main()
-    except InputError as error:
-        if flags.FLAGS.debug:
-            raise
-        _fail(error, BAD_INPUT)
-    except Diverged as error:
-        if flags.FLAGS.debug:
-            raise
-        _fail(error, DIVERGED)
     except Preempted as error:
         print(error, file=sys.stderr)
-        sys.exit(STOPPED)
-    except multihost.Missing as error:
-        _fail(f"{error}; start all of them again", STUCK)
+        sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if not multihost.is_loss(error) or flags.FLAGS.debug:
+        if flags.FLAGS.debug and not isinstance(error, multihost.Missing):
             raise
-        _fail(f"lost another process ({error}); start all of them again", STUCK)
+        if isinstance(error, InputError):
+            _fail(error, BAD_INPUT)
+        if isinstance(error, Diverged):
+            _fail(error, DIVERGED)
+        if isinstance(error, multihost.Missing):
+            _fail(f"{error}; start all processes again", HUNG)
+        if multihost.is_loss(error):
+            _fail(f"lost another process ({error}); start all processes again", HUNG)
+        raise
 
 
 def _join() -> None:
-    """Joins the other processes, if there are any; those that do not write files do not tell of them either."""
+    """Connects to the other processes, if there are any; only the process that writes files prints."""
     given = {"--coordinator": COORDINATOR, "--num_processes": NUM_PROCESSES, "--process_id": PROCESS_ID}
     missing = [name for name, flag in given.items() if flag.value is None]
     if not missing:

@@ -1,4 +1,4 @@
-"""Tells where the time of a run went, over all its starts.
+"""Reports where the time of a run went, over all its starts.
 
 python -m experiments.goodput_report --workdir=runs/digits
 """
@@ -17,14 +17,14 @@ def main() -> None:
     total = found["total"]
     rows = {**found["seconds"], "total": total, "lost": found["lost"]}
     for kind, seconds in rows.items():
-        note = "  of step: work done again after a restart" if kind == "lost" else ""
+        note = "  of step: repeated after a restart" if kind == "lost" else ""
         print(f"{kind:<10} {seconds:>14,.1f} s {100 * seconds / (total or 1):>6.1f} %{note}")
     starts = found["starts"]
     print(
-        f"{starts} start{'s' if starts > 1 else ''} to step {found['step']:,}, "
-        f"{found['down']:,.1f} s between them by the wall clock"
+        f"{starts} start{'s' if starts > 1 else ''}, last step {found['step']:,}, "
+        f"{found['down']:,.1f} s of wall time between the starts"
     )
-    print(f"goodput {found['goodput']:.4f}: steps that were not lost, of the total")
+    print(f"goodput {found['goodput']:.4f}: the share of the total spent on steps that were not lost")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Measures the order of accuracy of every solver of the ODE, on a mixture whose denoiser is a closed form, in float64.
+"""Measures the order of accuracy of every ODE solver, on a mixture whose denoiser is a closed form, in float64.
 
 python -m experiments.orders
 
-The error at the end of N steps against SciPy's adaptive method of eighth order, and its slope in log N: on a smooth
-grid (even in log-SNR) and on a rough one (steps in log-SNR alternating 1 : 3), which shows a method that takes uneven
-steps for even ones.
+The error after N steps is measured against SciPy's adaptive method of eighth order; its slope in log N is the order.
+The grids are a smooth one (uniform in log-SNR) and a rough one (steps in log-SNR alternate 1 : 3), which exposes a
+solver that treats uneven steps as even.
 """
 
 import functools
@@ -22,9 +22,9 @@ from diffusion.sampling.loop import sample
 from experiments import cli
 
 MIXTURE = Mixture([[1.0, 0.5], [-1.0, 0.2], [0.2, -1.0]], [0.5, 0.4, 0.6], [0.5, 0.3, 0.2])
-# log(alpha / sigma) where the steps begin and end: both finite, so that no step is of lower order by necessity.
+# log(alpha / sigma) at the first and the last time. Both are finite, as a step to infinity reduces the order.
 ENDS = -7.0, 2.0
-# Solver, the order that theory gives it, and the finest number of steps that float64 resolves.
+# Each solver with its theoretical order.
 SOLVERS = (
     ({"name": "euler"}, 1),
     ({"name": "ddim"}, 1),
@@ -53,7 +53,7 @@ STEPS = 96, 192, 384, 768
 
 
 def times_of(schedule: Schedule, steps: int, rough: bool) -> Array:
-    """The grid `[steps + 1]`."""
+    """Returns the smooth or the rough time grid, `[steps + 1]`."""
     weights = np.resize([1.0, 3.0], steps) if rough else np.ones(steps)
     share = np.concatenate([[0], np.cumsum(weights)]) / weights.sum()
     return schedule.time(2 * jnp.asarray(ENDS[0] + (ENDS[1] - ENDS[0]) * share))
@@ -61,7 +61,7 @@ def times_of(schedule: Schedule, steps: int, rough: bool) -> Array:
 
 @functools.cache
 def problem() -> tuple[Schedule, np.ndarray, np.ndarray]:
-    """The schedule, four points to start from, and where the ODE takes them."""
+    """Returns the schedule, four start points `[4, 2]`, and the exact end points of their ODE trajectories `[4, 2]`."""
     schedule = build("schedules", {"name": "vp", "beta_end": 0.05})
     first, last = (float(schedule.time(jnp.float64(2 * end))) for end in ENDS)
     start = np.random.default_rng(0).normal(size=(4, 2))
@@ -81,7 +81,10 @@ def problem() -> tuple[Schedule, np.ndarray, np.ndarray]:
 
 
 def errors(solver: dict, steps: tuple[int, ...]) -> dict[bool, np.ndarray]:
-    """The error after each number of steps, on the smooth grid (False) and the rough (True). Needs float64."""
+    """Returns the RMS error for each number of steps, on the smooth grid (key False) and the rough one (key True).
+
+    Requires float64.
+    """
     schedule, start, end = problem()
     sampler = build("samplers", solver)
 
@@ -96,11 +99,12 @@ def errors(solver: dict, steps: tuple[int, ...]) -> dict[bool, np.ndarray]:
 
 
 def slopes(error: np.ndarray, steps: tuple[int, ...]) -> np.ndarray:
-    """The order between each two numbers of steps."""
+    """Returns the empirical order between consecutive numbers of steps."""
     return -np.diff(np.log(error)) / np.diff(np.log(steps))
 
 
 def spell(solver: dict) -> str:
+    """Returns a solver as text: `lms order=2`."""
     return " ".join([solver["name"], *(f"{key}={value}" for key, value in solver.items() if key != "name")])
 
 

@@ -1,19 +1,19 @@
-"""Makes the data sets that a config reads.
+"""Prepares the data sets that a config reads.
 
 python -m experiments.prepare_data --config=configs/mnist.py [--data_dir=data]
 python -m experiments.prepare_data --config=configs/shapes.py --out=data/shapes [--num=10000]
 
-Sets of TensorFlow Datasets, those of `data` and `eval.data`, are downloaded and written as ArrayRecord files; one that
-is there as TFRecord is converted. This takes TensorFlow (requirements-tf.txt), and reading them does not. A builder of
-your own is found if the config imports its module. Jobs read another --data_dir with --config.data.data_dir.
+Without --out, the TensorFlow Datasets of the sections `data` and `eval.data` are downloaded and written as ArrayRecord
+files; a data set that is prepared as TFRecord is converted. This requires TensorFlow (requirements-tf.txt), but reading
+the files does not. A custom builder is found if the config imports its module. Pass --config.data.data_dir to jobs that
+read the data from another --data_dir.
 
-With --out, the examples of `data`, whatever its source, are written as a set of our own (`array_record`), in the shape
-that training gets them in and without what is random in them.
+With --out, the examples of `data`, from any source, are written as an `array_record` data set, in the shape that
+training receives and without random augmentation.
 """
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,48 +25,50 @@ from diffusion.core.types import InputError
 from diffusion.data.pipeline import in_order
 from diffusion.data.sources import array_record
 from diffusion.data.sources.tfds import builder_of
+from diffusion.pipelines import tfds_preparation
 from diffusion.pipelines.build_training import training
-from diffusion.pipelines.config import check_sections
+from diffusion.pipelines.config import check_config
 from experiments import cli
 
 CONFIG = cli.define_config()
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of all TFDS sets. Default: the config's, or tfds' own.")
-OUT = flags.DEFINE_string("out", None, "New folder to write the examples of `data` to, as a set of our own.")
-NUM = flags.DEFINE_integer("num", None, "With --out, how many examples. Default: all.")
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Folder of all TensorFlow Datasets. Default: the config's, or the default of tfds."
+)
+OUT = flags.DEFINE_string("out", None, "New folder to write the examples of `data` to, as an array_record data set.")
+NUM = flags.DEFINE_integer("num", None, "With --out, the number of examples. Default: all.")
 flags.mark_flags_as_required(["config"])
 
-ARRAY_RECORD = "array_record"
-ENDLESS = 2**31 - 1  # examples of a set that is drawn as it is needed
+ENDLESS = 2**31 - 1  # length of a source that generates its examples
 
 
 def main() -> None:
-    config = CONFIG.value.to_dict()
-    check_sections(config)
+    config = CONFIG.value
+    check_config(config)
     if OUT.value is not None:
         return write_records(config, OUT.value)
-    sections = {"data": config["data"], "eval.data": config["eval"].get("data", {})}
-    wanted = {field: section for field, section in sections.items() if section.get("name") == "tfds"}
-    if not wanted:
-        raise InputError("data.name", f"is {config['data'].get('name')!r}, and it is sets of tfds that are downloaded; "
-                         "--out=FOLDER writes any as a set of our own")  # fmt: skip
+    sections = {"data": config["data"], "eval.data": config["eval"]["data"]}
+    requested = {field: section for field, section in sections.items() if section.get("name") == "tfds"}
+    if not requested:
+        raise InputError("data.name", f"must be 'tfds' to be downloaded, got {config['data'].get('name')!r}; "
+                         "--out=FOLDER writes the examples of any source as a new data set")  # fmt: skip
     done = set()
-    for field, section in wanted.items():
+    for field, section in requested.items():
         check(find("data", "tfds", field=field), {key: section[key] for key in section if key != "name"}, field=field)
         data_dir = DATA_DIR.value or section.get("data_dir")
         if (section["dataset"], data_dir) not in done:
             try:
-                prepare_tfds(section, data_dir)
+                prepare_tfds(section["dataset"], data_dir)
             except InputError as error:
                 raise error.within(field) from None
             done.add((section["dataset"], data_dir))
 
 
 def write_records(config: Mapping[str, Any], out: str) -> None:
-    """Writes the examples of a config's `data` as a set of our own, and says what there is."""
+    """Writes the examples of a config's `data` as a new data set, and prints how many."""
     source, workers = build("data", config["data"], field="data"), training(config)["options"].workers
     num = len(source) if NUM.value is None else NUM.value
     if not 1 <= num <= len(source) or (num == ENDLESS and NUM.value is None):
-        raise InputError("--num", f"must be from 1 to {len(source):,}, the examples that there are; got {NUM.value}")
+        raise InputError("--num", f"must be from 1 to {len(source):,}, the number of examples; got {NUM.value}")
     progress = Progress("write", num)
 
     def examples() -> Iterator[Mapping[str, Any]]:
@@ -82,78 +84,24 @@ def write_records(config: Mapping[str, Any], out: str) -> None:
     print(f"{out}: {count:,} examples{skipped}; train on data = {{'name': 'array_record', 'path': {out!r}}}")
 
 
-def prepare_tfds(section: Mapping[str, Any], data_dir: str | None) -> None:
-    """Sees to it that a folder has the set of a `data` section as ArrayRecord, and says what there is."""
-    dataset, data_dir = section["dataset"], os.path.expanduser(data_dir) if data_dir else None
+def prepare_tfds(dataset: str, data_dir: str | None) -> None:
+    """Prepares a data set unless it is prepared already, and prints its splits."""
+    data_dir = os.path.expanduser(data_dir) if data_dir else None
     builder = builder_of(dataset, data_dir)
-    prepared = builder.is_prepared()
-    if prepared and ARRAY_RECORD in _formats(builder):
-        print(f"{builder.data_dir} is prepared already: {_splits(builder)}")
+    if tfds_preparation.is_prepared(builder):
+        print(f"{builder.data_dir} is prepared already: {tfds_preparation.splits(builder)}")
         return
     if importlib.util.find_spec("tensorflow") is None:
-        raise InputError("dataset", "preparing it takes TensorFlow; pip install -r requirements-tf.txt")
+        raise InputError("dataset", "preparing it requires TensorFlow: pip install -r requirements-tf.txt")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        if prepared:
-            _convert(builder)
-        else:
-            _download(builder)
-    except Exception as error:
+        tfds_preparation.prepare(builder)
+    except Exception as error:  # tfds raises the errors of downloads, files and the builder's own code
         if flags.FLAGS.debug:
             raise
         raise InputError("dataset", f"{dataset} cannot be prepared: {type(error).__name__}: {error}") from error
-    made = builder_of(dataset, data_dir)
-    print(f"{made.data_dir}: {_splits(made)}")
-
-
-def _download(builder: Any) -> None:
-    """tfds writes beside the set's folder and renames it at the end."""
-    import tensorflow_datasets as tfds
-
-    config = tfds.download.DownloadConfig(try_download_gcs=False)  # there it has TFRecord alone
-    builder.download_and_prepare(download_config=config, file_format=ARRAY_RECORD)
-
-
-def _convert(builder: Any) -> None:
-    """Adds ArrayRecord files to a prepared set. It is `dataset_info.json`, replaced at the end, that tells of them."""
-    from tensorflow_datasets.core import dataset_info, file_adapters
-
-    folder, info = builder.data_dir, builder.info
-    reader = file_adapters.ADAPTER_FOR_FORMAT[info.file_format]
-    writer = file_adapters.ADAPTER_FOR_FORMAT[file_adapters.FileFormat.ARRAY_RECORD]
-    progress = Progress(f"converting {info.full_name}", sum(split.num_examples for split in info.splits.values()))
-    partial, done = os.path.join(folder, "incomplete.array_record"), 0
-    shutil.rmtree(partial, ignore_errors=True)  # of a job that was killed
-    os.mkdir(partial)
-    try:
-        for split in info.splits.values():
-            theirs = split.filename_template
-            ours = theirs.replace(data_dir=partial, filetype_suffix=ARRAY_RECORD)
-            for shard, length in enumerate(split.shard_lengths):
-                place = {"shard_index": shard, "num_shards": split.num_shards}
-                source, target = theirs.sharded_filepath(**place), ours.sharded_filepath(**place)
-                writer.write_examples(target, enumerate(reader.make_tf_data(source).as_numpy_iterator()))
-                count = writer.num_examples(target)
-                if count != length:
-                    raise ValueError(f"{source} has {count:,} examples of {length:,}")
-                done += length
-                progress.update(done)
-        proto = dataset_info.read_proto_from_builder_dir(folder)
-        proto.alternative_file_formats.append(ARRAY_RECORD)
-        dataset_info.write_dataset_info_proto(proto, partial)
-        for name in sorted(os.listdir(partial), key=lambda name: name == "dataset_info.json"):
-            os.replace(os.path.join(partial, name), os.path.join(folder, name))
-    finally:
-        progress.close()
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _formats(builder: Any) -> set[str]:
-    return {one.value for one in builder.info.available_file_formats()}
-
-
-def _splits(builder: Any) -> str:
-    return ", ".join(f"{name} {split.num_examples:,}" for name, split in builder.info.splits.items())
+    prepared = builder_of(dataset, data_dir)
+    print(f"{prepared.data_dir}: {tfds_preparation.splits(prepared)}")
 
 
 if __name__ == "__main__":

@@ -1,50 +1,52 @@
-"""Measures samplers against each other on trained runs, at the same numbers of evaluations, and writes the table into a
-Markdown file, between its lines `<!-- table -->` and `<!-- end of table -->`.
+"""Measures samplers on trained runs at the same numbers of evaluations, and inserts the table into a Markdown file,
+between its lines `<!-- table -->` and `<!-- end of table -->`.
 
 python -m experiments.sampler_table --workdirs=runs/digits,runs/digits_flow --out=docs/samplers.md
 """
 
 import os
 
-import numpy as np
 from absl import flags
 
 from diffusion.core.types import SampleMetric
 from diffusion.pipelines import overrides, tables
-from diffusion.pipelines.run import Run, open_run
+from diffusion.pipelines.run import Run, labels_for, open_run
 from experiments import cli
 
 WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of the runs.")
-OUT = flags.DEFINE_string("out", "docs/samplers.md", "The file that the table is written into.")
-NUM = flags.DEFINE_integer("num", 1000, "Samples for each figure.")
-EVALUATIONS = flags.DEFINE_list("evaluations", ["5", "10", "20", "50"], "Evaluations of the model for each sample.")
+OUT = flags.DEFINE_string("out", "docs/samplers.md", "The file that the table is inserted into.")
+NUM = flags.DEFINE_integer("num", 1000, "Samples per measurement.")
+EVALUATIONS = flags.DEFINE_list("evaluations", ["5", "10", "20", "50"], "Evaluations of the model per sample.")
 SAMPLERS = flags.DEFINE_list("samplers", [
     "ddim", "ancestral", "ancestral:variance=analytic", "heun", "heun:churn=5", "dpm2", "dpm2_ancestral", "lms",
     "dpm_solver:order=2", "dpm_solver", "dpm_solver_pp:singlestep=true", "dpm_solver_pp", "dpm_solver_pp:order=3",
     "dpm_solver_pp:sde=true", "unipc", "unipc:order=3", "deis", "pndm", "rk4", "euler_maruyama", "predictor_corrector",
-], "The samplers, each as for experiments.sample.")  # fmt: skip
+], "The samplers, written as for experiments.sample.")  # fmt: skip
 flags.mark_flags_as_required(["workdirs"])
 
 
 def main() -> None:
-    tables.around(OUT.value, "--out")
+    tables.surroundings(OUT.value, "--out")
     made = [table(open_run(workdir), os.path.basename(os.path.normpath(workdir))) for workdir in WORKDIRS.value]
     tables.insert(OUT.value, made, "--out")
-    print(f"written: {OUT.value}")
+    print(f"updated {OUT.value}")
 
 
 def table(run: Run, title: str) -> str:
-    """A row a sampler; a column a number of evaluations, with the first figure of each metric in a cell."""
+    """Returns a table with a row per sampler and a column per number of evaluations.
+
+    A cell has the first value of each metric.
+    """
     metrics = [metric for metric in run.metrics() if isinstance(metric, SampleMetric)]
-    labels = np.arange(NUM.value) % run.spec.num_classes if run.spec.num_classes else None
-    grid = run.config["sampler"].get("grid", {"name": "trailing"})["name"]
+    labels = labels_for(run.spec.num_classes, NUM.value, None)
+    grid = run.config["sampler"]["grid"]["name"]
     rows, names = [], []
     for sampler in SAMPLERS.value:
         cells = []
         for count in EVALUATIONS.value:
             section, guidance = overrides.sections(run.config, {"sampler": sampler, "evaluations": count})
-            drawer = run.drawer(sampler=section, guidance={"name": guidance["name"], "scale": 1.0})
-            x = drawer(run.params, labels, NUM.value, seed=1, title=f"{title} {sampler} {count}")
+            generator = run.generator(sampler=section, guidance={"name": guidance["name"], "scale": 1.0})
+            x = generator(run.params, labels, NUM.value, seed=1, title=f"{title} {sampler} {count}")
             values = [next(iter(run.measured(metric, x, labels).items())) for metric in metrics]
             names = [name for name, _ in values]
             cells.append(" / ".join(f"{value:.3f}" for _, value in values))

@@ -1,31 +1,49 @@
-"""Trains the model of a config, or goes on with the workdir's.
+"""Trains the model of a config, or resumes the training of a workdir.
 
 python -m experiments.train --config=configs/digits.py --workdir=runs/digits [--config.train.steps=200] [--check]
 """
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 from absl import flags
 
-from diffusion.pipelines.build_training import prepared, traced
-from diffusion.training.resilience import preemption
-from diffusion.training.trainer import train
+from diffusion.pipelines.build_training import build_training, check_training
+from diffusion.training.resilience.preemption import Preemption
+from diffusion.training.resilience.watchdog import Watchdog
+from diffusion.training.trainer import Trainer
 from experiments import cli
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, previews.")
-CHECK = flags.DEFINE_bool(
-    "check", False, "Build and trace all that the run needs, say what it would train, and write nothing."
-)
+CHECK = flags.DEFINE_bool("check", False, "Build and trace everything, print what would be trained, and write nothing.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-    run = prepared(CONFIG.value.to_dict(), WORKDIR.value)
+    training = build_training(CONFIG.value, WORKDIR.value)
     if CHECK.value:
-        print(f"{WORKDIR.value}: {traced(run)}; nothing written")
-    else:
-        train(WORKDIR.value, **run)
+        print(f"{WORKDIR.value}: {check_training(training)}; nothing written")
+        return
+    limit = 60 * training["options"].hang_timeout
+    watchdog = Watchdog(limit, os.path.join(WORKDIR.value, "hang_stacks.txt"), end_process=os._exit)
+    preemption = Preemption(end_process=os._exit)
+    Trainer(
+        **training,
+        workdir=WORKDIR.value,
+        should_stop=lambda: preemption.requested,
+        heartbeat=lambda activity, limit_factor: watchdog.beat(activity, limit_factor * limit),
+        during_steps=_both(watchdog, preemption),
+    ).fit()
+
+
+@contextlib.contextmanager
+def _both(watchdog: Watchdog, preemption: Preemption) -> Iterator[None]:
+    with watchdog, preemption:
+        yield
 
 
 if __name__ == "__main__":
-    preemption.stop_at_once()
+    cli.exit_on_signals()
     cli.run(main)

@@ -1,9 +1,9 @@
-"""From a config to all that its training needs, before anything of it is computed or written."""
+"""Builds everything that a training needs from a config, before anything is computed or written."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,83 +12,95 @@ from PIL import Image
 from diffusion.core import images
 from diffusion.core.build import build, call
 from diffusion.core.types import InputError, Network, Objective, Params, Spec
-from diffusion.distributed import mesh as meshes
-from diffusion.distributed import sharding
-from diffusion.pipelines.config import check_sections
+from diffusion.distributed.mesh import make_mesh
+from diffusion.pipelines.config import check_config, external_names, sharding_options
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import model_of
 from diffusion.pipelines.run import open_run
-from diffusion.training import ema, optimizer
-from diffusion.training import program as programs
+from diffusion.training import hooks
 from diffusion.training.checkpoint import Checkpoints
-from diffusion.training.program import Program
+from diffusion.training.ema import make_ema
+from diffusion.training.optimizer import make_optimizer
+from diffusion.training.program import Program, make_program
 from diffusion.training.resilience.guards import Guard
 from diffusion.training.trainer import CheckpointOptions, Options
 
 PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
 
 
-def prepared(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
-    """The keyword arguments of `training.loop.train`. Raises InputError for what does not fit together in a config."""
-    check_sections(config)
+def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
+    """Returns the keyword arguments of `training.trainer.Trainer` for a resolved config.
+
+    Raises:
+      InputError: Parts of the config are invalid or do not fit together.
+    """
+    check_config(config)
     source = build("data", config["data"], field="data")
     meta, teacher = meta_of(config, source.spec, workdir)
     network, objective = model_of(meta)
     keywords = training(config)
-    drawer = Generator(
+    options = keywords["options"]
+    generator = Generator(
         network, objective, source.spec, keywords["mesh"],
-        sampler=config["sampler"], guidance=config["guidance"], cond_drop_rate=keywords["options"].cond_drop_rate,
+        sampler=config["sampler"], guidance=config["guidance"], cond_drop_rate=options.cond_drop_rate,
     )  # fmt: skip
+    draw = lambda params: preview(generator, params, source.spec)  # noqa: E731
     return {
         **keywords, "source": source, "network": network, "objective": objective, "meta": meta, "teacher": teacher,
-        "preview": lambda params: preview(drawer, params, source.spec),
+        "hooks": [hooks.preview(options.preview_every, draw)] if options.preview_every else [],
     }  # fmt: skip
 
 
-def traced(run: Mapping[str, Any]) -> str:
-    """What a run would train, in a line, once its state and a whole step are traced: nothing is computed or compiled,
-    and no array of the model exists. What is in the workdir already is not looked at.
+def check_training(keywords: Mapping[str, Any]) -> str:
+    """Traces a whole train step and returns a line that says what would be trained.
+
+    Nothing is compiled or computed, no array of the model is allocated, and the workdir is not read.
 
     Args:
-      run: as `prepared` gives it.
+      keywords: As `build_training` returns them.
 
     Raises:
-      InputError: what the step, or the mesh, cannot do.
+      InputError: The step cannot be traced, the mesh does not fit, or `checkpoint.keep_best` names no metric.
     """
-    source, options, mesh = run["source"], run["options"], run["mesh"]
-    program = program_of(**{name: run[name] for name in run.keys() - {"source", "meta", "preview"}})
+    source, options, mesh = keywords["source"], keywords["options"], keywords["mesh"]
+    program = program_of(**{name: keywords[name] for name in keywords.keys() - {"source", "meta", "hooks"}})
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((options.batch_size, *np.shape(leaf)), np.asarray(leaf).dtype), source[0]
     )
-    jax.eval_shape(program.step, program.state, batch)
+    _, metrics = jax.eval_shape(program.step, program.state, batch)
+    best, names = keywords["checkpoint"].keep_best, sorted(metrics.keys() - {"norms", "in_row"})
+    if best is not None and best not in names:
+        raise InputError("checkpoint.keep_best", f"the run has no metric {best!r}; one of: {', '.join(names)}")
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
     devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
     return (f"{count:,} parameters on {devices}, {options.steps:,} steps of {options.batch_size:,} of the "
             f"{len(source):,} examples")  # fmt: skip
 
 
-def preview(drawer: Generator, params: Params, spec: Spec) -> Image.Image:
-    """A grid of fixed seed, the classes in columns: what differs between two of them is the training."""
+def preview(generator: Generator, params: Params, spec: Spec) -> Image.Image:
+    """Draws a grid of samples with a fixed seed and the classes in columns, so that grids differ by training alone."""
     num = PREVIEW_ROWS * PREVIEW_COLUMNS if len(spec.shape) == 3 else PREVIEW_POINTS
     labels = np.arange(num) % PREVIEW_COLUMNS % spec.num_classes if spec.num_classes else None
-    return images.picture(drawer(params, labels, num, seed=PREVIEW_SEED, batch_size=num), PREVIEW_COLUMNS)
+    return images.picture(generator(params, labels, num, seed=PREVIEW_SEED, batch_size=num), PREVIEW_COLUMNS)
 
 
 def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[str, Any], Mapping[str, Params] | None]:
-    """What a run of a config keeps with its checkpoints, and the parameters of the teacher that the objective names by
-    its workdir; None if it has none, or if the run has begun: then it has its own copy."""
+    """Returns what a run saves with its checkpoints, and the parameters of the teacher that its objective names.
+
+    The parameters are None if there is no teacher, or if the run has started: then its checkpoint contains them.
+    """
     meta = {"config": config, "spec": dataclasses.asdict(spec)}
     where = config["objective"].get("teacher")
     if where is None:
         return meta, None
     if not isinstance(where, str):
         raise InputError("objective.teacher", f"must be the workdir of a trained model, got {where!r}")
-    begun = Checkpoints(workdir, read_only=True)
-    latest, stored, _ = begun.newest_valid(begun.meta)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    latest, stored, _ = checkpoints.newest_valid(checkpoints.meta)
     if latest and "teacher" in stored:
         return {**meta, "teacher": stored["teacher"]}, None
     try:
-        run = open_run(where)
+        run = open_run(where, allow_imports=external_names(config))  # which the student's config imports as well
     except InputError as error:
         raise error.within("objective.teacher") from None
     if run.spec != spec:
@@ -97,19 +109,19 @@ def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[s
 
 
 def training(config: Mapping[str, Any], devices: Sequence[Any] | None = None) -> dict[str, Any]:
-    """The keyword arguments of `training.loop.train` that do not depend on the data or the model.
+    """Returns those keyword arguments of `Trainer` that depend on neither the data nor the model.
 
     Args:
-      devices: of the mesh; all by default.
+      devices: The devices of the mesh; all by default.
     """
     options = call(Options, config["train"], field="train")
     return {
         "options": options,
-        "optimizer": call(optimizer.make_optimizer, {**config["optimizer"], "steps": options.steps}, field="optimizer"),
-        "ema": call(ema.make_ema, config["ema"], field="ema"),
+        "optimizer": call(make_optimizer, {**config["optimizer"], "steps": options.steps}, field="optimizer"),
+        "ema": call(make_ema, config["ema"], field="ema"),
         "checkpoint": call(CheckpointOptions, config["checkpoint"], field="checkpoint"),
-        "mesh": call(meshes.make_mesh, {"devices": devices, **config["mesh"]}, field="mesh"),
-        **call(_sharding, config["sharding"], field="sharding"),
+        "mesh": call(make_mesh, {"devices": devices, **config["mesh"]}, field="mesh"),
+        **call(sharding_options, config["sharding"], field="sharding"),
         "seed": config["seed"],
     }
 
@@ -118,17 +130,12 @@ def program_of(
     network: Network, objective: Objective, teacher: Mapping | None, *, options: Options, checkpoint: Any,
     **keywords: Any
 ) -> Program:  # fmt: skip
-    """The train step that `training.loop.train` would run, of which nothing is computed yet.
+    """Returns the program that `Trainer` would run, without computing anything.
 
     Args:
-      options, checkpoint, keywords: as `training` gives them.
+      options, checkpoint, keywords: As `training` returns them.
     """
-    return programs.make_program(
+    return make_program(
         network=network, objective=objective, teacher=teacher, batch_size=options.batch_size,
         cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate, guard=Guard(options.spike), **keywords,
     )  # fmt: skip
-
-
-def _sharding(rules: tuple[sharding.Rule, ...] = (), sequence: Literal["model"] | None = None) -> dict[str, Any]:
-    """The `sharding` section: see `training.program.make`."""
-    return {"rules": rules, "sequence": sequence}

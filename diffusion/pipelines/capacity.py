@@ -1,5 +1,8 @@
-"""What `experiments.plan` computes: a config's train step on devices that need not exist, its figures, and the cheapest
-change where it does not fit."""
+"""Estimates what the training of a config needs on given devices, which need not exist: memory, communication and time.
+
+The train step is compiled for the devices and the compiled program is read; nothing runs. If the training does not fit
+into the devices' memory, `suggest_change` searches for the cheapest change of the config after which it does.
+"""
 
 import contextlib
 import importlib.util
@@ -12,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from diffusion.core.build import build, check, find
+from diffusion.core.build import build, check, defaults, find
 from diffusion.core.checks import at_most
 from diffusion.core.types import InputError, Spec
 from diffusion.distributed import sharding
@@ -21,15 +24,22 @@ from diffusion.pipelines.model import network_and_objective, teacher_of
 from diffusion.profiling import cost_model
 from diffusion.profiling.chips import CHIPS, Chip
 from diffusion.profiling.macs import network_macs
-from diffusion.training import program as programs
+from diffusion.training.program import abstract_batch
 
 MOST_DEVICES = 4096
-NOWHERE = os.path.join(os.devnull, "workdir")  # of a run that has not begun
-COMPILER_ROOM = 0.98  # of a chip's memory, where the compiler does not say itself what it has
+NO_WORKDIR = os.path.join(os.devnull, "workdir")  # does not exist, so the run has not begun
+USABLE_MEMORY = 0.98  # share of a chip's memory that a program may use, where the compiler does not report a limit
 
 
-def tpu(topology: str) -> tuple[Sequence[Any], Chip]:
-    """The chips of a slice that need not exist."""
+def tpu_devices(topology: str) -> tuple[Sequence[Any], Chip]:
+    """Returns the devices of a TPU slice, which need not exist, and their chip.
+
+    Args:
+      topology: For example `v5e:16x16` or `v5p:8x8x8`.
+
+    Raises:
+      InputError: An unknown chip or topology, or libtpu is not installed; the field is `--topology`.
+    """
     kind = topology.partition(":")[0]
     known = [name for name, chip in CHIPS.items() if chip.kind.startswith("TPU")]
     if kind not in known:
@@ -38,20 +48,23 @@ def tpu(topology: str) -> tuple[Sequence[Any], Chip]:
         raise InputError("--topology", "the compiler for TPUs, libtpu, is missing: pip install -r "
                          "requirements-tpu.txt; or plan on virtual devices, with --mesh_devices=N")  # fmt: skip
     jax.config.update("jax_platforms", "cpu")
-    # There is no TPU to ask what it is, or to have for oneself.
+    # libtpu must neither query the metadata server for a TPU nor lock one for this process.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     from jax.experimental import topologies
 
     try:
-        with _silent():
+        with _without_stderr():
             return topologies.get_topology_desc(topology, "tpu").devices, CHIPS[kind]
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         problem = str(error).partition("\n")[0].removeprefix("INVALID_ARGUMENT: ")
         raise InputError("--topology", f"no {topology!r}: {problem}") from None
 
 
-def virtual(count: int, chip: str | None) -> tuple[Sequence[Any], Chip | None]:
-    """So many devices of this CPU."""
+def virtual_devices(count: int, chip: str | None) -> tuple[Sequence[Any], Chip | None]:
+    """Returns `count` virtual CPU devices, and the chip of that name if one is given.
+
+    Must be called before JAX initialises its CPU backend.
+    """
     if count < 1:
         raise InputError("--mesh_devices", f"must be at least 1, got {count}")
     at_most(MOST_DEVICES, count, "--mesh_devices")
@@ -60,14 +73,23 @@ def virtual(count: int, chip: str | None) -> tuple[Sequence[Any], Chip | None]:
     return jax.devices(), CHIPS[chip] if chip else None
 
 
-def spec_of(config: Mapping[str, Any], shape: str | None = None, classes: int | None = None) -> Spec:
-    """What the data are: as their source says, or where they are not here as the flags of these names do."""
+def data_spec(config: Mapping[str, Any], shape: str | None = None, classes: int | None = None) -> Spec:
+    """Returns the spec of a config's data, from the data source or from the flags `--shape` and `--classes`.
+
+    Args:
+      config: The resolved config.
+      shape: Shape of an example as text, for example `32,32,4`, for data that are not on this machine.
+      classes: Number of classes, used with `shape`; by default the option `num_classes` of the data, or 0.
+
+    Raises:
+      InputError: The data cannot be read, or the shape or number of classes is invalid.
+    """
     data = config["data"]
     if shape is None:
         try:
             return build("data", data, field="data").spec
         except InputError as error:
-            problem = f"{error.problem}; to plan without the data, say what they are: --shape=H,W,C [--classes=N]"
+            problem = f"{error.problem}; to plan without the data, describe them with --shape=H,W,C [--classes=N]"
             raise InputError(error.field, problem) from None
     make = find("data", data.get("name"), field="data.name")
     check(make, {key: data[key] for key in data if key != "name"}, field="data")
@@ -76,7 +98,7 @@ def spec_of(config: Mapping[str, Any], shape: str | None = None, classes: int | 
     except ValueError:
         sizes = (0,)
     if min(sizes) < 1:
-        raise InputError("--shape", f"must be sizes such as 32,32,4, got {shape!r}")
+        raise InputError("--shape", f"must be positive sizes, as in 32,32,4, got {shape!r}")
     at_most(10**8, math.prod(sizes), "--shape")
     count = data.get("num_classes", 0) if classes is None else classes
     if count < 0:
@@ -84,31 +106,47 @@ def spec_of(config: Mapping[str, Any], shape: str | None = None, classes: int | 
     return Spec(sizes, at_most(10**7, count, "--classes"))
 
 
-def program_for(config: Mapping[str, Any], spec: Spec, devices: Sequence[Any]) -> dict[str, Any]:
-    """The config's train step on a mesh of the devices, and what it is made of."""
-    meta, teacher = meta_of(config, spec, NOWHERE)
+def train_program(config: Mapping[str, Any], spec: Spec, devices: Sequence[Any]) -> dict[str, Any]:
+    """Returns the train step of a config on a mesh of the devices, and the parts that it is made of.
+
+    Returns:
+      A dict of the `program` (`training.program.Program`), an abstract `batch`, the `mesh`, the `network`, the
+      `objective` and the `options` of the section `train`.
+    """
+    meta, teacher = meta_of(config, spec, NO_WORKDIR)
     network, objective = network_and_objective(config, spec, teacher_of(meta))
     keywords = training(config, devices)
     mesh, options = keywords["mesh"], keywords["options"]
     program = program_of(network, objective, teacher, **keywords)
-    batch = programs.abstract_batch(spec, options.batch_size, program.batch)
+    batch = abstract_batch(spec, options.batch_size, program.batch)
     return dict(program=program, batch=batch, mesh=mesh, network=network, objective=objective, options=options)
 
 
-def planned(
+def estimate(
     config: Mapping[str, Any], spec: Spec, devices: Sequence[Any], chip: Chip | None, effort: float = 0.0
 ) -> tuple[dict[str, Any], cost_model.TooLarge | None]:
-    """All figures of a plan, and by how much it does not fit, if so: then what only the program tells is not there.
-    `effort` is the compiler's; see `cost_model.compiled`."""
-    made = program_for(config, spec, devices)
-    program, batch, mesh, options = (made[name] for name in ("program", "batch", "mesh", "options"))
-    forward = 2 * network_macs(made["network"], spec.shape, spec.num_classes)
-    dtype = config["network"].get("dtype", "float32")
+    """Compiles the train step of a config for the devices and returns its figures.
+
+    Args:
+      config: The resolved config.
+      spec: The spec of the data.
+      devices: From `tpu_devices` or `virtual_devices`.
+      chip: The chip whose memory and speed the program is compared with; None for no prediction.
+      effort: The compiler's optimisation effort; see `cost_model.compiled`.
+
+    Returns:
+      The figures, and by how much the program exceeds the memory, or None if it fits. If the compiler rejects the
+      program as too large, the figures that are read from the compiled program are missing.
+    """
+    parts = train_program(config, spec, devices)
+    program, batch, mesh, options = (parts[name] for name in ("program", "batch", "mesh", "options"))
+    forward = 2 * network_macs(parts["network"], spec.shape, spec.num_classes)
+    dtype = network_option(config, "dtype") or "float32"
     modules = cost_model.parameters(program.state.params)
     found = {
         "devices": {"kind": devices[0].device_kind, "count": mesh.size, "mesh": dict(mesh.shape)},
         "batch_size": options.batch_size,
-        "parameters": {"count": sum(one["count"] for one in modules), "modules": modules},
+        "parameters": {"count": sum(module["count"] for module in modules), "modules": modules},
         "flops": {
             "forward_of_an_image": forward,
             "training": 3 * forward * options.batch_size,
@@ -119,7 +157,7 @@ def planned(
     }
     began = time.monotonic()
     try:
-        with _silent():
+        with _without_stderr():
             step = cost_model.compiled(program, batch, effort)
     except cost_model.TooLarge as error:
         found["bytes_per_device"] |= {"total": error.used, "limit": error.limit}
@@ -127,120 +165,151 @@ def planned(
     found["compile_seconds"] = time.monotonic() - began
     memory = found["bytes_per_device"] | cost_model.step_memory(step, batch)
     cost = step.cost_analysis()
-    # XLA counts the body of a loop once, so these are for comparing programs and not for what a step takes.
+    # XLA counts the body of a loop once, so these figures compare programs and do not give the cost of a step.
     found["xla"] = {"flops": cost.get("flops"), "bytes_accessed": cost.get("bytes accessed")}
     found["collectives"] = cost_model.traffic(step, mesh)
     found["collectives"]["ideal"] = cost_model.ideal_traffic(
-        program, made["objective"], mesh, dtype, options.accumulate
+        program, parts["objective"], mesh, dtype, options.accumulate
     )
-    short = None
+    excess = None
     if chip:
         memory["limit"] = chip.memory
         flops = found["flops"]["as_traced"] or found["flops"]["training"]
         sent = found["collectives"]["total"]
         found["prediction"] = cost_model.prediction(chip, mesh.size, options.batch_size, flops, memory, sent)
-        if memory["total"] > COMPILER_ROOM * chip.memory:
-            short = cost_model.TooLarge(memory["total"], COMPILER_ROOM * chip.memory)
+        if memory["total"] > USABLE_MEMORY * chip.memory:
+            excess = cost_model.TooLarge(memory["total"], USABLE_MEMORY * chip.memory)
     found["bytes_per_device"] = memory
-    return found, short
+    return found, excess
 
 
-def change(
+def network_option(config: Mapping[str, Any], name: str) -> Any:
+    """Returns an option of a config's network: as the config spells it, or the default of the network's signature.
+
+    None if the network has no such option.
+    """
+    section = config["network"]
+    make = find("networks", section["name"], field="network.name")
+    return {**defaults(make), **section}.get(name)
+
+
+def suggest_change(
     config: Mapping[str, Any],
     spec: Spec,
     devices: Sequence[Any],
     chip: Chip | None,
     effort: float,
-    short: cost_model.TooLarge,
+    excess: cost_model.TooLarge,
 ) -> str:
-    """The cheapest change after which it fits, in words: what is computed again, smaller micro-batches, the state in
-    more parts. Each that may help is compiled; those that its own bytes rule out are not."""
-    made = program_for(config, spec, devices)
-    mesh, options = made["mesh"], made["options"]
-    state, room = cost_model.state_memory(made["program"], mesh), short.limit
+    """Returns in words the cheapest change of a config after which its training fits.
+
+    The candidates are compiled one after the other; see `candidate_changes`. The arguments are those of `estimate`, and
+    the excess that it returned.
+    """
+    parts = train_program(config, spec, devices)
+    mesh = parts["mesh"]
+    state = cost_model.state_memory(parts["program"], mesh)
+    whole = state["state_ideal"] * mesh.size / mesh.shape["data"]  # bytes of all shards, if `model` splits none
+    if whole / mesh.size >= excess.limit:
+        needed = math.ceil(whole / excess.limit)
+        return f"the state alone, {whole / 2**30:.1f} GiB, fills {needed} devices; use more devices"
+    for change in candidate_changes(config, parts, excess):
+        changed = {**config}
+        for path, value in change.items():
+            section, key = path.split(".")
+            changed[section] = {**changed[section], key: value}
+        _, still = estimate(changed, spec, devices, chip, effort)
+        if still is None:
+            return "it fits with " + " ".join(f"--config.{path}={value}" for path, value in change.items())
+    return "remat, accumulation and more fsdp do not suffice; use more devices or a smaller train.batch_size"
+
+
+def candidate_changes(
+    config: Mapping[str, Any], parts: Mapping[str, Any], excess: cost_model.TooLarge
+) -> list[dict[str, Any]]:
+    """Returns changes of a config that may make its training fit, the cheapest first.
+
+    They are full rematerialisation, smaller micro-batches, sharding the state over more devices, and combinations of
+    these. Changes that the size of the state rules out are left out.
+
+    Args:
+      config: The config.
+      parts: What `train_program` returned for it.
+      excess: What `estimate` returned for it.
+
+    Returns:
+      A dict per change, from the path of an option to its value.
+    """
+    mesh, options = parts["mesh"], parts["options"]
+    state, limit = cost_model.state_memory(parts["program"], mesh)["state"], excess.limit
     replicas = mesh.shape["data"]
-    even = state["state_ideal"] * mesh.size / replicas  # all of it, where the mesh has no `model`
-    if even / mesh.size >= room:
-        return f"the state alone fills {math.ceil(even / room)} devices, with {even / 2**30:.1f} GiB; take more of them"
-    rows = options.batch_size // sharding.batch_shards(mesh)
-    beside = short.used - state["state"]
-    remat = {"network.remat": "full"} if config["network"].get("remat", "full") != "full" else {}
+    local_batch = options.batch_size // sharding.batch_shards(mesh)
+    remat = {} if network_option(config, "remat") in (None, "full") else {"network.remat": "full"}
     changes = []
-    if state["state"] < room:
-        finest = beside / (room - state["state"]) * options.accumulate
-        enough = [k for k in range(options.accumulate + 1, rows + 1) if rows % k == 0 and k >= finest]
+    if state < limit:
+        finest = (excess.used - state) / (limit - state) * options.accumulate
+        enough = [k for k in range(options.accumulate + 1, local_batch + 1) if local_batch % k == 0 and k >= finest]
         micro = {"train.accumulate": enough[0]} if enough else {}
         changes += [remat, micro, remat | micro]
     fewer = [data for data in range(replicas - 1, 0, -1) if replicas % data == 0]
-    split = [data for data in fewer if state["state"] * data / replicas < room / 2] or fewer[-1:]
-    if split:
-        more = {"mesh.data": split[0], "mesh.fsdp": config_fsdp(mesh) * replicas // split[0]}
-        most = {"mesh.data": 1, "mesh.fsdp": config_fsdp(mesh) * replicas}
-        changes += [more, most, most | remat | ({"train.accumulate": rows} if rows > options.accumulate else {})]
-    tried = [{}]
-    for one in changes:
-        if one in tried:
-            continue
-        tried.append(one)
-        changed = {**config}
-        for name, value in one.items():
-            section, key = name.split(".")
-            changed[section] = {**changed[section], key: value}
-        _, still = planned(changed, spec, devices, chip, effort)
-        if still is None:
-            return "it fits with " + " ".join(f"--config.{name}={value}" for name, value in one.items())
-    return "neither remat, accumulation nor more fsdp suffices; take more devices, or a smaller train.batch_size"
+    fitting = [data for data in fewer if state * data / replicas < limit / 2] or fewer[-1:]
+    if fitting:
+        more = {"mesh.data": fitting[0], "mesh.fsdp": _fsdp_size(mesh) * replicas // fitting[0]}
+        most = {"mesh.data": 1, "mesh.fsdp": _fsdp_size(mesh) * replicas}
+        accumulate = {"train.accumulate": local_batch} if local_batch > options.accumulate else {}
+        changes += [more, most, most | remat | accumulate]
+    return [change for index, change in enumerate(changes) if change and change not in changes[:index]]
 
 
-def config_fsdp(mesh: Mesh) -> int:
-    """The `fsdp` that a mesh was made with, whatever axes it has for it."""
+def _fsdp_size(mesh: Mesh) -> int:
+    """Returns the option `fsdp` that a mesh was made with, over however many axes it is split."""
     return mesh.size // mesh.shape["data"] // mesh.shape["model"]
 
 
-def text(found: Mapping[str, Any], top: int) -> str:
-    """The plan for a reader."""
+def report(found: Mapping[str, Any], top: int) -> str:
+    """Returns the figures of `estimate` as text, with the `top` largest arrays of the state."""
     devices, memory = found["devices"], found["bytes_per_device"]
     axes = " x ".join(f"{name} {size}" for name, size in devices["mesh"].items())
     lines = [f"{devices['count']} x {devices['kind']}, {axes}, batch {found['batch_size']:,}", "", "parameters"]
-    for one in found["parameters"]["modules"]:
-        lines.append(f"  {one['module']:<28} {one['count']:>15,} {_size(one['bytes'])}")
+    for module in found["parameters"]["modules"]:
+        lines.append(f"  {module['module']:<28} {module['count']:>15,} {_size(module['bytes'])}")
     lines.append(f"  {'all':<28} {found['parameters']['count']:>15,}")
     flops = found["flops"]
-    lines += ["", "FLOPs of products",
-              f"  forward, of an image         {flops['forward_of_an_image']:>15.4g}",
-              f"  a step: 3 x forward x batch  {flops['training']:>15.4g}"]  # fmt: skip
+    lines += ["", "FLOPs of matrix products and convolutions",
+              f"  forward, per image           {flops['forward_of_an_image']:>15.4g}",
+              f"  step: 3 x forward x batch    {flops['training']:>15.4g}"]  # fmt: skip
     if flops["as_traced"]:
-        lines.append(f"  a step as traced             {flops['as_traced']:>15.4g}  with what is computed again")
+        lines.append(f"  step, as traced              {flops['as_traced']:>15.4g}  includes rematerialisation")
     lines += ["", "bytes per device"]
     notes = {"state": f"{memory['state'] / memory['state_ideal']:.3f} of an even share",
-             "temporaries": "activations, gathered parameters, gradients, as XLA places them"}  # fmt: skip
+             "temporaries": "activations, gathered parameters and gradients, as allocated by XLA"}  # fmt: skip
     for name in ("parameters", "optimizer", "ema", "state", "batch", "temporaries", "program", "total", "limit"):
         if name in memory:
             lines.append(f"  {name:<28} {_size(memory[name])}  {notes.get(name, '')}".rstrip())
-    lines += ["", "arrays of the state, the largest on a device first"]
-    for one in found["arrays"][:top]:
-        shape = f"{one['dtype']}{one['shape']}".replace(" ", "")
-        lines.append(f"  {_size(one['bytes_per_device'])}  {one['name']} {shape} {one['spec']}")
-    whole = [one for one in found["arrays"] if one["replicated"] and one["bytes"] > cost_model.FLAGGED]
-    lines += [f"  REPLICATED: {one['name']}, {_size(one['bytes']).strip()}" for one in whole]
-    lines.append(f"  {len(whole)} of {len(found['arrays'])} arrays are replicated and over 1 MiB")
+    lines += ["", "arrays of the state, the largest per device first"]
+    for array in found["arrays"][:top]:
+        shape = f"{array['dtype']}{array['shape']}".replace(" ", "")
+        lines.append(f"  {_size(array['bytes_per_device'])}  {array['name']} {shape} {array['spec']}")
+    replicated = [array for array in found["arrays"] if array["replicated"] and array["bytes"] > cost_model.FLAGGED]
+    lines += [f"  REPLICATED: {array['name']}, {_size(array['bytes']).strip()}" for array in replicated]
+    lines.append(f"  {len(replicated)} of {len(found['arrays'])} arrays are replicated and larger than 1 MiB")
     if "collectives" in found:
         sent = found["collectives"]
-        lines += ["", "bytes that each device sends in a step"]
-        for kind, one in sorted(sent["kinds"].items()):
-            lines.append(f"  {kind:<28} {_size(one['bytes'])}  in {one['runs']:,} runs")
+        lines += ["", "bytes sent by each device per step"]
+        for name, kind in sorted(sent["kinds"].items()):
+            lines.append(f"  {name:<28} {_size(kind['bytes'])}  in {kind['runs']:,} runs")
         ratio = f"{sent['total'] / sent['ideal']:.3f} of the ideal" if sent["ideal"] else "one device"
         lines.append(f"  {'all':<28} {_size(sent['total'])}  {ratio}")
         lines.append(f"  {'ideal':<28} {_size(sent['ideal'])}  parameters gathered twice, gradients reduced once")
         if devices["kind"] == "cpu":
-            lines.append("  a CPU's compiler makes no reduce-scatter, but all-reduces twice as large: see --topology")
+            lines.append("  on a CPU, reduce-scatters are compiled to all-reduces of twice the size; see --topology")
     if "prediction" in found:
-        told = found["prediction"]
+        predicted = found["prediction"]
         lines += ["", "prediction, not a measurement"]
-        lines += [f"  {name:<28} {1e3 * seconds:>12.2f} ms" for name, seconds in told["seconds"].items()]
-        lines.append(f"  a step, bound by {told['bound']:<11} {1e3 * told['step_seconds']:>12.2f} ms"
-                     f"  {told['images_per_second']:,.0f} images/s")  # fmt: skip
-        lines += [f"  if {one}" for one in told["assumptions"]]
+        lines += [f"  {name:<28} {1e3 * seconds:>12.2f} ms" for name, seconds in predicted["seconds"].items()]
+        lines.append(f"  step, bound by {predicted['bound']:<13} {1e3 * predicted['step_seconds']:>12.2f} ms"
+                     f"  {predicted['images_per_second']:,.0f} images/s")  # fmt: skip
+        lines += [f"  assuming {assumption}" for assumption in predicted["assumptions"]]
     return "\n".join(lines)
 
 
@@ -249,13 +318,13 @@ def _size(count: float) -> str:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Nothing on stderr, where the TPU's compiler tells of the TPU that is not there."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+def _without_stderr() -> Iterator[None]:
+    """Discards what is written to stderr, to which the TPU's compiler reports that there is no TPU."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(null)

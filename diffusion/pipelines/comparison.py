@@ -1,6 +1,7 @@
-"""Trained runs at the same numbers of evaluations, by one yardstick: what `experiments.compare` writes."""
+"""Compares trained runs at equal numbers of evaluations of the model, with the same metrics, noise and labels."""
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,28 +14,39 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from diffusion.core import files, images
+from diffusion.core.build import defaults, find
 from diffusion.core.checks import at_most
 from diffusion.core.types import InputError, SampleMetric
 from diffusion.pipelines import tables
 from diffusion.pipelines.generator import MOST_STEPS, PLACING, Generator
-from diffusion.pipelines.overrides import is_whole, sections
+from diffusion.pipelines.overrides import is_whole, sections, spell
 from diffusion.pipelines.run import Run, open_run
 from diffusion.pipelines.sampling_sweep import write_table
 
-SHOWN = 20  # samples in a row of the contact sheet
-LOGARITHMIC = ("energy_distance_ratio",)  # figures whose axis is logarithmic
-COLORS, MARKERS, LINES = 10, "osD^vPX", ("-", "--", ":")  # 10 and 7 have no common divisor: 70 runs look different
+SHOWN = 20  # samples per row of the contact sheet
+LOGARITHMIC = ("energy_distance_ratio",)  # metrics whose axis is logarithmic
+COLORS, MARKERS, LINES = 10, "osD^vPX", ("-", "--", ":")  # 10 and 7 are coprime, so 70 runs get different styles
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A run, and what draws from it at one number of evaluations with its config's `sampler` section."""
+    """A run at one number of evaluations.
+
+    Attributes:
+      name: The name of the run in the table.
+      run: The trained model.
+      nfe: Number of function evaluations: evaluations of the model per sample.
+      sampler: The config's `sampler` section with the steps that these evaluations allow.
+      generator: Draws the samples.
+    """
 
     name: str
     run: Run
     nfe: int
     sampler: Mapping[str, Any]
-    drawer: Generator
+    generator: Generator
 
     @property
     def label(self) -> str:
@@ -42,15 +54,15 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a row of the table begins with."""
+        """The columns of the table that say how the samples were drawn; options at their defaults are left out."""
         solver = {key: value for key, value in self.sampler.items() if key not in PLACING}
         return {
             "run": self.name,
             "objective": self.run.config["objective"]["name"],
             "step": self.run.step,
             "ema": self.run.ema or "none",
-            "sampler": spell(solver),
-            "grid": spell(self.sampler.get("grid", "trailing")),
+            "sampler": spell(_without_defaults("samplers", solver)),
+            "grid": spell(_without_defaults("grids", self.sampler.get("grid", "trailing"))),
             "nfe": self.nfe,
             "steps": self.sampler["steps"],
         }
@@ -71,28 +83,32 @@ def compare(
     batch_size: int = 250,
     ema: str | None = None,
 ) -> None:
-    """Draws `num` samples of each run at each number of evaluations and measures them.
+    """Draws `num` samples of each run at each number of evaluations, without guidance, and measures them.
 
-    Sample i starts from the same noise in every run, times its schedule's sigma, and has the same label. Nothing is
-    drawn or written before all has been checked.
+    Sample i has the same label in every run, and starts from the same noise scaled by the sigma of the run's schedule.
+    All arguments are checked before anything is drawn or written.
 
     Args:
-      workdirs: of the runs.
-      nfe: numbers of evaluations, as text. A sampler takes as many steps as they are enough for.
-      out: folder for `compare.csv`, a row for each run and number of evaluations, which is written again after each;
-        for `compare.png` and for `compare_samples.png`. The `seconds` of a row are with the compiling.
-      docs: a file for the table (`experiments.tables`), with the two pictures beside it.
-      ema: the average to take of all of them; each config's last if None, the raw parameters if "none".
+      workdirs: The workdirs of the runs.
+      nfe: Numbers of evaluations, as text. A sampler takes the largest number of steps that they allow.
+      out: Folder for `compare.csv`, `compare.png` and `compare_samples.png`. The table has a row per run and number of
+        evaluations and is rewritten after each; its column `seconds` includes compilation.
+      docs: A Markdown file that the table is also inserted into (see `tables`). The pictures are written next to it.
+      num: Samples per cell.
+      seed: Seed of the noise.
+      batch_size: Samples per batch.
+      ema: The average of the parameters to use: each config's last if None, the raw parameters if "none".
 
     Raises:
-      InputError: runs that are not there, are the same, or cannot be compared; bad numbers; no place to write to.
+      InputError: A run does not exist, is given twice or cannot be compared; a number is invalid; or an output is not
+        writable.
     """
     counts = whole_numbers(nfe)
     if docs:
-        tables.around(docs, "--docs")
+        tables.surroundings(docs, "--docs")
     runs = open_runs(workdirs, ema)
-    metrics = yardstick(runs)
-    cells = plan(runs, counts)
+    metrics = shared_metrics(runs)
+    cells = grid_cells(runs, counts)
     files.make_folder(out, "--out")
 
     spec = cells[0].run.spec
@@ -100,29 +116,29 @@ def compare(
     rows, figures, shown = [], [], []
     for cell in cells:
         start = time.perf_counter()
-        x = cell.drawer(cell.run.params, labels, num, seed=seed, batch_size=batch_size, title=cell.label)
+        x = cell.generator(cell.run.params, labels, num, seed=seed, batch_size=batch_size, title=cell.label)
         seconds = round(time.perf_counter() - start, 3)
         measured = [cell.run.measured(metric, x, labels) for metric in metrics]
         figures = [next(iter(values)) for values in measured]
         values = {name: value for values in measured for name, value in values.items()}
         rows.append({**cell.settings, **values, "seconds": seconds})
-        write_table(os.path.join(out, "compare.csv"), rows)  # each time: what is drawn is kept, whatever comes
-        print(f"{cell.label}:  {'  '.join(f'{name} {values[name]:.4f}' for name in figures)}")
+        write_table(os.path.join(out, "compare.csv"), rows)  # after each cell, in case the comparison is interrupted
+        logger.info("%s:  %s", cell.label, "  ".join(f"{name} {values[name]:.4f}" for name in figures))
         if len(runs) == 1 or all(cell.name != other.name for other, _ in shown):
             shown.append((cell, x[:SHOWN] if x.ndim == 4 else x))
 
-    lines = drawn(plot(rows, figures))
+    chart = rasterize(plot(rows, figures))
     sheet = images.labelled([x for _, x in shown], [cell.label for cell, _ in shown])
     for stem in filter(None, (os.path.join(out, "compare"), docs and os.path.splitext(docs)[0])):
-        images.save_png(lines, f"{stem}.png")
+        images.save_png(chart, f"{stem}.png")
         images.save_png(sheet, f"{stem}_samples.png")
     if docs:
         tables.insert(docs, [table(rows, figures, list(runs), counts, num, seed)], "--docs")
-    print(f"{len(rows)} times {num} samples: {out}{f' and {docs}' if docs else ''}")
+    logger.info("%d x %d samples: %s%s", len(rows), num, out, f" and {docs}" if docs else "")
 
 
 def whole_numbers(texts: Sequence[str]) -> list[int]:
-    """`["1", "8"]` -> `[1, 8]`."""
+    """Parses numbers of evaluations: `["1", "8"]` -> `[1, 8]`."""
     for text in texts:
         if not is_whole(text) or int(text) < 1:
             raise InputError("--nfe", f"must be whole numbers of at least 1, as in 1,2,4,8,50; got {text!r}")
@@ -131,14 +147,14 @@ def whole_numbers(texts: Sequence[str]) -> list[int]:
         if counts.count(count) > 1:
             raise InputError("--nfe", f"has {count} more than once")
     if not counts:
-        raise InputError("--nfe", "is empty; as in 1,2,4,8,50")
+        raise InputError("--nfe", "is empty; use for example 1,2,4,8,50")
     return counts
 
 
 def open_runs(workdirs: Sequence[str], ema: str | None = None) -> dict[str, Run]:
-    """The runs by the names of their folders; by their paths, where two names are the same."""
+    """Opens the runs and names each after its folder, or by its path if several folders have the same name."""
     if not workdirs:
-        raise InputError("--runs", "is empty; as in runs/digits,runs/digits_flow")
+        raise InputError("--runs", "is empty; use for example runs/digits,runs/digits_flow")
     runs, places = {}, [os.path.realpath(workdir) for workdir in workdirs]
     names = [os.path.basename(os.path.abspath(workdir)) for workdir in workdirs]
     for workdir, place, name in zip(workdirs, places, names, strict=True):
@@ -152,19 +168,23 @@ def open_runs(workdirs: Sequence[str], ema: str | None = None) -> dict[str, Run]
     first, *_ = runs
     for name, run in runs.items():
         if run.spec != runs[first].spec:
-            raise InputError("--runs", f"{name} was trained on data of another kind than {first}: {run.spec}, not "
+            raise InputError("--runs", f"{name} and {first} were trained on data of different specs: {run.spec} and "
                              f"{runs[first].spec}")  # fmt: skip
     return runs
 
 
-def yardstick(runs: Mapping[str, Run]) -> list[SampleMetric]:
-    """The metrics of samples in the first run's config. A run whose own config names none of them is refused: it was
-    made for something else."""
+def shared_metrics(runs: Mapping[str, Run]) -> list[SampleMetric]:
+    """Returns the sample metrics of the first run's config, by which all runs are measured.
+
+    Raises:
+      InputError: The first run has no sample metric, or another run's config names none of them, which suggests that
+        the runs solve different tasks.
+    """
     first, *others = runs
     metrics = dict(zip(runs[first].config["eval"]["metrics"], runs[first].metrics(), strict=True))
     metrics = {name: metric for name, metric in metrics.items() if isinstance(metric, SampleMetric)}
     if not metrics:
-        raise InputError("--runs", f"{first} has no metric of samples in its eval section; begin with a run that has")
+        raise InputError("--runs", f"{first} has no sample metric in its eval section; list a run that has one first")
     for name in others:
         if not metrics.keys() & runs[name].config["eval"]["metrics"].keys():
             raise InputError("--runs", f"{name} has none of the metrics of {first} in its eval section: "
@@ -172,44 +192,44 @@ def yardstick(runs: Mapping[str, Run]) -> list[SampleMetric]:
     return list(metrics.values())
 
 
-def plan(runs: Mapping[str, Run], counts: Sequence[int]) -> list[Cell]:
-    """What can be drawn, run by run; says what its sampler cannot draw with so few evaluations."""
+def grid_cells(runs: Mapping[str, Run], counts: Sequence[int]) -> list[Cell]:
+    """Returns the cells of the comparison, run by run.
+
+    A number of evaluations that a run's sampler cannot use, because it is too small for one step, is logged and left
+    out.
+    """
     cells, left_out = [], []
     for name, run in runs.items():
-        guidance = {
-            "name": "guidance_embedding" if run.config["guidance"]["name"] == "guidance_embedding" else "cfg",
-            "scale": 1.0,
-        }
-        drawer = None
+        embedded = run.config["guidance"]["name"] == "guidance_embedding"
+        guidance = {"name": "guidance_embedding" if embedded else "cfg", "scale": 1.0}
+        generator = None
         for nfe in counts:
             try:
                 sampler, _ = sections(run.config, {"evaluations": str(nfe)})
-                make = drawer.with_settings if drawer else run.drawer  # what is measured for a drawer is measured once
-                drawer = make(sampler=sampler, guidance=guidance)
+                # `with_settings` reuses what the first generator of a run has measured.
+                make = generator.with_settings if generator else run.generator
+                generator = make(sampler=sampler, guidance=guidance)
             except InputError as error:
                 if not error.field.startswith(("--evaluations", "sampler.steps", "sampler.grid")):
                     raise InputError("--runs", f"{name}: {error}") from None
                 left_out.append(f"{label(name, nfe)}: left out: {error}")
                 continue
-            cells.append(Cell(name, run, nfe, sampler, drawer))
+            cells.append(Cell(name, run, nfe, sampler, generator))
     if not cells:
-        raise InputError("--nfe", f"no run can be drawn with these: {left_out[0]}")
+        raise InputError("--nfe", f"no run can be sampled with these numbers of evaluations: {left_out[0]}")
     for line in left_out:
-        print(line)
+        logger.info("%s", line)
     return cells
-
-
-def spell(part: str | Mapping[str, Any]) -> str:
-    """A part as `experiments.sample` takes it: `{"name": "heun", "churn": 5}` -> `heun:churn=5`."""
-    part = {"name": part} if isinstance(part, str) else part
-    return ":".join([part["name"], *(f"{key}={value}" for key, value in part.items() if key != "name")])
 
 
 def table(
     rows: Sequence[Mapping[str, Any]], figures: Sequence[str], names: Sequence[str], counts: Sequence[int], num: int,
     seed: int,
 ) -> str:  # fmt: skip
-    """A row a run, a column a number of evaluations, the figures in a cell; empty where nothing was drawn."""
+    """Returns a Markdown table with a row per run and a column per number of evaluations.
+
+    A cell has the metrics `figures`, and is empty where nothing was drawn.
+    """
     cells = {(row["run"], row["nfe"]): " / ".join(f"{row[name]:.3f}" for name in figures) for row in rows}
     return "\n".join([
         f"{' / '.join(figures)} by evaluations of the model; {num} samples, seed {seed}, no guidance.",
@@ -220,11 +240,13 @@ def table(
 
 
 def plot(rows: Sequence[Mapping[str, Any]], figures: Sequence[str]) -> Figure:
-    """A panel a figure of merit, a line a run, against evaluations; what is not finite has no point. It is of no window
-    and not known to pyplot."""
+    """Plots metrics against evaluations: a panel per metric, a line per run. Values that are not finite are left out.
+
+    The figure is not registered with pyplot and needs no window.
+    """
     names = list(dict.fromkeys(row["run"] for row in rows))
     counts = sorted({row["nfe"] for row in rows})
-    size = 5 * len(figures), max(4, 0.2 * len(names) + 0.2)  # as high as the legend is
+    size = 5 * len(figures), max(4, 0.2 * len(names) + 0.2)  # at least as high as the legend
     plotted = Figure(figsize=size, dpi=120, layout="constrained")
     panels = plotted.subplots(1, len(figures), squeeze=False)[0]
     for panel, figure in zip(panels, figures, strict=True):
@@ -248,7 +270,15 @@ def plot(rows: Sequence[Mapping[str, Any]], figures: Sequence[str]) -> Figure:
     return plotted
 
 
-def drawn(figure: Figure) -> Image.Image:
+def rasterize(figure: Figure) -> Image.Image:
+    """Returns a matplotlib figure as an RGB image."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _without_defaults(family: str, section: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a part's section without the options that have their default value."""
+    section = {"name": section} if isinstance(section, str) else section
+    default = defaults(find(family, section["name"], field=family))
+    return {key: value for key, value in section.items() if key == "name" or default.get(key, ...) != value}

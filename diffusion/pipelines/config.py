@@ -1,62 +1,235 @@
-"""Checks configs and reads them back from checkpoints."""
+"""Reads, overrides, completes and checks configs.
 
+A config file defines `get_config()`, which returns an `ml_collections.ConfigDict` of sections. It spells only what
+differs from the defaults. In the library a config is a plain dict with tuples for lists. `resolve` adds the default of
+every option, read from the signatures of the parts, so each option can be overridden by its path
+(`objective.schedule.beta_end`) and a checkpoint records what a run used.
+"""
+
+import ast
+import contextlib
+import difflib
+import inspect
 import math
-from collections.abc import Mapping
-from typing import Any
+import os
+import re
+import runpy
+import sys
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from glob import glob
+from typing import Any, Literal
 
-from diffusion.core.build import call, check, find
+import optax
+
+from diffusion.core.build import call, check, defaults, find, is_external, names
 from diffusion.core.checks import at_most
 from diffusion.core.types import InputError, Spec
-from diffusion.pipelines.generator import MOST_SAMPLES
-from diffusion.training.trainer import Options
+from diffusion.distributed.mesh import make_mesh
+from diffusion.distributed.sharding import FSDP_MIN_SIZE, Rule
+from diffusion.pipelines.generator import MOST_SAMPLES, PLACING, WRAPPERS, sampling_times
+from diffusion.sampling import guidance
+from diffusion.training.ema import make_ema
+from diffusion.training.optimizer import make_optimizer
+from diffusion.training.trainer import CONFIG_VERSION, CheckpointOptions, Options
 
-SECTIONS = ("seed", "data", "objective", "network", "optimizer", "ema", "train", "checkpoint", "sampler", "guidance",
-            "eval", "mesh", "sharding")  # fmt: skip
+REQUIRED = ("data", "objective", "network", "train")
+SAMPLER = {"name": "ddim", "steps": 50}
+GUIDANCE = {"name": "cfg", "scale": 1.0}
 
 
-def check_sections(config: Mapping[str, Any]) -> None:
-    """A config has exactly the sections there are: one that nothing reads would be a wish not granted."""
+def sharding_options(
+    rules: tuple[Rule, ...] = (), sequence: Literal["model"] | None = None, fsdp_min_size: int = FSDP_MIN_SIZE
+) -> dict[str, Any]:
+    """Returns the `sharding` section; see `training.program.make_program`."""
+    return {"rules": rules, "sequence": sequence, "fsdp_min_size": fsdp_min_size}
+
+
+def eval_options(data: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `eval` section: the held-out `data`, and the keywords of each metric by its name."""
+    return {"data": data, "metrics": metrics}
+
+
+# Sections that configure one function each, and the arguments of it that the config does not set.
+SECTIONS = {
+    "optimizer": (make_optimizer, ("steps",)),
+    "ema": (make_ema, ()),
+    "train": (Options, ()),
+    "checkpoint": (CheckpointOptions, ()),
+    "mesh": (make_mesh, ("devices",)),
+    "sharding": (sharding_options, ()),
+}
+FAMILIES = {
+    ("data",): "data",
+    ("objective",): "objectives",
+    ("network",): "networks",
+    ("sampler",): "samplers",
+    ("sampler", "grid"): "grids",
+    ("guidance",): "guidance",
+    ("eval", "data"): "data",
+}
+ALL_SECTIONS = ("version", "seed", "data", "objective", "network", *SECTIONS, "sampler", "guidance", "eval")
+
+
+def read_config(path: str, overrides: Iterable[tuple[str, Any]] = ()) -> dict[str, Any]:
+    """Reads a config file and returns the resolved config.
+
+    Args:
+      path: `FILE.py`, or `FILE.py:ARGUMENT` to call `get_config("ARGUMENT")`.
+      overrides: see `override`.
+
+    Raises:
+      InputError: the file does not exist or raises, or an override or option is unknown.
+    """
+    file, _, argument = path.partition(":")
+    if not os.path.isfile(file):
+        raise InputError("--config", f"no file {file!r}; there are: {', '.join(sorted(glob('configs/*.py')))}")
+    try:
+        with _importable(os.path.dirname(os.path.dirname(os.path.abspath(file)))):
+            get_config = runpy.run_path(file).get("get_config")
+            found = None if get_config is None else get_config(argument) if argument else get_config()
+    except Exception as error:  # a config file may raise anything
+        raise InputError(f"--config={path}", f"raised {type(error).__name__}: {error}") from error
+    if found is None:
+        raise InputError("--config", f"{file} has no get_config()")
+    return resolve(override(from_config_dict(found), overrides))
+
+
+def from_config_dict(config: Any) -> dict[str, Any]:
+    """Returns a `ConfigDict`, or a mapping, as nested dicts with tuples for lists."""
+    return from_json(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def from_json(value: Any) -> Any:
+    """Returns a value with mappings as dicts and lists as tuples, which is how configs are written."""
+    if isinstance(value, Mapping):
+        return {key: from_json(item) for key, item in value.items()}
+    return tuple(from_json(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config with the default of every section and option that it leaves out, and with parts as sections.
+
+    Options without a default stay absent if they are missing; building the part reports them.
+
+    Raises:
+      InputError: an unknown or missing section, one of another type, an unknown part, or a config of another version.
+    """
     for name in config:
-        if name not in SECTIONS:
-            raise InputError(f"config.{name}", f"no such section; one of: {', '.join(SECTIONS)}")
-    for name in SECTIONS:
+        if name not in ALL_SECTIONS:
+            raise InputError(f"config.{name}", f"no such section{_nearest(str(name), ALL_SECTIONS)}")
+    for name in REQUIRED:
         if name not in config:
             raise InputError(f"config.{name}", "is missing")
-        if not isinstance(config[name], int if name == "seed" else Mapping):
-            raise InputError(f"config.{name}", f"must be {'an integer' if name == 'seed' else 'a section'}")
-    if not 0 <= config["seed"] < 2**32:
-        raise InputError("config.seed", f"must be from 0 to 2^32 - 1, got {config['seed']}")
-    section = call(_eval, config["eval"], field="eval")
+    config = {name: {"name": spec} if (name,) in FAMILIES and isinstance(spec, str) else spec
+              for name, spec in config.items()}  # fmt: skip
+    for name, section in config.items():
+        if name not in ("seed", "version") and not isinstance(section, Mapping):
+            raise InputError(f"config.{name}", f"must be a section, got {section!r}")
+    version, seed = config.get("version", CONFIG_VERSION), config.get("seed", 0)
+    if version != CONFIG_VERSION:
+        problem = f"is {version}, and this code reads {CONFIG_VERSION}; use the version of the code that wrote it"
+        raise InputError("config.version", problem)
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise InputError("config.seed", f"must be an integer from 0 to 2^32 - 1, got {seed!r}")
+    data = _part("data", config["data"], "data")
+    found = {
+        "version": version,
+        "seed": seed,
+        "data": data,
+        "objective": _part("objectives", config["objective"], "objective"),
+        "network": _part("networks", config["network"], "network", later=("shape", "num_classes")),
+    }
+    for name, (function, later) in SECTIONS.items():
+        found[name] = _keywords(function, config.get(name, {}), name, later)
+    factory = getattr(optax, str(found["optimizer"]["name"]), None)  # `make_optimizer` reports an unknown name
+    if inspect.isfunction(factory):
+        found["optimizer"] = {**_simple(defaults(factory, later=("learning_rate",))), **found["optimizer"]}
+    found["sampler"] = _sampler(config.get("sampler", SAMPLER))
+    found["guidance"] = _guidance(config.get("guidance", GUIDANCE))
+    metrics = config.get("eval", {}).get("metrics", {})
+    if not isinstance(metrics, Mapping):
+        raise InputError("eval.metrics", f"must be a section, got {metrics!r}")
+    found["eval"] = {
+        **config.get("eval", {}),
+        "data": _part("data", config.get("eval", {}).get("data", data), "eval.data"),
+        "metrics": {name: _metric(name, keywords) for name, keywords in metrics.items()},
+    }
+    return found
+
+
+def override(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a config with options replaced.
+
+    Args:
+      config: need not be resolved.
+      overrides: pairs of a dotted path and a value. A text that reads as a number, tuple, dict, boolean or None becomes
+        one. Shorter paths apply first, so that `network.name` may be given together with the new network's options;
+        a new name keeps those options that the new part has as well.
+
+    Raises:
+      InputError: a path that no option has; the field is `config.PATH`.
+    """
+    config = from_json(config)
+    # A part's name before its options, and sections before their parts.
+    for path, value in sorted(overrides, key=lambda pair: (pair[0].count("."), not pair[0].endswith(".name"))):
+        keys = path.split(".")
+        known = resolved = resolve(config)
+        for depth, key in enumerate(keys):
+            open_ended = known is None or keys[:depth] in (["eval", "metrics"], ["optimizer"])
+            if not isinstance(known, Mapping) and known is not None:
+                raise InputError(f"config.{path}", f"{'.'.join(keys[:depth])} is {known!r} and has no options")
+            if not open_ended and key not in known and not _is_option(config, keys[: depth + 1]):
+                raise InputError(f"config.{path}", f"the config has no {key!r}{_nearest(key, list(known))}")
+            known = None if known is None else known.get(key)
+        if isinstance(value, str):
+            value = value if isinstance(known, str) and value[:1] not in ("{", "(", "'", '"') else parse_value(value)
+        if isinstance(value, str) and _family_at(config, keys):
+            keys.append("name")
+        _set(config, keys, value, resolved)
+    return config
+
+
+def parse_value(text: str) -> Any:
+    """Returns what a text stands for: a number, tuple, dict, boolean or None; otherwise the text itself."""
+    if text in ("true", "false"):
+        return text == "true"
+    for spelling in (text, re.sub(r"\binf\b", "1e999", text)):  # Python has no literal for infinity
+        try:
+            return from_json(ast.literal_eval(spelling))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return text
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks the parts of a resolved config that are not built before a training: its `eval` section.
+
+    Raises:
+      InputError: an unknown metric or option of one.
+    """
+    section = call(eval_options, config["eval"], field="eval")
     for name, options in section["metrics"].items():
         field = f"eval.metrics.{name}"
         metric = find("evaluation", name, field="eval.metrics")
-        if not isinstance(options, Mapping):
-            raise InputError(field, f"must be a section, as {{'num': 1000}}, got {options!r}")
         check(metric, options, field=field, later=("train", "held_out"))
         at_most(MOST_SAMPLES, options.get("num", 0), f"{field}.num")
 
 
-def _eval(data: Mapping[str, Any], metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `eval` section: held-out `data`, and the keywords of each metric by its name."""
-    return {"data": data, "metrics": metrics}
-
-
-def from_json(value: Any) -> Any:
-    """JSON's lists back to the tuples that configs are written with."""
-    if isinstance(value, Mapping):
-        return {key: from_json(item) for key, item in value.items()}
-    return tuple(from_json(item) for item in value) if isinstance(value, list) else value
-
-
 def config_and_spec(meta: Any) -> tuple[dict[str, Any], Spec]:
-    """The config that a checkpoint's `meta` holds, and what its data are. Raises InputError if it is no such thing."""
+    """Returns the resolved config and the data's spec from a checkpoint's `meta`.
+
+    Raises:
+      InputError: `meta` does not have them, or they cannot be used.
+    """
     if not isinstance(meta, Mapping) or not {"config", "spec"} <= meta.keys():
-        raise InputError("workdir", "its checkpoint does not say what was trained; train anew in another workdir")
+        raise InputError("workdir", "its checkpoint does not say what was trained; use another workdir")
     config, spec = from_json(meta["config"]), from_json(meta["spec"])
     for name, section in (("config", config), ("spec", spec)):
         if not isinstance(section, Mapping):
             raise InputError(name, f"must be a section, got {section!r}")
-    check_sections(config)
+    config = resolve({"version": 1, **config})  # configs had no version at first
+    check_config(config)
     found = call(Spec, spec, field="spec")
     if not found.shape or min(found.shape) < 1 or found.num_classes < 0:
         raise InputError("spec", f"describes no data: {found}")
@@ -65,6 +238,157 @@ def config_and_spec(meta: Any) -> tuple[dict[str, Any], Spec]:
     return config, found
 
 
+def external_names(value: Any) -> set[str]:
+    """Returns the names `"package.module:attribute"` of all parts in a config, or in a checkpoint's `meta`."""
+    if isinstance(value, Mapping):
+        found = set().union(*map(external_names, value.values()))
+        name = value.get("name")
+        return found | {name} if isinstance(name, str) and is_external(name) else found
+    return set().union(*map(external_names, value)) if isinstance(value, (list, tuple)) else set()
+
+
 def cond_drop_rate(config: Mapping[str, Any]) -> float:
-    """The share of examples that a model was trained on without their condition."""
+    """Returns the share of examples that a model was trained on without their condition."""
     return call(Options, config["train"], field="train").cond_drop_rate
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Lets a config import the modules next to its folder: `from configs import common`."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _part(family: str, spec: Any, field: str, later: tuple[str, ...] = ()) -> Any:
+    """Returns a part's section with its defaults; an object that is no name or section stays as it is."""
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping) or "object" in spec:  # a part that was given as an object; see `Trainer`
+        return spec
+    if "name" not in spec:
+        raise InputError(f"{field}.name", f"is missing; one of: {', '.join(names(family))}")
+    make = find(family, spec["name"], field=f"{field}.name")
+    keywords = {key: value for key, value in spec.items() if key != "name"}
+    if is_external(spec["name"]):
+        later = (*later, *inspect.signature(make).parameters.keys() & {"shape", "num_classes"})
+    return {"name": spec["name"], **_keywords(make, keywords, field, later)}
+
+
+def _keywords(make: Any, keywords: Mapping[str, Any], field: str, later: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns keywords with the defaults of `make`, nested parts included."""
+    found = {**_simple(defaults(make, later=later)), **keywords}
+    for key, parameter in inspect.signature(make).parameters.items():
+        family, supplied = _family(parameter.annotation)
+        if family and found.get(key) is not None:
+            found[key] = _part(family, found[key], f"{field}.{key}", supplied)
+    return found
+
+
+def _family(annotation: Any) -> tuple[str | None, tuple[str, ...]]:
+    """Returns the family of the parts that a parameter takes, and the keywords that they receive from their parent.
+
+    Both are the metadata of `Annotated[PartSpec, family, keywords]`.
+    """
+    for kind in (annotation, *typing.get_args(annotation)):
+        if typing.get_origin(kind) is typing.Annotated and isinstance(kind.__metadata__[0], str):
+            family, *supplied = kind.__metadata__
+            return family, supplied[0] if supplied else ()
+    return None, ()
+
+
+def _simple(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those defaults that a config can hold."""
+
+    def is_simple(value: Any) -> bool:
+        if isinstance(value, (tuple, list)):
+            return all(map(is_simple, value))
+        if isinstance(value, Mapping):
+            return all(map(is_simple, value.values()))
+        return value is None or isinstance(value, (bool, int, float, str))
+
+    return {key: from_json(value) for key, value in keywords.items() if is_simple(value)}
+
+
+def _sampler(section: Mapping[str, Any]) -> dict[str, Any]:
+    section = {"name": SAMPLER["name"], **section}
+    placing = {"steps": SAMPLER["steps"], **defaults(sampling_times, later=("steps",))}
+    placing |= {key: section[key] for key in PLACING if key in section}
+    grid = _part("grids", placing["grid"], "sampler.grid", later=("schedule", "steps"))
+    part = {key: value for key, value in section.items() if key not in PLACING}
+    return {**_part("samplers", part, "sampler"), **placing, "grid": grid}
+
+
+def _guidance(section: Mapping[str, Any]) -> dict[str, Any]:
+    section = {"name": GUIDANCE["name"], **section}
+    wrappers = {name: section.get(name) for name in WRAPPERS}
+    for name, keywords in wrappers.items():
+        if keywords is not None and not isinstance(keywords, Mapping):
+            raise InputError(f"guidance.{name}", f"must be a section, as {{'name': value}}, got {keywords!r}")
+        if keywords is not None:
+            wrappers[name] = _keywords(getattr(guidance, name), keywords, f"guidance.{name}")
+    part = {key: value for key, value in section.items() if key not in WRAPPERS}
+    return {**_part("guidance", part, "guidance"), **wrappers}
+
+
+def _metric(name: str, keywords: Any) -> dict[str, Any]:
+    if not isinstance(keywords, Mapping):
+        raise InputError(f"eval.metrics.{name}", f"must be a section, as {{'num': 1000}}, got {keywords!r}")
+    return _keywords(find("evaluation", name, field="eval.metrics"), keywords, f"eval.metrics.{name}")
+
+
+def _family_at(config: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """Returns the family of the part at a path; None if no part stands there."""
+    if tuple(keys) in FAMILIES:
+        return FAMILIES[tuple(keys)]
+    parent = _maker(config, keys[:-1]) if len(keys) > 1 else None
+    parameters = inspect.signature(parent).parameters if parent else {}
+    return _family(parameters[keys[-1]].annotation)[0] if keys[-1] in parameters else None
+
+
+def _maker(config: Mapping[str, Any], keys: Sequence[str]) -> Callable[..., Any] | None:
+    """Returns the function whose keywords are the options at a path, or None."""
+    if len(keys) == 1 and keys[0] in SECTIONS:
+        return SECTIONS[keys[0]][0]
+    node, family = config, _family_at(config, keys)
+    for key in keys:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    name = node.get("name") if isinstance(node, Mapping) else node
+    return None if family is None or name is None else find(family, name, field=f"{'.'.join(keys)}.name")
+
+
+def _is_option(config: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    """Returns whether a path is an option without a default, which is absent from a resolved config."""
+    if len(keys) == 1:
+        return keys[0] in ALL_SECTIONS
+    maker = _maker(config, keys[:-1])
+    return maker is not None and keys[-1] in inspect.signature(maker).parameters
+
+
+def _set(config: dict[str, Any], keys: Sequence[str], value: Any, resolved: Mapping[str, Any]) -> None:
+    """Sets the option at a path; a part that gets another name keeps the options that both parts have.
+
+    A part that the config does not spell starts from its defaults in the `resolved` config.
+    """
+    node, default, spelled = config, resolved, True
+    for key in keys[:-1]:
+        default = default.get(key) or {} if isinstance(default, Mapping) else {}
+        spelled = isinstance(node.get(key), dict)
+        if not spelled:
+            node[key] = dict(default) if "name" in default else {}
+        node = node[key]
+    family = _family_at(config, keys[:-1]) if keys[-1] == "name" else None
+    if family and value != node.get("name"):
+        make = find(family, value, field=f"config.{'.'.join(keys)}")
+        accepted = {*inspect.signature(make).parameters, *PLACING, *WRAPPERS}
+        kept = {key: item for key, item in node.items() if spelled and key in accepted}
+        node.clear()
+        node.update(kept)
+    node[keys[-1]] = value
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    guess = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {guess[0]!r}?" if guess else f"; one of: {', '.join(known)}"

@@ -1,10 +1,9 @@
-"""Draws samples from a model: a sampler, a grid and guidance, as a config's sections name them, in one compiled
-scan."""
+"""Draws samples from a model with a sampler, a time grid and guidance, in one compiled scan."""
 
 import copy
 import inspect
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,29 +14,36 @@ from jax.sharding import Mesh
 from diffusion.core.build import build, check, find
 from diffusion.core.checks import at_most
 from diffusion.core.progress import Progress
-from diffusion.core.types import Array, Denoiser, InputError, Network, Objective, Params, Schedule, Spec
+from diffusion.core.types import Array, Denoiser, InputError, Network, Objective, Params, Sampler, Schedule, Spec
 from diffusion.distributed import sharding
 from diffusion.sampling import guidance as guidances
 from diffusion.sampling import loop
 
-PLACING = ("steps", "grid", "unroll")  # the sampler section's own keywords; all others are the sampler's
+PLACING = ("steps", "grid", "unroll")  # options of the sampler section that are not the sampler's own
+WRAPPERS = ("rescale", "interval", "threshold")  # applied around the guidance, in this order
+NEUTRAL_AT_ONE = ("cfg", "apg", "autoguidance")  # return the conditional prediction at a scale of 1
+WITHOUT_DROPPED_CONDITION = ("autoguidance", "guidance_embedding")  # work for any training
+SUPPLIED = ("denoise", "guided", "plain", "schedule", "worse")  # arguments of guidance that no config sets
 MOST_STEPS, MOST_SAMPLES = 10**5, 10**7
-WRAPPERS = ("rescale", "interval", "threshold")  # from inside out: what is guided, where, and in which range
 
 
 class Generator:
-    """Labels, seed, guidance's numbers and the times of a grid do not recompile it; another number of steps does.
+    """Draws samples from a model.
+
+    Other labels, seeds, times and numbers of guidance do not recompile it; another number of steps does.
 
     Args:
-      sampler: the config's section: the sampler's name and keywords, `steps`, the `grid` they lie on, and `unroll`.
-      guidance: the config's section: its name and keywords, and `rescale`, `interval` and `threshold`, each a section
-        of its own. Guidance by a scale of 1 is none, and costs half as much.
-      cond_drop_rate: what the model was trained with.
-      worse: the other model of autoguidance, with its parameters bound.
-      always_guided: compile the guidance even for a scale of 1, for scales that come later.
+      network, objective, spec: The model, and what its samples look like.
+      mesh: The devices; a batch is split over data x fsdp.
+      sampler: A config's section: the sampler's `name` (or a `Sampler`) and options, `steps`, `grid` and `unroll`.
+      guidance: A config's section: its `name` and options, and optionally `rescale`, `interval` and `threshold`, each a
+        section. Guidance with a scale of 1 is left out, which halves the cost.
+      cond_drop_rate: The rate that the model was trained with.
+      worse: The other model of autoguidance, and its parameters.
+      always_guided: Compile the guidance even for a scale of 1, for use with other scales later.
 
     Raises:
-      InputError: a bad section, or a sampler or guidance that the model does not suit.
+      InputError: A section is invalid, or the model does not support the sampler or the guidance.
     """
 
     def __init__(
@@ -47,12 +53,11 @@ class Generator:
     ):  # fmt: skip
         self.objective, self.spec, self.mesh = objective, spec, mesh
         self.cond_drop_rate = cond_drop_rate
-        placing = {key: sampler[key] for key in PLACING if key in sampler}
-        self.solver = build("samplers", {key: sampler[key] for key in sampler if key not in placing}, field="sampler")
+        placing, self.solver = _read_sampler(sampler)
         guide, static, self.numbers = _read_guidance(guidance)
-        self.guided = always_guided or not is_plain(guidance)
+        self.guided = always_guided or not is_neutral(guidance)
         self._check_guidance(guidance)
-        self.times = _times(objective.schedule, **placing)
+        self.times = sampling_times(objective.schedule, **placing)
         unroll = placing.get("unroll", 1)
         worse_params = None if worse is None else worse[2]
         if worse is None and self.guided and guidance["name"] == "autoguidance":
@@ -61,15 +66,13 @@ class Generator:
 
         def denoiser(params: Params, worse_params: Params, schedule: Schedule, numbers: Mapping) -> Denoiser:
             denoise = plain = objective.denoiser(network.apply, params)
+            supplied = {"schedule": schedule, "plain": plain}
             if self.guided:
-                given = {"schedule": schedule, "plain": plain}
-                if worse is not None:
-                    given["worse"] = worse[1].denoiser(worse[0].apply, worse_params)
-                denoise = _wrap(guide, denoise, numbers["guidance"], static["guidance"], given)
+                more = {} if worse is None else {"worse": worse[1].denoiser(worse[0].apply, worse_params)}
+                denoise = _wrap(guide, denoise, numbers["guidance"], static["guidance"], {**supplied, **more})
             for name in WRAPPERS:
                 if name in numbers and (self.guided or name == "threshold"):
-                    given = {"schedule": schedule, "plain": plain}
-                    denoise = _wrap(getattr(guidances, name), denoise, numbers[name], static[name], given)
+                    denoise = _wrap(getattr(guidances, name), denoise, numbers[name], static[name], supplied)
             return denoise
 
         def draw(
@@ -81,16 +84,16 @@ class Generator:
             return loop.sample(denoise, schedule, self.solver, x, times, keys, unroll=unroll)
 
         self._shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
-        # Every process has all samples.
+        # Every process receives all samples.
         self._draw = jax.jit(draw, out_shardings=sharding.replicated(mesh))
         self._worse, self._compiled = worse_params, {}
         self._trace()
 
     def with_settings(self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any]) -> "Generator":
-        """The same with other times and other numbers of guidance; what is compiled is shared."""
+        """Returns a generator with other times and numbers of guidance, which shares the compiled functions."""
         other = copy.copy(self)
-        placing = {key: sampler[key] for key in PLACING if key in sampler}
-        other.times = _times(self.objective.schedule, **placing)
+        placing, _ = _read_sampler(sampler, build_it=False)
+        other.times = sampling_times(self.objective.schedule, **placing)
         _, _, other.numbers = _read_guidance(guidance)
         other._check_guidance(guidance)
         other._trace()
@@ -98,6 +101,7 @@ class Generator:
 
     @property
     def compilations(self) -> int:
+        """The number of compiled functions: one for each number of steps and batch size."""
         return len(self._compiled)
 
     def __call__(
@@ -107,10 +111,11 @@ class Generator:
         """Draws `num` samples, float32 `[num, ...]`.
 
         Args:
+          params: The dict of networks.
           labels: `[num]`, or None where the data has no classes.
-          seed: sample i depends on this and i alone.
-          batch_size: samples at a time, rounded up to a multiple of the mesh's data x fsdp.
-          title: of the progress line; None for none.
+          seed: Sample i depends on the seed and i alone.
+          batch_size: Number of samples drawn at once, rounded up to a multiple of the mesh's data x fsdp.
+          title: Title of the progress line; None shows no progress.
         """
         shards = sharding.batch_shards(self.mesh)
         batch_size = -(-min(batch_size, num) // shards) * shards
@@ -136,52 +141,27 @@ class Generator:
         return np.concatenate(drawn)
 
     def _check_guidance(self, guidance: Mapping[str, Any]) -> None:
-        if is_plain(guidance) or guidance["name"] in ("autoguidance", "guidance_embedding"):
+        if is_neutral(guidance) or guidance["name"] in WITHOUT_DROPPED_CONDITION or callable(guidance["name"]):
             return
-        field = "guidance.scale"
         if not self.spec.num_classes:
-            raise InputError(field, "the data has no classes to guide by; use 1")
+            raise InputError("guidance.scale", "the data has no classes to guide by; use 1")
         if not self.cond_drop_rate and not guidance.get("negative"):
             problem = "the model was trained with train.cond_drop_rate = 0; use 1, or train it with a rate above 0"
-            raise InputError(field, problem)
+            raise InputError("guidance.scale", problem)
 
     def _trace(self) -> None:
-        """Once without computing anything, so that what the model cannot do is refused before anything is drawn."""
+        """Traces the function, so that what the model does not support is reported before anything is computed."""
         cond = {"label": jnp.zeros(1, jnp.int32)} if self.spec.num_classes else {}
         keys = jax.random.split(jax.random.key(0), 1)
         jax.eval_shape(self._draw, self._shapes, self._worse, keys, cond, self.times, self.numbers)
 
 
-def _read_guidance(section: Mapping[str, Any]) -> tuple[Any, dict[str, dict], dict[str, dict]]:
-    """The guidance function; the keywords it and each wrapper are built with; and those that are numbers to be
-    traced."""
-    guide = find("guidance", section.get("name", ""), field="guidance.name")
-    if section["name"] in WRAPPERS:
-        raise InputError("guidance.name", f"{section['name']} goes around guidance: set guidance.{section['name']}")
-    own = {key: value for key, value in section.items() if key not in ("name", "worse", *WRAPPERS)}
-    for name in WRAPPERS:
-        if not isinstance(section.get(name, {}), Mapping):
-            raise InputError(f"guidance.{name}", f"must be a section, as {{'name': value}}, got {section[name]!r}")
-    keywords = {"guidance": own} | {name: dict(section[name]) for name in WRAPPERS if name in section}
-    static, numbers = {}, {}
-    for name, given in keywords.items():
-        function = guide if name == "guidance" else getattr(guidances, name)
-        field = name if name == "guidance" else f"guidance.{name}"
-        parameters = inspect.signature(function).parameters
-        later = ("denoise", "guided", "plain", "schedule", "worse")
-        check(function, given, field=field, later=[key for key in later if key in parameters])
-        traced = {key for key in given if Array in typing.get_args(parameters[key].annotation)}
-        numbers[name] = {key: jnp.float32(value) for key, value in given.items() if key in traced}
-        static[name] = {key: value for key, value in given.items() if key not in traced}
-    interval = keywords.get("interval", {})
-    low, high = interval.get("low", 0.0), interval.get("high", float("inf"))
-    if not low < high:
-        raise InputError("guidance.interval", f"is upside down: low = {low} must be below high = {high}")
-    return guide, static, numbers
-
-
 def check_numbers(*, seed: int, **counts: int) -> None:
-    """Refuses what the flags of these names cannot be."""
+    """Checks the values of the flags of these names.
+
+    Raises:
+      InputError: The seed is not in [0, 2^32), or a count is not in [1, 10^7].
+    """
     if not 0 <= seed < 2**32:
         raise InputError("--seed", f"must be from 0 to 2^32 - 1, got {seed}")
     for name, count in counts.items():
@@ -190,43 +170,83 @@ def check_numbers(*, seed: int, **counts: int) -> None:
         at_most(MOST_SAMPLES, count, f"--{name}")
 
 
-def is_plain(section: Mapping[str, Any]) -> bool:
-    """Whether the guidance does nothing; `guidance_embedding` tells the network a scale of 1 like any other."""
-    return section["name"] in ("cfg", "apg", "autoguidance") and section.get("scale", 1.0) == 1.0
+def is_neutral(section: Mapping[str, Any]) -> bool:
+    """Returns whether a guidance section returns the conditional prediction unchanged."""
+    return section["name"] in NEUTRAL_AT_ONE and section.get("scale", 1.0) == 1.0
 
 
 def structure(section: Mapping[str, Any]) -> Any:
-    """What of guidance is compiled in: all but its numbers."""
+    """Returns what is compiled into a function with this guidance: everything except its numbers."""
     _, static, numbers = _read_guidance(section)
     traced = {name: sorted(given) for name, given in numbers.items()}
     return section["name"], section.get("worse"), static, traced
 
 
-def _wrap(function: Any, denoise: Denoiser, numbers: Mapping, static: Mapping, given: Mapping[str, Any]) -> Denoiser:
-    """The denoiser wrapped, with those of `given` that the function takes."""
-    taken = {key: value for key, value in given.items() if key in inspect.signature(function).parameters}
-    try:
-        return function(denoise, **numbers, **static, **taken)
-    except InputError as error:
-        raise error.within(f"guidance.{function.__name__}") from None
-
-
-def _times(
+def sampling_times(
     schedule: Schedule, steps: int | None = None, grid: str | Mapping[str, Any] = "trailing", unroll: int = 1
 ) -> Array:
-    """The times that a `sampler` section names, `[steps + 1]`."""
+    """Returns the times of a `sampler` section, falling, `[steps + 1]`.
+
+    Raises:
+      InputError: The number of steps is invalid, or float32 cannot tell the times apart.
+    """
     for name, value in (("steps", steps), ("unroll", unroll)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"sampler.{name}", f"must be an integer of at least 1, got {value}")
         at_most(MOST_STEPS, value, f"sampler.{name}")
-    options = {"name": grid} if isinstance(grid, str) else dict(grid)
+    options = dict(grid) if isinstance(grid, Mapping) else {"name": grid}
     make = find("grids", options.pop("name", ""), field="sampler.grid")
     check(make, options, field="sampler.grid", later=("schedule", "steps"))
     try:
-        times = make(schedule, steps, **options).astype(np.float32)
+        times = np.asarray(make(schedule, steps, **options), np.float32)
     except InputError as error:
         raise error.within("sampler.grid") from None
     if not (np.isfinite(times).all() and (np.diff(times) < 0).all()):
-        raise InputError("sampler.grid", f"its times do not fall in steps that float32 can tell apart; use fewer than "
+        raise InputError("sampler.grid", "its times do not fall strictly in float32; use fewer than "
                          f"{steps} steps or another grid")  # fmt: skip
     return jnp.asarray(times)
+
+
+def _read_sampler(section: Mapping[str, Any], build_it: bool = True) -> tuple[dict[str, Any], Sampler | None]:
+    """Returns the options of the time grid, and the sampler."""
+    placing = {key: section[key] for key in PLACING if key in section}
+    own = {key: value for key, value in section.items() if key not in PLACING}
+    if not build_it or hasattr(own.get("name"), "step"):
+        return placing, own.get("name")
+    return placing, build("samplers", own, field="sampler")
+
+
+def _read_guidance(section: Mapping[str, Any]) -> tuple[Callable, dict[str, dict], dict[str, dict]]:
+    """Returns the guidance function, and for it and each wrapper the static options and those that are traced."""
+    guide = find("guidance", section.get("name", ""), field="guidance.name")
+    if section["name"] in WRAPPERS:
+        raise InputError("guidance.name", f"{section['name']} wraps guidance: set guidance.{section['name']}")
+    keywords = {"guidance": {k: v for k, v in section.items() if k not in ("name", "worse", *WRAPPERS)}}
+    for name in WRAPPERS:
+        if section.get(name) is not None:
+            if not isinstance(section[name], Mapping):
+                raise InputError(f"guidance.{name}", f"must be a section, as {{'name': value}}, got {section[name]!r}")
+            keywords[name] = dict(section[name])
+    static, numbers = {}, {}
+    for name, given in keywords.items():
+        function = guide if name == "guidance" else getattr(guidances, name)
+        field = name if name == "guidance" else f"guidance.{name}"
+        parameters = inspect.signature(function).parameters
+        check(function, given, field=field, later=[key for key in SUPPLIED if key in parameters])
+        traced = {key for key in given if Array in typing.get_args(parameters[key].annotation)}
+        numbers[name] = {key: jnp.float32(value) for key, value in given.items() if key in traced}
+        static[name] = {key: value for key, value in given.items() if key not in traced}
+    interval = keywords.get("interval", {})
+    low, high = interval.get("low", 0.0), interval.get("high", float("inf"))
+    if not low < high:
+        raise InputError("guidance.interval", f"low = {low} must be below high = {high}")
+    return guide, static, numbers
+
+
+def _wrap(function: Any, denoise: Denoiser, numbers: Mapping, static: Mapping, supplied: Mapping[str, Any]) -> Denoiser:
+    """Applies guidance to a denoiser, with those of `supplied` that the function accepts."""
+    accepted = {key: value for key, value in supplied.items() if key in inspect.signature(function).parameters}
+    try:
+        return function(denoise, **numbers, **static, **accepted)
+    except InputError as error:
+        raise error.within(f"guidance.{function.__name__}") from None

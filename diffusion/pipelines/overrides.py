@@ -1,9 +1,8 @@
-"""A run's way of sampling, changed from the command line: text in, the config's `sampler` and `guidance` sections out.
+"""Changes how a run samples, from text: returns the config's `sampler` and `guidance` sections with options replaced.
 
-A part is written NAME:keyword=value:keyword=value, as in `dpm_solver_pp:order=3` or `karras:rho=5`.
+A part is written NAME:keyword=value:keyword=value, for example `dpm_solver_pp:order=3` or `karras:rho=5`.
 """
 
-import ast
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,46 +10,58 @@ from typing import Any
 from diffusion.core.build import build, find
 from diffusion.core.checks import at_most
 from diffusion.core.types import InputError
+from diffusion.pipelines.config import parse_value
 from diffusion.pipelines.generator import MOST_STEPS, PLACING, WRAPPERS
 
 AXES = ("sampler", "grid", "steps", "evaluations", "guidance", "interval", "rescale", "threshold", "unroll")
 
 
 def part(text: str, field: str) -> dict[str, Any]:
-    """`heun:churn=40:s_noise=1.003` -> `{"name": "heun", "churn": 40, "s_noise": 1.003}`."""
-    name, *pairs = re.split(r":(?=\w+=)", text)  # other colons belong to a value: gs://, a dict
+    """Parses a part: `heun:churn=40:s_noise=1.003` -> `{"name": "heun", "churn": 40, "s_noise": 1.003}`."""
+    name, *pairs = re.split(r":(?=\w+=)", text)  # any other colon is part of a value: gs://, a dict
     if not name.isidentifier():
-        raise InputError(field, f"{text!r}: wants NAME:keyword=value, as in heun:churn=40:s_noise=1.003")
-    return {"name": name} | {key: _value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+        raise InputError(field, f"must be NAME:keyword=value, as in heun:churn=40:s_noise=1.003, got {text!r}")
+    return {"name": name} | {key: parse_value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def spell(section: str | Mapping[str, Any]) -> str:
+    """Writes a part as `part` reads it: `{"name": "heun", "churn": 5}` -> `heun:churn=5`."""
+    section = {"name": section} if isinstance(section, str) else section
+    return ":".join([section["name"], *(f"{key}={value}" for key, value in section.items() if key != "name")])
 
 
 def sections(config: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The `sampler` and `guidance` sections of a run's config with what was chosen in their place.
+    """Returns the `sampler` and `guidance` sections of a run's config with the chosen options replaced.
 
     Args:
-      chosen: text for any of AXES. A sampler of another name takes steps and grid over, but not the keywords; guidance
-        by a number changes the scale alone; `evaluations` of the denoiser stand for the most steps they are enough for.
+      config: The run's config.
+      chosen: Text for any of `AXES`. Another sampler keeps the steps and the grid, but not the keywords of the sampler
+        it replaces. A number for `guidance` changes only the scale. `evaluations` sets the largest number of steps
+        that needs no more evaluations of the denoiser.
+
+    Raises:
+      InputError: Text that cannot be parsed, an unknown sampler, or too few evaluations; the field is the flag.
     """
     sampler, guidance = dict(config["sampler"]), dict(config["guidance"])
     if "sampler" in chosen:
         spec = part(chosen["sampler"], "--sampler")
         find("samplers", spec["name"], field="--sampler")
-        kept = {key: sampler[key] for key in PLACING if key in sampler}
-        sampler = {**(sampler if spec["name"] == sampler["name"] else kept), **spec}
+        placing = {key: sampler[key] for key in PLACING if key in sampler}
+        sampler = {**(sampler if spec["name"] == sampler["name"] else placing), **spec}
     if "grid" in chosen:
         sampler["grid"] = part(chosen["grid"], "--grid")
     for name in ("steps", "unroll"):
         if name in chosen:
-            sampler[name] = _whole(chosen[name], f"--{name}")
+            sampler[name] = _positive_integer(chosen[name], f"--{name}")
     if "evaluations" in chosen:
-        sampler["steps"] = _steps_for(sampler, _whole(chosen["evaluations"], "--evaluations"))
+        sampler["steps"] = _steps_for(sampler, _positive_integer(chosen["evaluations"], "--evaluations"))
     if "guidance" in chosen:
         text = chosen["guidance"]
-        if _value(text.partition(":")[0]) != text.partition(":")[0]:
+        if parse_value(text.partition(":")[0]) != text.partition(":")[0]:  # a number, not a name
             guidance["scale"] = _number(text, "--guidance")
         else:
-            around = {key: guidance[key] for key in WRAPPERS if key in guidance}
-            guidance = {**around, **part(text, "--guidance")}
+            wrappers = {key: guidance[key] for key in WRAPPERS if key in guidance}
+            guidance = {**wrappers, **part(text, "--guidance")}
     if "interval" in chosen:
         guidance["interval"] = _interval(chosen["interval"])
     if "rescale" in chosen:
@@ -60,14 +71,19 @@ def sections(config: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict
     return sampler, guidance
 
 
+def is_whole(text: str) -> bool:
+    """Returns whether a text is a whole number, and short enough for `int` to parse."""
+    return text.strip().isdecimal() and len(text) < 1000
+
+
 def _steps_for(sampler: Mapping[str, Any], evaluations: int) -> int:
-    """The most steps that a sampler can take with so many evaluations of the denoiser."""
+    """Returns the largest number of steps that needs at most `evaluations` evaluations of the denoiser."""
     keywords = {key: value for key, value in sampler.items() if key not in PLACING}
-    if keywords.get("variance") == "analytic":  # not measured yet, and of no account here
+    if keywords.get("variance") == "analytic":  # needs measurements, but does not change the number of evaluations
         keywords["variance"] = "beta"
     solver = build("samplers", keywords, field="sampler")
     if solver.evaluations(1) is None:
-        raise InputError("--evaluations", f"{sampler['name']} takes as many as it needs; give --steps")
+        raise InputError("--evaluations", f"{sampler['name']} chooses its own number of evaluations; use --steps")
     fitting = [steps for steps in range(1, evaluations + 1) if solver.evaluations(steps) <= evaluations]
     if not fitting:
         raise InputError("--evaluations", f"one step of {sampler['name']} takes {solver.evaluations(1)}, "
@@ -78,7 +94,7 @@ def _steps_for(sampler: Mapping[str, Any], evaluations: int) -> int:
 def _interval(text: str) -> dict[str, Any]:
     low, high, *unit = text.replace(":", ",").split(",") if text.count(",") + text.count(":") else ("", "")
     if not low or not high or unit not in ([], ["t"], ["sigma"]):
-        raise InputError("--interval", f"wants lo,hi or lo,hi,sigma, as in 0.2,0.8; got {text!r}")
+        raise InputError("--interval", f"must be lo,hi or lo,hi,sigma, as in 0.2,0.8; got {text!r}")
     ends = {"low": _number(low, "--interval"), "high": _number(high, "--interval")}
     return ends | ({"unit": unit[0]} if unit else {})
 
@@ -90,22 +106,7 @@ def _number(text: str, field: str) -> float:
         raise InputError(field, f"must be a number, got {text!r}") from None
 
 
-def _whole(text: str, field: str) -> int:
+def _positive_integer(text: str, field: str) -> int:
     if not is_whole(text) or int(text) < 1:
         raise InputError(field, f"must be a whole number of at least 1, got {text}")
     return at_most(MOST_STEPS, int(text), field)
-
-
-def is_whole(text: str) -> bool:
-    """Whether it is a whole number, and one short enough that Python would read it."""
-    return text.strip().isdecimal() and len(text) < 1000
-
-
-def _value(text: str) -> Any:
-    """A number, true, false or a tuple, as a config would have it; else the text itself."""
-    if text in ("true", "false"):
-        return text == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -1,7 +1,6 @@
-"""A trained model, read from its workdir."""
+"""A trained model, read from its workdir or taken from a trainer."""
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,50 +10,181 @@ from jax.sharding import Mesh
 
 from diffusion.core import files, images
 from diffusion.core.build import build, call
-from diffusion.core.types import InputError, ModelMetric, Network, Objective, Params, SampleMetric, Spec
-from diffusion.distributed import mesh as meshes
+from diffusion.core.types import (
+    Array,
+    Denoiser,
+    InputError,
+    ModelMetric,
+    Network,
+    Objective,
+    Params,
+    SampleMetric,
+    Sampler,
+    Spec,
+)
 from diffusion.distributed import sharding
-from diffusion.pipelines.config import cond_drop_rate, config_and_spec
-from diffusion.pipelines.generator import Generator
+from diffusion.distributed.mesh import make_mesh
+from diffusion.pipelines.config import GUIDANCE, SAMPLER, cond_drop_rate, config_and_spec, external_names
+from diffusion.pipelines.generator import PLACING, WRAPPERS, Generator, check_numbers, is_neutral, structure
 from diffusion.pipelines.model import model_of
 from diffusion.process.posterior import x0_errors
 from diffusion.sampling.loop import bind
-from diffusion.training import ema
 from diffusion.training.checkpoint import Checkpoints
+from diffusion.training.ema import make_ema
 from diffusion.training.state import trainable
+from diffusion.training.trainer import Trainer
 
 
-@dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained model, read from its workdir alone; `meta` is its checkpoint's."""
+    """A trained model.
 
-    meta: Mapping[str, Any]
-    config: Mapping[str, Any]
-    spec: Spec
-    step: int
-    ema: str | None
-    objective: Objective
-    network: Network
-    params: Params
-    mesh: Mesh
+    Attributes:
+      config: The resolved config.
+      spec: What the data look like.
+      step: The step of the checkpoint.
+      ema: Name of the average that `params` holds; None for the parameters that were trained.
+      network, objective: The model.
+      params: The dict of networks.
+      mesh: The devices that hold the parameters.
+      meta: What the checkpoint says of the run.
+    """
 
-    def drawer(
+    def __init__(
+        self, *, config: Mapping[str, Any], spec: Spec, network: Network, objective: Objective, params: Params,
+        mesh: Mesh, step: int = 0, ema: str | None = None, meta: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
+        self.config, self.spec, self.network, self.objective = config, spec, network, objective
+        self.params, self.mesh, self.step, self.ema, self.meta = params, mesh, step, ema, dict(meta or {})
+        self._generators: dict[str, Generator] = {}
+
+    def sample(
+        self,
+        num: int = 16,
+        labels: Sequence[int] | None = None,
+        *,
+        sampler: str | Mapping[str, Any] | Callable[..., Sampler] | Sampler | None = None,
+        steps: int | None = None,
+        grid: str | Mapping[str, Any] | Callable[..., np.ndarray] | None = None,
+        guidance: float | str | Mapping[str, Any] | Callable[..., Denoiser] | None = None,
+        seed: int = 0,
+        batch_size: int = 250,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Draws samples. What is not given is taken from the run's config.
+
+        Args:
+          num: Number of samples.
+          labels: Classes, repeated in turn up to `num`; all classes by default.
+          sampler, steps, grid: The solver, its number of steps, and the time grid.
+          guidance: A scale, the name or section of another guidance, or a function of the denoiser.
+          seed: Sample i depends on the seed and i alone.
+          batch_size: Number of samples drawn at once; the samples do not depend on it.
+          progress: Show a progress line.
+
+        Returns:
+          float32 `[num, ...]`; images are `[num, H, W, C]` with values around [-1, 1].
+
+        Raises:
+          InputError: An argument is invalid, or the model does not support it.
+        """
+        check_numbers(seed=seed, num=num, batch_size=batch_size)
+        generator = self._generator(*self.sections(sampler=sampler, steps=steps, grid=grid, guidance=guidance))
+        return generator(
+            self.params, labels_for(self.spec.num_classes, num, labels), num, seed=seed, batch_size=batch_size,
+            title="sample" if progress else None,
+        )  # fmt: skip
+
+    def evaluate(
+        self, *, steps: int | None = None, seed: int = 1, batch_size: int = 250, progress: bool = False
+    ) -> dict[str, float]:
+        """Returns the metrics of the config's `eval` section, by name.
+
+        Args:
+          steps: Number of steps of the sampler; the config's by default.
+          seed: Seed of the noise.
+          batch_size: Number of samples drawn at once; the metrics do not depend on it.
+          progress: Show progress lines.
+        """
+        measured = self.measure(*self.sections(steps=steps), seed=seed, batch_size=batch_size, progress=progress)
+        return {name: value for values, _ in measured for name, value in values.items()}
+
+    def measure(
+        self, sampler: Mapping[str, Any], guidance: Mapping[str, Any], *, seed: int = 1, batch_size: int = 250,
+        progress: bool = False,
+    ) -> Iterator[tuple[Mapping[str, float], str]]:  # fmt: skip
+        """Yields the values of each metric of the config's `eval` section, and a note on what was measured.
+
+        Args:
+          sampler, guidance: Config sections; the scale of the guidance is the metric's own.
+        """
+        drawn: dict[tuple, np.ndarray] = {}
+        metrics = self.metrics()
+        of_samples = [metric for metric in metrics if isinstance(metric, SampleMetric)]
+        scales = {metric.guidance for metric in of_samples}
+        # All are built first, so that what the model does not support is reported before anything is drawn.
+        generators = {s: self.generator(sampler=sampler, guidance={**guidance, "scale": s}) for s in scales}
+        for metric in metrics:
+            if metric not in of_samples:
+                denoise = self.objective.denoiser(self.network.apply, self.params)
+                yield metric(denoise, self.objective.schedule_for(self.params), jax.random.key(seed)), ""
+                continue
+            key = metric.guidance, metric.num
+            labels = labels_for(self.spec.num_classes, metric.num, None)
+            if key not in drawn:
+                drawn[key] = generators[metric.guidance](
+                    self.params, labels, metric.num, seed=seed, batch_size=batch_size,
+                    title=f"sample with guidance {metric.guidance:g}" if progress else None,
+                )  # fmt: skip
+            note = f"({metric.num} samples, guidance {metric.guidance:g})"
+            yield self.measured(metric, drawn[key], labels), note
+
+    def denoiser(self, **cond: Any) -> Denoiser:
+        """Returns `denoise(x, t) -> Denoised` for a condition, such as `label=jnp.array([3])`.
+
+        Args:
+          **cond: Arrays `[B]`; none for the unconditional model of data without classes.
+        """
+        return bind(self.objective.denoiser(self.network.apply, self.params), cond)
+
+    def sections(
+        self, *, sampler: Any = None, steps: int | None = None, grid: Any = None, guidance: Any = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the config's `sampler` and `guidance` sections with the arguments of `sample` in their place."""
+        section = dict(self.config["sampler"])
+        if sampler is not None:
+            given = dict(sampler) if isinstance(sampler, Mapping) else {"name": sampler}
+            same = given["name"] == section["name"]
+            section = {**{k: v for k, v in section.items() if same or k in PLACING}, **given}
+        section |= {} if steps is None else {"steps": steps}
+        section |= {} if grid is None else {"grid": grid}
+        guided = dict(self.config["guidance"])
+        if isinstance(guidance, (int, float)):
+            guided["scale"] = float(guidance)
+        elif guidance is not None:
+            given = dict(guidance) if isinstance(guidance, Mapping) else {"name": guidance}
+            same = given["name"] == guided["name"]
+            guided = {**{k: v for k, v in guided.items() if same or k in WRAPPERS}, **given}
+        return section, guided
+
+    def generator(
         self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any], always_guided: bool = False
     ) -> Generator:
-        """Draws from this model. What has to be measured on the run's own data first, or read from another run, is."""
-        if (sampler.get("name"), sampler.get("variance")) == ("ancestral", "analytic") and "x0_errors" not in sampler:
+        """Returns what draws from this model, after measuring or reading what the sections require.
+
+        Args:
+          sampler, guidance: Config sections.
+          always_guided: See `Generator`.
+        """
+        if (sampler.get("name"), sampler.get("variance")) == ("ancestral", "analytic") and not sampler.get("x0_errors"):
             sampler = {**sampler, "x0_errors": self._x0_errors()}
-        worse = None
-        if guidance.get("name") == "autoguidance":
-            worse = self._worse(guidance.get("worse"))
+        worse = self._worse(guidance.get("worse")) if guidance.get("name") == "autoguidance" else None
         return Generator(
             self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
-            cond_drop_rate=cond_drop_rate(self.config),
-            always_guided=always_guided,
+            cond_drop_rate=cond_drop_rate(self.config), always_guided=always_guided,
         )  # fmt: skip
 
     def metrics(self) -> list[SampleMetric | ModelMetric]:
-        """The metrics of the config's `eval` section."""
+        """Builds the metrics of the config's `eval` section."""
         section = self.config["eval"]
         real = {
             "train": build("data", self.config["data"], field="data"),
@@ -66,39 +196,60 @@ class Run:
         ]
 
     def measured(self, metric: SampleMetric, x: np.ndarray, labels: np.ndarray | None) -> Mapping[str, float]:
-        """A metric of samples; images as a viewer gets them, rounded to 8 bits."""
+        """Returns a metric of samples; images are rounded to 8 bits first, as they are saved."""
         if self.spec.is_image:
             x = images.from_uint8(images.to_uint8(x))
         return metric(x, labels)
 
+    def _generator(self, sampler: Mapping[str, Any], guidance: Mapping[str, Any]) -> Generator:
+        """Returns a generator that shares the compiled functions of earlier calls where possible."""
+        fixed = {key: value for key, value in sampler.items() if key not in ("steps", "grid")}
+        key = repr((sorted(fixed.items(), key=lambda item: item[0]), structure(guidance), is_neutral(guidance)))
+        if key not in self._generators:
+            self._generators[key] = self.generator(sampler=sampler, guidance=guidance)
+            return self._generators[key]
+        return self._generators[key].with_settings(sampler=sampler, guidance=guidance)
+
     def _worse(self, where: Any) -> tuple[Network, Objective, Params]:
         if not isinstance(where, Mapping):
-            raise InputError(
-                "guidance.worse", "is missing: the other model, as {'workdir': ..., 'ema': ..., 'step': ...}"
-            )
-        keywords = {("ema_name" if key == "ema" else key): value for key, value in where.items()}
-        run = call(open_run, keywords, field="guidance.worse")
+            problem = "is missing: the other model, as {'workdir': ..., 'ema': ..., 'step': ...}"
+            raise InputError("guidance.worse", problem)
+        run = call(open_run, where, field="guidance.worse")
         if run.spec != self.spec:
             raise InputError("guidance.worse.workdir", f"was trained on data of another kind: {run.spec}")
         return run.network, run.objective, run.params
 
     def _x0_errors(self, num: int = 512, points: int = 50) -> tuple[tuple[float, float], ...]:
-        """What the analytic variance goes by, measured on the first examples of the run's data."""
+        """Measures the errors that the analytic variance needs, on the first examples of the run's data."""
         source = build("data", self.config["data"], field="data")
         examples = [source[index] for index in range(min(num, len(source)))]
         x0 = jnp.stack([example["x"] for example in examples])
         cond = {name: jnp.stack([example["cond"][name] for example in examples]) for name in examples[0]["cond"]}
-        denoise = bind(self.objective.denoiser(self.network.apply, self.params), cond)
         times = jnp.arange(1, points + 1) / points
-        return x0_errors(denoise, self.objective.schedule_for(self.params), x0, times, jax.random.key(0))
+        return x0_errors(self.denoiser(**cond), self.objective.schedule_for(self.params), x0, times, jax.random.key(0))
 
 
-def open_run(workdir: str, ema_name: str | None = None, step: int | None = None) -> Run:
+def open_run(
+    workdir: str,
+    ema: str | None = None,
+    step: int | None = None,
+    network: Network | None = None,
+    objective: Objective | None = None,
+    allow_imports: bool | Collection[str] = False,
+) -> Run:
     """Reads a checkpoint of a workdir onto all devices.
 
+    A config may name parts of other packages, `"package.module:attribute"`, which are imported and called. As the
+    config comes from a file, this must be allowed.
+
     Args:
-      ema_name: which average to read; the config's last if None, the raw parameters if "none".
-      step: of which step; the newest if None.
+      ema: Name of the average to read; that of `ema.sample_with` if None, the trained parameters if "none".
+      step: Step of the checkpoint; the newest valid one if None.
+      network, objective: For a run that was trained with objects instead of names.
+      allow_imports: Whether such parts may be imported, or the names of those that may be.
+
+    Raises:
+      InputError: The workdir does not hold such a checkpoint, or it cannot be read.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
     there = checkpoints.steps()
@@ -106,26 +257,68 @@ def open_run(workdir: str, ema_name: str | None = None, step: int | None = None)
         problem = "holds no checkpoint" if files.is_folder(workdir, "workdir") else "does not exist"
         raise InputError("workdir", f"{workdir} {problem}; train one: python -m experiments.train --workdir={workdir}")
     if step is not None and step not in there:
-        raise InputError(
-            "step", f"{workdir} holds no checkpoint of step {step}; there are: {', '.join(map(str, there))}"
-        )
+        raise InputError("step", f"{workdir} holds no checkpoint of step {step}; one of: {', '.join(map(str, there))}")
 
     def read(step: int) -> Run:
         meta = checkpoints.meta(step)
+        if allow_imports is not True:
+            imported = sorted(external_names(meta) - set(allow_imports or ()))
+            if imported:
+                problem = f"its config imports {', '.join(imported)}; if you trust it, pass allow_imports"
+                raise InputError("workdir", problem)
         config, spec = config_and_spec(meta)
-        averages = call(ema.make_ema, config["ema"], field="ema").names
-        name = ema_name or averages[-1]
-        if name not in (*averages, "none"):
-            raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(averages)}, none")
+        averages = call(make_ema, config["ema"], field="ema")
+        name = ema or averages.main
+        if name not in (*averages.names, "none"):
+            raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(averages.names)}, none")
         name = None if name == "none" else name
-        network, objective = model_of(meta)
-        mesh = meshes.make_mesh()
-        shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
+        built = (network, objective) if network and objective else model_of(meta)
+        mesh = make_mesh()
+        shapes = jax.eval_shape(lambda: built[1].init(built[0], jax.random.key(0)))
         place = sharding.replicated(mesh)
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
-        params = checkpoints.restore_params(step, trainable(abstract, objective), name)
-        return Run(meta, config, spec, step, name, objective, network, params, mesh)
+        params = checkpoints.restore_params(step, trainable(abstract, built[1]), name)
+        return Run(
+            config=config, spec=spec, network=built[0], objective=built[1], params=params, mesh=mesh, step=step,
+            ema=name, meta=meta,
+        )  # fmt: skip
 
     run = checkpoints.newest_valid(read)[1] if step is None else read(step)
     checkpoints.close()
     return run
+
+
+def run_of(trainer: Trainer) -> Run:
+    """Returns the model that a trainer has trained so far, with the average that sampling uses."""
+    config = {**trainer.meta["config"], "sampler": SAMPLER, "guidance": GUIDANCE, "eval": {"metrics": {}}}
+    params = jax.tree.map(jnp.copy, trainer.averaged_params())  # the next step donates the trainer's own
+    return Run(
+        config=config, spec=trainer.spec, network=trainer.network, objective=trainer.objective, params=params,
+        mesh=trainer.mesh, step=trainer.step, ema=trainer.ema.main, meta=trainer.meta,
+    )  # fmt: skip
+
+
+def sample(model: Trainer | Run | str, num: int = 16, labels: Sequence[int] | None = None, **options: Any) -> Array:
+    """Draws samples from a trainer, a run or a workdir; see `Run.sample`."""
+    run = open_run(model) if isinstance(model, str) else run_of(model) if isinstance(model, Trainer) else model
+    return run.sample(num, labels, **options)
+
+
+def labels_for(num_classes: int, num: int, labels: Sequence[int] | None) -> np.ndarray | None:
+    """Returns the label of each of `num` samples, int32 `[num]`; None where the data has no classes.
+
+    Args:
+      labels: Classes, repeated in turn; all classes if None.
+
+    Raises:
+      InputError: The data has no classes, or no such class.
+    """
+    if not num_classes:
+        if labels is not None and len(labels):
+            raise InputError("labels", "the run's data has no classes; leave them out")
+        return None
+    if labels is None:
+        return np.arange(num, dtype=np.int32) % num_classes
+    if not len(labels) or any(not 0 <= label < num_classes for label in labels):
+        raise InputError("labels", f"must be numbers from 0 to {num_classes - 1}, got {list(labels)}")
+    return np.resize(np.asarray(labels, np.int32), num)

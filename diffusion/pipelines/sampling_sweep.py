@@ -1,4 +1,4 @@
-"""One checkpoint sampled in every combination of some choices: a labelled contact sheet and a table.
+"""Samples one checkpoint with every combination of several settings; writes a labelled contact sheet and a table.
 
 python -m experiments.sample --workdir=runs/digits --sweep="steps=10,20,50;guidance=1,2,4"
 python -m experiments.sample --workdir=runs/digits --sweep=@points.json  # [{"sampler": "ddim", "steps": 10}, ...]
@@ -8,6 +8,7 @@ import contextlib
 import csv
 import itertools
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,40 +18,43 @@ import numpy as np
 
 from diffusion.core import files, images
 from diffusion.core.types import InputError, SampleMetric
-from diffusion.pipelines.generator import Generator, is_plain, structure
+from diffusion.pipelines.generator import Generator, is_neutral, structure
 from diffusion.pipelines.overrides import AXES, sections
 from diffusion.pipelines.run import Run
 
-SHOWN = 16  # samples in a row of the contact sheet
+SHOWN = 16  # samples per row of the contact sheet
+
+logger = logging.getLogger(__name__)
 
 
 def axes(text: str) -> dict[str, list[str]]:
-    """`"steps=10,20;guidance=1,2"` -> `{"steps": ["10", "20"], "guidance": ["1", "2"]}`."""
+    """Parses axes: `"steps=10,20;guidance=1,2"` -> `{"steps": ["10", "20"], "guidance": ["1", "2"]}`."""
     found = {}
     for axis in filter(None, text.split(";")):
         name, _, values = axis.partition("=")
         name, values = name.strip(), [value.strip() for value in values.split(",")]
         if name not in AXES or name in found:
-            raise InputError("--sweep", f"{axis!r}: wants NAME=value,value, each NAME once; one of: {', '.join(AXES)}")
+            problem = f"must be NAME=value,value;..., each NAME once and one of {', '.join(AXES)}; got {axis!r}"
+            raise InputError("--sweep", problem)
         if not all(values):
             raise InputError("--sweep", f"{name} has an empty value")
         found[name] = values
     if not found:
-        raise InputError("--sweep", 'is empty; as in "steps=10,20,50;guidance=1,2,4"')
+        raise InputError("--sweep", 'is empty; use for example "steps=10,20,50;guidance=1,2,4"')
     if {"steps", "evaluations"} <= found.keys():
-        raise InputError("--sweep", "steps follow from evaluations; give one of the two")
+        raise InputError("--sweep", "evaluations determine the steps; give only one of the two")
     return found
 
 
 def points(text: str) -> list[dict[str, str]]:
-    """Every combination of the axes, the last one fastest; or those of a file, for `@FILE`."""
+    """Returns every combination of the axes, the last axis varying fastest; for `@FILE`, the combinations in a file."""
     if text.startswith("@"):
-        return _listed(text[1:])
+        return _read_points(text[1:])
     found = axes(text)
     return [dict(zip(found, values, strict=True)) for values in itertools.product(*found.values())]
 
 
-def _listed(path: str) -> list[dict[str, str]]:
+def _read_points(path: str) -> list[dict[str, str]]:
     try:
         with open(path, encoding="utf-8") as file:
             listed = json.load(file)
@@ -61,37 +65,43 @@ def _listed(path: str) -> list[dict[str, str]]:
     for point in listed:
         unknown = [name for name in point if name not in AXES] if isinstance(point, dict) else [point]
         if unknown or not point:
-            raise InputError("--sweep", f"{path}: no choice {unknown or point!r}; one of: {', '.join(AXES)}")
+            raise InputError("--sweep", f"{path}: unknown setting {unknown or point!r}; one of: {', '.join(AXES)}")
         if {"steps", "evaluations"} <= point.keys():
-            raise InputError("--sweep", f"at {spell(point)}: steps follow from evaluations; give one of the two")
+            raise InputError("--sweep", f"at {spell(point)}: evaluations determine the steps; give only one of the two")
     return [{name: str(value) for name, value in point.items()} for point in listed]
 
 
-def drawers(run: Run, chosen: Mapping[str, str], combinations: Sequence[Mapping[str, str]]) -> list[Generator]:
-    """What draws each of the combinations. Those that differ in times or in numbers of guidance share what is compiled:
-    it is compiled once for each number of steps. All are built, and so refused, before the first draws."""
-    made, shared = [], {}
-    wanted = []
+def make_generators(
+    run: Run, chosen: Mapping[str, str], combinations: Sequence[Mapping[str, str]]
+) -> list[Generator]:  # fmt: skip
+    """Returns a generator per combination.
+
+    Combinations that differ only in their times or in the numbers of the guidance share compiled programs: there is one
+    per number of steps. All generators are built, and invalid combinations refused, before any sample is drawn.
+    """
+    generators, shared = [], {}
+    requested = []
     for point in combinations:
-        with at(point):
+        with _name_in_errors(point):
             sampler, guidance = sections(run.config, {**chosen, **point})
-            fixed = repr(({key: value for key, value in sampler.items() if key not in ("steps", "grid")},
-                          structure(guidance)))  # fmt: skip
-            wanted.append((point, sampler, guidance, fixed))
-    guided = {fixed for _, _, guidance, fixed in wanted if not is_plain(guidance)}
-    for point, sampler, guidance, fixed in wanted:
-        with at(point):
-            if fixed in shared:
-                made.append(shared[fixed].with_settings(sampler=sampler, guidance=guidance))
+            compiled_in = repr(({key: value for key, value in sampler.items() if key not in ("steps", "grid")},
+                                structure(guidance)))  # fmt: skip
+            requested.append((point, sampler, guidance, compiled_in))
+    guided = {compiled_in for _, _, guidance, compiled_in in requested if not is_neutral(guidance)}
+    for point, sampler, guidance, compiled_in in requested:
+        with _name_in_errors(point):
+            if compiled_in in shared:
+                generators.append(shared[compiled_in].with_settings(sampler=sampler, guidance=guidance))
             else:
-                made.append(run.drawer(sampler=sampler, guidance=guidance, always_guided=fixed in guided))
-                shared[fixed] = made[-1]
-    return made
+                always_guided = compiled_in in guided
+                generators.append(run.generator(sampler=sampler, guidance=guidance, always_guided=always_guided))
+                shared[compiled_in] = generators[-1]
+    return generators
 
 
 @contextlib.contextmanager
-def at(point: Mapping[str, str]) -> Iterator[None]:
-    """Says of an error which combination it is of."""
+def _name_in_errors(point: Mapping[str, str]) -> Iterator[None]:
+    """Adds the combination to the message of an InputError."""
     try:
         yield
     except InputError as error:
@@ -99,6 +109,7 @@ def at(point: Mapping[str, str]) -> Iterator[None]:
 
 
 def spell(point: Mapping[str, str]) -> str:
+    """Returns a combination as text: `steps=10 guidance=2`."""
     return " ".join(f"{name}={value}" for name, value in point.items())
 
 
@@ -114,35 +125,47 @@ def sweep(
     batch_size: int,
     metrics: Sequence[SampleMetric] = (),
 ) -> None:
-    """Draws all combinations and writes `sweep.csv`, `sweep.png` and a picture of each, `sweep/0001.png`, into the
-    folder `out`. The seconds of a combination
-    that was `compiled` are with the compiling."""
+    """Samples all combinations and writes `sweep.csv`, `sweep.png` and a picture of each, `sweep/0001.png`.
+
+    Args:
+      run: The trained model.
+      chosen: Settings that all combinations share; see `overrides.sections`.
+      text: The combinations; see `points`.
+      out: The folder that the files are written to.
+      labels: Int32 `[num]`, or None if the data has no classes.
+      num: Samples per combination.
+      seed: Seed of the noise.
+      batch_size: Samples per batch.
+      metrics: Metrics that add columns to the table. The column `seconds` includes the compilation of those
+        combinations whose column `compiled` is positive.
+    """
     combinations = points(text)
-    made = drawers(run, chosen, combinations)
+    generators = make_generators(run, chosen, combinations)
     pictures = files.make_folder(os.path.join(out, "sweep"), "--out")
     rows, shown = [], []
-    for point, drawer in zip(combinations, made, strict=True):
-        before, start = drawer.compilations, time.perf_counter()
-        x = drawer(run.params, labels, num, seed=seed, batch_size=batch_size, title=spell(point))
-        steps = len(drawer.times) - 1
-        row = {**point, "steps": steps, "evaluations": drawer.solver.evaluations(steps)}
-        row |= {"seconds": round(time.perf_counter() - start, 3), "compiled": drawer.compilations - before}
+    for point, generator in zip(combinations, generators, strict=True):
+        before, start = generator.compilations, time.perf_counter()
+        x = generator(run.params, labels, num, seed=seed, batch_size=batch_size, title=spell(point))
+        steps = len(generator.times) - 1
+        row = {**point, "steps": steps, "evaluations": generator.solver.evaluations(steps)}
+        row |= {"seconds": round(time.perf_counter() - start, 3), "compiled": generator.compilations - before}
         for metric in metrics:
             row |= run.measured(metric, x, labels)
         rows.append(row)
         shown.append(x[:SHOWN])
         images.save_png(images.picture(x[:SHOWN]), os.path.join(pictures, f"{len(rows):04d}.png"))
-        write_table(os.path.join(out, "sweep.csv"), rows)  # each time: what is drawn is kept, whatever comes
-    # What all combinations share needs no label.
+        write_table(os.path.join(out, "sweep.csv"), rows)  # after each combination, in case the sweep is interrupted
+    # The sheet's labels leave out the settings that all combinations share.
     names = list(dict.fromkeys(name for point in combinations for name in point))
-    telling = [name for name in names if len({point.get(name) for point in combinations}) > 1] or names
-    labels = [spell({name: point[name] for name in telling if name in point}) for point in combinations]
+    varying = [name for name in names if len({point.get(name) for point in combinations}) > 1] or names
+    labels = [spell({name: point[name] for name in varying if name in point}) for point in combinations]
     sheet = os.path.join(out, "sweep.png")
     images.save_png(images.labelled(shown, labels), sheet)
-    print(f"{len(rows)} combinations of {num} samples: {sheet} and {os.path.join(out, 'sweep.csv')}")
+    logger.info("%d combinations of %d samples: %s and %s", len(rows), num, sheet, os.path.join(out, "sweep.csv"))
 
 
 def write_table(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as CSV, with the columns of all rows."""
     with files.replace(path) as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()

@@ -1,5 +1,4 @@
-"""Markdown tables that jobs write into a file of the docs, between its lines `<!-- table -->` and
-`<!-- end of table -->`."""
+"""Inserts Markdown tables into a documentation file, between its lines `<!-- table -->` and `<!-- end of table -->`."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -10,9 +9,12 @@ from diffusion.core.types import InputError
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 
-def around(path: str, field: str) -> tuple[str, str]:
-    """What stands in the file before and after its tables, the two lines included. Raises InputError naming `field` if
-    there is no such file, it lacks a line, or nothing can be written beside it."""
+def surroundings(path: str, field: str) -> tuple[str, str]:
+    """Returns the text before and after the tables of a file, including the two marker lines.
+
+    Raises:
+      InputError: The file does not exist, lacks a marker, or its folder is not writable; the field is `field`.
+    """
     if not os.path.isfile(path):
         raise InputError(field, f"no file {path}; it must have the lines {BEGIN} and {END}")
     with open(path, encoding="utf-8") as file:
@@ -25,13 +27,13 @@ def around(path: str, field: str) -> tuple[str, str]:
 
 
 def insert(path: str, tables: Iterable[str], field: str) -> None:
-    """Puts tables in the place of those that the file has."""
-    head, tail = around(path, field)
+    """Replaces the tables of a file; see `surroundings` for the errors."""
+    head, tail = surroundings(path, field)
     with files.replace(path) as file:
         file.write("\n\n".join([head, *tables, tail]))
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already."""
+    """Returns a Markdown table; the cells are Markdown already."""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])

@@ -1,4 +1,4 @@
-"""What the inspection of data prints and draws, and what it finds in a folder that is not whole."""
+"""The job that shows data: what it prints and draws, and how it reports unreadable files."""
 
 import re
 
@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from diffusion.core import images
+from diffusion.pipelines import inspection
 from tests.jobs import job
+from tests.refusals import refused_field
 
 
 @pytest.fixture
@@ -40,13 +42,12 @@ def config(folder, tmp_path):
     return f"--config={path}"
 
 
-def test_it_tells_and_draws(config, tmp_path):
+def test_it_describes_and_draws_the_examples(config, tmp_path):
     done = job("inspect_data", config, "--all", "--num=5", f"--out={tmp_path}/sheet.png")
     assert done.returncode == 0, done.stderr
     assert "folder: 12 examples of 8 x 8 x 3, 2 classes, no captions" in done.stdout
     assert "ignored files: 1 .md" in done.stdout and "3.0 steps of 4 examples" in done.stdout
-    assert "every example can be read" in done.stdout
-    assert re.search(r"values +-1.00 .+ \+1.00  mean [+-]0.0\d+, deviation 0.\d+", done.stdout)
+    assert re.search(r"values +-1.00 .+ \+1.00  mean [+-]0.0\d+, standard deviation 0.\d+", done.stdout)
     stages = ["read, one thread", "decode, one thread", "transform, one thread", "an example, one thread",
               "in batches, read ahead", "on the devices"]  # fmt: skip
     assert re.findall(r"images/s +[\d,]+  (.+)", done.stdout) == stages
@@ -54,24 +55,34 @@ def test_it_tells_and_draws(config, tmp_path):
     assert sheet.shape[0] >= 96 and sheet.shape[1] >= 5 * 96 and len(np.unique(sheet)) > 50
 
 
-def test_it_names_what_cannot_be_read(config, folder, tmp_path):
+def test_it_names_unreadable_files(config, folder, tmp_path):
     (folder / "class 0" / "4.png").write_bytes(b"")
     (folder / "class 1" / "7.png").write_bytes(b"GIF89a")
     done = job("inspect_data", config, "--all", f"--out={tmp_path}/sheet.png")
     assert done.returncode == 2
-    assert "class 0/4.png is empty" in done.stdout and "class 1/7.png is no image" in done.stdout
-    assert done.stderr.splitlines()[-1] == "error: data: 2 of 12 examples cannot be read"
+    bad = [line for line in done.stdout.splitlines() if line.startswith("bad ")]
+    assert ["class 0/4.png" in bad[0], "class 1/7.png" in bad[1], len(bad)] == [True, True, 2]
+    assert done.stderr.splitlines()[-1].startswith("error: data: 2 of 12 ")
     assert not (tmp_path / "sheet.png").exists()
 
 
 @pytest.mark.parametrize("flag", ["--num=0", "--out=/proc/nothing/sheet.png"])
-def test_bad_flags_are_named(flag):
-    done = job("inspect_data", "--config=configs/digits.py", flag)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {flag.partition('=')[0]}: ")
-    assert len(done.stderr.splitlines()) == 1
+def test_invalid_flags_are_named(flag):
+    assert refused_field(job("inspect_data", "--config=configs/digits.py", flag)) == flag.partition("=")[0]
 
 
-def test_sheets_of_all_kinds():
+def test_captions_are_the_examples_own_or_their_classes(digits):
+    class Named:
+        class_names = ("zero", "one")
+
+    example = {"x": None, "cond": {"label": np.int32(1)}}
+    assert inspection.caption_of({**example, "caption": "a digit"}, Named()) == "a digit"
+    assert inspection.caption_of(example, Named()) == "one"
+    assert inspection.caption_of(example, digits) == "1"
+    assert inspection.caption_of({"x": None, "cond": {}}, digits) == ""
+
+
+def test_sheets_of_images_videos_and_points():
     rng = np.random.default_rng(0)
     image, wide, video = (rng.uniform(-1, 1, shape) for shape in ((8, 8, 3), (8, 16, 3), (4, 8, 8, 1)))
     sheet = images.captioned([image, wide], ["a", "a long caption that takes more than one line to write"])

@@ -1,17 +1,21 @@
-"""The job that plans: on virtual devices, on TPU slices where their compiler is installed, and what it refuses."""
+"""The job that plans a training: on virtual devices, on TPU slices if their compiler is installed, and its errors."""
 
 import importlib.util
 import json
-import re
 
+import jax
 import pytest
 
-from tests.jobs import job, one_line
+from diffusion.pipelines import capacity
+from diffusion.pipelines.config import resolve
+from diffusion.profiling.cost_model import TooLarge
+from tests.jobs import job
+from tests.refusals import refused_field
 
 MOONS = "--config=configs/moons.py"
-WIDE = ("--config.network.width=16384", "--config.network.depth=2")  # 40 GB of state
+WIDE = ("--config.network.width=16384", "--config.network.depth=2")  # a state of 40 GiB
 NEEDS_LIBTPU = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs: requirements-tpu.txt"
+    importlib.util.find_spec("libtpu") is None, reason="needs the compiler for TPUs: requirements-tpu.txt"
 )
 
 
@@ -23,9 +27,9 @@ def mesh(data, fsdp):
     return f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"
 
 
-def test_text_and_json_say_the_same(tmp_path):
+def test_text_and_json_agree(tmp_path):
     file = tmp_path / "plan.json"
-    done = plan("--mesh_devices=8", *mesh(2, 4), "--chip=H100", f"--json={file}")
+    done = plan("--mesh_devices=8", *mesh(2, 4), "--config.sharding.fsdp_min_size=0", "--chip=H100", f"--json={file}")
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     assert found["devices"] == {"kind": "cpu", "count": 8, "mesh": {"data": 2, "fsdp": 4, "model": 1}}
@@ -35,11 +39,11 @@ def test_text_and_json_say_the_same(tmp_path):
     assert "prediction, not a measurement" in done.stdout and found["prediction"]["step_seconds"] > 0
     for kind in found["collectives"]["kinds"]:
         assert kind in done.stdout
-    assert sum(one["bytes"] for one in found["arrays"]) >= 4 * found["parameters"]["count"]
+    assert sum(array["bytes"] for array in found["arrays"]) >= 4 * found["parameters"]["count"]
 
 
-def test_the_work_of_a_device_does_not_grow_with_their_number(tmp_path):
-    """What XLA counts, of FLOPs and of bytes, at 8,192 examples a device: enough that the state's part is small."""
+def test_the_work_per_device_does_not_grow_with_the_number_of_devices(tmp_path):
+    """Compares FLOPs and bytes as counted by XLA, at 8,192 examples per device, so that the state's share is small."""
     found = {}
     for count in (1, 8, 512):
         file = tmp_path / f"{count}.json"
@@ -54,35 +58,55 @@ def test_the_work_of_a_device_does_not_grow_with_their_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "line"),
+    ("flags", "field"),
     [
-        ((), "--topology: is missing"),
-        (("--topology=v5e:2x2", "--mesh_devices=8"), "--topology: is missing"),
-        (("--topology=v5e:2x2", "--chip=H100"), "--chip: follows from --topology"),
-        (("--topology=v9:2x2",), "--topology: no TPU 'v9'; one of: v4, v5e, v5p, v6e"),
-        (("--mesh_devices=0",), "--mesh_devices: must be at least 1"),
-        (("--mesh_devices=8", *mesh(-1, 3)), "mesh.fsdp: the axes .* do not multiply to the 8 devices"),
-        (("--mesh_devices=8", "--config.train.batch_size=12"), "train.batch_size: 12 examples cannot be divided"),
-        (("--mesh_devices=8", "--shape=2,x"), "--shape: must be sizes such as 32,32,4"),
+        ((), "--topology"),
+        (("--topology=v5e:2x2", "--mesh_devices=8"), "--topology"),
+        (("--topology=v5e:2x2", "--chip=H100"), "--chip"),
+        (("--topology=v9:2x2",), "--topology"),
+        (("--mesh_devices=0",), "--mesh_devices"),
+        (("--mesh_devices=8", *mesh(-1, 3)), "mesh.fsdp"),
+        (("--mesh_devices=8", "--config.train.batch_size=12"), "train.batch_size"),
+        (("--mesh_devices=8", "--shape=2,x"), "--shape"),
     ],
 )
-def test_bad_input_is_one_line(flags, line):
-    assert re.search(line, one_line(plan(*flags)))
+def test_bad_input_is_one_line(flags, field):
+    assert refused_field(plan(*flags)) == field
 
 
-def test_data_that_are_not_here():
-    adm = "--config=configs/imagenet64_adm.py"
-    refused = one_line(plan("--mesh_devices=1", "--config.data.data_dir=/nowhere", config=adm))
-    assert "data.dataset: " in refused and "--shape=H,W,C [--classes=N]" in refused
+def test_data_that_are_not_on_this_machine():
+    done = plan("--mesh_devices=1", "--config.data.data_dir=/nowhere", config="--config=configs/imagenet64_adm.py")
+    assert refused_field(done) == "data.dataset" and "--shape=H,W,C [--classes=N]" in done.stderr
 
 
-def test_too_large_is_refused_with_what_helps():
-    """A state of 40 GiB for chips of 16, which has to be in parts."""
+def test_a_training_that_is_too_large_is_refused_with_a_change_that_fits():
+    """A state of 40 GiB must be sharded over chips of 16 GiB."""
     done = plan("--mesh_devices=8", *mesh(8, 1), *WIDE, "--chip=v5e")
-    assert done.returncode == 2
-    line = done.stderr.strip().splitlines()
-    assert len(line) == 1 and "config: does not fit: " in line[0]
-    assert "it fits with --config.mesh.data=" in line[0]
+    assert refused_field(done) == "config" and "it fits with --config.mesh.data=" in done.stderr
+
+
+def small_config(network, **sections):
+    return {"data": {"name": "digits"}, "objective": {"name": "denoising"}, "network": network,
+            "train": {"batch_size": 16}, **sections}  # fmt: skip
+
+
+UNET = {"name": "unet", "width": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (),
+        "head_dim": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("network", "proposed"),
+    [(UNET, True), ({**UNET, "remat": "full"}, False), ({"name": "mlp", "width": 8, "depth": 1}, False)],
+    ids=["unet, default remat", "unet, full remat", "mlp without remat"],
+)
+def test_rematerialisation_is_proposed_by_the_networks_default(network, proposed):
+    """A U-Net that does not set `remat` does no rematerialisation, so the planner may turn it on."""
+    config = resolve(small_config(network))
+    config["network"] = network  # a config from Python need not be resolved
+    parts = capacity.train_program(config, capacity.data_spec(config), jax.devices()[:1])
+    changes = capacity.candidate_changes(config, parts, TooLarge(used=2.0**30, limit=2.0**29))
+    assert ({"network.remat": "full"} in changes) == proposed
+    assert any("train.accumulate" in change for change in changes)
 
 
 @NEEDS_LIBTPU
@@ -97,9 +121,10 @@ def test_a_tpu_slice(tmp_path):
 
 @NEEDS_LIBTPU
 def test_a_slice_that_does_not_exist():
-    assert "--topology: no 'v5e:3x3': " in one_line(plan("--topology=v5e:3x3"))
+    assert refused_field(plan("--topology=v5e:3x3")) == "--topology"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="it is installed")
-def test_says_what_to_install():
-    assert "pip install -r requirements-tpu.txt" in one_line(plan("--topology=v5e:2x2"))
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_a_missing_compiler_is_named_with_how_to_install_it():
+    done = plan("--topology=v5e:2x2")
+    assert refused_field(done) == "--topology" and "pip install -r requirements-tpu.txt" in done.stderr

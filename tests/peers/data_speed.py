@@ -1,7 +1,7 @@
-"""How fast data are read: a folder of photographs beside PyTorch's loader with Pillow, our own records beside the
-folder, and training fed by them beside training on one batch again and again.
+"""Times reading images: a folder of photographs against PyTorch's loader with Pillow, prepared records against the
+folder, and training on these images against training on one batch.
 
-`experiments.benchmark --suite=data` is where it is started.
+`python -m experiments.benchmark --suite=data` runs it, from a checkout with requirements-peers.txt installed.
 """
 
 import itertools
@@ -9,45 +9,42 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from diffusion.core.build import build
-from diffusion.core.types import InputError, Source
+from diffusion.core.types import Source
 from diffusion.data.pipeline import Batches
 from diffusion.data.sources import array_record
-from experiments import peer_speed
+from diffusion.profiling.timing import median_ratio, time_alternately
+from tests.peers import speed
 
 SIDE, SIZE, FILES, QUALITY = 512, 64, 512, 90
 BATCH_SIZE, BATCHES, WORKERS, PREFETCH = 64, 40, 2, 2
 NETWORK, STEPS = "DDPM U-Net, 32x32x3", 3
-MANY, TOPS = 200_000, 200
-TINY = b"not read here"
+MANY_FILES, FOLDERS = 200_000, 200
 
 
 def data(runs: int) -> None:
-    """Prints a table of rates, and the share of a train step that its data cost."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise InputError("--suite", "data compares with PyTorch: pip install -r requirements-peers.txt") from None
+    """Prints the rates of reading images, and how much a train step slows down by reading its data."""
     with tempfile.TemporaryDirectory() as folder:
         photographs, records = os.path.join(folder, "photographs"), os.path.join(folder, "records")
         write_photographs(photographs)
         source = build("data", {"name": "folder", "path": photographs, "size": SIZE})
         array_record.write(source, (source[index] for index in range(len(source))), records)
         prepared = build("data", {"name": "array_record", "path": records})
-        gap = max(np.abs(source[index]["x"] - _Theirs(source)[index][0]).max() for index in range(8))
-        print(f"{SIDE} x {SIDE} JPEGs, batches of {BATCH_SIZE} at {SIZE} x {SIZE}; images differ by {gap:.0e}")
+        difference = max(np.abs(source[index]["x"] - PillowDataset(source)[index][0]).max() for index in range(8))
+        print(f"{SIDE} x {SIDE} JPEGs, batches of {BATCH_SIZE} at {SIZE} x {SIZE}; images differ by {difference:.0e}")
         rates = {}
         for workers in (0, WORKERS):
             sides = {
-                f"folder, ours, {workers} workers": lambda workers=workers: ours(source, workers),
-                f"folder, PyTorch's, {workers} workers": lambda workers=workers: theirs(source, workers),
-                f"array_record, {workers} workers": lambda workers=workers: ours(prepared, workers),
+                f"folder, ours, {workers} workers": lambda workers=workers: our_batches(source, workers),
+                f"folder, PyTorch's, {workers} workers": lambda workers=workers: their_batches(source, workers),
+                f"array_record, {workers} workers": lambda workers=workers: our_batches(prepared, workers),
             }
             rates |= {name: [] for name in sides}
             for _, (name, side) in itertools.product(range(runs), sides.items()):
@@ -55,22 +52,17 @@ def data(runs: int) -> None:
         for name, values in rates.items():
             print(f"{name:34} {statistics.median(values):8,.0f} images/s")
         for workers in (0, WORKERS):
-            read, peer, record = (
+            ours, theirs, record = (
                 rates[f"{name}, {workers} workers"] for name in ("folder, ours", "folder, PyTorch's", "array_record")
             )
-            print(f"{workers} workers: ours / PyTorch's {ratio(read, peer):.2f}, "
-                  f"array_record / folder {ratio(record, read):.1f}")  # fmt: skip
+            print(f"{workers} workers: ours / PyTorch's {median_ratio(ours, theirs):.2f}, "
+                  f"array_record / folder {median_ratio(record, ours):.1f}")  # fmt: skip
         training(photographs, runs)
         indexing(os.path.join(folder, "many"))
 
 
-def ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """The median over runs made in turn."""
-    return statistics.median(a / b for a, b in zip(first, second, strict=True))
-
-
 def write_photographs(folder: str) -> None:
-    """Files of about 90 kB, as a camera's are at this size: smooth, with noise."""
+    """Writes files of about 90 kB, the size of a camera's at this resolution: smooth images with noise."""
     rng = np.random.default_rng(0)
     os.makedirs(os.path.join(folder, "all"))
     for index in range(FILES):
@@ -81,7 +73,8 @@ def write_photographs(folder: str) -> None:
 
 
 def rate(stream: Iterator[int]) -> float:
-    """Images a second after the first batch, with which processes have started."""
+    """Returns the images per second of a stream of batch sizes; the first batch, which starts workers, does not
+    count."""
     next(stream)
     begin = time.perf_counter()
     count = sum(itertools.islice(stream, BATCHES))
@@ -90,7 +83,8 @@ def rate(stream: Iterator[int]) -> float:
     return count / seconds
 
 
-def ours(source: Source, workers: int) -> Iterator[int]:
+def our_batches(source: Source, workers: int) -> Iterator[int]:
+    """Yields the sizes of our batches."""
     stream = Batches(source, batch_size=BATCH_SIZE, seed=0, workers=workers, prefetch=PREFETCH)
     try:
         for batch in stream:
@@ -99,11 +93,10 @@ def ours(source: Source, workers: int) -> Iterator[int]:
         stream.close()
 
 
-def theirs(source: Source, workers: int) -> Iterator[int]:
-    from torch.utils.data import DataLoader
-
+def their_batches(source: Source, workers: int) -> Iterator[int]:
+    """Yields the sizes of PyTorch's batches."""
     loader = DataLoader(
-        _Theirs(source), BATCH_SIZE, shuffle=True, num_workers=workers, drop_last=True,
+        PillowDataset(source), BATCH_SIZE, shuffle=True, num_workers=workers, drop_last=True,
         prefetch_factor=PREFETCH if workers else None, persistent_workers=workers > 0,
     )  # fmt: skip
     while True:
@@ -111,8 +104,8 @@ def theirs(source: Source, workers: int) -> Iterator[int]:
             yield len(x)
 
 
-class _Theirs:
-    """The same images in the way that guided-diffusion reads them, with Pillow alone."""
+class PillowDataset:
+    """The images of a folder source, read as in guided-diffusion with Pillow alone."""
 
     def __init__(self, source: Source):
         self.files = [source.index.path(index) for index in range(len(source))]
@@ -134,44 +127,45 @@ class _Theirs:
 
 
 def training(photographs: str, runs: int) -> None:
-    """A train step of the CIFAR-10 U-Net on batches that are read, against the same on one that is there."""
-    case = peer_speed.CASES[NETWORK]
+    """Prints the time of a train step of the CIFAR-10 U-Net on batches that are read, relative to one on a constant
+    batch."""
+    case = speed.CASES[NETWORK]
     source = build("data", {"name": "folder", "path": photographs, "size": case.spec.shape[0], "labels": False})
     records = photographs + "_small"
     array_record.write(source, (source[index] for index in range(len(source))), records)
     sources = {"folder": source, "array_record": build("data", {"name": "array_record", "path": records})}
-    streams = {name: Batches(read, batch_size=peer_speed.BATCH_SIZE, seed=0) for name, read in sources.items()}
-    sides = {"synthetic": peer_speed.our_step(case)}
-    sides |= {name: peer_speed.our_step(case, batches=stream) for name, stream in streams.items()}
-    seconds = peer_speed.in_turn(sides, runs * STEPS)
+    streams = {name: Batches(read, batch_size=speed.BATCH_SIZE, seed=0) for name, read in sources.items()}
+    sides = {"synthetic": speed.our_step(case)}
+    sides |= {name: speed.our_step(case, batches=stream) for name, stream in streams.items()}
+    seconds = time_alternately(sides, runs * STEPS)
     for stream in streams.values():
         stream.close()
     for name in streams:
-        share = ratio(seconds[name], seconds["synthetic"])
-        print(f"a train step of {NETWORK} fed by {name} / on one batch: {share:.3f}")
+        ratio = median_ratio(seconds[name], seconds["synthetic"])
+        print(f"a train step of {NETWORK} on batches of {name} / on one batch: {ratio:.3f}")
 
 
 def indexing(folder: str) -> None:
-    """What the list of many small files costs to make, to start from and to hold."""
-    for top in range(TOPS):
+    """Prints what the list of many small files costs to build, to reload and to hold in memory."""
+    for top in range(FOLDERS):
         os.makedirs(os.path.join(folder, f"class {top:03}"))
-        for number in range(MANY // TOPS):
+        for number in range(MANY_FILES // FOLDERS):
             with open(os.path.join(folder, f"class {top:03}", f"image {number:05}.png"), "wb") as file:
-                file.write(TINY)
+                file.write(b"not read")
     seconds = []
     for _ in range(2):
         begin = time.perf_counter()
         source = build("data", {"name": "folder", "path": folder, "size": 8})
         seconds.append(time.perf_counter() - begin)
-    before = resident()
+    before = resident_memory()
     for index in range(len(source)):
         source.index.path(index), source.index.labels[index]
-    each = (resident() - before) / len(source)
-    print(f"{len(source):,} files: listed in {seconds[0]:.1f} s, started from the list in {seconds[1]:.2f} s, "
-          f"{each:.0f} bytes of memory each once all are touched")  # fmt: skip
+    per_file = (resident_memory() - before) / len(source)
+    print(f"{len(source):,} files: listed in {seconds[0]:.1f} s, reloaded from the list in {seconds[1]:.2f} s, "
+          f"{per_file:.0f} bytes of memory per file once all entries have been read")  # fmt: skip
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds."""
+def resident_memory() -> int:
+    """Returns the resident memory of this process in bytes."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

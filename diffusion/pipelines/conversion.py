@@ -1,0 +1,86 @@
+"""Converts between the workdirs of runs and the folders of diffusers."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.core import files
+from diffusion.core.types import InputError
+from diffusion.interop import diffusers_pipeline
+from diffusion.interop.diffusers_models import Model
+from diffusion.pipelines.build_training import training
+from diffusion.pipelines.config import check_config, resolve
+from diffusion.pipelines.model import network_and_objective
+from diffusion.pipelines.run import open_run
+from diffusion.training.checkpoint import Checkpoints
+from diffusion.training.state import init_state
+
+
+def export_run(workdir: str, folder: str, *, ema: str | None = None, step: int | None = None) -> str:
+    """Writes a run as a diffusers pipeline, or as a model if diffusers has no scheduler for its objective.
+
+    Args:
+      workdir: The workdir of the run.
+      folder: The folder to write.
+      ema: The average of the parameters to write: the config's last if None, the raw parameters if "none".
+      step: The step of the checkpoint; the newest if None.
+
+    Returns:
+      What was written, in words.
+
+    Raises:
+      InputError: The run cannot be read, or diffusers has no such model.
+    """
+    run = open_run(workdir, ema, step)
+    if run.params.keys() != {"net"}:
+        raise InputError("--from", f"the run trains {', '.join(run.params)}; a diffusers model has a single network")
+    model = Model(run.config["network"], run.spec, jax.device_get(run.params["net"]))
+    return diffusers_pipeline.write(folder, model, run.config["objective"])
+
+
+def import_folder(
+    folder: str, workdir: str, base_config: Callable[[str], Mapping[str, Any]], *, null_class: bool = False
+) -> str:
+    """Writes a diffusers model or pipeline as a run at step 0.
+
+    Args:
+      folder: The folder of the model or the pipeline.
+      workdir: The workdir to write.
+      base_config: Returns the config that completes a network of the given name, for the sections that the folder does
+        not determine.
+      null_class: Whether the last class of a U-Net is the one for unconditional samples.
+
+    Returns:
+      What was written, in words.
+
+    Raises:
+      InputError: The folder cannot be read, or the workdir not be written.
+    """
+    try:
+        model, sections = diffusers_pipeline.read(folder, null_class=null_class)
+    except InputError as error:
+        raise error.within("--from") from None
+    name = model.network["name"]
+    config = resolve({**base_config(name), **(sections or {}), "network": dict(model.network)})
+    check_config(config)
+    network, objective = network_and_objective(config, model.spec)
+    keywords = training(config)
+    state = init_state(objective, network, keywords["optimizer"].transform, keywords["ema"], jax.random.key(0))
+    net = jax.tree.map(jnp.asarray, model.params)
+    averages = {key: {**average, "net": jax.tree.map(jnp.array, net)} for key, average in state.ema.items()}
+    state = dataclasses.replace(state, params={**state.params, "net": net}, ema=averages)
+    files.make_folder(workdir, "--to")
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(0, state, {}, {"config": config, "spec": dataclasses.asdict(model.spec)})
+    checkpoints.wait()
+    checkpoints.close()
+    with files.replace(os.path.join(workdir, "config.json")) as file:
+        json.dump(config, file, indent=2)
+    count = sum(leaf.size for leaf in jax.tree.leaves(net))
+    origin = "from its scheduler" if sections else "from the config, as there is no scheduler"
+    return f"{name}, {count:,} parameters; objective {origin}"

@@ -1,0 +1,72 @@
+"""Describes the examples of a data source as training receives them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion.core.progress import Progress
+from diffusion.core.types import InputError, Source
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def describe(source: Source) -> str:
+    """Returns in one line how many examples a source has, and their shape, classes, captions and range of values."""
+    spec = source.spec
+    shapes = getattr(source, "shapes", (spec.shape[:-1],))
+    sizes = " or ".join(" x ".join(map(str, (*shape, spec.shape[-1]))) for shape in shapes)
+    parts = [
+        f"{len(source):,} examples of {sizes}",
+        f"{spec.num_classes} classes" if spec.num_classes else "no classes",
+        "captions" if spec.captions else "no captions",
+        f"raw values {spec.low:g} to {spec.high:g}",
+    ]
+    ignored = getattr(getattr(source, "index", None), "ignored", None)
+    if ignored:
+        kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in ignored.items())
+        parts.append(f"ignored files: {kinds}")
+    return ", ".join(parts)
+
+
+def unreadable_examples(source: Source) -> Iterator[str | None]:
+    """Reads all examples and yields, for each that cannot be read, the reason, or None if the source skips it."""
+    progress, count = Progress("read", len(source)), 0
+    try:
+        for index in range(len(source)):
+            try:
+                if source[index].get("skipped", False):
+                    count += 1
+                    yield None
+            except InputError as error:
+                count += 1
+                yield error.problem
+            progress.update(index + 1, bad=count)
+    finally:
+        progress.close()
+
+
+def examples_of(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the examples of a stream of batches."""
+    for batch in batches:
+        for index in range(len(batch["x"])):
+            yield jax.tree.map(lambda leaf, index=index: leaf[index], batch)
+
+
+def histogram(values: np.ndarray, bins: int = 20) -> str:
+    """Returns a line with the histogram of values, their range, mean and standard deviation."""
+    counts, edges = np.histogram(values, bins)
+    bars = "".join(BARS[int(np.ceil(count / counts.max() * (len(BARS) - 1)))] for count in counts)
+    return (f"{edges[0]:+.2f} {bars} {edges[-1]:+.2f}  mean {values.mean():+.3f}, "
+            f"standard deviation {values.std():.3f}")  # fmt: skip
+
+
+def caption_of(example: Mapping[str, Any], source: Source) -> str:
+    """Returns the caption of an example, or else the name or number of its class, or an empty text."""
+    if "caption" in example:
+        return str(example["caption"])
+    if "label" not in example["cond"]:
+        return ""
+    label, names = int(example["cond"]["label"]), getattr(source, "class_names", ())
+    return names[label] if names else str(label)

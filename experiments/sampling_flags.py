@@ -1,0 +1,39 @@
+"""The flags that change how a run samples, shared by the jobs that draw samples."""
+
+from absl import flags
+
+from diffusion.core.types import InputError
+
+FLAGS = {
+    name: flags.DEFINE_string(name, None, text)
+    for name, text in {
+        "sampler": "The sampler, such as ddim or heun:churn=40. Default: the config's, with its options.",
+        "grid": "The time grid, such as karras or karras:rho=5. Default: the config's.",
+        "steps": "Number of steps of the sampler. Default: the config's.",
+        "evaluations": "Number of evaluations of the model, in place of --steps: takes as many steps as fit.",
+        "guidance": "Guidance: its scale (1 is none), or apg:scale=2:eta=0.5. Default: the config's.",
+        "interval": "Guide only at times lo,hi, or at noise levels sigma / alpha lo,hi,sigma.",
+        "rescale": "Rescale the guided x0 to its standard deviation before guidance, by this share in [0, 1].",
+        "threshold": "Keep x0 in range: 1 clips it, a number below 1 is the percentile of dynamic thresholding.",
+        "unroll": "Sampler steps per iteration of the loop.",
+    }.items()
+}
+EMA = flags.DEFINE_string("ema", None, "Which average of the parameters to use, or none. Default: the config's last.")
+ALLOW_IMPORTS = flags.DEFINE_bool(
+    "allow_imports",
+    False,
+    "Import the parts of other packages that the run's config names. Use it if you trust the run.",
+)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 250, "Samples drawn at once; the samples do not depend on it.")
+
+
+def chosen() -> dict[str, str]:
+    """Returns the flags that were given, by name.
+
+    Raises:
+      InputError: Both --steps and --evaluations were given.
+    """
+    given = {name: flag.value for name, flag in FLAGS.items() if flag.value is not None}
+    if {"steps", "evaluations"} <= given.keys():
+        raise InputError("--steps", "follows from --evaluations; give one of the two")
+    return given
