@@ -1,0 +1,1 @@
+"""Experiments: one config per file; `common` holds the pieces that several share."""

@@ -1,0 +1,173 @@
+"""Pieces that several configs share. Options that a config leaves out have the defaults of the parts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+DIGITS_UNET = dict(
+    name="unet", width=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), head_dim=32
+)
+# DDPM++ as in EDM (Karras et al. 2022, arXiv 2206.00364, table 7); NCSN++ is `DDPMPP | NCSNPP`.
+DDPMPP = dict(
+    name="unet",
+    width=128,
+    channel_mult=(2, 2, 2),
+    num_res_blocks=4,
+    attention_resolutions=(16,),
+    up_attention="last",
+    head_dim=None,
+    scale_shift=False,
+    resample="projected",
+    rescale=True,
+    freq_shift=1,
+    sin_first=True,
+    epsilon=1e-6,
+)
+NCSNPP = dict(resample_filter=(1, 3, 3, 1), input_skip=True, embedding="fourier", freq_shift=0, sin_first=False)
+# ADM for ImageNet 64x64 (Dhariwal & Nichol 2021, arXiv 2105.05233, table 4).
+ADM64 = dict(
+    name="unet",
+    width=192,
+    channel_mult=(1, 2, 3, 4),
+    num_res_blocks=3,
+    attention_resolutions=(32, 16, 8),
+    head_dim=64,
+    scale_shift=True,
+    resample="residual",
+    null_class=False,
+    dtype="bfloat16",
+)
+# Width, depth and heads of transformers, by the names of DiT (Peebles & Xie 2023, arXiv 2212.09748, table 1).
+DIT_SIZES = dict(S=(384, 12, 6), B=(768, 12, 12), L=(1024, 24, 16), XL=(1152, 28, 16))
+# Tensor parallelism as in Megatron (Shoeybi et al. 2019, arXiv 1909.08053): the inner width of a block is split over
+# the mesh axis `model`. It has no effect if that axis has size 1.
+DIT_RULES = (
+    (r"blocks/(qkv|up)/kernel$", (None, None, "model")),
+    (r"blocks/(qkv|up)/bias$", (None, "model")),
+    (r"blocks/(out|down)/kernel$", (None, "model")),
+)
+UNET_RULES = (
+    (r"conv1/kernel$", (None, None, None, "model")),
+    (r"conv2/kernel$", (None, None, "model")),
+    (r"qkv/kernel$", (None, "model")),
+    (r"attention/out/kernel$", ("model",)),
+)
+
+
+def digits(**sections: Any) -> ml_collections.ConfigDict:
+    """Returns a config for scikit-learn's digits: 1,500 images of 8x8 pixels for training, 297 held out."""
+    base = dict(
+        data=dict(name="digits"),
+        network=DIGITS_UNET,
+        optimizer=dict(learning_rate=2e-3, schedule="cosine", warmup=100, b2=0.99),
+        ema=dict(decays=(0.99, 0.998)),
+        train=dict(steps=2000, preview_every=500),
+        checkpoint=dict(every=500, keep=2),
+        eval=dict(
+            data=dict(name="digits", split="test"),
+            metrics=dict(svc_accuracy=dict(guidance=1.5), energy_distance=dict()),
+        ),
+    )
+    return config(base, **sections)
+
+
+def toy(kind: str, **sections: Any) -> ml_collections.ConfigDict:
+    """Returns a config for points in the plane."""
+    base = dict(
+        data=dict(name="toy", kind=kind),
+        network=dict(name="mlp"),
+        optimizer=dict(learning_rate=2e-3, schedule="cosine", warmup=100),
+        train=dict(cond_drop_rate=0.0),
+        eval=dict(data=dict(name="toy", kind=kind, split="test")),
+    )
+    return config(base, **sections)
+
+
+def cifar10(**sections: Any) -> ml_collections.ConfigDict:
+    """Returns a config for CIFAR-10 without classes: 50,000 images of 32x32 pixels, with random flips."""
+    return config(_tfds("cifar10", "test", labels=False), **sections)
+
+
+def imagenet64(**sections: Any) -> ml_collections.ConfigDict:
+    """Returns a config for ImageNet 64x64 with classes: 1,281,167 images, with random flips."""
+    return config(_tfds("imagenet_resized/64x64", "validation"), **sections)
+
+
+def imagenet256(model: str, sizes: Mapping[str, tuple[int, int, int]] = DIT_SIZES, **sections: Any):
+    """Returns a config for a transformer `SIZE/PATCH` on latents of ImageNet 256x256 as arrays on disk."""
+    models = {f"{size}/{patch}": (*numbers, patch) for size, numbers in sizes.items() for patch in (2, 4, 8)}
+    width, depth, heads, patch = choose("model", model, models)
+    base = dict(
+        data=dict(name="npy", path="data/imagenet256/train", num_classes=1000),
+        network=dict(name="dit", patch_size=patch, width=width, depth=depth, num_heads=heads),
+        optimizer=dict(learning_rate=1e-4, clip=None),
+        ema=dict(decays=(0.9999,), warmup=False),
+        train=dict(batch_size=256, log_every=100, preview_every=10_000),
+        checkpoint=dict(every=10_000),
+        eval=dict(data=dict(name="npy", path="data/imagenet256/validation", num_classes=1000)),
+        sharding=dict(rules=DIT_RULES),
+    )
+    return config(base, **sections)
+
+
+def scm(variant: str, teacher: str) -> dict[str, Any]:
+    """Returns the objective and the sampler of sCM (Lu & Song 2024, arXiv 2410.11081), or those of its teacher."""
+    if variant == "teacher":
+        objective = dict(
+            name="flow_matching",
+            schedule=dict(name="trig", sigma_data=0.5),
+            parameterization=dict(name="edm", sigma_data=0.5, c_noise="unit"),
+            time_sampler=dict(name="log_normal", mean=-1.0, std=1.4),
+        )
+        return dict(objective=objective, sampler=dict(name="heun", steps=18, grid=dict(name="karras", rho=7.0)))
+    return dict(
+        objective=dict(
+            name="continuous_consistency",
+            sigma_data=0.5,
+            mean=-1.0,
+            std=1.4,
+            warmup=10_000,
+            teacher=teacher,
+            distill=variant == "scd",
+        ),
+        sampler=dict(
+            name="consistency",
+            sigma_min=0.0,
+            steps=2,
+            grid=dict(name="given", times=(1.0, 0.7003, 0.0)),  # t = 0.7003 is theta = 1.1
+        ),
+    )
+
+
+def choose(what: str, name: str, choices: Mapping[str, Any]) -> Any:
+    """Returns one of the choices of a config's argument, or raises an error that lists them."""
+    if name not in choices:
+        raise LookupError(f"no {what} {name!r}; one of: {', '.join(choices)}")
+    return choices[name]
+
+
+def config(base: Mapping[str, Any], **sections: Any) -> ml_collections.ConfigDict:
+    """Returns a config of `base` and sections. Options of a section replace those of the base, one by one; a part of
+    another name replaces the whole part."""
+    return ml_collections.ConfigDict(_merge(base, sections))
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, new in changes.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(new, Mapping)
+        renamed = both and "name" in old and new.get("name", old["name"]) != old["name"]
+        merged[key] = _merge(old, new) if both and not renamed else new
+    return merged
+
+
+def _tfds(dataset: str, held_out: str, **options: Any) -> dict[str, Any]:
+    data = dict(name="tfds", dataset=dataset, **options)
+    return dict(
+        data=dict(**data, flip=True),
+        train=dict(cond_drop_rate=0.0, log_every=100, preview_every=10_000),
+        checkpoint=dict(every=10_000),
+        eval=dict(data=dict(**data, split=held_out)),
+    )
