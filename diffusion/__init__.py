@@ -1,1 +1,48 @@
-"""Diffusion models in JAX and Flax: any objective, network, parameterization and sampler, put together by a config."""
+"""Diffusion models in JAX and Flax: train, sample and compare methods on one CPU, one GPU or a TPU pod.
+
+    import diffusion as df
+
+    run = df.load("runs/digits")
+    x = run.sample(num=16, labels=[3], sampler="unipc", steps=20, guidance=1.5)
+
+Public names are imported when they are first used, so that `import diffusion` is fast and has no side effects.
+"""
+
+import importlib
+from typing import Any
+
+_NAMES = {
+    "CheckpointOptions": "diffusion.training.trainer:CheckpointOptions",
+    "Denoised": "diffusion.core.types:Denoised",
+    "InputError": "diffusion.core.types:InputError",
+    "Network": "diffusion.core.types:Network",
+    "Options": "diffusion.training.trainer:Options",
+    "Run": "diffusion.pipelines.run:Run",
+    "Spec": "diffusion.core.types:Spec",
+    "Trainer": "diffusion.training.trainer:Trainer",
+    "build": "diffusion.core.build:build",
+    "config": "diffusion.pipelines.config",
+    "hooks": "diffusion.training.hooks",
+    "images": "diffusion.core.images",
+    "load": "diffusion.pipelines.run:open_run",
+    "names": "diffusion.core.build:names",
+    "network": "diffusion.layers.functional:functional",
+    "read_config": "diffusion.pipelines.config:read_config",
+    "sample": "diffusion.pipelines.run:sample",
+    "types": "diffusion.core.types",
+    "writers": "diffusion.training.metrics",
+}
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'diffusion' has no attribute {name!r}")
+    module, _, attribute = _NAMES[name].partition(":")
+    found = importlib.import_module(module)
+    globals()[name] = found = getattr(found, attribute) if attribute else found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
