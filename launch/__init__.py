@@ -1,1 +1,4 @@
-"""Starts the jobs of `experiments/`, here or on a cluster, one or a sweep of them. It holds none of their logic."""
+"""Starts the jobs of `experiments/`, one at a time or as a sweep, on this machine or on a cluster.
+
+The package is used from the root of a checkout and is not installed. It contains no training or sampling logic.
+"""

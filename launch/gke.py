@@ -1,18 +1,19 @@
-"""Kubernetes on Google Cloud: one JobSet a job, on slices of TPUs or on nodes with GPUs.
+"""Launches jobs on Google Kubernetes Engine, one JobSet per job, on TPU slices or on nodes with GPUs.
 
     --launcher=gke:image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:tpu=v5e:4x4:spot=true
     --launcher=gke:image=...:gpu=nvidia-h100-80gb:gpus=8:nodes=2
 
-The cluster needs JobSet 0.6 or newer and Kubernetes 1.31. The image is built from the code at its commit, which is its
-tag, and pushed. Workdirs must be in a bucket.
+Requires JobSet 0.6 or newer and Kubernetes 1.31. The image is built from the committed code, tagged with the commit and
+pushed. Workdirs must be in a bucket.
 
-A pod that is stopped and has saved (exit code 75), or that Kubernetes evicts, as on a spot node that is taken away, is
-started again and does not count; so are the others of its job, since all processes save and stop together. Exit codes 2
-and 3 end the JobSet. Any other starts all its pods again, `retries` times. A spot node gives its pods 15 to 25 seconds
-from the SIGTERM to save, whatever `grace` is.
+A pod that exits with code 75 (preempted after saving), or that Kubernetes evicts, for example because its spot node is
+reclaimed, is recreated without counting as a retry. The other pods of the job are recreated as well, since all
+processes save and stop together. Exit codes 2 and 3 fail the JobSet. Any other exit code restarts all pods, at most
+`retries` times. On a spot node a pod has 15 to 25 seconds from SIGTERM to save, whatever `grace` is.
 
-Arguments go to the container as a list that no shell reads. To launch a job again: kubectl delete jobset NAME. The
-manifests were held against Kubernetes's schemas and JobSet's, never applied to a cluster; nor was the image built.
+Arguments are passed to the container as a list that no shell parses. To launch a job again, first run `kubectl delete
+jobset NAME`. The manifests were validated against the schemas of Kubernetes and JobSet, but never applied to a cluster,
+and the image was never built.
 """
 
 import dataclasses
@@ -23,26 +24,36 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffusion.core import checks
 from diffusion.core.types import InputError
-from launch.jobs import Code, Job, Submission, check_clean, check_remote, folder_for, label, staging
+from launch.jobs import (
+    Checkout,
+    Job,
+    JobSubmission,
+    check_clean,
+    check_in_bucket,
+    dns_label,
+    launch_folder,
+    staging_command,
+)
 
-# As GKE's node labels have them.
+# Values of GKE's node label for the accelerator.
 ACCELERATORS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
-PORT = 8476  # of process 0, where the others find it
+PORT = 8476  # on which process 0 listens for the others
 MAIN = "main"
 SPOT = "cloud.google.com/gke-spot"
 
 
 @dataclasses.dataclass(frozen=True)
 class Gke:
-    """As `make` describes it.
+    """A launcher for Google Kubernetes Engine; see `make` for the other attributes.
 
     Attributes:
-      pods: of one slice, or of the whole job on GPUs.
-      slices: that one job trains on.
-      resources: of a pod's container.
-      selector: the labels of the nodes to run on.
-      tpu: whether the pods learn of each other from GKE.
+      pods: Number of pods per TPU slice, or of the whole job on GPUs.
+      slices: Number of TPU slices per job.
+      resources: Resources of a pod's container.
+      selector: Labels of the nodes to run on.
+      tpu: Whether the job runs on TPUs, where GKE provides the addresses of the other pods.
     """
 
     image: str
@@ -58,19 +69,19 @@ class Gke:
     queue: str | None
     tools: tuple[str, ...]
 
-    def submission(self, jobs: Sequence[Job], code: Code, workdir: str, retries: int) -> Submission:
+    def submission(self, jobs: Sequence[Job], code: Checkout, workdir: str, retries: int) -> JobSubmission:
         check_clean(code)
-        check_remote(jobs)
-        folder = folder_for(workdir, code)
+        check_in_bucket(jobs)
+        folder = launch_folder(workdir, code)
         image = f"{self.image}:{code.commit}" if self.build else self.image
         commands = []
         if self.build:
-            there = os.path.join(folder, "code", code.commit)
+            context = os.path.join(folder, "code", code.commit)
             requirements = "requirements-tpu.txt" if self.tpu else "requirements-gpu.txt"
             commands = [
-                staging(code, there),
-                ("docker", "build", f"--tag={image}", f"--file={there}/launch/Dockerfile",
-                 f"--build-arg=REQUIREMENTS={requirements}", there),
+                staging_command(code, context),
+                ("docker", "build", f"--tag={image}", f"--file={context}/launch/Dockerfile",
+                 f"--build-arg=REQUIREMENTS={requirements}", context),
                 ("docker", "push", image),
             ]  # fmt: skip
         written = {}
@@ -79,16 +90,15 @@ class Gke:
             path = os.path.join(folder, f"{manifest['metadata']['name']}.json")
             written[path] = json.dumps(manifest, indent=2) + "\n"
             commands.append(("kubectl", "apply", f"--filename={path}"))
-        return Submission(written, tuple(commands))
+        return JobSubmission(written, tuple(commands))
 
     def manifest(self, job: Job, image: str, retries: int) -> dict[str, Any]:
-        """The JobSet of a job."""
-        name = label(job.name, job.workdir)
+        """Returns the JobSet manifest of a job."""
+        name = dns_label(job.name, job.workdir)
         template = {"spec": self.job(job, image, name)}
         labels = {"kueue.x-k8s.io/queue-name": self.queue} if self.queue else {}
-        # A slice is a node pool: two of them must not share one.
-        annotations = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-        together = self.tpu and self.pods > 1
+        # Each slice is a node pool, and two slices must not be placed in the same one.
+        exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
         return {
             "apiVersion": "jobset.x-k8s.io/v1alpha2",
             "kind": "JobSet",
@@ -96,10 +106,10 @@ class Gke:
                 "name": name,
                 "namespace": self.namespace,
                 "labels": {"app.kubernetes.io/part-of": "diffusion", **labels},
-                "annotations": {"diffusion/workdir": job.workdir, **(annotations if together else {})},
+                "annotations": {"diffusion/workdir": job.workdir, **(exclusive if self.tpu and self.pods > 1 else {})},
             },
             "spec": {
-                # A Job fails by its podFailurePolicy for exit codes 2 and 3 alone, or else by its backoffLimit.
+                # Only exit codes 2 and 3 fail a Job by its podFailurePolicy; the others fail it by its backoffLimit.
                 "failurePolicy": {
                     "maxRestarts": retries,
                     "rules": [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
@@ -110,7 +120,7 @@ class Gke:
         }
 
     def job(self, job: Job, image: str, name: str) -> dict[str, Any]:
-        """The specification of the Job of one slice."""
+        """Returns the specification of the Kubernetes Job of one slice."""
         return {
             "parallelism": self.pods,
             "completions": self.pods,
@@ -128,11 +138,11 @@ class Gke:
         }
 
     def pod(self, job: Job, image: str, name: str) -> dict[str, Any]:
-        """The specification of a pod."""
-        given = [literal(word) for word in job.command]
+        """Returns the specification of a pod."""
+        args = [escape(word) for word in job.command]
         if not self.tpu and self.pods > 1:
-            given += [f"--coordinator={name}-w-0-0.{name}:{PORT}", f"--num_processes={self.pods}",
-                      "--process_id=$(JOB_COMPLETION_INDEX)"]  # fmt: skip
+            args += [f"--coordinator={name}-w-0-0.{name}:{PORT}", f"--num_processes={self.pods}",
+                     "--process_id=$(JOB_COMPLETION_INDEX)"]  # fmt: skip
         spec = {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": self.grace,
@@ -142,12 +152,12 @@ class Gke:
                     "name": MAIN,
                     "image": image,
                     "command": ["python", "-m"],
-                    "args": given,
+                    "args": args,
                     "resources": {"requests": dict(self.resources), "limits": dict(self.resources)},
                     "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
                 }
             ],
-            # Batches come from the data's workers through it, and a container's own has 64 MB.
+            # The data workers pass batches through shared memory, of which a container has only 64 MB by default.
             "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}],
         }
         if SPOT in self.selector:
@@ -157,8 +167,8 @@ class Gke:
         return spec
 
 
-def literal(word: str) -> str:
-    """An argument in which Kubernetes replaces no `$(NAME)`: it reads `$$` as `$`."""
+def escape(word: str) -> str:
+    """Escapes an argument so that Kubernetes does not expand `$(NAME)`: it reads `$$` as `$`."""
     return word.replace("$", "$$")
 
 
@@ -179,44 +189,42 @@ def make(
     service_account: str | None = None,
     queue: str | None = None,
 ) -> Gke:
-    """A JobSet a job.
+    """Returns a launcher that starts each job as a JobSet.
 
     Args:
-      image: where to push it, without a tag; with `build=false` one that is there, with its tag.
-      build: whether to build and push it, from launch/Dockerfile.
-      tpu: generation and topology of a slice, as in v5e:4x4 or v5p:2x2x4.
-      chips: of one host; 4, or all if a slice has fewer. (A v5e or v6e of 2x4 may be one host of 8.)
-      slices: that one job trains on.
-      gpu: the nodes' cloud.google.com/gke-accelerator, as in nvidia-h100-80gb.
-      gpus: of one node.
-      nodes: with GPUs that one job trains on, a process each.
-      spot: whether the nodes are cheap ones that may be taken away.
-      cpus, memory: of one pod, as in 48 and 200Gi.
-      grace: seconds from SIGTERM in which a pod can save.
-      namespace, service_account: of Kubernetes; the account needs the bucket.
-      queue: a LocalQueue of Kueue.
+      image: Repository for the image, without a tag; with `build=false` an existing image with its tag.
+      build: Whether to build the image from launch/Dockerfile and push it.
+      tpu: TPU generation and topology of a slice, as in v5e:4x4 or v5p:2x2x4.
+      chips: Number of chips per host; by default 4, or all chips of a smaller slice. (A v5e or v6e of 2x4 may be one
+        host of 8.)
+      slices: Number of TPU slices per job.
+      gpu: Value of the nodes' label cloud.google.com/gke-accelerator, as in nvidia-h100-80gb.
+      gpus: Number of GPUs per node.
+      nodes: Number of GPU nodes per job, with one process each.
+      spot: Whether to use cheaper nodes that may be preempted.
+      cpus, memory: Resources per pod, as in 48 and 200Gi.
+      grace: Seconds from SIGTERM that a pod has to save.
+      namespace, service_account: Kubernetes namespace and service account. The account needs access to the bucket.
+      queue: Name of a Kueue LocalQueue.
 
     Raises:
-      InputError: neither TPUs nor GPUs, or both; a topology that is none; a number below one.
+      InputError: Not exactly one of `tpu` and `gpu` is given, the topology is invalid, or a number is below 1.
     """
-    numbers = {"chips": chips, "slices": slices, "gpus": gpus, "nodes": nodes, "cpus": cpus, "grace": grace}
-    for key, number in numbers.items():
-        if number is not None and number < 1:
-            raise InputError(key, f"must be at least 1, got {number}")
+    checks.at_least(1, chips=chips, slices=slices, gpus=gpus, nodes=nodes, cpus=cpus, grace=grace)
     if (tpu is None) == (gpu is None):
-        raise InputError("tpu", "or gpu must be given, one of them")
+        raise InputError("tpu", "exactly one of tpu and gpu must be given")
     if tpu:
         accelerator, topology, count = _slice(tpu)
         chips = chips or min(count, 4)
         if count % chips:
-            raise InputError("chips", f"{chips} a host do not make up the {count} of {tpu}")
+            raise InputError("chips", f"must divide the {count} chips of {tpu}, got {chips}")
         pods, resources = count // chips, {"google.com/tpu": str(chips)}
         selector = {"cloud.google.com/gke-tpu-accelerator": accelerator, "cloud.google.com/gke-tpu-topology": topology}
     else:
         pods, resources = nodes, {"nvidia.com/gpu": str(gpus)}
         selector = {"cloud.google.com/gke-accelerator": gpu}
         if slices > 1:
-            raise InputError("slices", "are of TPUs; give nodes")
+            raise InputError("slices", "applies only to TPUs; set nodes for GPUs")
     resources |= {key: str(value) for key, value in {"cpu": cpus, "memory": memory}.items() if value is not None}
     tools = ("git", "tar", "docker", "kubectl") if build else ("kubectl",)
     return Gke(image, build, pods, slices, resources, selector | ({SPOT: "true"} if spot else {}), tpu is not None,
@@ -226,5 +234,5 @@ def make(
 def _slice(text: str) -> tuple[str, str, int]:
     generation, _, topology = text.partition(":")
     if generation not in ACCELERATORS or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", topology):
-        raise InputError("tpu", f"wants one of {', '.join(ACCELERATORS)} and a topology, as in v5e:4x4; got {text!r}")
+        raise InputError("tpu", f"must be one of {', '.join(ACCELERATORS)} and a topology, as in v5e:4x4; got {text!r}")
     return ACCELERATORS[generation], topology, math.prod(map(int, topology.split("x")))

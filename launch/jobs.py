@@ -1,7 +1,8 @@
-"""What all launchers share: a job, the code it runs, what is written and run to start it, and how that is done.
+"""What all launchers share: jobs, the checkout they run, and the files and commands that start them.
 
-A launcher turns jobs into a `Submission`, a pure value: `--dry_run` prints it, and all that happens is in it.
-Arguments of jobs may hold anything; they go through `quote` into scripts, and as lists everywhere else.
+A launcher turns jobs into a `JobSubmission`, which is a plain value: it lists everything that will happen, and
+`--dry_run` prints it. The arguments of jobs may contain any characters. They are passed as lists wherever possible and
+through `quote` in scripts.
 """
 
 import dataclasses
@@ -22,17 +23,17 @@ from diffusion.core.types import InputError
 from diffusion.pipelines import overrides
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LONGEST_NAME, LONGEST_LABEL, HASH = 120, 40, 8
-FOLDER = "launch"  # in the workdir of several runs: what launchers write
-# Beside the folders of a sweep's runs.
-TAKEN = (FOLDER, "compiled", "lock", "points.json", "results.csv", "results.html", "sweep", "sweep.csv", "sweep.json",
-         "sweep.png")  # fmt: skip
-PAUSE = 30  # seconds before a job that crashed is started again
+MAX_NAME_LENGTH, MAX_LABEL_LENGTH, HASH_LENGTH = 120, 40, 8
+LAUNCH_FOLDER = "launch"  # subfolder of a workdir for the scripts, logs and code that launchers write
+# Names that a sweep uses itself, next to the folders of its runs.
+RESERVED_NAMES = (LAUNCH_FOLDER, "compiled", "lock", "points.json", "results.csv", "results.html", "sweep", "sweep.csv",
+                  "sweep.json", "sweep.png")  # fmt: skip
+RETRY_DELAY = 30  # seconds before a crashed job is restarted
 TOOLS = {
     "docker": "install Docker, or give build=false and an image with a tag",
     "gcloud": "install the Google Cloud CLI",
     "git": "install git",
-    "kubectl": "install kubectl, and point it at the cluster",
+    "kubectl": "install kubectl and configure it for the cluster",
     "sbatch": "log in to a node of the Slurm cluster",
     "tar": "install tar",
 }
@@ -40,12 +41,12 @@ TOOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run.
+    """A job to start.
 
     Attributes:
-      name: as `check_name` has it.
-      command: what follows `python -m`.
-      workdir: its own folder, as it stands in the command.
+      name: A name that `check_name` accepts.
+      command: The words after `python -m`.
+      workdir: The job's own folder, spelled as in the command.
     """
 
     name: str
@@ -54,13 +55,13 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Code:
-    """The code at hand.
+class Checkout:
+    """A git checkout of the code.
 
     Attributes:
-      root: the checkout; relative paths start there.
-      commit: that is checked out, in full.
-      clean: whether nothing was changed since.
+      root: Its folder. Relative paths refer to it.
+      commit: The full hash of the checked-out commit.
+      clean: Whether there are no uncommitted changes.
     """
 
     root: str
@@ -69,57 +70,63 @@ class Code:
 
 
 @dataclasses.dataclass(frozen=True)
-class Submission:
-    """All that starting some jobs does: `files`, from path to text, are written, then `commands` are run in order."""
+class JobSubmission:
+    """The files to write (path to text) and then the commands to run, in order, that start a set of jobs."""
 
     files: Mapping[str, str]
     commands: tuple[tuple[str, ...], ...]
 
 
 class Launcher(Protocol):
-    """Attributes: `tools`, the programs that its submissions need."""
+    """Starts jobs on a cluster.
+
+    Attributes:
+      tools: The programs that its submissions need.
+    """
 
     tools: tuple[str, ...]
 
-    def submission(self, jobs: Sequence[Job], code: Code, workdir: str, retries: int) -> Submission:
-        """What would start the jobs.
+    def submission(self, jobs: Sequence[Job], code: Checkout, workdir: str, retries: int) -> JobSubmission:
+        """Returns the submission that starts the jobs.
 
         Args:
-          jobs: of different names.
-          code: what they run; it is staged at its commit.
-          workdir: the folder that theirs are in; scripts and code go there, unless it is in a bucket.
-          retries: how often each may crash and be started again.
+          jobs: Jobs with different names.
+          code: The code that they run, at its commit.
+          workdir: The folder that contains the workdirs of the jobs. Scripts and code are placed there, unless it is
+            in a bucket.
+          retries: How often each job is restarted after a crash.
 
         Raises:
-          InputError: the code has changes that no commit has, or the jobs cannot run there.
+          InputError: The checkout has uncommitted changes, or the jobs cannot run there.
         """
         ...
 
 
 def check_name(name: str, field: str) -> str:
-    """The name of a run, which is a folder's and a part of others' names. Raises InputError naming `field`."""
-    if not re.fullmatch(r"[A-Za-z0-9_=,+][A-Za-z0-9._=,+-]*", name) or len(name) > LONGEST_NAME:
-        raise InputError(field, f"{name!r}: wants letters, digits and ._=,+- alone, {LONGEST_NAME} at most, and not . "
-                         "or - in front")  # fmt: skip
-    if name in TAKEN:
-        raise InputError(field, f"{name!r} is a sweep's own; give another")
+    """Returns the name of a run, which also names its folder. Raises InputError for `field` if it is not allowed."""
+    if not re.fullmatch(r"[A-Za-z0-9_=,+][A-Za-z0-9._=,+-]*", name) or len(name) > MAX_NAME_LENGTH:
+        raise InputError(field, f"a name must consist of letters, digits and ._=,+- (no leading dot or dash), at most "
+                         f"{MAX_NAME_LENGTH}, got {name!r}")  # fmt: skip
+    if name in RESERVED_NAMES:
+        raise InputError(field, f"the name {name!r} is reserved for a file of the sweep; choose another name")
     return name
 
 
-def label(name: str, unique: str, longest: int = LONGEST_LABEL) -> str:
-    """A name for Kubernetes and Google Cloud: lower-case letters, digits and dashes, a letter first, `longest` at most.
+def dns_label(name: str, unique: str, longest: int = MAX_LABEL_LENGTH) -> str:
+    """Returns a name that Kubernetes and Google Cloud accept.
 
-    It ends with a hash of `unique`, so two jobs share one only if they are the same.
+    It consists of lower-case letters, digits and dashes, starts with a letter and has at most `longest` characters. It
+    ends with a hash of `unique`, so that different jobs get different labels.
     """
     readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if not readable[:1].isalpha():
         readable = f"run-{readable}"
-    digest = hashlib.sha256(unique.encode()).hexdigest()[:HASH]
-    return f"{readable[: longest - HASH - 1].strip('-')}-{digest}"
+    digest = hashlib.sha256(unique.encode()).hexdigest()[:HASH_LENGTH]
+    return f"{readable[: longest - HASH_LENGTH - 1].strip('-')}-{digest}"
 
 
-def code_here(folder: str = ".") -> Code:
-    """The checkout that a folder is in. Raises InputError if there is none, or no commit in it."""
+def current_checkout(folder: str = ".") -> Checkout:
+    """Returns the git checkout that contains a folder. Raises InputError if there is none, or it has no commit."""
 
     def git(*arguments: str) -> str:
         try:
@@ -128,31 +135,34 @@ def code_here(folder: str = ".") -> Code:
             raise InputError("git", f"is not installed; {TOOLS['git']}") from None
         except subprocess.CalledProcessError as error:
             problem = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
-            raise InputError("git", f"cannot tell which code this is ({problem}); launch from a checkout") from None
+            raise InputError("git", f"cannot determine the commit ({problem}); launch from a checkout") from None
         return done.stdout
 
     root = git("rev-parse", "--show-toplevel").rstrip("\n")
-    return Code(root, git("rev-parse", "HEAD").strip(), clean=not git("status", "--porcelain").strip())
+    return Checkout(root, git("rev-parse", "HEAD").strip(), clean=not git("status", "--porcelain").strip())
 
 
-def check_clean(code: Code) -> None:
-    """Raises InputError if there are changes: a cluster gets the code as it was committed."""
+def check_clean(code: Checkout) -> None:
+    """Raises InputError if there are uncommitted changes, since a cluster receives the code of the commit."""
     if not code.clean:
-        raise InputError(code.root, "has changes that are in no commit, so no job would run them; commit first")
+        raise InputError(code.root, "has uncommitted changes, which the jobs would not contain; commit them first")
 
 
 def build_launcher(text: str) -> Launcher:
-    """The launcher of `--launcher=NAME:keyword=value:keyword=value`. Raises InputError if there is none, or it takes no
-    such keywords."""
+    """Returns the launcher for `--launcher=NAME:keyword=value:keyword=value`.
+
+    Raises:
+      InputError: The launcher is unknown, or does not accept these keywords.
+    """
     spec = overrides.part(text, "--launcher")
     name = spec.pop("name")
     if name not in launchers():
-        raise InputError("--launcher", f"no {name!r}; one of: {', '.join(launchers())}")
+        raise InputError("--launcher", f"must be one of {', '.join(launchers())}; got {name!r}")
     return call(importlib.import_module(f"launch.{name}").make, spec, field="launcher")
 
 
 def launchers() -> list[str]:
-    """Their names: of the files beside this one that hold a `make`."""
+    """Returns the names of all launchers: the modules of this package that define `make`."""
     found = []
     for file in sorted(os.listdir(HERE)):
         if file.endswith(".py"):
@@ -162,15 +172,15 @@ def launchers() -> list[str]:
     return found
 
 
-def submit(submission: Submission, tools: Iterable[str], dry_run: bool = False) -> None:
-    """Writes the files and runs the commands, whose output is shown; a dry run prints both and does nothing.
+def submit(submission: JobSubmission, tools: Iterable[str], dry_run: bool = False) -> None:
+    """Writes the files and runs the commands, showing their output. A dry run only prints both.
 
     Raises:
-      InputError: a tool is missing, before anything is written; a file cannot be written; a command fails: those
-        after it are not run.
+      InputError: A tool is missing (checked before anything is written), a file cannot be written, or a command fails
+        (the commands after it are not run).
     """
     if dry_run:
-        print(shown(submission))
+        print(format_submission(submission))
         return
     check_tools(tools)
     for path, text in submission.files.items():
@@ -188,8 +198,8 @@ def check_tools(tools: Iterable[str]) -> None:
             raise InputError(tool, f"is not on the PATH; {TOOLS.get(tool, 'install it')}")
 
 
-def shown(submission: Submission) -> str:
-    """A submission for people to read: every file under a line with its path, then the commands as a shell has them."""
+def format_submission(submission: JobSubmission) -> str:
+    """Returns a submission as text: each file below a line with its path, then the commands in shell syntax."""
     texts = [f"==> {path} <==\n{text.rstrip()}\n" for path, text in submission.files.items()]
     return "\n".join([*texts, *(f"$ {shlex.join(command)}" for command in submission.commands)])
 
@@ -206,50 +216,50 @@ def _run(command: tuple[str, ...]) -> None:
 
 
 def quote(text: str) -> str:
-    """A word of bash that stands for exactly this text, on one line."""
+    """Returns a single-line bash word that expands to exactly this text."""
     if text.isprintable():
         return shlex.quote(text)
-    # Control characters are spelled out: sbatch takes no script with a carriage return before a line's end.
-    spelled = {"\\": "\\\\", "'": "\\'"}
-    return "$'" + "".join(spelled.get(c) or (c if c.isprintable() else _octal(c)) for c in text) + "'"
+    # Control characters are escaped because sbatch rejects scripts with a carriage return at the end of a line.
+    escapes = {"\\": "\\\\", "'": "\\'"}
+    return "$'" + "".join(escapes.get(c) or (c if c.isprintable() else _octal(c)) for c in text) + "'"
 
 
 def _octal(character: str) -> str:
     if character == "\0":
-        raise InputError("command", "holds a NUL character, which no program can be given")
+        raise InputError("command", "contains a NUL character, which cannot be passed to a program")
     return "".join(f"\\{byte:03o}" for byte in character.encode(errors="surrogateescape"))
 
 
-def quoted(command: Iterable[str]) -> str:
-    """A command as one line of bash."""
+def quote_command(command: Iterable[str]) -> str:
+    """Returns a command as one line of bash."""
     return " ".join(map(quote, command))
 
 
-def absolute(path: str, code: Code) -> str:
-    """A path that means the same from every folder; those in a bucket do already."""
+def absolute_path(path: str, code: Checkout) -> str:
+    """Returns the absolute form of a path relative to the checkout. Paths in a bucket are unchanged."""
     return path if files.is_remote(path) else os.path.normpath(os.path.join(code.root, path))
 
 
-def settled(job: Job, code: Code) -> Job:
-    """A job that does not depend on the folder it is started in, as far as its workdir goes."""
-    there = absolute(job.workdir, code)
-    command = (f"--workdir={there}" if word == f"--workdir={job.workdir}" else word for word in job.command)
-    return Job(job.name, tuple(command), there)
+def with_absolute_workdir(job: Job, code: Checkout) -> Job:
+    """Returns the job with an absolute workdir, so that it may start in any folder."""
+    path = absolute_path(job.workdir, code)
+    command = (f"--workdir={path}" if word == f"--workdir={job.workdir}" else word for word in job.command)
+    return Job(job.name, tuple(command), path)
 
 
-def check_remote(jobs: Iterable[Job]) -> None:
-    """Raises InputError for a workdir that is not in a bucket, where machines and their disks come and go."""
+def check_in_bucket(jobs: Iterable[Job]) -> None:
+    """Raises InputError if a workdir is not in a bucket, as required where machines and their disks are temporary."""
     for job in jobs:
         if not job.workdir.startswith("gs://"):
-            raise InputError("--workdir", f"must be in a bucket, gs://..., since the machine's disk goes with it; "
-                             f"got {job.workdir}")  # fmt: skip
+            problem = "must be in a bucket (gs://...), since the disk is deleted together with the machine"
+            raise InputError("--workdir", f"{problem}; got {job.workdir}")
 
 
-def folder_for(workdir: str, code: Code) -> str:
-    """A folder here for what a launcher writes: in the workdir, or, if that is in a bucket, under `runs/launch`."""
+def launch_folder(workdir: str, code: Checkout) -> str:
+    """Returns a local folder for a launcher's files: in the workdir, or under `runs/launch` if that is in a bucket."""
     if files.is_remote(workdir):
-        return os.path.join(code.root, "runs", FOLDER, label(workdir.partition("://")[2], workdir))
-    return os.path.join(absolute(workdir, code), FOLDER)
+        return os.path.join(code.root, "runs", LAUNCH_FOLDER, dns_label(workdir.partition("://")[2], workdir))
+    return os.path.join(absolute_path(workdir, code), LAUNCH_FOLDER)
 
 
 _STAGE = (
@@ -258,34 +268,34 @@ _STAGE = (
 )
 
 
-def staging(code: Code, folder: str) -> tuple[str, ...]:
-    """The command that lays the code out in a folder, unless it is there already: no job finds half of it."""
+def staging_command(code: Checkout, folder: str) -> tuple[str, ...]:
+    """Returns the command that exports the commit to a folder, unless it exists. The folder appears only complete."""
     return ("bash", "-euo", "pipefail", "-c", _STAGE, "stage", code.root, code.commit, folder)
 
 
-def packing(code: Code, path: str) -> tuple[tuple[str, ...], ...]:
-    """The commands that write the code to a .tar.gz."""
+def archive_commands(code: Checkout, path: str) -> tuple[tuple[str, ...], ...]:
+    """Returns the commands that write the commit to a .tar.gz file."""
     archive = ("git", "-C", code.root, "archive", "--format=tar.gz", f"--output={path}", code.commit)
     return ("mkdir", "-p", os.path.dirname(path)), archive
 
 
-_UNTIL_DONE = """\
-crashes=0 stopping=0 child= told= interrupted=0 code=1
+_RETRY_LOOP = """\
+crashes=0 stopping=0 child= signalled= interrupted=0 code=1
 stop() {
   stopping=1 interrupted=1
-  if [ -n "$child" ]; then told=$child; kill -TERM "$child" 2>/dev/null; fi
+  if [ -n "$child" ]; then signalled=$child; kill -TERM "$child" 2>/dev/null; fi
 }
 trap stop TERM INT
 while [ "$stopping" = 0 ]; do
   @COMMAND@ &
   child=$!
-  # Told between the last two lines, the trap did not know whom to tell.
-  if [ "$stopping" = 1 ] && [ "$told" != "$child" ]; then kill -TERM "$child" 2>/dev/null; fi
+  # If a signal arrived between the last two lines, the trap did not know the child yet.
+  if [ "$stopping" = 1 ] && [ "$signalled" != "$child" ]; then kill -TERM "$child" 2>/dev/null; fi
   while true; do
     interrupted=0
     wait "$child"
     code=$?
-    # A signal ends `wait` before the child has ended.
+    # A signal interrupts `wait` before the child has ended.
     if [ "$interrupted" = 0 ] || [ "$code" -le 128 ]; then break; fi
   done
   child=
@@ -296,26 +306,27 @@ while [ "$stopping" = 0 ]; do
   if [ "$stopping" = 1 ]; then break; fi
   crashes=$((crashes + 1))
   if [ "$crashes" -gt @RETRIES@ ]; then
-    echo "exit code $code: crashed $crashes times, and is not started again" >&2
+    echo "exit code $code: no retries left (limit @RETRIES@)" >&2
     break
   fi
-  echo "exit code $code: starts again in @PAUSE@ s ($crashes of @RETRIES@ times)" >&2
-  sleep @PAUSE@ &
+  echo "exit code $code: restarting in @DELAY@ s (retry $crashes of @RETRIES@)" >&2
+  sleep @DELAY@ &
   wait $!
 done
 """
 
 
-def until_done(command: Iterable[str], retries: int, pause: int = PAUSE) -> str:
-    """Lines of bash, for a script with `set -u`, that run a command until it is done.
+def retry_loop(command: Iterable[str], retries: int, delay: int = RETRY_DELAY) -> str:
+    """Returns lines of bash, for a script with `set -u`, that run a command until it is done.
 
-    Exit codes 0, 2 and 3 are final. 75, stopped and saved, starts it again at once and does not count; any other does
-    so after `pause` seconds, at most `retries` times. SIGTERM goes on to the command, so that it can save, and then it
-    is not started again. Afterwards `$code` is its last exit code, and `$stopping` is 1 if it was told to stop.
+    Exit codes 0, 2 and 3 are final. After exit code 75 (preempted after saving) the command restarts at once, which
+    does not count as a retry. After any other exit code it restarts after `delay` seconds, at most `retries` times.
+    SIGTERM is forwarded to the command, so that it can save, and ends the loop. Afterwards `$code` is the last exit
+    code, and `$stopping` is 1 if a signal ended the loop.
     """
-    return fill(_UNTIL_DONE, command=quoted(command), retries=str(retries), pause=str(pause))
+    return fill_template(_RETRY_LOOP, command=quote_command(command), retries=str(retries), delay=str(delay))
 
 
-def fill(template: str, **parts: str) -> str:
-    """A text with `@PART@` replaced by `part`, all at once: what a part holds is left as it is."""
+def fill_template(template: str, **parts: str) -> str:
+    """Replaces each `@PART@` of a template by the keyword `part`, in one pass: inserted text is not expanded again."""
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1].lower()], template)

@@ -1,4 +1,4 @@
-"""A folder that one at a time works in: a lock that ends with the last process that has it, however that ends."""
+"""Locks on folders. A lock is released when the last process that holds it ends, however that process ends."""
 
 import contextlib
 import fcntl
@@ -9,28 +9,29 @@ from typing import IO
 from diffusion.core.types import InputError
 
 NAME = "lock"
-TRIES, PAUSE = 4, 0.05
+TRIES, RETRY_DELAY = 4, 0.05  # RETRY_DELAY in seconds
 
 
 def hold(folder: str, field: str) -> IO:
-    """Takes the lock of a folder that exists; it is given back when the file is closed here and in all child processes
-    that have inherited it.
+    """Locks an existing folder.
+
+    The lock is released once the returned file is closed here and in every child process that inherited it.
 
     Raises:
-      InputError: naming `field`, if another has it.
+      InputError: Another process holds the lock; the error names `field`.
     """
     file = open(os.path.join(folder, NAME), "a")  # noqa: SIM115
     for _ in range(TRIES):
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        time.sleep(PAUSE)  # who looks whether it is held has it for that long
+        time.sleep(RETRY_DELAY)  # `is_held` takes a shared lock for a moment
     file.close()
-    raise InputError(field, f"{folder} is in use by another; wait for it, or give another")
+    raise InputError(field, f"{folder} is in use by another process; wait for it to end, or choose another folder")
 
 
 def is_held(folder: str) -> bool:
-    """Whether somebody works in a folder."""
+    """Returns whether a process holds the lock of a folder."""
     try:
         with open(os.path.join(folder, NAME)) as file:
             try:

@@ -2,7 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent), runs = data.runs;
 const $ = id => document.getElementById(id);
 
-// Everything that a run says of itself becomes text or an attribute, never markup.
+// Adds an element. Data of the runs becomes text or an attribute, never markup.
 function add(parent, tag, given = {}, text = null) {
   const svg = parent instanceof SVGElement || tag === "svg";
   const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
@@ -28,7 +28,7 @@ const clock = seconds => {
   return parts[0] === "00" ? `${Number(parts[1])}:${parts[2]}` : parts.join(":");
 };
 
-// ---------------------------------------------------------------------------------------------------- colours
+// ---------------------------------------------------------------------------------------------------- colors
 const COLORS = [
   "#3b78d8", "#e0772b", "#35a05f", "#cc4f86", "#8a63d2",
   "#b8901a", "#20a3ad", "#d64a44", "#78889a", "#749c2b",
@@ -41,12 +41,12 @@ function swatch(parent, color, dash) {
   const svg = add(parent, "svg", {class: "swatch", width: 22, height: 12, "aria-hidden": "true"});
   return add(svg, "line", {x1: 1, x2: 21, y1: 6, y2: 6, stroke: color, "stroke-width": 3, "stroke-dasharray": dash});
 }
-// The values of an override, in order; those runs that lack it come last.
+// Sorts the values of an override: numbers, then texts, then missing values.
 const rank = value => value === null ? 2 : typeof value === "number" ? 0 : 1;
 const order = (x, y) =>
   rank(x) - rank(y) || (rank(x) ? String(x).localeCompare(String(y), "en", {numeric: true}) : x - y);
 const valuesOf = key => [...new Set(runs.map(run => run.overrides[key]))].sort(order);
-// Colours the runs one by one, or by the value of an override.
+// Colors each run differently, or by the value of an override.
 function paint(key) {
   const values = key === null ? null : valuesOf(key);
   for (const run of runs) {
@@ -73,7 +73,7 @@ function paint(key) {
   });
   if (!$("legend").children.length)
     add($("legend"), "li", {class: "soft"},
-      "The colours are those of the table's rows; point at a curve or a row to tell which is which.");
+      "Colors match the rows of the table; hover over a curve or a row to identify it.");
 }
 
 // ---------------------------------------------------------------------------------------------------- top
@@ -81,11 +81,11 @@ $("counts").textContent = `${runs.length} run${runs.length === 1 ? "" : "s"}: ${
 $("about").textContent = [
   data.config && `config ${data.config}`, data.sweep && `sweep ${data.sweep}`,
   data.commit &&
-    `commit ${String(data.commit).slice(0, 12)}${data.clean === false ? ", with changes not committed" : ""}`,
+    `commit ${String(data.commit).slice(0, 12)}${data.clean === false ? " with uncommitted changes" : ""}`,
   `written ${data.written}`,
 ].filter(Boolean).join("  ·  ");
 const same = Object.entries(data.shared).map(([key, value]) => `${key}=${value}`).join("  ");
-$("shared").textContent = same && runs.length > 1 ? `The same in all: ${same}` : same;
+$("shared").textContent = same && runs.length > 1 ? `Shared by all runs: ${same}` : same;
 
 // ---------------------------------------------------------------------------------------------------- table
 const number = (name, title, of, show = round, better = null) => ({name, title, of, show, better});
@@ -99,7 +99,7 @@ const columns = [
   {name: "step", of: run => run.step, kind: "step"},
   ...data.metrics.map(({name, better}, i) =>
     number(name, better ? `${better} is better` : "", run => run.metrics[i], round, better)),
-  number("time", "of all starts", run => run.seconds || null, clock),
+  number("time", "total of all starts", run => run.seconds || null, clock),
   ...(runs.some(run => run.starts > 1) ? [number("starts", "", run => run.starts || null)] : []),
 ];
 columns.forEach(column => {
@@ -109,7 +109,7 @@ columns.forEach(column => {
     ? (column.better === "lower" ? Math.min(...values) : Math.max(...values)) : null;
 });
 const states = Object.fromEntries(data.states.map((state, i) => [state, i]));
-// What is missing comes last, whichever way it is sorted.
+// Missing values come last in both sort directions.
 function compare(column, sign) {
   return (a, b) => {
     let x = column.of(a), y = column.of(b);
@@ -153,8 +153,8 @@ runs.forEach(run => {
   });
 });
 $("hint").textContent = columns.some(column => column.best !== null)
-  ? "★ best of its column. A column's name sorts by it; a run's name leads to its folder."
-  : "A column's name sorts by it; a run's name leads to its folder.";
+  ? "★ marks the best value of a column. Click a column's name to sort, a run's name to open its folder."
+  : "Click a column's name to sort, a run's name to open its folder.";
 function sort(column) {
   const up = column.th.getAttribute("aria-sort") !== "ascending";
   columns.forEach(other => other.th.setAttribute("aria-sort", "none"));
@@ -170,7 +170,7 @@ let drawn = null, pinned = null;
 function ticks(low, high, most) {
   const raw = (high - low) / most, power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map(x => x * power).find(x => x >= raw * .999), found = [];
-  // Among numbers beyond 2^53, adding 1 leads nowhere.
+  // The limit also ends the loop for i beyond 2^53, where adding 1 has no effect.
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-6 && found.length < 50; i++)
     found.push(Number((i * step).toPrecision(12)));
   return found;
@@ -232,7 +232,7 @@ function draw() {
     line.points = line.points.map(p => p && [X(p[0]), Y(p[1]), ...p]);
     for (const p of line.points) {
       if (p) path += `${open ? "L" : "M"}${p[0].toFixed(1)} ${p[1].toFixed(1)}`;
-      if (p && !open) path += "h0";  // one point alone is a dot
+      if (p && !open) path += "h0";  // a single point becomes a dot
       open = Boolean(p);
     }
     line.path = add(svg, "path", {
@@ -257,10 +257,10 @@ function near(event) {
   }
   light(found ? found.line.run.index : pinned, found && found.p);
 }
-// Shows one run in table, legend and curves, with one of its points if it is given.
+// Highlights one run in the table, the legend and the curves, and optionally one of its points.
 function light(index, point = null) {
   document.querySelectorAll(".on").forEach(one => one.classList.remove("on"));
-  $("told").textContent = index === null ? "" : runs[index].label;
+  $("highlighted").textContent = index === null ? "" : runs[index].label;
   if (index !== null) for (const one of [runs[index].tr, runs[index].key]) if (one) one.classList.add("on");
   if (!drawn) return;
   const line = drawn.lines.find(one => one.run.index === index);
@@ -270,7 +270,7 @@ function light(index, point = null) {
   line.path.classList.add("on");
   drawn.mark.before(line.path);
   const p = point || line.points.filter(Boolean).at(-1);
-  $("told").textContent = `${runs[index].label}:  ${drawn.metric} ${round(p[3])} at step ${round(p[2])}`;
+  $("highlighted").textContent = `${runs[index].label}:  ${drawn.metric} ${round(p[3])} at step ${round(p[2])}`;
   if (point) set(drawn.mark, {cx: p[0], cy: p[1], stroke: line.run.color});
 }
 const indexOf = event => { const tr = event.target.closest("tr"); return tr ? Number(tr.dataset.index) : pinned; };
@@ -282,14 +282,14 @@ body.addEventListener("click", event => {
   light(pinned = index === pinned ? null : index);
 });
 
-// So many runs that no eye tells their colours apart are told apart by the first override with a few values.
+// If there are too many runs to distinguish by color, color them by the first override with few values.
 const first = few ? -1 : data.varied.findIndex((_, key) => valuesOf(key).length <= COLORS.length);
 paint(first < 0 ? null : first);
 if (logged.length) {
   $("curves").hidden = false;
   logged.forEach(name => add($("metric"), "option", {value: name}, name));
   if (logged.includes("loss")) $("metric").value = "loss";
-  // A log scale from the start where the values span it.
+  // Starts with a log scale if the values span more than a factor of 20.
   const choose = () => {
     const values = runs.flatMap(run => run.curve[$("metric").value] || []).filter(value => value !== null);
     const least = values.reduce((a, b) => Math.min(a, b), Infinity);
@@ -315,10 +315,10 @@ if (logged.length) {
 
 // ---------------------------------------------------------------------------------------------------- samples
 runs.forEach(run => {
-  if (!run.picture) return;
-  const source = `data:image/png;base64,${run.picture}`;
+  if (!run.preview) return;
+  const source = `data:image/png;base64,${run.preview}`;
   run.sheet = add($("sheets"), "figure");
-  const button = add(run.sheet, "button", {type: "button", "aria-label": `enlarge the samples of ${run.label}`});
+  const button = add(run.sheet, "button", {type: "button", "aria-label": `Enlarge the samples of ${run.label}`});
   const picture = add(button, "img", {alt: `samples of ${run.label}`, decoding: "async", src: source});
   picture.addEventListener("load", () => picture.classList.toggle("small", picture.naturalWidth < 512));
   add(run.sheet, "figcaption", {}, run.label);
@@ -331,7 +331,7 @@ runs.forEach(run => {
   });
 });
 $("large").addEventListener("click", () => $("large").close());
-const lacking = runs.filter(run => run.lacking);
-const told = lacking.map(run => `${run.label}: ${run.lacking}`).join("; ");
-$("lacking").textContent = told && `Not shown: ${told}`;
-$("samples").hidden = !runs.some(run => run.picture || run.lacking);
+const failed = runs.filter(run => run.problem);
+const problems = failed.map(run => `${run.label}: ${run.problem}`).join("; ");
+$("problems").textContent = problems && `Not shown: ${problems}`;
+$("samples").hidden = !runs.some(run => run.preview || run.problem);

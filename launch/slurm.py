@@ -1,23 +1,35 @@
-"""Slurm: batch jobs on a cluster with a shared file system; several are one array.
+"""Launches batch jobs on a Slurm cluster with a shared file system. Several jobs form one array.
 
     --launcher=slurm:partition=gpu:nodes=2:gpus_per_node=8:time=24:00:00
 
-The code is laid out in WORKDIR/launch/code/COMMIT and runs there: paths in a job's flags other than its workdir must be
-absolute, or of files in the code. Scripts and logs are in WORKDIR/launch.
+The code is exported to WORKDIR/launch/code/COMMIT and runs there. Paths in the flags of a job, except its workdir, must
+therefore be absolute or refer to files of the checkout. Scripts and logs are in WORKDIR/launch.
 
-SIGTERM, which comes `notice` seconds before the time is up, lets a training save and end with exit code 75; the job is
-requeued then and goes on. 0, 2 and 3 are final. Any other exit code requeues it, `retries` times. A job that was
-cancelled stays so.
+`notice` seconds before the time limit Slurm sends SIGTERM. A training then saves and exits with code 75, and the job is
+requeued and resumes. Exit codes 0, 2 and 3 are final. Any other exit code requeues the job, at most `retries` times. A
+cancelled job is not requeued.
 """
 
 import dataclasses
 import os
 from collections.abc import Sequence
 
-from diffusion.core.types import InputError
-from launch.jobs import Code, Job, Submission, check_clean, fill, folder_for, label, quote, quoted, settled, staging
+from diffusion.core import checks
+from launch.jobs import (
+    Checkout,
+    Job,
+    JobSubmission,
+    check_clean,
+    dns_label,
+    fill_template,
+    launch_folder,
+    quote,
+    quote_command,
+    staging_command,
+    with_absolute_workdir,
+)
 
-# sbatch and scontrol requeue run it again from its first line, on the nodes that the job gets then.
+# After `scontrol requeue`, Slurm runs the script again from its first line, possibly on other nodes.
 _SCRIPT = """\
 #!/usr/bin/env bash
 @SETUP@
@@ -28,31 +40,31 @@ case "${SLURM_ARRAY_TASK_ID:-0}" in
   *) exit 2 ;;
 esac
 job=$SLURM_JOB_ID
-# The number of an array's last task is that of the whole array, which would be requeued.
+# The job ID of an array's last task is that of the whole array; requeueing by this ID would requeue all tasks.
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 crashes=@FOLDER@/crashes-$job
 interrupted=0
 
-# For launch.status: what has become of a sweep's run, which has a launch.json.
-tell() {
+# Records an event for launch.status if this is the run of a sweep, which has a launch.json.
+record_event() {
   if [ -e "$run/launch.json" ]; then
     printf '{"time": %s, "event": "%s", "code": %s}\\n' "$(date +%s.%N)" "$1" "$2" >>"$run/events.jsonl"
   fi
 }
 
 end() {
-  tell ended "$code"
+  record_event ended "$code"
   exit "$code"
 }
 
-# Not to srun: told to stop, it kills its tasks.
+# Signals the tasks by scancel, because srun kills its tasks when it is signalled itself.
 stop() {
   interrupted=1
   scancel --signal=TERM "$job"
 }
 
-# Slurm itself requeues a job that it preempted, and nobody wants back one that was cancelled.
-again() {
+# Requeues the job if it is still running: Slurm itself requeues a preempted job, and a cancelled job must not return.
+requeue() {
   trap '' TERM
   case " $(scontrol show job --oneliner "$job") " in
     *" JobState=RUNNING "*) ;;
@@ -64,22 +76,22 @@ again() {
 }
 
 trap stop TERM
-tell submitted null
+record_event submitted null
 @STEP@ "${command[@]}" &
 step=$!
 while true; do
   interrupted=0
   wait "$step"
   code=$?
-  # A signal ends `wait` before the step has ended.
+  # A signal interrupts `wait` before the step has ended.
   if [ "$interrupted" = 0 ] || [ "$code" -le 128 ]; then break; fi
 done
 case "$code" in
   0 | 2 | 3) ;;
-  75) again ;;
+  75) requeue ;;
   *)
     echo "$code" >>"$crashes"
-    if [ "$(wc -l <"$crashes")" -le @RETRIES@ ]; then again; fi
+    if [ "$(wc -l <"$crashes")" -le @RETRIES@ ]; then requeue; fi
     ;;
 esac
 rm -f "$crashes"
@@ -89,13 +101,13 @@ end
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """As `make` describes it.
+    """A launcher for Slurm; see `make`.
 
     Attributes:
-      options: of sbatch.
-      step: `srun` with its options, and the Python that it runs.
-      setup: lines of bash before everything else.
-      at_once: how many jobs of an array run at a time.
+      options: Options of sbatch.
+      step: The srun command with its options and the Python interpreter.
+      setup: Lines of bash that run first.
+      at_once: Maximum number of concurrent jobs of an array.
     """
 
     options: tuple[str, ...]
@@ -104,19 +116,19 @@ class Slurm:
     at_once: int | None
     tools: tuple[str, ...] = ("git", "tar", "sbatch")
 
-    def submission(self, jobs: Sequence[Job], code: Code, workdir: str, retries: int) -> Submission:
+    def submission(self, jobs: Sequence[Job], code: Checkout, workdir: str, retries: int) -> JobSubmission:
         check_clean(code)
-        folder = folder_for(workdir, code)
-        there = os.path.join(folder, "code", code.commit)
-        found = [settled(job, code) for job in jobs]
-        name = label(
+        folder = launch_folder(workdir, code)
+        staged = os.path.join(folder, "code", code.commit)
+        jobs = [with_absolute_workdir(job, code) for job in jobs]
+        name = dns_label(
             jobs[0].name if len(jobs) == 1 else os.path.basename(workdir.rstrip("/")),
-            "\n".join(job.workdir for job in found),
+            "\n".join(job.workdir for job in jobs),
         )
         array, log = (), "%j"
         if len(jobs) > 1:
             array, log = (f"--array=0-{len(jobs) - 1}" + (f"%{self.at_once}" if self.at_once else ""),), "%A_%a"
-        # As arguments, not in the script, where the environment's SBATCH_* would win over them.
+        # Passed as arguments rather than in the script, where the environment variables SBATCH_* would override them.
         options = (
             f"--job-name={name}",
             f"--output={folder.replace('%', '%%')}/{log}.log",
@@ -126,10 +138,14 @@ class Slurm:
             *self.options,
         )
         script = os.path.join(folder, f"{name}.sh")
-        arms = [f"  {i}) run={quote(job.workdir)} command=({quoted(job.command)}) ;;" for i, job in enumerate(found)]
-        text = fill(_SCRIPT, setup=self.setup, code=quote(there), arms="\n".join(arms), folder=quote(folder),
-                    step=quoted(self.step), retries=str(retries))  # fmt: skip
-        return Submission({script: text}, (staging(code, there), ("sbatch", *options, script)))
+        arms = [
+            f"  {i}) run={quote(job.workdir)} command=({quote_command(job.command)}) ;;" for i, job in enumerate(jobs)
+        ]
+        text = fill_template(
+            _SCRIPT, setup=self.setup, code=quote(staged), arms="\n".join(arms), folder=quote(folder),
+            step=quote_command(self.step), retries=str(retries),
+        )  # fmt: skip
+        return JobSubmission({script: text}, (staging_command(code, staged), ("sbatch", *options, script)))
 
 
 def make(
@@ -147,35 +163,38 @@ def make(
     python: str = "python",
     options: tuple[str, ...] = (),
 ) -> Slurm:
-    """Batch jobs, each with a step of `nodes * tasks_per_node` processes.
+    """Returns a launcher that starts each job as a batch job with a step of `nodes * tasks_per_node` processes.
 
     Args:
-      gpus_per_node: a number, or TYPE:NUMBER; a node's processes share them.
-      memory: of a node, in megabytes or as Slurm spells it, 64G.
-      time: after which a job is stopped, in minutes or as Slurm spells it; the cluster's default if not given.
-      notice: seconds before that, in which it can save.
-      at_once: how many jobs run at a time; all that get nodes if not given.
-      setup: lines of bash that come first, `module load cuda`, or what makes `python` the right one.
-      python: the interpreter; a path if it is on no PATH there.
-      options: of sbatch, beyond these.
+      partition: Partition; the cluster's default if not given.
+      account: Account; the user's default if not given.
+      nodes: Number of nodes per job.
+      gpus_per_node: A number, or TYPE:NUMBER. The processes of a node share the GPUs.
+      tasks_per_node: Number of processes per node.
+      cpus_per_task: Number of CPUs per process.
+      memory: Memory per node in megabytes, or in Slurm's notation, as in 64G.
+      time: Time limit in minutes, or in Slurm's notation; the cluster's default if not given.
+      notice: Seconds between SIGTERM and the time limit, in which a job can save.
+      at_once: Maximum number of concurrent jobs of an array; unlimited if not given.
+      setup: Lines of bash that run first, such as `module load cuda` or the activation of a Python environment.
+      python: Python interpreter; a path if it is not on the PATH of the nodes.
+      options: Further options of sbatch.
 
     Raises:
-      InputError: a number below one.
+      InputError: A number is below 1.
     """
-    numbers = {"nodes": nodes, "tasks_per_node": tasks_per_node, "notice": notice,
-               "cpus_per_task": cpus_per_task, "at_once": at_once}  # fmt: skip
-    for key, number in numbers.items():
-        if number is not None and number < 1:
-            raise InputError(key, f"must be at least 1, got {number}")
-    wanted = {
+    checks.at_least(1, nodes=nodes, tasks_per_node=tasks_per_node, notice=notice, cpus_per_task=cpus_per_task,
+                    at_once=at_once)  # fmt: skip
+    settings = {
         "partition": partition, "account": account, "nodes": nodes, "ntasks-per-node": tasks_per_node,
         "gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task, "mem": memory, "time": time,
         "signal": f"B:TERM@{notice}",
     }  # fmt: skip
-    # A process that is done saving must not have those killed that are still at it. Steps do not inherit cpus-per-task.
+    # A process that exits after saving must not make srun kill those that are still saving. Steps do not inherit
+    # --cpus-per-task.
     step = ["srun", "--kill-on-bad-exit=0"] + ([f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else [])
     return Slurm(
-        options=(*(f"--{key}={value}" for key, value in wanted.items() if value is not None), *options),
+        options=(*(f"--{key}={value}" for key, value in settings.items() if value is not None), *options),
         step=(*step, python, "-m"),
         setup=setup,
         at_once=at_once,

@@ -1,15 +1,28 @@
-"""The script of a job on a virtual machine made for it: it hands itself over to systemd, sets Python up, and runs the
-job until it is done."""
+"""The script of a job on a virtual machine that is created for it.
+
+The script installs itself as a systemd service, sets up Python and runs the job until it is done.
+"""
 
 import os
 from collections.abc import Sequence
 
-from launch.jobs import Code, Job, check_clean, check_remote, fill, folder_for, quote, quoted, until_done
+from launch.jobs import (
+    Checkout,
+    Job,
+    check_clean,
+    check_in_bucket,
+    fill_template,
+    launch_folder,
+    quote,
+    quote_command,
+    retry_loop,
+)
 
 HOME = "/var/lib/launch"
-SAVING = 90  # seconds between systemd's SIGTERM and its SIGKILL, where the machine has them left
+STOP_TIMEOUT = 90  # seconds between systemd's SIGTERM and SIGKILL, if the machine has that long
 
-# systemd signals the script alone (KillMode=mixed), which tells the job: one that is told twice ends without saving.
+# With KillMode=mixed, systemd signals only the script, which forwards the signal to the job. Otherwise the job would
+# receive two signals, and the second one makes it exit without saving.
 _SCRIPT = """\
 #!/usr/bin/env bash
 set -u
@@ -18,17 +31,18 @@ folder=@HOME@/@NAME@
 if [ "${1:-}" != run ]; then
   mkdir -p "$folder"
   cp "$0" "$folder/job.sh"
-  @BROUGHT@
-  exec systemd-run --collect --unit=@NAME@ --property=KillMode=mixed --property=TimeoutStopSec=@SAVING@ \\
+  @COPYCODE@
+  exec systemd-run --collect --unit=@NAME@ --property=KillMode=mixed --property=TimeoutStopSec=@STOPTIMEOUT@ \\
     --property="StandardOutput=append:$folder/log" --property="StandardError=append:$folder/log" \\
     bash "$folder/job.sh" run
 fi
 cd "$folder" || exit 1
-# Becomes the job, and so is what SIGTERM is sent to. What it makes once is kept for the next start; uv brings a Python,
-# as the image's may be too old. If any of it fails it is tried again, whatever the exit code.
-begin() {
+# Replaces itself with the job, which then receives SIGTERM directly. The environment is set up once and reused by later
+# starts. uv installs Python, because the version of the machine's image may be too old. If the setup fails, the exit
+# code is 1, so that it is retried.
+start_job() {
   if ! test -e ready; then
-    @FETCH@ &&
+    @FETCHCODE@ &&
       rm -rf code venv tools &&
       mkdir code &&
       tar -xzf code.tar.gz -C code &&
@@ -43,49 +57,53 @@ begin() {
 @LOOP@
 echo "ended with exit code $code"
 gcloud storage cp "$folder/log" @LOG@"-$(hostname).log"
-@AFTER@
+@CLEANUP@
 exit "$code"
 """
 
 
-def archive(jobs: Sequence[Job], code: Code, workdir: str) -> str:
-    """Where the code's archive is to be, in the folder here for what is written.
+def archive_path(jobs: Sequence[Job], code: Checkout, workdir: str) -> str:
+    """Returns the local path for the archive of the code. The other files of the launcher go to the same folder.
 
     Raises:
-      InputError: the code is not committed, or a job's workdir not in a bucket.
+      InputError: The code has uncommitted changes, or the workdir of a job is not in a bucket.
     """
     check_clean(code)
-    check_remote(jobs)
-    return os.path.join(folder_for(workdir, code), f"{code.commit}.tar.gz")
+    check_in_bucket(jobs)
+    return os.path.join(launch_folder(workdir, code), f"{code.commit}.tar.gz")
 
 
 def script(
-    job: Job, name: str, retries: int, *, python: str, requirements: str, brought: str = ":", fetch: str = ":",
-    after: str = ":",
+    job: Job, name: str, retries: int, *, python: str, requirements: str, copy_code: str = ":", fetch_code: str = ":",
+    cleanup: str = ":",
 ) -> str:  # fmt: skip
-    """The script, for root; run without arguments it returns once the job is under way.
+    """Returns the script, to be run as root. Without arguments it returns once the service has started.
 
     Args:
-      job: with its workdir in a bucket; the log is put beside it at the end.
-      name: of letters, digits and dashes, for the service and its folder.
-      python: the version, as in 3.12.
-      requirements: the file of the code that lists them.
-      brought: a line that puts the code at `$folder/code.tar.gz` at once; or else
-      fetch: one that puts it at `code.tar.gz` when the job first starts.
-      after: lines for the end, with the exit code in `$code`; `$stopping` is 1 if the machine was being shut down.
+      job: A job with its workdir in a bucket. The log is copied next to the workdir at the end.
+      name: Name of the service and its folder. It consists of letters, digits and dashes.
+      retries: How often the job is restarted after a crash.
+      python: Python version, as in 3.12.
+      requirements: Name of the requirements file in the checkout.
+      copy_code: A line that copies the code to `$folder/code.tar.gz` when the service is installed; alternatively,
+      fetch_code: a line that downloads the code to `code.tar.gz` when the job first starts.
+      cleanup: Lines that run at the end, with the exit code in `$code`. `$stopping` is 1 if the machine is shutting
+        down.
     """
     log = f"{job.workdir.rstrip('/')}/launch/{name}"
-    loop = until_done(("begin", *job.command), retries)
-    return fill(_SCRIPT, home=HOME, name=name, saving=str(SAVING), brought=brought, fetch=fetch, python=quote(python),
-                requirements=quote(requirements), loop=loop, log=quote(log), after=after)  # fmt: skip
+    loop = retry_loop(("start_job", *job.command), retries)
+    return fill_template(
+        _SCRIPT, home=HOME, name=name, stoptimeout=str(STOP_TIMEOUT), copycode=copy_code, fetchcode=fetch_code,
+        python=quote(python), requirements=quote(requirements), loop=loop, log=quote(log), cleanup=cleanup,
+    )  # fmt: skip
 
 
 def flags(options: dict[str, object]) -> tuple[str, ...]:
-    """`{"zone": "z", "spot": True, "project": None}` as `--zone=z --spot`, for gcloud."""
+    """Returns gcloud flags: `{"zone": "z", "spot": True, "project": None}` becomes `--zone=z --spot`."""
     given = {key: value for key, value in options.items() if value is not None and value is not False}
     return tuple(f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items())
 
 
-def shell(options: dict[str, object]) -> str:
-    """The same as words of bash."""
-    return quoted(flags(options))
+def shell_flags(options: dict[str, object]) -> str:
+    """Returns gcloud flags as bash words."""
+    return quote_command(flags(options))

@@ -1,4 +1,4 @@
-"""What the tests of launchers share: pinned code, jobs with awkward arguments, golden files, stand-ins for programs."""
+"""Helpers of the launcher tests: a checkout, jobs with difficult arguments, golden files and substitute programs."""
 
 import json
 import os
@@ -6,11 +6,11 @@ import pathlib
 import subprocess
 import sys
 
-from launch.jobs import Code, Job, shown
+from launch.jobs import Checkout, Job, format_submission
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "launch"
-CODE = Code("/checkout", "0123456789abcdef0123456789abcdef01234567", clean=True)
-# A `canary` in the folder where scripts run would show that a part of one of them was run.
+CODE = Checkout("/checkout", "0123456789abcdef0123456789abcdef01234567", clean=True)
+# If a script executed a part of one of these arguments, a file named `canary` would appear.
 AWKWARD = (
     "--config.note=two words",
     "--config.note=it's",
@@ -30,8 +30,8 @@ def awkward_job(workdir):
     return Job("awkward", ("experiments.train", *AWKWARD, f"--workdir={workdir}"), workdir)
 
 
-def sweep(root):
-    """Two jobs as a sweep has them."""
+def sweep_jobs(root):
+    """Returns two jobs like those of a sweep."""
     return [
         Job(
             f"lr={value}",
@@ -43,43 +43,43 @@ def sweep(root):
     ]  # fmt: skip
 
 
-def golden(name, submission):
-    """Holds what a submission would do against a file; GOLDEN=write writes the file."""
-    path, text = GOLDEN / name, shown(submission) + "\n"
+def check_golden(name, submission):
+    """Compares a submission with a golden file. With GOLDEN=write in the environment, the file is written first."""
+    path, text = GOLDEN / name, format_submission(submission) + "\n"
     if os.environ.get("GOLDEN") == "write":
         path.write_text(text)
     assert text == path.read_text()
 
 
 def parses(text):
-    """Whether bash can read a script."""
+    """Checks that bash can parse a script."""
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return True
 
 
-def program(folder, name, body):
-    """Makes a program of Python, which notes its arguments down in NAME.calls and then runs `body`."""
+def make_program(folder, name, body):
+    """Creates a Python program that appends its arguments to NAME.calls and then runs `body`."""
     path = folder / name
     path.write_text(
         f"#!{sys.executable} -S\nimport json, os, pathlib, shutil, signal, subprocess, sys, time\n"
         f"HERE = pathlib.Path({str(folder)!r})\n"
-        f"with open(HERE / {f'{name}.calls'!r}, 'a') as notes:\n"
-        f"    notes.write(json.dumps(sys.argv[1:]) + '\\n')\n{body}\n"
+        f"with open(HERE / {f'{name}.calls'!r}, 'a') as calls:\n"
+        f"    calls.write(json.dumps(sys.argv[1:]) + '\\n')\n{body}\n"
     )
     path.chmod(0o755)
     return path
 
 
 def calls(folder, name):
-    """The arguments of each call of a program."""
+    """Returns the arguments of each call of a program."""
     path = folder / f"{name}.calls"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def codes(folder, *wanted):
-    """The exit codes of the next calls of a program whose body is EXITS."""
-    (folder / "codes").write_text(json.dumps(wanted))
+def set_exit_codes(folder, *codes):
+    """Sets the exit codes of the next calls of a program whose body is EXITS."""
+    (folder / "codes").write_text(json.dumps(codes))
 
 
 EXITS = """
@@ -88,11 +88,11 @@ codes = json.loads((HERE / "codes").read_text())
 sys.exit(codes[0])
 """
 
-# Waits for SIGTERM, takes a moment to save, and is stopped.
+# Waits for SIGTERM, takes a moment to save, and exits as preempted.
 WAITS = """
 def stop(*_):
-    with open(HERE / "told", "a") as file:
-        file.write("told\\n")
+    with open(HERE / "signals", "a") as file:
+        file.write("SIGTERM\\n")
     time.sleep(0.3)
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
@@ -101,14 +101,14 @@ time.sleep(20)
 """
 
 
-def telling(folder, pid):
-    """Starts what sends SIGTERM to the process whose number is in the file `pid`, once a job that WAITS is ready."""
-    waiting = f"until [ -s {folder}/ready ] && [ -s {folder}/{pid} ]; do sleep 0.05; done"
-    return subprocess.Popen(["bash", "-c", f"{waiting}; kill -TERM $(cat {folder}/{pid})"])
+def signal_when_ready(folder, pid_file):
+    """Starts a process that sends SIGTERM to the process ID in `pid_file` once a job that WAITS is ready."""
+    waiting = f"until [ -s {folder}/ready ] && [ -s {folder}/{pid_file} ]; do sleep 0.05; done"
+    return subprocess.Popen(["bash", "-c", f"{waiting}; kill -TERM $(cat {folder}/{pid_file})"])
 
 
-def checkout(folder):
-    """A git repository with a commit, in a folder that exists."""
+def make_checkout(folder):
+    """Creates a git repository with one commit in an existing folder."""
     (folder / "experiments").mkdir()
     (folder / "experiments" / "train.py").write_text("print('a file of the code')\n")
     (folder / ".gitignore").write_text("runs/\n")

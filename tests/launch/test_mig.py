@@ -1,4 +1,4 @@
-"""Managed instance groups: what is asked for, and the startup script, run by stand-ins for gcloud and systemd."""
+"""Managed instance groups: the gcloud commands, and the startup script run with substitutes for gcloud and systemd."""
 
 import os
 import subprocess
@@ -6,15 +6,26 @@ import subprocess
 import pytest
 
 from launch.jobs import build_launcher
-from tests.launch.fakes import CODE, EXITS, WAITS, awkward_job, calls, codes, golden, program, sweep, telling
-from tests.launch.machines import cloud, launch, restart
+from tests.launch.fakes import (
+    CODE,
+    EXITS,
+    WAITS,
+    awkward_job,
+    calls,
+    check_golden,
+    make_program,
+    set_exit_codes,
+    signal_when_ready,
+    sweep_jobs,
+)
+from tests.launch.machines import cloud, launch, replace_machine
 
 __all__ = ["cloud"]  # a fixture
 TEXT = "mig:machine=a2-highgpu-1g:zone=z:image_family=f:bucket=gs://code/x"
 
 
 def boot(path):
-    """The machine starts, and runs its startup script from a file of another name."""
+    """Boots the machine, which runs its startup script from a file with another name."""
     with open(path) as script:
         subprocess.run(["bash", "-c", 'cat >startup && bash startup; code=$?; rm startup; exit "$code"'], stdin=script)
 
@@ -31,13 +42,13 @@ def resizes(cloud):
     return [call for call in calls(cloud, "gcloud") if "resize" in call]
 
 
-def test_a_sweep():
+def test_submission_of_a_sweep():
     text = f"{TEXT}:project=me:spot=true:gpu=nvidia-tesla-t4:gpus=2:service_account=a@b"
-    golden("mig.txt", build_launcher(text).submission(sweep("gs://b/lr"), CODE, "gs://b/lr", 3))
+    check_golden("mig.txt", build_launcher(text).submission(sweep_jobs("gs://b/lr"), CODE, "gs://b/lr", 3))
 
 
-def test_arguments_arrive_as_they_were_given(cloud):
-    program(cloud, "job", "sys.exit(0)")
+def test_arguments_are_passed_unchanged(cloud):
+    make_program(cloud, "job", "sys.exit(0)")
     job = awkward_job("gs://bucket/s/it's $(touch canary)")
     started(cloud, TEXT, [job])
     assert calls(cloud, "job") == [["-m", *job.command]]
@@ -46,28 +57,28 @@ def test_arguments_arrive_as_they_were_given(cloud):
     assert list((cloud.parent / "bucket" / "code" / "x" / "code").glob("*.tar.gz"))
 
 
-@pytest.mark.parametrize("wanted", [[0], [2], [3], [75, 0], [1]])
-def test_when_all_is_done_the_group_is_emptied(cloud, wanted):
-    program(cloud, "job", EXITS)
-    codes(cloud, *wanted)
-    started(cloud, TEXT, sweep("gs://bucket/s")[:1], retries=0)
+@pytest.mark.parametrize("codes", [[0], [2], [3], [75, 0], [1]])
+def test_group_is_resized_to_zero_at_the_end(cloud, codes):
+    make_program(cloud, "job", EXITS)
+    set_exit_codes(cloud, *codes)
+    started(cloud, TEXT, sweep_jobs("gs://bucket/s")[:1], retries=0)
     (resize,) = resizes(cloud)
     created = next(call for call in calls(cloud, "gcloud") if "managed" in call and "create" in call)
     name = created[created.index("create") + 1]
     assert resize == [*"compute instance-groups managed resize".split(), name, "--size=0", "--zone=z", "--quiet"]
-    assert (cloud / "ended").read_text() == str(wanted[-1])
+    assert (cloud / "ended").read_text() == str(codes[-1])
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_a_machine_that_is_taken_away_comes_back_and_goes_on(cloud, lost):
-    program(cloud, "job", f"if (HERE / 'told').exists():\n    sys.exit(0)\n{WAITS}")
-    teller = telling(cloud, "unit.pid")
-    path = started(cloud, TEXT, sweep("gs://bucket/s")[:1])
-    assert teller.wait(timeout=20) == 0 and (cloud / "told").read_text() == "told\n"
+@pytest.mark.parametrize("disk_lost", [False, True])
+def test_run_resumes_on_the_machine_that_replaces_a_preempted_one(cloud, disk_lost):
+    make_program(cloud, "job", f"if (HERE / 'signals').exists():\n    sys.exit(0)\n{WAITS}")
+    signaller = signal_when_ready(cloud, "unit.pid")
+    path = started(cloud, TEXT, sweep_jobs("gs://bucket/s")[:1])
+    assert signaller.wait(timeout=20) == 0 and (cloud / "signals").read_text() == "SIGTERM\n"
     assert (cloud / "ended").read_text() == "75" and not resizes(cloud)
     made = len(calls(cloud, "python3"))
-    if lost:
-        restart(cloud)
+    if disk_lost:
+        replace_machine(cloud)
     boot(path)
     assert (cloud / "ended").read_text() == "0" and len(resizes(cloud)) == 1
-    assert len(calls(cloud, "python3")) == made * (1 + lost)  # a disk that is still there has all that it needs
+    assert len(calls(cloud, "python3")) == made * (1 + disk_lost)  # a disk that still exists needs no setup

@@ -1,4 +1,4 @@
-"""Processes that are started, watched and started again, with a job that does as it is told."""
+"""Supervision of processes: starts, exits and restarts of a job whose exit codes are given."""
 
 import os
 import signal
@@ -10,27 +10,27 @@ import pytest
 
 from launch import locks, pool, processes
 from launch.local import make
-from launch.processes import Supervised, together
+from launch.processes import SupervisedJob, combined_exit_code
 from tests.jobs import ROOT
 
 STUB = "tests.launch.stub"
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(processes, "PAUSE", 0.1)
+def restart_quickly(monkeypatch):
+    monkeypatch.setattr(processes, "RETRY_DELAY", 0.1)
     monkeypatch.chdir(ROOT)
 
 
 def supervised(folder, *words, retries=2, launcher=None, lock=None):
     events, launcher = [], launcher or make()
     log = str(folder / "log.txt")
-    job = Supervised([(STUB, str(folder), *words)], lambda command: launcher.start(command, 0, log, lock), retries,
+    job = SupervisedJob([(STUB, str(folder), *words)], lambda command: launcher.start(command, 0, log, lock), retries,
                      events.append)  # fmt: skip
     return job, events
 
 
-def until(condition, limit=20.0):
+def wait_until(condition, limit=20.0):
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < limit
@@ -47,67 +47,67 @@ def starts(folder, rank=0):
     [(["0"], 0, 1), (["2"], 2, 1), (["3"], 3, 1), (["75", "75", "75", "75", "0"], 0, 5), (["1", "70", "0"], 0, 3),
      (["1"], 1, 3), (["killed", "3"], 3, 2), (["70", "killed", "75", "0"], 0, 4)],
 )  # fmt: skip
-def test_what_is_started_again(codes, ends, number, tmp_path, monkeypatch):
-    """Codes 0, 2 and 3 end it, 75 does not count, any other does so twice."""
-    monkeypatch.setattr(processes, "STOPPED_PAUSE", 0.05)
+def test_restart_by_exit_code(codes, ends, number, tmp_path, monkeypatch):
+    """0, 2 and 3 are final, 75 is not counted as a retry, and other codes allow two retries."""
+    monkeypatch.setattr(processes, "PREEMPTED_DELAY", 0.05)
     job, events = supervised(tmp_path, *codes)
-    until(job.advance)
+    wait_until(job.advance)
     assert job.code == ends and len(starts(tmp_path)) == number
     ended = [event["code"] for event in events if event["event"] == "ended"]
     assert len(ended) == number and ended[-1] == ends
-    told = [event["told"] for event in events if event["event"] == "ended"][-1]
-    assert told == (f"error: told to end with {codes[-1]}" if ends else "")
+    message = [event["message"] for event in events if event["event"] == "ended"][-1]
+    assert message == (f"error: stub exits with {codes[-1]}" if ends else "")
 
 
-def test_one_command_after_the_other(tmp_path):
+def test_commands_run_one_after_the_other(tmp_path):
     events = []
     commands = [(STUB, str(tmp_path), "1", "0", "0"), (STUB, str(tmp_path), "5", "5", "0")]
-    job = Supervised(commands, make().start, 1, events.append)
-    until(job.advance)
+    job = SupervisedJob(commands, make().start, 1, events.append)
+    wait_until(job.advance)
     assert job.code == 0 and len(starts(tmp_path)) == 3
     assert [event["event"] for event in events] == ["started", "ended", "started", "next", "started", "ended"]
 
 
-def test_told_to_stop(tmp_path):
+def test_stopped_job_is_not_restarted(tmp_path):
     job, events = supervised(tmp_path, "sleep")
-    until(lambda: job.advance() or (tmp_path / "ready.0").exists())
+    wait_until(lambda: job.advance() or (tmp_path / "ready.0").exists())
     job.stop()
-    until(job.advance)
+    wait_until(job.advance)
     assert job.code == 75 and len(starts(tmp_path)) == 1 and events[-1]["code"] == 75
 
 
-def test_a_signal_while_a_job_is_starting_is_passed_on(tmp_path):
-    """The process that was just being started did not hear of it."""
+def test_signal_during_a_start_is_forwarded(tmp_path):
+    """The signal arrives when the process exists but is not yet supervised."""
 
     class Launcher:
         def start(self, command, **keywords):
             started = make().start(command)
-            until(lambda: (tmp_path / "ready.0").exists())
+            wait_until(lambda: (tmp_path / "ready.0").exists())
             os.kill(os.getpid(), signal.SIGTERM)
             return started
 
-    assert pool.until_done(Launcher(), [(STUB, str(tmp_path), "sleep")], 0) == 75
+    assert pool.run_until_done(Launcher(), [(STUB, str(tmp_path), "sleep")], 0) == 75
     assert len(starts(tmp_path)) == 1
 
 
-def test_one_that_does_not_end_is_killed_by_the_second_signal(tmp_path):
+def test_second_signal_kills_a_process_that_ignores_the_first(tmp_path):
     job, _ = supervised(tmp_path, "hang")
-    until(lambda: job.advance() or (tmp_path / "ready.0").exists())
+    wait_until(lambda: job.advance() or (tmp_path / "ready.0").exists())
     job.stop()
     time.sleep(0.2)
     assert not job.advance()
     job.stop(signal.SIGKILL)
-    until(job.advance)
+    wait_until(job.advance)
     assert job.code == 137
 
 
-@pytest.mark.parametrize(("other", "last"), [("hang", 0.2), ("sleep", 60.0)])
-def test_a_process_that_is_lost_takes_the_others_with_it(other, last, tmp_path, monkeypatch):
-    """Who does not end when it is told to is killed."""
-    monkeypatch.setattr(processes, "LOSS", 0.2)
-    monkeypatch.setattr(processes, "LAST", last)
+@pytest.mark.parametrize(("other", "kill_timeout"), [("hang", 0.2), ("sleep", 60.0)])
+def test_lost_process_ends_the_others(other, kill_timeout, tmp_path, monkeypatch):
+    """The others receive SIGTERM, and SIGKILL if they ignore it."""
+    monkeypatch.setattr(processes, "PEER_TIMEOUT", 0.2)
+    monkeypatch.setattr(processes, "KILL_TIMEOUT", kill_timeout)
     job, events = supervised(tmp_path, f"killed/{other}", "0", launcher=make(num_processes=2))
-    until(job.advance)
+    wait_until(job.advance)
     assert job.code == 0 and len(starts(tmp_path, 0)) == len(starts(tmp_path, 1)) == 2
     assert [event["code"] for event in events if event["event"] == "ended"] == [137, 0]
     flags = [line.split()[-3:] for rank in (0, 1) for line in starts(tmp_path, rank)[:1]]
@@ -116,25 +116,25 @@ def test_a_process_that_is_lost_takes_the_others_with_it(other, last, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("codes", "all_of_them"),
+    ("codes", "combined"),
     [([0, 0], 0), ([0, 75], 75), ([75, 75], 75), ([2, -9], 2), ([70, 3], 3), ([70, -9, 70], 137), ([134, 70], 134),
      ([-6, 0], 134)],
 )  # fmt: skip
-def test_the_code_of_several(codes, all_of_them):
-    assert together(codes) == all_of_them
+def test_combined_exit_code(codes, combined):
+    assert combined_exit_code(codes) == combined
 
 
-def test_every_process_has_gpus_of_its_own(tmp_path):
+def test_processes_and_slots_have_different_gpus(tmp_path):
     launcher = make(num_processes=2, gpus=2)
     for slot in (0, 1):
         start = launcher.start((STUB, str(tmp_path), "0"), slot)
-        until(lambda start=start: start.poll() is not None)
+        wait_until(lambda start=start: start.poll() is not None)
     seen = [line.split()[1] for rank in (0, 1) for line in starts(tmp_path, rank)]
     assert seen == ["0,1", "4,5", "2,3", "6,7"]
 
 
-def test_no_process_outlives_who_started_it(tmp_path):
-    """Killed, it cannot tell its processes to end: the system does."""
+def test_processes_end_with_their_killed_parent(tmp_path):
+    """A killed parent cannot signal its processes; the operating system does."""
     program = f"""
 import time
 from launch.local import make
@@ -144,8 +144,8 @@ with locks.hold({str(tmp_path)!r}, "workdir") as lock:
     time.sleep(60)
 """
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    until(lambda: (tmp_path / "ready.0").exists())
+    wait_until(lambda: (tmp_path / "ready.0").exists())
     assert locks.is_held(str(tmp_path))
     parent.kill()
     parent.wait()
-    until(lambda: not locks.is_held(str(tmp_path)))
+    wait_until(lambda: not locks.is_held(str(tmp_path)))

@@ -1,5 +1,5 @@
-"""Jobs on a real Slurm of one node, which is started for them: requeued, stopped, cancelled, ended for good, and one of
-them a training in two processes."""
+"""Jobs on a real Slurm with one node, which the tests start: requeued, signalled, cancelled and failed jobs, and a
+training in two processes."""
 
 import dataclasses
 import json
@@ -14,12 +14,12 @@ import time
 
 import pytest
 
-from launch.jobs import Job, build_launcher, code_here, submit
+from launch.jobs import Job, build_launcher, current_checkout, submit
 
 pytestmark = pytest.mark.system
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
-# `cred_expire` is how long a requeued job waits before it starts again: two minutes by default, five seconds at least.
+# A requeued job waits for `cred_expire` before it restarts: two minutes by default, at least five seconds.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -66,12 +66,12 @@ def wait_for(what, condition, seconds=60):
         if found := condition():
             return found
         time.sleep(0.2)
-    raise AssertionError(f"{what}: not within {seconds} s")
+    raise AssertionError(f"timed out after {seconds} s: {what}")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def slurm():
-    """The folder of a Slurm that is up."""
+    """Starts Slurm and returns its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
         missing = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -79,7 +79,7 @@ def slurm():
             pytest.skip(f"not installed: {', '.join(missing)}")
         if os.geteuid() != 0:
             pytest.skip("only root can start Slurm's daemons")
-        # Not pytest's folder: the path of a socket must be short.
+        # Not pytest's folder, because the path of a socket must be short.
         with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
             yield from _slurm(pathlib.Path(folder), patch)
 
@@ -87,7 +87,7 @@ def slurm():
 def _slurm(folder, patch):
     for name in ("state", "spool"):
         (folder / name).mkdir()
-    folder.chmod(0o755)  # munged trusts no folder that others write to
+    folder.chmod(0o755)  # munged refuses folders that other users can write to
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
@@ -119,14 +119,14 @@ def _slurm(folder, patch):
 
 
 def jobs(name):
-    """What Slurm knows of the jobs of a name, those of an array in its order."""
+    """Returns Slurm's records of the jobs with a name. Those of an array are in its order."""
     lines = subprocess.run(["scontrol", "show", "job", "--oneliner"], capture_output=True, text=True).stdout
     fields = [dict(word.partition("=")[::2] for word in line.split()) for line in lines.splitlines()]
     return sorted((job for job in fields if job.get("JobName") == name), key=lambda job: int(job.get("ArrayTaskId", 0)))
 
 
 def finished(folder, seconds=60):
-    """The jobs of a launch, once all have ended."""
+    """Waits until all jobs of a launch have ended, and returns them."""
     name = next(folder.glob("*.sh")).stem
     ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
     try:
@@ -140,8 +140,8 @@ def logs(folder):
     return "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
 
 
-# In Python's place: does what its workdir is named for, and notes down what happens.
-BEHAVIOURS = ("saved", "refused", "crashes", "recovers", "told", "cancelled")
+# Replaces Python: behaves as the name of its workdir says, and records its starts and signals.
+BEHAVIORS = ("saved", "refused", "crashes", "recovers", "signalled", "cancelled")
 STUB = """
 import os, pathlib, signal, sys, time
 workdir = pathlib.Path(sys.argv[-1].partition("=")[2])
@@ -149,7 +149,7 @@ workdir.mkdir(parents=True, exist_ok=True)
 starts = len(list(workdir.glob("start.*")))
 (workdir / f"start.{starts}").write_text(os.getcwd())
 def stop(*_):
-    (workdir / f"told.{len(list(workdir.glob('told.*')))}").touch()
+    (workdir / f"signal.{len(list(workdir.glob('signal.*')))}").touch()
     time.sleep(1)  # saving
     sys.exit(75)
 name = workdir.name
@@ -159,7 +159,7 @@ if name == "refused":
     sys.exit(2)
 if name == "crashes" or (name == "recovers" and not starts):
     sys.exit(1)
-if name == "cancelled" or (name == "told" and not starts):
+if name == "cancelled" or (name == "signalled" and not starts):
     signal.signal(signal.SIGTERM, stop)
     (workdir / "ready").touch()
     time.sleep(60)
@@ -169,7 +169,7 @@ if name == "cancelled" or (name == "told" and not starts):
 
 @pytest.fixture(scope="module")
 def array(slurm, tmp_path_factory):
-    """One launch of a job for each of BEHAVIOURS: its folder, and what has become of them."""
+    """Launches a job for each of BEHAVIORS, and returns the folder and Slurm's records of the ended jobs."""
     checkout, folder = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("elsewhere")
     (checkout / "file").write_text("of the code")
     git = ["git", "-C", str(checkout), "-c", "user.name=name", "-c", "user.email=mail"]
@@ -179,67 +179,68 @@ def array(slurm, tmp_path_factory):
     python.write_text(f"#!{sys.executable}\n{STUB}")
     python.chmod(0o755)
     launcher = build_launcher(f"slurm:python={python}")
-    wanted = [Job(name, ("experiments.train", f"--workdir=sweep/{name}"), f"sweep/{name}") for name in BEHAVIOURS]
-    code = code_here(str(checkout))
-    for name in BEHAVIOURS:  # as a sweep leaves them
+    submitted = [Job(name, ("experiments.train", f"--workdir=sweep/{name}"), f"sweep/{name}") for name in BEHAVIORS]
+    code = current_checkout(str(checkout))
+    for name in BEHAVIORS:  # like the folders of a sweep
         (checkout / "sweep" / name).mkdir(parents=True)
         (checkout / "sweep" / name / "launch.json").touch()
-    submit(launcher.submission(wanted, code, "sweep", retries=1), launcher.tools)
+    submit(launcher.submission(submitted, code, "sweep", retries=1), launcher.tools)
     sweep = checkout / "sweep"
     name = next((sweep / "launch").glob("*.sh")).stem
-    wait_for("a start", lambda: all((sweep / at / "ready").exists() for at in ("told", "cancelled")))
-    number = {at: jobs(name)[BEHAVIOURS.index(at)] for at in ("told", "cancelled")}
-    number = {at: f"{job['ArrayJobId']}_{job['ArrayTaskId']}" for at, job in number.items()}
-    # As Slurm does before the time is up, and as people do.
-    subprocess.run(["scancel", "--batch", "--signal=TERM", number["told"]], check=True)
-    subprocess.run(["scancel", number["cancelled"]], check=True)
-    return sweep, dict(zip(BEHAVIOURS, finished(sweep / "launch"), strict=True))
+    wait_for("a start", lambda: all((sweep / job / "ready").exists() for job in ("signalled", "cancelled")))
+    records = {job: jobs(name)[BEHAVIORS.index(job)] for job in ("signalled", "cancelled")}
+    job_ids = {job: f"{record['ArrayJobId']}_{record['ArrayTaskId']}" for job, record in records.items()}
+    # The first is what Slurm does before the time limit, the second what a user does.
+    subprocess.run(["scancel", "--batch", "--signal=TERM", job_ids["signalled"]], check=True)
+    subprocess.run(["scancel", job_ids["cancelled"]], check=True)
+    return sweep, dict(zip(BEHAVIORS, finished(sweep / "launch"), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("name", "state", "code", "restarts", "told"),
+    ("name", "state", "code", "restarts", "signals"),
     [
         ("saved", "COMPLETED", "0:0", 1, 0),
         ("refused", "FAILED", "2:0", 0, 0),
         ("crashes", "FAILED", "1:0", 1, 0),
         ("recovers", "COMPLETED", "0:0", 1, 0),
-        ("told", "COMPLETED", "0:0", 1, 1),
+        ("signalled", "COMPLETED", "0:0", 1, 1),
         ("cancelled", "CANCELLED", None, 0, 1),
     ],
 )
-def test_a_job_ends_as_its_exit_code_says(array, name, state, code, restarts, told):
+def test_jobs_end_or_restart_by_their_exit_code(array, name, state, code, restarts, signals):
     sweep, ended = array
     job, found = ended[name], sweep / name
     assert (job["JobState"], int(job["Restarts"])) == (state, restarts), logs(sweep / "launch")
     assert code is None or job["ExitCode"] == code
     assert len(list(found.glob("start.*"))) == restarts + 1
-    assert len(list(found.glob("told.*"))) == told  # a training that is told twice ends without saving
+    assert len(list(found.glob("signal.*"))) == signals  # a second signal would end a training without saving
 
 
 @pytest.mark.parametrize(
     ("name", "starts", "code"),
-    [("saved", 2, 0), ("refused", 1, 2), ("crashes", 2, 1), ("recovers", 2, 0), ("told", 2, 0)],
+    [("saved", 2, 0), ("refused", 1, 2), ("crashes", 2, 1), ("recovers", 2, 0), ("signalled", 2, 0)],
 )
-def test_how_a_job_ended_is_told_to_its_sweep(array, name, starts, code):
+def test_events_of_a_sweep_are_recorded(array, name, starts, code):
     sweep, _ = array
     events = [json.loads(line) for line in (sweep / name / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["submitted"] * starts + ["ended"] and events[-1]["code"] == code
 
 
-def test_jobs_run_the_code_of_the_commit(array):
+def test_jobs_run_the_committed_code(array):
     sweep, _ = array
-    there = next((sweep / "launch" / "code").iterdir())
-    assert os.listdir(there) == ["file"]
-    assert (sweep / "saved" / "start.0").read_text() == (sweep / "saved" / "start.1").read_text() == str(there)
+    code = next((sweep / "launch" / "code").iterdir())
+    assert os.listdir(code) == ["file"]
+    assert (sweep / "saved" / "start.0").read_text() == (sweep / "saved" / "start.1").read_text() == str(code)
 
 
-def test_a_training_in_two_tasks(slurm, tmp_path):
-    flags = ("--config=tests/chaos/config.py:ddpm", "--config.train.steps=4", "--config.mesh.data=2")  # a device a task
-    # The environment is that of pytest, and has no task see eight devices.
+def test_training_in_two_tasks(slurm, tmp_path):
+    # One device per task.
+    flags = ("--config=tests/chaos/config.py:denoising", "--config.train.steps=4", "--config.mesh.data=2")
+    # The tasks inherit pytest's environment, which would give each of them eight devices.
     setup = f"export JAX_NUM_CPU_DEVICES=1 PATH={os.path.dirname(sys.executable)}:$PATH"
     launcher = build_launcher(f"slurm:tasks_per_node=2:setup={setup}")
     job = Job("run", ("experiments.train", *flags, f"--workdir={tmp_path}/run"), f"{tmp_path}/run")
-    code = dataclasses.replace(code_here(str(ROOT)), clean=True)
+    code = dataclasses.replace(current_checkout(str(ROOT)), clean=True)
     submit(launcher.submission([job], code, str(tmp_path), 0), launcher.tools)
     (ended,) = finished(tmp_path / "launch")
     assert ended["ExitCode"] == "0:0", logs(tmp_path / "launch")

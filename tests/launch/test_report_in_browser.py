@@ -1,11 +1,11 @@
-"""The page of a sweep's results, in a browser."""
+"""The results page of a sweep in a browser."""
 
 import shutil
 
 import pytest
 
 from launch import report, results
-from tests.launch.runs import HOSTILE, logged, run, sweep
+from tests.launch.runs import HOSTILE, logged, write_run, write_sweep
 
 pytestmark = pytest.mark.system
 
@@ -21,29 +21,31 @@ def browser():
     if found is None:
         pytest.skip("needs a Chromium")
     with playwright.sync_playwright() as tool:
-        started = tool.chromium.launch(executable_path=found, args=["--no-sandbox"])  # which root has to do without
+        started = tool.chromium.launch(executable_path=found, args=["--no-sandbox"])  # root cannot use the sandbox
         yield started
         started.close()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Five runs: losses 1, 2, 4, 8 in some order, and one that failed before it had any."""
-    root = sweep(tmp_path_factory.mktemp("sweep"), {name: {"lr": rate, "x": HOSTILE} for name, rate in RATES.items()})
+    """Writes five runs: four with losses 1, 2, 4 and 8 in some order, and one that failed without a loss."""
+    root = write_sweep(
+        tmp_path_factory.mktemp("sweep"), {name: {"lr": rate, "x": HOSTILE} for name, rate in RATES.items()}
+    )
     for name, loss in zip("abcd", (4.0, 1.0, 8.0, 2.0), strict=True):
-        run(
+        write_run(
             root / name, events=("started", 0), previews=(200,),
             metrics=logged(range(50, 201, 50), lambda step, loss=loss: loss * 200 / step),
         )  # fmt: skip
-    told = run(root / HOSTILE, events=("started", 1)) / "events.jsonl"
-    told.write_text(told.read_text().replace("error: 1", HOSTILE))
+    events = write_run(root / HOSTILE, events=("started", 1)) / "events.jsonl"
+    events.write_text(events.read_text().replace("error: 1", HOSTILE))
     report.write_html(root, results.read(root), title=HOSTILE)
     return root
 
 
 @pytest.fixture
 def page(browser, folder):
-    """The page, opened; whatever it complains of is an error at the end."""
+    """Opens the page. Errors, dialogs and network requests fail the test."""
     errors = []
     opened = browser.new_page(viewport={"width": 1400, "height": 900})
     opened.on("console", lambda message: errors.append(message.text))
@@ -57,13 +59,13 @@ def page(browser, folder):
 
 
 def column(page, name):
-    """A column's cells from top to bottom."""
+    """Returns the cells of a column from top to bottom."""
     names = page.locator("thead th button").all_inner_texts()
     return [cell.strip() for cell in page.locator(f"tbody td:nth-child({names.index(name) + 1})").all_inner_texts()]
 
 
 def sort(page, name, *, keys=False):
-    """Sorts by a column, and returns what the page says of its order."""
+    """Sorts by a column, and returns the sort direction that the page indicates."""
     button = page.get_by_role("button", name=name, exact=True)
     if keys:
         button.focus()
@@ -73,7 +75,7 @@ def sort(page, name, *, keys=False):
     return button.locator("xpath=..").get_attribute("aria-sort")
 
 
-def test_table_has_a_row_a_run_and_text_stays_text(page):
+def test_table_has_one_row_per_run_and_text_stays_text(page):
     assert page.locator("tbody tr").count() == 5
     assert column(page, "run") == list(RATES)
     assert column(page, "state")[-1].split("\n") == ["failed", HOSTILE]
@@ -85,7 +87,7 @@ def test_table_has_a_row_a_run_and_text_stays_text(page):
 
 
 @pytest.mark.parametrize("keys", [False, True])
-def test_a_header_sorts_by_number_and_the_missing_last(page, keys):
+def test_header_sorts_by_number_with_missing_values_last(page, keys):
     assert sort(page, "loss", keys=keys) == "ascending"
     assert column(page, "loss") == ["★ 1", "2", "4", "8", NONE]
     assert sort(page, "loss", keys=keys) == "descending"
@@ -95,11 +97,11 @@ def test_a_header_sorts_by_number_and_the_missing_last(page, keys):
     assert page.locator("th[aria-sort=ascending], th[aria-sort=descending]").count() == 1
 
 
-def test_best_values_alone_are_marked(page):
-    assert [cell.inner_text() for cell in page.locator("td.best").all()] == ["★ 1"]  # all are as fast
+def test_only_the_best_values_are_marked(page):
+    assert [cell.inner_text() for cell in page.locator("td.best").all()] == ["★ 1"]  # all runs are equally fast
 
 
-def test_curves_are_drawn_and_lit_with_their_rows(page):
+def test_curves_are_drawn_and_highlighted_with_their_rows(page):
     curves = page.locator("#plot path.curve")
     assert curves.count() == 4 and page.locator("#legend li").count() == 4
     boxes = [curve.bounding_box() for curve in curves.all()]
@@ -109,13 +111,13 @@ def test_curves_are_drawn_and_lit_with_their_rows(page):
         assert plot["x"] <= box["x"] and box["x"] + box["width"] <= plot["x"] + plot["width"]
         assert plot["y"] <= box["y"] and box["y"] + box["height"] <= plot["y"] + plot["height"]
     page.locator("tbody tr").nth(2).locator("td").nth(3).hover()
-    assert page.locator("path.on").count() == 1 and "lr=30" in page.locator("#told").inner_text()
+    assert page.locator("path.on").count() == 1 and "lr=30" in page.locator("#highlighted").inner_text()
     page.mouse.move(boxes[1]["x"] + boxes[1]["width"] - 1, max(box["y"] + box["height"] for box in boxes) - 1)
-    assert page.locator("#told").inner_text() == "lr=1e-10: loss 1 at step 200"
+    assert page.locator("#highlighted").inner_text() == "lr=1e-10: loss 1 at step 200"
     assert page.locator("tbody tr.on td").first.inner_text().strip() == "b"
 
 
-def test_scale_metric_and_colours_can_be_chosen(page):
+def test_scale_metric_and_colors_can_be_chosen(page):
     def lines():
         return page.locator("path.curve").evaluate_all("all => all.map(one => one.getAttribute('d'))")
 
@@ -124,13 +126,13 @@ def test_scale_metric_and_colours_can_be_chosen(page):
     page.locator("#log").check()
     assert len(linear) == 4 and not set(linear) & set(lines())
     page.locator("#metric").select_option("images_per_second")
-    assert len(set(lines())) == 1  # all are as fast
+    assert len(set(lines())) == 1  # all runs are equally fast
     assert page.locator("#plot svg").get_attribute("aria-label").startswith("images_per_second")
     page.locator("#key").select_option(label="lr")
     assert page.locator("#legend li").all_inner_texts()[:2] == ["lr=1e-10", "lr=0.001"]
 
 
-def test_pictures_are_shown_and_enlarged(page):
+def test_previews_are_shown_and_enlarged(page):
     shown = page.locator("#sheets img")
     assert shown.count() == 4
     shown.last.evaluate("image => image.decode()")
@@ -153,18 +155,18 @@ def test_nothing_is_wider_than_the_window(page, width):
 @pytest.mark.parametrize("number", [0, 1, 500])
 def test_page_works_with_any_number_of_runs(browser, tmp_path, number):
     rows = [
-        results.Row(
+        results.ResultRow(
             f"r{n}", {"seed": n, "lr": n % 3}, "done", 100, metrics={"loss": 1.0 + n}, curve=logged(range(1, 101))
         )
         for n in range(number)
     ]
-    path = report.write_html(sweep(tmp_path, {}), rows)
+    path = report.write_html(write_sweep(tmp_path, {}), rows)
     page, errors = browser.new_page(), []
     page.on("console", lambda message: errors.append(message.text))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(f"file://{path}")
     assert page.locator("tbody tr").count() == page.locator("path.curve").count() == number
-    if number == 500:  # so many are coloured by an override with few values
+    if number == 500:  # so many runs are colored by an override with few values
         assert page.locator("#legend li").all_inner_texts() == ["lr=0", "lr=1", "lr=2"]
     page.close()
     assert not errors
