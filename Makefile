@@ -1,13 +1,13 @@
-# make demo   train on real digits, draw samples, measure them
-# make test   the tests
-# make slow   full matrices of what the tests have representative cases of
-# make parity our samplers and networks against the peers of requirements-peers.txt, live
-# make chaos  trainings killed a hundred times, stopped, stuck, out of disk: half an hour
-# make system sweeps in a browser, a Slurm of one node: wants chromium, slurmctld, slurmd, munge, and root
-# make fuzz   2,500 bad inputs, other ones each time
-# make orders the order of accuracy of every solver
-# make lint   ruff, check and format
-# Each sets up .venv by itself.
+# make demo    Train on real digits, draw samples and evaluate them.
+# make test    Run the tests (below 8 minutes on two cores).
+# make slow    Run the full matrices, of which `make test` runs representative cases.
+# make parity  Compare samplers and networks with the peers of requirements-peers.txt.
+# make chaos   Kill, stop, hang and fill the disk of trainings, about a hundred times: half an hour.
+# make system  Test sweeps in a browser and on a one-node Slurm: requires chromium, slurmctld, slurmd, munge, and root.
+# make fuzz    Try 2,500 random invalid inputs.
+# make orders  Print the order of accuracy of every solver.
+# make lint    Run ruff, check and format.
+# Each target sets up .venv as it needs.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +18,7 @@ TRAIN_FLAGS ?=
 .PHONY: demo test slow parity system chaos fuzz orders lint clean
 
 $(VENV)/base: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; give another by PYTHON=...") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is required, this is " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
