@@ -1,5 +1,5 @@
 # make demo    Train on real digits, draw samples and evaluate them.
-# make test    Run the tests (below 8 minutes on two cores).
+# make test    Run the tests.
 # make slow    Run the full matrices, of which `make test` runs representative cases.
 # make parity  Compare samplers and networks with the peers of requirements-peers.txt.
 # make chaos   Kill, stop, hang and fill the disk of trainings, about a hundred times: half an hour.

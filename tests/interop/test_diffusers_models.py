@@ -220,7 +220,7 @@ def test_outputs_and_gradients_agree(network, classes, tmp_path):
     gradients = {name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in other.named_parameters()}
     for pair in models.pairs(model.network, model.spec):
         parts = [gradients[name] for name in pair.foreign]
-        if "norm1.emb" in pair.foreign[0]:  # copies of one array, whose gradient is the sum of theirs
+        if "norm1.emb" in pair.foreign[0]:  # copies of one array, whose gradients add up
             parts = [sum(parts)] * len(parts)
         expected = pair.join(parts)
         actual = gradient
