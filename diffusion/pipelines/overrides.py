@@ -30,6 +30,31 @@ def spell(section: str | Mapping[str, Any]) -> str:
     return ":".join([section["name"], *(f"{key}={value}" for key, value in section.items() if key != "name")])
 
 
+def with_options(
+    config: Mapping[str, Any], *, sampler: Any = None, steps: int | None = None, grid: Any = None, guidance: Any = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the `sampler` and `guidance` sections of a config with the given options in their place.
+
+    Args:
+      sampler: A part. One of another name keeps the steps and the grid, but not the options of the one it replaces.
+      steps, grid: Options of the sampler's section.
+      guidance: A number, which changes only the scale, or a part, which keeps the wrappers.
+    """
+    section, guided = dict(config["sampler"]), dict(config["guidance"])
+    if sampler is not None:
+        given = dict(sampler) if isinstance(sampler, Mapping) else {"name": sampler}
+        same = given["name"] == section["name"]
+        section = {**{key: value for key, value in section.items() if same or key in PLACING}, **given}
+    section |= {} if steps is None else {"steps": steps}
+    section |= {} if grid is None else {"grid": grid}
+    if isinstance(guidance, (int, float)):
+        guided["scale"] = float(guidance)
+    elif guidance is not None:
+        given = dict(guidance) if isinstance(guidance, Mapping) else {"name": guidance}
+        guided = {**{key: value for key, value in guided.items() if key in WRAPPERS}, **given}
+    return section, guided
+
+
 def sections(config: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the `sampler` and `guidance` sections of a run's config with the chosen options replaced.
 
@@ -42,26 +67,23 @@ def sections(config: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict
     Raises:
       InputError: Text that cannot be parsed, an unknown sampler, or too few evaluations; the field is the flag.
     """
-    sampler, guidance = dict(config["sampler"]), dict(config["guidance"])
+    given: dict[str, Any] = {}
     if "sampler" in chosen:
-        spec = part(chosen["sampler"], "--sampler")
-        find("samplers", spec["name"], field="--sampler")
-        placing = {key: sampler[key] for key in PLACING if key in sampler}
-        sampler = {**(sampler if spec["name"] == sampler["name"] else placing), **spec}
+        given["sampler"] = part(chosen["sampler"], "--sampler")
+        find("samplers", given["sampler"]["name"], field="--sampler")
     if "grid" in chosen:
-        sampler["grid"] = part(chosen["grid"], "--grid")
-    for name in ("steps", "unroll"):
-        if name in chosen:
-            sampler[name] = _positive_integer(chosen[name], f"--{name}")
-    if "evaluations" in chosen:
-        sampler["steps"] = _steps_for(sampler, _positive_integer(chosen["evaluations"], "--evaluations"))
+        given["grid"] = part(chosen["grid"], "--grid")
+    if "steps" in chosen:
+        given["steps"] = _positive_integer(chosen["steps"], "--steps")
     if "guidance" in chosen:
         text = chosen["guidance"]
-        if parse_value(text.partition(":")[0]) != text.partition(":")[0]:  # a number, not a name
-            guidance["scale"] = _number(text, "--guidance")
-        else:
-            wrappers = {key: guidance[key] for key in WRAPPERS if key in guidance}
-            guidance = {**wrappers, **part(text, "--guidance")}
+        is_number = parse_value(text.partition(":")[0]) != text.partition(":")[0]
+        given["guidance"] = _number(text, "--guidance") if is_number else part(text, "--guidance")
+    sampler, guidance = with_options(config, **given)
+    if "unroll" in chosen:
+        sampler["unroll"] = _positive_integer(chosen["unroll"], "--unroll")
+    if "evaluations" in chosen:
+        sampler["steps"] = _steps_for(sampler, _positive_integer(chosen["evaluations"], "--evaluations"))
     if "interval" in chosen:
         guidance["interval"] = _interval(chosen["interval"])
     if "rescale" in chosen:

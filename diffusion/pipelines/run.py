@@ -25,8 +25,9 @@ from diffusion.core.types import (
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines.config import GUIDANCE, SAMPLER, cond_drop_rate, config_and_spec, external_names
-from diffusion.pipelines.generator import PLACING, WRAPPERS, Generator, check_numbers, is_neutral, structure
+from diffusion.pipelines.generator import Generator, check_numbers, is_neutral, structure
 from diffusion.pipelines.model import model_of
+from diffusion.pipelines.overrides import with_options
 from diffusion.process.posterior import x0_errors
 from diffusion.sampling.loop import bind
 from diffusion.training.checkpoint import Checkpoints
@@ -88,7 +89,9 @@ class Run:
           InputError: An argument is invalid, or the model does not support it.
         """
         check_numbers(seed=seed, num=num, batch_size=batch_size)
-        generator = self._generator(*self.sections(sampler=sampler, steps=steps, grid=grid, guidance=guidance))
+        generator = self._generator(
+            *with_options(self.config, sampler=sampler, steps=steps, grid=grid, guidance=guidance)
+        )
         return generator(
             self.params, labels_for(self.spec.num_classes, num, labels), num, seed=seed, batch_size=batch_size,
             title="sample" if progress else None,
@@ -105,7 +108,9 @@ class Run:
           batch_size: Number of samples drawn at once; the metrics do not depend on it.
           progress: Show progress lines.
         """
-        measured = self.measure(*self.sections(steps=steps), seed=seed, batch_size=batch_size, progress=progress)
+        measured = self.measure(
+            *with_options(self.config, steps=steps), seed=seed, batch_size=batch_size, progress=progress
+        )
         return {name: value for values, _ in measured for name, value in values.items()}
 
     def measure(
@@ -145,26 +150,6 @@ class Run:
           **cond: Arrays `[B]`; none for the unconditional model of data without classes.
         """
         return bind(self.objective.denoiser(self.network.apply, self.params), cond)
-
-    def sections(
-        self, *, sampler: Any = None, steps: int | None = None, grid: Any = None, guidance: Any = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the config's `sampler` and `guidance` sections with the arguments of `sample` in their place."""
-        section = dict(self.config["sampler"])
-        if sampler is not None:
-            given = dict(sampler) if isinstance(sampler, Mapping) else {"name": sampler}
-            same = given["name"] == section["name"]
-            section = {**{k: v for k, v in section.items() if same or k in PLACING}, **given}
-        section |= {} if steps is None else {"steps": steps}
-        section |= {} if grid is None else {"grid": grid}
-        guided = dict(self.config["guidance"])
-        if isinstance(guidance, (int, float)):
-            guided["scale"] = float(guidance)
-        elif guidance is not None:
-            given = dict(guidance) if isinstance(guidance, Mapping) else {"name": guidance}
-            same = given["name"] == guided["name"]
-            guided = {**{k: v for k, v in guided.items() if same or k in WRAPPERS}, **given}
-        return section, guided
 
     def generator(
         self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any], always_guided: bool = False
