@@ -12,11 +12,11 @@ import importlib
 from typing import Any
 
 _NAMES = {
-    "CheckpointOptions": "diffusion.training.trainer:CheckpointOptions",
+    "CheckpointOptions": "diffusion.training.options:CheckpointOptions",
     "Denoised": "diffusion.core.types:Denoised",
     "InputError": "diffusion.core.types:InputError",
     "Network": "diffusion.core.types:Network",
-    "Options": "diffusion.training.trainer:Options",
+    "Options": "diffusion.training.options:Options",
     "Run": "diffusion.pipelines.run:Run",
     "Spec": "diffusion.core.types:Spec",
     "Trainer": "diffusion.training.trainer:Trainer",

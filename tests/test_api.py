@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -174,8 +175,9 @@ def test_notebooks_run(path):
 @pytest.mark.slow
 def test_an_installed_package_needs_no_checkout(tmp_path, workdir):
     """`pip install .` puts the package `diffusion` alone into site-packages; the example runs elsewhere."""
-    target = tmp_path / "site"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(ROOT)]
+    source, target = tmp_path / "source", tmp_path / "site"  # a copy, since building leaves files in the source
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "build"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(source)]
     subprocess.run(pip, check=True, cwd=tmp_path)
     assert {path.name for path in target.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")} == {
         "diffusion"

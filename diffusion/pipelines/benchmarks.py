@@ -27,12 +27,13 @@ from diffusion.sampling.loop import bind, sample
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
 from diffusion.training.optimizer import make_optimizer
+from diffusion.training.options import CheckpointOptions, Options
 from diffusion.training.resilience.goodput import Goodput
 from diffusion.training.resilience.guards import Guard
 from diffusion.training.resilience.watchdog import Watchdog
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.training.trainer import CheckpointOptions, Options, Trainer
+from diffusion.training.trainer import Trainer
 
 DIGITS = Spec(shape=(8, 8, 1), num_classes=10)
 SMALL = {"name": "unet", "width": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,),

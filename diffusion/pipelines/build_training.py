@@ -21,9 +21,9 @@ from diffusion.training import hooks
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
 from diffusion.training.optimizer import make_optimizer
+from diffusion.training.options import CheckpointOptions, Options
 from diffusion.training.program import Program, make_program
 from diffusion.training.resilience.guards import Guard
-from diffusion.training.trainer import CheckpointOptions, Options
 
 PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
 

@@ -31,7 +31,7 @@ from diffusion.pipelines.generator import MOST_SAMPLES, PLACING, WRAPPERS, sampl
 from diffusion.sampling import guidance
 from diffusion.training.ema import make_ema
 from diffusion.training.optimizer import make_optimizer
-from diffusion.training.trainer import CONFIG_VERSION, CheckpointOptions, Options
+from diffusion.training.options import CONFIG_VERSION, CheckpointOptions, Options
 
 REQUIRED = ("data", "objective", "network", "train")
 SAMPLER = {"name": "ddim", "steps": 50}

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from diffusion.core import files
 from diffusion.core.build import build, call
-from diffusion.core.checks import at_least, at_most, positive
 from diffusion.core.progress import Progress
 from diffusion.core.types import InputError, Network, Objective, Params, Source
 from diffusion.data import pipeline
@@ -30,86 +29,16 @@ from diffusion.training.ema import EMA, make_ema
 from diffusion.training.hooks import Hook
 from diffusion.training.metrics import Metrics, Writer, default_writers
 from diffusion.training.optimizer import Optimizer, make_optimizer
+from diffusion.training.options import CONFIG_VERSION, CheckpointOptions, Options
 from diffusion.training.program import make_program
 from diffusion.training.resilience.goodput import Goodput
 from diffusion.training.resilience.guards import DUMP, Diverged, Guard, dump
 from diffusion.training.resilience.preemption import Preempted
 from diffusion.training.state import TrainState, averaged
 
-CONFIG_VERSION = 2  # increases whenever a stored config can no longer be read as it is
 CONTINUE, SAVE, STOP = 0, 1, 2  # requests that a process sends to all others
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How long to train, and what to report.
-
-    Attributes:
-      steps: Number of steps of the whole run, restarts included.
-      batch_size: Examples per step, over all devices.
-      accumulate: Number of micro-batches that a step averages its gradient over.
-      cond_drop_rate: Share of the examples trained without their condition; guidance needs a rate above 0.
-      log_every: Steps between two lines of metrics; a line has the means over these steps.
-      preview_every: Steps between two grids of samples; 0 disables them.
-      prefetch: Number of batches read ahead.
-      workers: Processes that read the data; 0 reads in threads, which is best for data that need little work.
-      patience: Number of consecutive bad steps that ends the run. A step is bad, and changes nothing, if its loss or
-        gradient is not finite.
-      spike: Loss, in multiples of its running mean, above which a step is bad too; None disables this limit.
-      rollbacks: How many times the run returns to its newest checkpoint, and continues with data that it has not seen,
-        before bad steps end it.
-      hang_timeout: Minutes without a completed step after which the jobs end a run, with the stacks of all threads; 0
-        disables the watchdog. The first step, which is compiled, saves and previews have ten times as long.
-    """
-
-    steps: int = 1000
-    batch_size: int = 128
-    accumulate: int = 1
-    cond_drop_rate: float = 0.1
-    log_every: int = 50
-    preview_every: int = 0
-    prefetch: int = 8
-    workers: int = 0
-    patience: int = 10
-    spike: float | None = None
-    rollbacks: int = 0
-    hang_timeout: float = 10.0
-
-    def __post_init__(self):
-        positive_names = ("steps", "batch_size", "accumulate", "log_every", "prefetch", "patience")
-        at_least(1, **{name: getattr(self, name) for name in positive_names})
-        at_least(0, **{name: getattr(self, name) for name in ("preview_every", "workers", "rollbacks", "hang_timeout")})
-        for name, most in (("batch_size", 10**7), ("prefetch", 10**4), ("workers", 10**4)):
-            at_most(most, getattr(self, name), name)
-        Guard(self.spike)
-        if not 0 <= self.cond_drop_rate < 1:
-            raise InputError("cond_drop_rate", f"must be in [0, 1), got {self.cond_drop_rate}")
-        if self.batch_size % self.accumulate:
-            raise InputError("accumulate", f"{self.accumulate} does not divide the batch of {self.batch_size}")
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointOptions:
-    """When to save, and which checkpoints to keep.
-
-    Attributes:
-      every: Steps between two checkpoints; the last step is always saved.
-      minutes: Also save when this many minutes have passed since the last save; None disables this.
-      keep: Number of the newest checkpoints to keep.
-      keep_every: Keep the checkpoints of steps divisible by this number for good; None keeps no others.
-      keep_best: Name of a metric; keep the checkpoint at which it was lowest. None keeps no others.
-    """
-
-    every: int = 1000
-    minutes: float | None = None
-    keep: int = 3
-    keep_every: int | None = None
-    keep_best: str | None = None
-
-    def __post_init__(self):
-        positive(**{name: getattr(self, name) for name in ("every", "minutes", "keep", "keep_every")})
 
 
 class Trainer:

@@ -15,7 +15,8 @@ from diffusion.core.build import build
 from diffusion.distributed import sharding
 from diffusion.training import ema, hooks, optimizer
 from diffusion.training.checkpoint import Checkpoints
-from diffusion.training.trainer import CheckpointOptions, Options, Trainer
+from diffusion.training.options import CheckpointOptions, Options
+from diffusion.training.trainer import Trainer
 from tests.refusals import refused
 
 STEPS = 10

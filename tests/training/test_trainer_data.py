@@ -8,7 +8,8 @@ from PIL import Image
 
 from diffusion.core.build import build
 from diffusion.training import optimizer
-from diffusion.training.trainer import CheckpointOptions, Options, Trainer
+from diffusion.training.options import CheckpointOptions, Options
+from diffusion.training.trainer import Trainer
 from tests.refusals import refused
 
 BATCH_SIZE = 4

@@ -13,11 +13,12 @@ from diffusion.core.types import Network
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
 from diffusion.training.optimizer import make_optimizer
+from diffusion.training.options import CheckpointOptions, Options
 from diffusion.training.resilience import guards
 from diffusion.training.resilience.guards import Diverged, Guard
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from diffusion.training.trainer import CheckpointOptions, Options, Trainer
+from diffusion.training.trainer import Trainer
 from tests.refusals import refused
 from tests.training.test_step import BATCH, NETWORK, Linear
 
