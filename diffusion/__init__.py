@@ -12,6 +12,8 @@ import importlib
 from typing import Any
 
 _NAMES = {
+    "ArraySpec": "diffusion.core.types:ArraySpec",
+    "ConditionSpec": "diffusion.core.types:ConditionSpec",
     "CheckpointOptions": "diffusion.training.options:CheckpointOptions",
     "Denoised": "diffusion.core.types:Denoised",
     "InputError": "diffusion.core.types:InputError",
@@ -19,8 +21,10 @@ _NAMES = {
     "Options": "diffusion.training.options:Options",
     "Run": "diffusion.pipelines.run:Run",
     "Spec": "diffusion.core.types:Spec",
+    "Text": "diffusion.core.types:Text",
     "Trainer": "diffusion.training.trainer:Trainer",
     "build": "diffusion.core.build:build",
+    "class_labels": "diffusion.core.types:class_labels",
     "config": "diffusion.pipelines.config",
     "hooks": "diffusion.training.hooks",
     "images": "diffusion.core.images",

@@ -21,7 +21,7 @@ from typing import Any
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from diffusion.core.types import Array, InputError
+from diffusion.core.types import Array, InputError, Network, Spec
 
 FAMILIES = {
     "data": "diffusion.data.sources",
@@ -72,6 +72,26 @@ def build(
         named, takes_any = _keywords_of(make)
         given = {key: value for key, value in given.items() if takes_any or key in named}
     return call(make, {**keywords, **given}, field=field)
+
+
+def build_network(
+    section: str | Mapping[str, Any] | Callable[..., Any], spec: Spec, *, field: str = "network"
+) -> Network:
+    """Builds the network for a data set: its `shape`, `num_classes` and other `conditions` come from the spec.
+
+    Raises:
+      InputError: See `build`; or the network cannot be conditioned on what the data provide.
+    """
+    name = section.get("name") if isinstance(section, Mapping) else section
+    conditions = {key: condition for key, condition in spec.conditions.items() if key != "label"}
+    given = {"shape": spec.shape, "num_classes": spec.num_classes}
+    if conditions:
+        named, takes_any = _keywords_of(find("networks", name, field=f"{field}.name"))
+        if "conditions" not in named and not takes_any:
+            problem = f"{name!r} cannot be conditioned on {next(iter(conditions))!r}: it takes no `conditions`"
+            raise InputError(f"{field}.name", f"{problem}; use unet, dit or uvit")
+        given["conditions"] = conditions
+    return build("networks", section, field=field, **given)
 
 
 def find(family: str, name: str | Callable[..., Any], *, field: str) -> Callable[..., Any]:

@@ -3,8 +3,9 @@
 Conventions used throughout:
   - Time `t` is in [0, 1]: 0 is data, 1 is noise. `x_t = alpha(t) x0 + sigma(t) eps`.
   - Images are NHWC in [-1, 1], tokens are `[B, N, D]`; B is the batch size.
-  - Conditions are a dict of arrays with leading axis B, plus `keep [B]` bool: where it is False the network uses
-    its own null embedding instead of the condition. An absent `keep` means True everywhere.
+  - Conditions are a dict of values with leading axis B, arrays or `Text`, plus `keep`: where it is False the network
+    uses its own null embedding instead of the condition. It is one array `[B]` for all conditions, or a dict of arrays
+    by their names. Absent means True.
 """
 
 import dataclasses
@@ -12,10 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import jax
+import numpy as np
 
 Array = jax.Array
 Params = Any  # nested dicts with string keys and array leaves
-Cond = Mapping[str, Array]
+Cond = Mapping[str, Any]  # arrays or `Text`, each [B, ...], and `keep`
+
+# Conditions that objectives and guidance add to those of the data; see `Network.scalar_conditions`.
+SCALAR_CONDITIONS = ("step_size", "guidance_scale")
 
 
 class InputError(ValueError):
@@ -37,6 +42,22 @@ class InputError(ValueError):
         return InputError, (self.field, self.problem)  # pickled by the data workers' processes
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text condition; a pytree.
+
+    Attributes:
+      tokens: Embedded tokens `[B, L, D]`, or integers `[B, L]` that the network embeds itself.
+      mask: Bool `[B, L]`, False for padding, which never affects the network's output.
+      pooled: An embedding of the whole text, `[B, P]`, or None.
+    """
+
+    tokens: Array
+    mask: Array
+    pooled: Array | None = None
+
+
 class Batch(TypedDict):
     """A batch of examples."""
 
@@ -47,26 +68,116 @@ class Batch(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """A description of the data `x` of one example.
+
+    Attributes:
+      shape: Shape without the batch axis.
+      kind: `image`: 8 bits per channel. `latent`: the output of an autoencoder. `video`: frames first. `points`: other.
+      low, high: Values of the raw data that are mapped to -1 and 1.
+    """
+
+    shape: tuple[int, ...]
+    kind: Literal["image", "latent", "video", "points"] = "image"
+    low: float = 0.0
+    high: float = 255.0
+
+    def __post_init__(self):
+        if not self.shape or min(self.shape) < 1:
+            raise InputError("shape", f"must be one or more positive sizes, got {self.shape}")
+
+
+def earlier_kind(shape: tuple[int, ...], low: float, high: float) -> Literal["image", "latent", "video", "points"]:
+    """Returns the kind of data whose description was stored before there were kinds."""
+    if len(shape) == 3 and shape[-1] in (1, 3) and (low, high) != (-1, 1):
+        return "image"
+    return {3: "latent", 4: "video"}.get(len(shape), "points")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionSpec:
+    """A description of one condition.
+
+    Attributes:
+      kind: `label`: an integer. `scalar`: a number. `vector`: an array `[D]`. `text`: a `Text`. `image`: an array
+        `[H, W, C]` with the height and width of `x`.
+      shape: Shape of one value: `()` for labels and scalars, `(D,)`, `(H, W, C)`; for a text, that of its tokens, `(L,
+        D)`, or `(L,)` for integers.
+      num_classes: Labels are `0 .. num_classes - 1`.
+      vocabulary: Integer tokens are `0 .. vocabulary - 1`; 0 if the tokens of a text are vectors.
+      pooled: Width of the pooled embedding of a text; 0 if it has none.
+    """
+
+    kind: Literal["label", "scalar", "vector", "text", "image"]
+    shape: tuple[int, ...] = ()
+    num_classes: int = 0
+    vocabulary: int = 0
+    pooled: int = 0
+
+    def __post_init__(self):
+        axes = {"vector": 1, "image": 3, "text": 1 if self.vocabulary else 2}.get(self.kind, 0)
+        if len(self.shape) != axes or min(self.shape, default=1) < 1:
+            raise InputError("shape", f"must be {axes} positive sizes for a {self.kind}, got {self.shape}")
+        if min(self.vocabulary, self.pooled) < 0 or (self.num_classes < 1) == (self.kind == "label"):
+            raise InputError("num_classes", f"must be positive for labels, and 0 otherwise, got {self.num_classes}")
+
+    def zeros(self, num: int) -> Any:
+        """Returns `num` values as NumPy arrays; a text has no padding."""
+        if self.kind == "label":
+            return np.zeros(num, np.int32)
+        values = np.zeros((num, *self.shape), np.int32 if self.vocabulary else np.float32)
+        if self.kind != "text":
+            return values
+        pooled = np.zeros((num, self.pooled), np.float32) if self.pooled else None
+        return Text(values, np.ones((num, self.shape[0]), bool), pooled)
+
+
+def class_labels(num_classes: int) -> dict[str, ConditionSpec]:
+    """Returns the conditions of data with `num_classes` classes: `label`, or none for 0."""
+    return {"label": ConditionSpec("label", num_classes=num_classes)} if num_classes else {}
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """A description of a data set's examples. A network's input shape comes from here and nowhere else.
 
     Attributes:
-      shape: Shape of one example `x`, without the batch axis.
-      num_classes: Labels are `0 .. num_classes - 1`; 0 means that there are none.
-      low, high: Values of the raw data that are mapped to -1 and 1.
+      x: The data.
+      conditions: The conditions by name.
       captions: Whether each example has a caption, in English.
     """
 
-    shape: tuple[int, ...]
-    num_classes: int = 0
-    low: float = 0.0
-    high: float = 255.0
+    x: ArraySpec
+    conditions: Mapping[str, ConditionSpec] = dataclasses.field(default_factory=dict)
     captions: bool = False
+
+    def __post_init__(self):
+        for name in self.conditions:
+            if name in ("keep", "joint", "target_time", *SCALAR_CONDITIONS):
+                raise InputError("conditions", f"the name {name!r} is reserved; choose another")
+            if (name == "label") != (self.conditions[name].kind == "label"):
+                raise InputError(
+                    "conditions", "a condition of the kind 'label' must be the only one and have that name"
+                )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `x`, without the batch axis."""
+        return self.x.shape
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes of the condition `label`; 0 if there is none."""
+        return self.conditions["label"].num_classes if "label" in self.conditions else 0
 
     @property
     def is_image(self) -> bool:
         """Whether an example is an image of 8 bits per channel, as opposed to points or an autoencoder's latents."""
-        return len(self.shape) == 3 and self.shape[-1] in (1, 3) and (self.low, self.high) != (-1.0, 1.0)
+        return self.x.kind == "image"
+
+    def zeros(self, num: int) -> dict[str, Any]:
+        """Returns `num` values of each condition as NumPy arrays, for tracing."""
+        return {name: condition.zeros(num) for name, condition in self.conditions.items()}
 
 
 @runtime_checkable  # `build` checks the arguments `train` and `held_out` of a metric

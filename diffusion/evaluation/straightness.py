@@ -48,6 +48,6 @@ def make(train: Source, held_out: Source, num: int = 2000, steps: int = 200) -> 
       steps: Number of Euler steps per trajectory.
     """
     checks.at_least(1, num=num, steps=steps)
-    if train.spec.num_classes:
-        raise InputError("name", "straightness requires an unconditional flow, but the data has classes")
+    if train.spec.conditions:
+        raise InputError("name", "straightness requires an unconditional flow, but the data has conditions")
     return Straightness(train.spec.shape, num, steps)

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from diffusion.core.build import build, defaults, find
-from diffusion.core.types import InputError, Params, Spec
+from diffusion.core.build import build_network, defaults, find
+from diffusion.core.types import ArraySpec, InputError, Params, Spec, class_labels
 from diffusion.interop import model_folder, tensors
 from diffusion.interop.tensors import Pair, conv, copies, fused, linear, norm, pointwise, same, stacked
 from diffusion.layers.norms import default_groups
@@ -56,7 +56,7 @@ def read(path: str, *, null_class: bool = False) -> Model:
         network, spec = _read_dit({**_DIT_DEFAULTS, **config})
     else:
         raise InputError("folder", f"{path} contains a {kind}; only UNet2DModel and DiTTransformer2DModel can be read")
-    built = build("networks", network, field="config.json", shape=spec.shape, num_classes=spec.num_classes)
+    built = build_network(network, spec, field="config.json")
     shapes = jax.eval_shape(built.init, jax.random.key(0))
     foreign = {_current_name(name): tensor for name, tensor in model_folder.read_tensors(path).items()}
     return Model(network, spec, tensors.to_native(pairs(network, spec), foreign, shapes))
@@ -86,12 +86,17 @@ def _current_name(name: str) -> str:
 def with_defaults(network: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the section `network` of a config with the default of every option that it does not set."""
     make = find("networks", network["name"], field="network.name")
-    return defaults(make, later=("shape", "num_classes")) | dict(network)
+    return defaults(make, later=("shape", "num_classes", "conditions")) | dict(network)
 
 
 def pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
     """Returns the table of arrays and tensors of a network."""
     return {"unet": _unet_pairs, "dit": _dit_pairs}[network["name"]](with_defaults(network), spec)
+
+
+def _spec(size: int, channels: int, num_classes: int) -> Spec:
+    kind = "image" if channels in (1, 3) else "latent"
+    return Spec(ArraySpec((size, size, channels), kind), class_labels(num_classes))
 
 
 def _check_foreign(config: Mapping[str, Any], **supported: Any) -> None:
@@ -197,7 +202,7 @@ def _read_unet(config: Mapping[str, Any], null_class: bool) -> tuple[dict[str, A
         "epsilon": config["norm_eps"],
         "outputs": _outputs(config),
     }
-    return network, Spec((size, size, config["in_channels"]), classes - (null_class and bool(classes)))
+    return network, _spec(size, config["in_channels"], classes - (null_class and bool(classes)))
 
 
 def _unet_config(network: Mapping[str, Any], spec: Spec, normed: Collection[int]) -> dict[str, Any]:
@@ -327,7 +332,7 @@ def _read_dit(config: Mapping[str, Any]) -> tuple[dict[str, Any], Spec]:
         "freq_shift": 1,
         "outputs": _outputs(config),
     }
-    return network, Spec((size, size, config["in_channels"]), config["num_embeds_ada_norm"])
+    return network, _spec(size, config["in_channels"], config["num_embeds_ada_norm"])
 
 
 def _dit_config(network: Mapping[str, Any], spec: Spec) -> dict[str, Any]:

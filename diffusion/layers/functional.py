@@ -3,7 +3,8 @@
 This is the only module that splits and merges NNX modules of networks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,21 +12,12 @@ from beartype.door import is_bearable
 from flax import nnx
 from jaxtyping import Bool, Float, Integer, Real, Shaped, jaxtyped
 
-from diffusion.core.types import Array, Cond, InputError, Network, Params
+from diffusion.core.types import SCALAR_CONDITIONS, Array, Cond, ConditionSpec, InputError, Network, Params, Text
 from diffusion.layers.keys import Keys
 
 AnyArray = Array | np.ndarray
 # Names of the axes of one example, by their number.
 AXES = {3: ("height", "width", "channels"), 4: ("frames", "height", "width", "channels")}
-SCALAR_CONDITIONS = ("step_size", "guidance_scale")
-# Kinds and axes of the known conditions.
-CONDITIONS = {
-    "label": (Integer, "batch"),
-    "keep": (Bool, "batch"),
-    **dict.fromkeys(SCALAR_CONDITIONS, (Float, "batch")),
-    "text": (Float, "batch tokens features"),
-    "text_mask": (Bool, "batch tokens"),
-}
 
 
 def functional(
@@ -34,6 +26,7 @@ def functional(
     outputs: int = 1,
     *,
     multiple: int | None = None,
+    conditions: Mapping[str, ConditionSpec] | None = None,
     scalar_conditions: tuple[str, ...] = (),
     project: Callable[[Params], Params] | None = None,
 ) -> Network:
@@ -44,10 +37,12 @@ def functional(
         state must consist of parameters only, with string keys (`nnx.Dict`, not lists).
       shape: The shape of one example.
       multiple: If given, heights and widths other than those of `shape` are allowed if they are multiples of this.
+      conditions: The conditions that the module reads. Only their batch axis is checked for others.
       outputs, scalar_conditions, project: See `Network`.
 
     Returns:
-      A network whose `apply` raises InputError for an input of the wrong dtype or shape, naming the axis.
+      A network whose `apply` raises InputError for a missing condition or an input of the wrong dtype or shape, naming
+      the axis.
 
     Raises:
       InputError: for an unknown name in `scalar_conditions`.
@@ -58,8 +53,8 @@ def functional(
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
     names = AXES.get(len(shape), [f"axis{number}" for number in range(1, len(shape) + 1)])
     free = () if multiple is None else ("height", "width")
-    axes = (name if name in free else f"{name}={size}" for name, size in zip(names, shape, strict=True))
-    example = " ".join(["batch", *axes])
+    axes = [name if name in free else f"{name}={size}" for name, size in zip(names, shape, strict=True)]
+    example, conditions = " ".join(["batch", *axes]), conditions or {}
 
     def init(key: Array) -> Params:
         params = nnx.to_pure_dict(nnx.state(construct(Keys(key))))
@@ -70,14 +65,53 @@ def functional(
             if name in cond and name not in scalar_conditions:
                 raise InputError("network.scalar_conditions", f"the objective, sampler or guidance conditions on "
                                  f"{name!r}; train a network with {name!r} in scalar_conditions")  # fmt: skip
-        expected = {name: CONDITIONS.get(name, (Shaped, "batch ...")) for name in cond}
-        check({"x": x, "c_noise": c_noise, **cond}, {"x": (Float, example), "c_noise": (Real, "batch"), **expected})
+        for name in conditions:
+            if name not in cond:
+                raise InputError(f"network.{name}", "is missing: the network is conditioned on it")
+        arrays, expected = {"x": x, "c_noise": c_noise}, {"x": (Float, example), "c_noise": (Real, "batch")}
+        for name, value in cond.items():
+            for part, array, kind_and_axes in _parts(name, value, conditions, " ".join(axes[:-1])):
+                arrays[part], expected[part] = array, kind_and_axes
+        check(arrays, expected)
         if multiple and (x.shape[-3] % multiple or x.shape[-2] % multiple):
             size = f"{x.shape[-3]} x {x.shape[-2]}"
             raise InputError("network.x", f"height and width must be multiples of {multiple}, got {size}")
         return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key)
 
     return Network(init, apply, outputs, project, scalar_conditions)
+
+
+def _parts(
+    name: str, value: Any, conditions: Mapping[str, ConditionSpec], size: str
+) -> list[tuple[str, Any, tuple[type, str]]]:
+    """Returns the name, the array, and the expected kind and axes of each part of a condition.
+
+    Args:
+      size: The axes of x between its first and its last.
+    """
+    if name == "keep":
+        if isinstance(value, Mapping):
+            return [(f"keep[{key!r}]", array, (Bool, "batch")) for key, array in value.items()]
+        return [(name, value, (Bool, "batch"))]
+    if name in SCALAR_CONDITIONS:
+        return [(name, value, (Float, "batch"))]
+    spec = conditions.get(name)
+    if spec is None:
+        return [(name, leaf, (Shaped, "batch ...")) for leaf in jax.tree.leaves(value)]
+    if spec.kind == "text":
+        if not isinstance(value, Text) or (value.pooled is None) != (spec.pooled == 0):
+            raise InputError(f"network.{name}", f"must be a Text with{'' if spec.pooled else 'out'} `pooled`")
+        tokens = (Integer, "batch tokens={}") if spec.vocabulary else (Float, "batch tokens={} features={}")
+        found = [(f"{name}.tokens", value.tokens, (tokens[0], tokens[1].format(*spec.shape))),
+                 (f"{name}.mask", value.mask, (Bool, f"batch tokens={spec.shape[0]}"))]  # fmt: skip
+        return found + [(f"{name}.pooled", value.pooled, (Float, f"batch pooled={spec.pooled}"))] * bool(spec.pooled)
+    kind_and_axes = {
+        "label": (Integer, "batch"),
+        "scalar": (Float, "batch"),
+        "vector": (Float, f"batch features={spec.shape[0] if spec.shape else 0}"),
+        "image": (Float, f"batch {size} image_channels={spec.shape[-1] if spec.shape else 0}"),
+    }
+    return [(name, value, kind_and_axes[spec.kind])]
 
 
 def check(arrays: dict[str, Array], expected: dict[str, tuple[type, str]]) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.core.types import Array, Cond, InputError, Network
+from diffusion.core.types import Array, Cond, InputError, Network, class_labels
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
@@ -200,4 +200,10 @@ def make(
       dtype: The compute dtype. Parameters, the statistics of norms and the last layer are float32.
     """
     config = DiTConfig(**locals())
-    return functional(lambda rngs: DiT(config, rngs=rngs), shape, outputs, scalar_conditions=scalar_conditions)
+    return functional(
+        lambda rngs: DiT(config, rngs=rngs),
+        shape,
+        outputs,
+        conditions=class_labels(num_classes),
+        scalar_conditions=scalar_conditions,
+    )

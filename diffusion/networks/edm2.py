@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.core.types import Array, Cond, InputError, Network
+from diffusion.core.types import Array, Cond, InputError, Network, class_labels
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import fourier_with_phases
@@ -264,5 +264,5 @@ def make(
       dtype: The compute dtype. Parameters, the statistics of norms and the last convolution are float32.
     """
     config = EDM2Config(**locals())
-    return functional(lambda rngs: EDM2(config, rngs=rngs), shape, outputs, scalar_conditions=scalar_conditions,
-                      project=normalize_all)  # fmt: skip
+    return functional(lambda rngs: EDM2(config, rngs=rngs), shape, outputs, conditions=class_labels(num_classes),
+                      scalar_conditions=scalar_conditions, project=normalize_all)  # fmt: skip

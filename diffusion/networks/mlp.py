@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.core.types import Array, Cond, InputError, Network
+from diffusion.core.types import Array, Cond, InputError, Network, class_labels
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.embeddings import ConditionEmbedding
 from diffusion.layers.functional import functional
@@ -114,4 +114,10 @@ def make(
       dtype: The compute dtype. Parameters and the last layer are float32.
     """
     config = MLPConfig(**locals())
-    return functional(lambda rngs: MLP(config, rngs=rngs), shape, outputs, scalar_conditions=scalar_conditions)
+    return functional(
+        lambda rngs: MLP(config, rngs=rngs),
+        shape,
+        outputs,
+        conditions=class_labels(num_classes),
+        scalar_conditions=scalar_conditions,
+    )

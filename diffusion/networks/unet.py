@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.core.types import Array, Cond, InputError, Network
+from diffusion.core.types import Array, Cond, InputError, Network, class_labels
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.attention import Kernel, SpatialAttention
 from diffusion.layers.embeddings import ConditionEmbedding
@@ -264,4 +264,4 @@ def make(
     """
     config = UNetConfig(**locals())
     return functional(lambda rngs: UNet(config, rngs=rngs), shape, outputs, multiple=2 ** (len(channel_mult) - 1),
-                      scalar_conditions=scalar_conditions)  # fmt: skip
+                      conditions=class_labels(num_classes), scalar_conditions=scalar_conditions)  # fmt: skip

@@ -26,7 +26,7 @@ from diffusion.sampling.ode.first_order import first_order
 class Reflow(Rounds):
     """Reflow; see `make`.
 
-    The objective state holds `pairs`, with arrays of length `pool` for `x0`, `eps` and, if there are classes, `label`;
+    The objective state holds `pairs`, with arrays of length `pool` for `x0`, `eps` and the conditions;
     `blocks`, the number of batches of pairs written in this round; and `time_sampler`, the time sampler's state.
     """
 
@@ -38,15 +38,14 @@ class Reflow(Rounds):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.guidance != 1 and not (self.teacher.spec.num_classes and self.teacher.cond_drop_rate):
-            raise InputError("guidance", "must be 1, except for a teacher that was trained with classes and with "
+        if self.guidance != 1 and not (self.teacher.spec.conditions and self.teacher.cond_drop_rate):
+            raise InputError("guidance", "must be 1, except for a teacher that was trained with conditions and with "
                              "train.cond_drop_rate above 0")  # fmt: skip
 
     def initial_state(self) -> Mapping[str, Array]:
         spec = self.teacher.spec
         pairs = {name: jnp.zeros((self.pool, *spec.shape)) for name in ("x0", "eps")}
-        if spec.num_classes:
-            pairs["label"] = jnp.zeros(self.pool, jnp.int32)
+        pairs |= jax.tree.map(jnp.asarray, spec.zeros(self.pool))
         return {"pairs": pairs, "blocks": jnp.zeros((), jnp.int32), "time_sampler": super().initial_state()}
 
     def before_step(
@@ -68,8 +67,10 @@ class Reflow(Rounds):
 
         def filled() -> dict[str, Array]:
             new, start = self.generate_pairs(params["teacher"], batch, key, step), blocks % (self.pool // size) * size
-            return {name: jax.lax.dynamic_update_slice_in_dim(old, new[name].astype(old.dtype), start, axis=0)
-                    for name, old in objective_state["pairs"].items()}  # fmt: skip
+            return jax.tree.map(
+                lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=0),
+                objective_state["pairs"], {name: new[name] for name in objective_state["pairs"]},
+            )  # fmt: skip
 
         pairs = jax.lax.cond(fills, filled, lambda: objective_state["pairs"])
         return params, {**objective_state, "pairs": pairs, "blocks": blocks + fills}
@@ -77,7 +78,7 @@ class Reflow(Rounds):
     def generate_pairs(self, teacher: Mapping, batch: Batch, key: Array, step: Array) -> dict[str, Array]:
         """Generates pairs of new noise `eps [B, ...]` and the `x0` that the teacher's ODE maps it to.
 
-        The pairs have the labels of the batch, none of them dropped, so that each x0 belongs to its label.
+        The pairs have the conditions of the batch, none of them dropped, so that each x0 belongs to its condition.
         """
         cond = {name: value for name, value in batch["cond"].items() if name != "keep"}
         denoise = self.teacher.denoiser(teacher)
@@ -95,13 +96,13 @@ class Reflow(Rounds):
         return {**cond, "x0": x0, "eps": eps}
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
-        """Draws `t`, `weight` and pairs `x0`, `eps` and `label` of this round."""
+        """Draws `t`, `weight` and pairs `x0`, `eps` and their conditions of this round."""
         key, key_pair = jax.random.split(key)
         draws = super().draw(batch, key, step, objective_state["time_sampler"])
         size = batch["x"].shape[0]
         filled = jnp.minimum(objective_state["blocks"], self.pool // size) * size
         chosen = jax.random.randint(key_pair, (size,), 0, filled)
-        draws |= {name: values[chosen] for name, values in objective_state["pairs"].items()}
+        draws |= jax.tree.map(lambda values: values[chosen], objective_state["pairs"])
         if self.distill:
             last = self.round_of(step) == self.rounds - 1
             draws |= {name: jnp.where(last, 1, draws[name]) for name in ("t", "weight")}
@@ -118,7 +119,7 @@ class Reflow(Rounds):
     ) -> tuple[Array, dict[str, Array]]:
         """Returns the loss of the pairs that `draw` drew; the examples of the batch are not used."""
         draws = batch["draws"]
-        cond = {**batch["cond"], **({"label": draws["label"]} if "label" in draws else {})}
+        cond = {**batch["cond"], **{name: draws[name] for name in self.teacher.spec.conditions}}
         return super().loss(net, params, ema_params, Batch(x=draws["x0"], cond=cond, draws=draws), key, step)
 
 

@@ -11,14 +11,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core.build import build
-from diffusion.core.types import Array, Network, Spec
+from diffusion.core.build import build, build_network
+from diffusion.core.types import Array, ArraySpec, Spec, class_labels
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines.generator import Generator
@@ -35,7 +34,7 @@ from diffusion.training.state import init_state
 from diffusion.training.step import make_step
 from diffusion.training.trainer import Trainer
 
-DIGITS = Spec(shape=(8, 8, 1), num_classes=10)
+DIGITS = Spec(ArraySpec((8, 8, 1)), class_labels(10))
 SMALL = {"name": "unet", "width": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,),
          "head_dim": 32}  # fmt: skip
 LARGER = {**SMALL, "width": 64, "num_res_blocks": 2}  # one evaluation takes more than 10 ms on two CPU cores
@@ -53,7 +52,7 @@ SAMPLERS = (
 )
 EVALUATIONS = 24
 
-CIFAR10 = Spec(shape=(32, 32, 3), num_classes=0)
+CIFAR10 = Spec(ArraySpec((32, 32, 3)))
 CIFAR10_UNET = {"name": "unet", "width": 128, "channel_mult": (1, 2, 2, 2), "num_res_blocks": 2,
                 "attention_resolutions": (16,), "dropout": 0.1}  # fmt: skip
 CIFAR10_BATCH_SIZE = 48
@@ -74,16 +73,12 @@ class Synthetic:
         return {"x": self.x, "cond": {"label": np.int32(index % DIGITS.num_classes)}}
 
 
-def network_for(section: Mapping[str, Any], spec: Spec) -> Network:
-    return build("networks", section, shape=spec.shape, num_classes=spec.num_classes)
-
-
 def loop_overhead(runs: int) -> dict[str, list[float]]:
     """Measures seconds per step of the jitted train step alone, and of the trainer with data, metrics and files.
 
     Compilation is not included: the trainer's figure is the rate that it logs last, the median over its last steps.
     """
-    network = network_for(SMALL, DIGITS)
+    network = build_network(SMALL, DIGITS)
     objective, mesh = build("objectives", "denoising"), make_mesh()
     optimizer, ema = make_optimizer(steps=LOOP_STEPS), make_ema()
     options = Options(steps=LOOP_STEPS, batch_size=LOOP_BATCH_SIZE, log_every=10)
@@ -118,7 +113,7 @@ def scan_overhead(runs: int) -> dict[str, list[float]]:
 
     The loop is the entry `bare calls`.
     """
-    network, objective = network_for(LARGER, DIGITS), build("objectives", "denoising")
+    network, objective = build_network(LARGER, DIGITS), build("objectives", "denoising")
     params = {"net": jax.jit(network.init)(jax.random.key(0))}
     x = jax.random.normal(jax.random.key(1), (32, *DIGITS.shape))
     cond = {"label": jnp.arange(len(x)) % DIGITS.num_classes}
@@ -153,7 +148,7 @@ def _scan(network, objective, sampler, params, x: Array, cond: Mapping, times: A
 
 def compile_time(runs: int) -> dict[str, list[float]]:
     """Measures seconds to lower and compile DDIM over 10 and over 1,000 steps."""
-    network, objective = network_for(SMALL, DIGITS), build("objectives", "denoising")
+    network, objective = build_network(SMALL, DIGITS), build("objectives", "denoising")
     params = {"net": jax.jit(network.init)(jax.random.key(0))}
     cond = {"label": jnp.zeros(8, jnp.int32)}
 
@@ -179,7 +174,7 @@ def recompilations() -> tuple[int, int]:
     Returns:
       The number of settings, which all have the same number of steps, and the number of compilations.
     """
-    network, objective = network_for(SMALL, DIGITS), build("objectives", "denoising")
+    network, objective = build_network(SMALL, DIGITS), build("objectives", "denoising")
     params = {"net": jax.jit(network.init)(jax.random.key(0))}
     settings = (("trailing", 2.0, 0.1), ("karras", 2.0, 0.1), ("trailing", 4.0, 0.1), ("trailing", 2.0, 0.3))
     sections = [
@@ -229,7 +224,7 @@ def reliability(runs: int) -> Reliability:
     The batch of 48 is smaller than the config's 128. None of the costs depends on the batch, so a shorter step gives an
     upper bound of their share. A step takes 13 s on two cores.
     """
-    network = network_for(CIFAR10_UNET, CIFAR10)
+    network = build_network(CIFAR10_UNET, CIFAR10)
     objective, mesh = build("objectives", "denoising"), make_mesh()
     optimizer, ema = make_optimizer(steps=1000), make_ema()
     batch = {"x": np.zeros((CIFAR10_BATCH_SIZE, *CIFAR10.shape), np.float32), "cond": {}}

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from diffusion.core.build import build, check, defaults, find
 from diffusion.core.checks import at_most
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import ArraySpec, InputError, Spec, class_labels, earlier_kind
 from diffusion.distributed import sharding
 from diffusion.pipelines.build_training import meta_of, program_of, training
 from diffusion.pipelines.model import network_and_objective, teacher_of
@@ -103,7 +103,7 @@ def data_spec(config: Mapping[str, Any], shape: str | None = None, classes: int 
     count = data.get("num_classes", 0) if classes is None else classes
     if count < 0:
         raise InputError("--classes", f"must be at least 0, got {count}")
-    return Spec(sizes, at_most(10**7, count, "--classes"))
+    return Spec(ArraySpec(sizes, earlier_kind(sizes, 0, 255)), class_labels(at_most(10**7, count, "--classes")))
 
 
 def train_program(config: Mapping[str, Any], spec: Spec, devices: Sequence[Any]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def estimate(
     """
     parts = train_program(config, spec, devices)
     program, batch, mesh, options = (parts[name] for name in ("program", "batch", "mesh", "options"))
-    forward = 2 * network_macs(parts["network"], spec.shape, spec.num_classes)
+    forward = 2 * network_macs(parts["network"], spec)
     dtype = network_option(config, "dtype") or "float32"
     modules = cost_model.parameters(program.state.params)
     found = {

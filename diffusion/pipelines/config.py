@@ -24,7 +24,7 @@ import optax
 
 from diffusion.core.build import call, check, defaults, find, is_external, names
 from diffusion.core.checks import at_most
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import ArraySpec, ConditionSpec, InputError, Spec, class_labels, earlier_kind
 from diffusion.distributed.mesh import make_mesh
 from diffusion.distributed.sharding import FSDP_MIN_SIZE, Rule
 from diffusion.pipelines.generator import MOST_SAMPLES, PLACING, WRAPPERS, sampling_times
@@ -36,6 +36,7 @@ from diffusion.training.options import CONFIG_VERSION, CheckpointOptions, Option
 REQUIRED = ("data", "objective", "network", "train")
 SAMPLER = {"name": "ddim", "steps": 50}
 GUIDANCE = {"name": "cfg", "scale": 1.0}
+SUPPLIED_TO_NETWORKS = ("shape", "num_classes", "conditions")
 
 
 def sharding_options(
@@ -138,7 +139,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         "seed": seed,
         "data": data,
         "objective": _part("objectives", config["objective"], "objective"),
-        "network": _part("networks", config["network"], "network", later=("shape", "num_classes")),
+        "network": _part("networks", config["network"], "network", later=SUPPLIED_TO_NETWORKS),
     }
     for name, (function, later) in SECTIONS.items():
         found[name] = _keywords(function, config.get(name, {}), name, later)
@@ -224,18 +225,50 @@ def config_and_spec(meta: Any) -> tuple[dict[str, Any], Spec]:
     """
     if not isinstance(meta, Mapping) or not {"config", "spec"} <= meta.keys():
         raise InputError("workdir", "its checkpoint does not say what was trained; use another workdir")
-    config, spec = from_json(meta["config"]), from_json(meta["spec"])
-    for name, section in (("config", config), ("spec", spec)):
-        if not isinstance(section, Mapping):
-            raise InputError(name, f"must be a section, got {section!r}")
+    config = from_json(meta["config"])
+    if not isinstance(config, Mapping):
+        raise InputError("config", f"must be a section, got {config!r}")
     config = resolve({"version": 1, **config})  # configs had no version at first
     check_config(config)
-    found = call(Spec, spec, field="spec")
-    if not found.shape or min(found.shape) < 1 or found.num_classes < 0:
-        raise InputError("spec", f"describes no data: {found}")
-    at_most(10**8, math.prod(found.shape), "spec.shape")
-    at_most(10**7, found.num_classes, "spec.num_classes")
-    return config, found
+    return config, spec_from_json(meta["spec"])
+
+
+def spec_from_json(stored: Any) -> Spec:
+    """Returns the spec that `dataclasses.asdict` has written, or one in the form of earlier checkpoints.
+
+    Raises:
+      InputError: It cannot be used.
+    """
+    stored = from_json(stored)
+    if not isinstance(stored, Mapping):
+        raise InputError("spec", f"must be a section, got {stored!r}")
+    if "x" not in stored:
+        spec = call(_earlier_spec, stored, field="spec")
+    else:
+        sections = stored["x"], stored.get("conditions", {}), *stored.get("conditions", {}).values()
+        if not all(isinstance(section, Mapping) for section in sections):
+            raise InputError("spec", f"must consist of sections, got {stored!r}")
+        conditions = {
+            name: call(ConditionSpec, condition, field=f"spec.conditions.{name}")
+            for name, condition in stored.get("conditions", {}).items()
+        }
+        spec = {**stored, "x": call(ArraySpec, stored["x"], field="spec.x"), "conditions": conditions}
+        spec = call(Spec, spec, field="spec")
+    at_most(10**8, math.prod(spec.shape), "spec.shape")
+    for name, condition in spec.conditions.items():
+        for key in ("num_classes", "vocabulary", "pooled"):
+            at_most(10**7, getattr(condition, key), f"spec.conditions.{name}.{key}")
+        at_most(10**8, math.prod(condition.shape), f"spec.conditions.{name}.shape")
+    return spec
+
+
+def _earlier_spec(
+    shape: tuple[int, ...], num_classes: int = 0, low: float = 0.0, high: float = 255.0, captions: bool = False
+) -> Spec:
+    """Returns the spec of a checkpoint from before there were conditions other than labels, and kinds of data."""
+    if num_classes < 0:
+        raise InputError("num_classes", f"must be at least 0, got {num_classes}")
+    return Spec(ArraySpec(shape, earlier_kind(shape, low, high), low, high), class_labels(num_classes), captions)
 
 
 def external_names(value: Any) -> set[str]:
@@ -273,7 +306,7 @@ def _part(family: str, spec: Any, field: str, later: tuple[str, ...] = ()) -> An
     make = find(family, spec["name"], field=f"{field}.name")
     keywords = {key: value for key, value in spec.items() if key != "name"}
     if is_external(spec["name"]):
-        later = (*later, *inspect.signature(make).parameters.keys() & {"shape", "num_classes"})
+        later = (*later, *inspect.signature(make).parameters.keys() & set(SUPPLIED_TO_NETWORKS))
     return {"name": spec["name"], **_keywords(make, keywords, field, later)}
 
 

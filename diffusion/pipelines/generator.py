@@ -143,17 +143,16 @@ class Generator:
     def _check_guidance(self, guidance: Mapping[str, Any]) -> None:
         if is_neutral(guidance) or guidance["name"] in WITHOUT_DROPPED_CONDITION or callable(guidance["name"]):
             return
-        if not self.spec.num_classes:
-            raise InputError("guidance.scale", "the data has no classes to guide by; use 1")
+        if not self.spec.conditions:
+            raise InputError("guidance.scale", "the data has no conditions to guide by; use 1")
         if not self.cond_drop_rate and not guidance.get("negative"):
             problem = "the model was trained with train.cond_drop_rate = 0; use 1, or train it with a rate above 0"
             raise InputError("guidance.scale", problem)
 
     def _trace(self) -> None:
         """Traces the function, so that what the model does not support is reported before anything is computed."""
-        cond = {"label": jnp.zeros(1, jnp.int32)} if self.spec.num_classes else {}
         keys = jax.random.split(jax.random.key(0), 1)
-        jax.eval_shape(self._draw, self._shapes, self._worse, keys, cond, self.times, self.numbers)
+        jax.eval_shape(self._draw, self._shapes, self._worse, keys, self.spec.zeros(1), self.times, self.numbers)
 
 
 def check_numbers(*, seed: int, **counts: int) -> None:

@@ -20,8 +20,9 @@ def describe(source: Source) -> str:
     parts = [
         f"{len(source):,} examples of {sizes}",
         f"{spec.num_classes} classes" if spec.num_classes else "no classes",
+        *(f"{condition.kind} {name}" for name, condition in spec.conditions.items() if name != "label"),
         "captions" if spec.captions else "no captions",
-        f"raw values {spec.low:g} to {spec.high:g}",
+        f"raw values {spec.x.low:g} to {spec.x.high:g}",
     ]
     ignored = getattr(getattr(source, "index", None), "ignored", None)
     if ignored:

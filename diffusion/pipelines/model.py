@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion.core.build import build
+from diffusion.core.build import build, build_network
 from diffusion.core.types import InputError, Network, Objective, Spec
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.pipelines.config import cond_drop_rate, config_and_spec
@@ -26,7 +26,7 @@ def network_and_objective(
             kind = config[part]["object"]
             problem = f"was an object of type {kind}; pass it: load(workdir, network=..., objective=...)"
             raise InputError(part, problem)
-    network = build("networks", config["network"], field="network", shape=spec.shape, num_classes=spec.num_classes)
+    network = build_network(config["network"], spec)
     objective = {**config["objective"], "teacher": teacher} if teacher else config["objective"]
     return network, build("objectives", objective, field="objective")
 

@@ -14,26 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-from diffusion.core.types import Network
+from diffusion.core.types import Network, Spec
 
 REPEATING = ("while", "pallas_call", "shard_map")  # primitives that run their bodies an unknown number of times
 OPAQUE = ("dot", "matmul", "ffi_call")  # parts of the names of other primitives whose products are not in their jaxprs
 
 
-def network_macs(network: Network, shape: tuple[int, ...], num_classes: int = 0) -> int:
-    """Returns the MACs of one example's forward pass.
-
-    Args:
-      network: The network.
-      shape, num_classes: The values that the network was built with.
-    """
+def network_macs(network: Network, spec: Spec) -> int:
+    """Returns the MACs of one example's forward pass of a network that was built for the spec."""
     params = jax.eval_shape(network.init, jax.random.key(0))
-
-    def batch_of_one(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, *shape), dtype)
-
-    cond = {"label": batch_of_one(dtype=jnp.int32)} if num_classes else {}
-    return macs(network.apply, params, batch_of_one(*shape), batch_of_one(), cond)
+    x, c_noise = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in (spec.shape, ()))
+    return macs(network.apply, params, x, c_noise, spec.zeros(1))
 
 
 def macs(function: Callable[..., Any], *args: Any) -> int:

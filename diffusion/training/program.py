@@ -88,5 +88,5 @@ def make_program(
 
 def abstract_batch(spec: Spec, size: int, place: NamedSharding) -> Batch:
     """Returns a batch of `size` examples as `jax.ShapeDtypeStruct` with the sharding `place`."""
-    cond = {"label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=place)} if spec.num_classes else {}
+    cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), spec.zeros(size))
     return Batch(x=jax.ShapeDtypeStruct((size, *spec.shape), jnp.float32, sharding=place), cond=cond)

@@ -17,7 +17,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from diffusion.core import files
-from diffusion.core.build import build, call
+from diffusion.core.build import build, build_network, call
 from diffusion.core.progress import Progress
 from diffusion.core.types import InputError, Network, Objective, Params, Source
 from diffusion.data import pipeline
@@ -52,7 +52,7 @@ class Trainer:
 
     Args:
       source: The training data.
-      network: A `Network`; a callable receives those of `shape` and `num_classes` that it accepts.
+      network: A `Network`; a callable receives those of `shape`, `num_classes` and `conditions` that it accepts.
       objective: An `Objective`.
       optimizer: An `Optimizer`, an optax transformation, or the options of `make_optimizer`, which are the default.
       ema: An `EMA`, or the options of `make_ema`, which are the default.
@@ -112,7 +112,7 @@ class Trainer:
             raise InputError("data.captions", "no network reads captions yet; set it False to train without")
         self.network = network
         if not isinstance(network, Network):
-            self.network = build("networks", network, field="network", shape=spec.shape, num_classes=spec.num_classes)
+            self.network = build_network(network, spec)
         self.objective = objective if hasattr(objective, "loss") else build("objectives", objective, field="objective")
         self.options = dataclasses.replace(options or Options(), **train_options)
         self.ema = ema if isinstance(ema, EMA) else call(make_ema, ema or {}, field="ema")

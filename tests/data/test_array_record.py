@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 from diffusion.data.sources import array_record
 from tests.refusals import refused
 
@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 class Examples:
     """8-bit images with labels, class names, captions and skipped examples."""
 
-    spec = Spec((4, 6, 3), num_classes=3, captions=True)
+    spec = Spec(ArraySpec((4, 6, 3)), class_labels(3), captions=True)
     class_names = ("a", "b", "ç")
 
     def __init__(self, size=7, skipped=()):
@@ -57,7 +57,7 @@ def test_read_back_as_written(tmp_path):
 def test_labels_and_captions_are_optional(tmp_path):
     write(Examples(), tmp_path / "set")
     found = read(tmp_path / "set", labels=False)
-    assert found[1].keys() == {"x", "cond"} and found[1]["cond"] == {} and found.spec == Spec((4, 6, 3))
+    assert found[1].keys() == {"x", "cond"} and found[1]["cond"] == {} and found.spec == Spec(ArraySpec((4, 6, 3)))
     np.testing.assert_array_equal(found[3]["x"], read(tmp_path / "set")[3]["x"])
     assert read(tmp_path / "set", labels=False, captions=True)[3]["caption"] == "naïve 3"
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.core.types import Spec
+from diffusion.core.types import ArraySpec, Spec, class_labels
 from diffusion.data.pipeline import Batches
 from tests.refusals import refused
 
@@ -34,7 +34,7 @@ def npy(path, **keywords):
 def test_images(saved):
     source = npy(saved(IMAGES, LABELS), num_classes=3)
     assert len(source) == 4
-    assert source.spec == Spec(shape=(6, 6, 3), num_classes=3, low=0.0, high=255.0)
+    assert source.spec == Spec(ArraySpec((6, 6, 3), low=0.0, high=255.0), class_labels(3))
     for index, example in enumerate(source):
         assert type(example["x"]) is np.ndarray and example["x"].dtype == np.float32
         np.testing.assert_allclose((example["x"] + 1) * 127.5, IMAGES[index], atol=1e-4)
@@ -46,7 +46,7 @@ def test_images(saved):
 def test_floating_point_numbers_are_used_unchanged(saved, dtype):
     latents = (5 * np.random.default_rng(1).normal(size=(3, 4, 4, 4))).astype(dtype)
     source = npy(saved(latents))
-    assert source.spec == Spec(shape=(4, 4, 4), num_classes=0, low=-1.0, high=1.0)
+    assert source.spec == Spec(ArraySpec((4, 4, 4), "latent", low=-1.0, high=1.0))
     assert source[2]["x"].dtype == np.float32
     source[2]["x"][:] = 0  # the example is a copy, so the file does not change
     np.testing.assert_array_equal(source[2]["x"], latents[2].astype(np.float32))

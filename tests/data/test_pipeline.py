@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build, find
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import ArraySpec, InputError, Spec
 from diffusion.data.pipeline import Batches, location_keywords
 from tests.refusals import refused
 
@@ -31,7 +31,7 @@ class Numbers:
     fails: int | None = None
     kills: bool = False
 
-    spec = Spec(shape=(1,))
+    spec = Spec(ArraySpec((1,), "points"))
 
     def __len__(self):
         return self.size

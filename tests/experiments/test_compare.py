@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import dataclasses
 import logging
 import os
 import pathlib
@@ -14,7 +13,7 @@ from PIL import Image
 
 from diffusion.core import images
 from diffusion.core.build import build
-from diffusion.core.types import SampleMetric
+from diffusion.core.types import SampleMetric, Spec, class_labels
 from diffusion.pipelines import comparison, tables
 from diffusion.pipelines.build_training import meta_of, training
 from diffusion.pipelines.config import resolve
@@ -279,8 +278,7 @@ def test_bad_input_is_refused(workdirs, tmp_path, monkeypatch, case):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda name, run: changed(run, spec=dataclasses.replace(run.spec, num_classes=9)) if name == "noise" else run,
-         "noise"),
+        (lambda name, run: changed(run, spec=Spec(run.spec.x, class_labels(9))) if name == "noise" else run, "noise"),
         (lambda name, run: changed_config(run, eval={"metrics": {"likelihood": {}}}) if name == "noise" else run,
          "noise"),
         (lambda name, run: changed_config(run, eval={**run.config["eval"], "metrics": {"likelihood": {}}}),

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from diffusion.core.build import build
-from diffusion.core.types import Spec
+from diffusion.core.types import ArraySpec, Spec, class_labels
 from diffusion.interop import diffusers_models as models
 from diffusion.interop.diffusers_models import Model
 from tests.refusals import refused
@@ -36,7 +36,8 @@ CASES += [(DIT | options, True, name) for name, options in DITS.items()]
 
 
 def random_model(network, classes):
-    spec = Spec((8, 8, 4 if network["name"] == "dit" else 3), 5 if classes else 0)
+    x = ArraySpec((8, 8, 4), "latent") if network["name"] == "dit" else ArraySpec((8, 8, 3))
+    spec = Spec(x, class_labels(5 if classes else 0))
     built = build("networks", network, shape=spec.shape, num_classes=spec.num_classes)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(built.init, jax.random.key(0))

@@ -1,11 +1,16 @@
 """The inputs of a network are checked against what it was built for, and the error names the axis."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from diffusion.core.build import build
+from diffusion.core.types import ArraySpec, ConditionSpec, Spec
+from diffusion.layers.functional import functional
 from tests.refusals import refused
 
 GOOD = {"x": np.zeros((3, 8, 8, 1), np.float32), "c_noise": np.zeros(3, np.float32), "label": np.zeros(3, np.int32)}
@@ -22,20 +27,55 @@ GOOD = {"x": np.zeros((3, 8, 8, 1), np.float32), "c_noise": np.zeros(3, np.float
         ({"c_noise": np.zeros((), np.float32)}, "network.c_noise", ""),
         ({"label": np.zeros(3, np.float32)}, "network.label", ""),
         ({"label": 3}, "network.label", ""),
+        ({"label": None}, "network.label", ""),
         ({"keep": np.zeros(3, np.int32)}, "network.keep", ""),
-        ({"text": np.zeros((3, 4, 2), np.float32), "text_mask": np.ones((3, 5), bool)},
-         "network.text_mask", "axis 1 (tokens)"),
+        ({"keep": {"label": np.zeros(2, bool)}}, "network.keep['label']", "axis 0 (batch)"),
         ({"pose": np.zeros((2, 7), np.float32)}, "network.pose", "axis 0 (batch)"),
         ({"step_size": np.zeros(3, np.float32)}, "network.scalar_conditions", ""),
     ],
 )  # fmt: skip
 def test_a_wrong_input_is_named(change, field, axis, tiny_unet):
     inputs = {**GOOD, **change}
-    cond = {name: value for name, value in inputs.items() if name not in ("x", "c_noise")}
+    cond = {name: value for name, value in inputs.items() if name not in ("x", "c_noise") and value is not None}
     params = jax.eval_shape(tiny_unet.init, jax.random.key(0))
     with refused(field) as caught:
         jax.eval_shape(tiny_unet.apply, params, *(jnp.asarray(inputs[n]) for n in ("x", "c_noise")), cond)
     assert axis in str(caught.value) and (axis or "axis " not in str(caught.value))
+
+
+CONDITIONS = {
+    "text": ConditionSpec("text", (4, 2), pooled=5),
+    "words": ConditionSpec("text", (4,), vocabulary=9),
+    "pose": ConditionSpec("vector", (7,)),
+    "edges": ConditionSpec("image", (8, 8, 2)),
+    "score": ConditionSpec("scalar"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "field"),
+    [
+        ("text", lambda text: None, "text"),
+        ("text", lambda text: text.tokens, "text"),
+        ("text", lambda text: dataclasses.replace(text, pooled=None), "text"),
+        ("text", lambda text: dataclasses.replace(text, tokens=text.tokens[:, :3]), "text.tokens"),
+        ("text", lambda text: dataclasses.replace(text, tokens=text.tokens[:, :, 0]), "text.tokens"),
+        ("text", lambda text: dataclasses.replace(text, mask=text.mask.astype(float)), "text.mask"),
+        ("text", lambda text: dataclasses.replace(text, pooled=text.pooled[:, :2]), "text.pooled"),
+        ("words", lambda text: dataclasses.replace(text, tokens=text.tokens.astype(np.float32)), "words.tokens"),
+        ("pose", lambda pose: pose[:, :6], "pose"),
+        ("edges", lambda edges: edges[:, :4], "edges"),
+        ("score", lambda score: score[:, None], "score"),
+    ],
+)
+def test_a_wrong_condition_is_named(name, change, field):
+    network = functional(lambda rngs: nnx.Linear(1, 1, rngs=rngs), (8, 8, 1), conditions=CONDITIONS)
+    cond = Spec(ArraySpec((8, 8, 1)), CONDITIONS).zeros(3)
+    changed = {**cond, name: change(cond[name])}
+    if changed[name] is None:
+        del changed[name]
+    with refused(f"network.{field}"):
+        network.apply({}, GOOD["x"], GOOD["c_noise"], changed)
 
 
 def test_a_network_of_fixed_size_refuses_other_sizes():

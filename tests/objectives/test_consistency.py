@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import norm
 
 from diffusion.core.build import build
-from diffusion.core.types import Denoised, Network, Spec
+from diffusion.core.types import ArraySpec, Denoised, Network, Spec, class_labels
 from diffusion.objectives.base import discretization
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.process import time_sampling
@@ -62,7 +62,7 @@ class Exact:
         return lambda x, t, cond: Denoised(mixture(x, t).x0 + 0 * params["net"]["unused"])
 
 
-TEACHER = Teacher(Network(None, None), Exact(), Spec((1,)), cond_drop_rate=0.0)
+TEACHER = Teacher(Network(None, None), Exact(), Spec(ArraySpec((1,), "points")), cond_drop_rate=0.0)
 PARAMS = {"net": {"unused": 0.0}, "teacher": {"net": {"unused": 0.0}}, "target": {"unused": 0.0}}
 
 
@@ -179,7 +179,7 @@ def test_training_on_a_gaussian_learns_the_closed_form(spec):
 
 def test_target_teacher_and_average_receive_no_gradient(mlp, mlp_params, digits_batch):
     teacher = Teacher(mlp, build("objectives", {"name": "denoising", "schedule": EDM, "parameterization": "edm"}),
-                      Spec((8, 8, 1), 10), 0.1)  # fmt: skip
+                      Spec(ArraySpec((8, 8, 1)), class_labels(10)), 0.1)  # fmt: skip
     options = {"solver": "heun", "teacher": teacher, "guidance": 2.0}
     averaged, own = objective_of(**options, target="average"), objective_of(**options)
     params = {"net": mlp_params["net"], "target": jax.tree.map(lambda p: 0.9 * p, mlp_params["net"]),

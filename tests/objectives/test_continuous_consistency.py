@@ -9,7 +9,7 @@ import pytest
 
 from diffusion.core.arrays import expand
 from diffusion.core.build import build
-from diffusion.core.types import Network, Spec
+from diffusion.core.types import ArraySpec, Network, Spec
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.objectives.continuous_consistency import normalized, tangent
 from diffusion.process.analytic import Mixture
@@ -58,7 +58,7 @@ def posterior_mean(x, t):
     return DATA.denoise(x, TRIG.alpha(t), TRIG.sigma(t))
 
 
-ANALYTIC = Teacher(Network(lambda key: {}, posterior_mean), FLOW, Spec((2,), low=-1.0, high=1.0))
+ANALYTIC = Teacher(Network(lambda key: {}, posterior_mean), FLOW, Spec(ArraySpec((2,), "points", low=-1.0, high=1.0)))
 
 
 def velocity(x, t):
@@ -241,7 +241,7 @@ def test_learned_weight_depends_on_the_noise_level_and_is_finite_at_both_ends():
 def test_teacher_receives_no_gradient(mlp):
     """The teacher is a network with parameters."""
     network, trained = mlp
-    teacher = Teacher(network, FLOW, Spec((2,)))
+    teacher = Teacher(network, FLOW, Spec(ArraySpec((2,), "points")))
     objective = objective_of(teacher=teacher)
     params = objective.init(network, jax.random.key(1), {"net": trained})
     key = jax.random.key(1)
@@ -306,7 +306,7 @@ def test_denoiser_is_the_map_of_the_paper(mlp):
 def test_student_starts_from_its_teacher_which_stays_fixed(mlp):
     """Runs the train step with its state donated. The learned weight is trained and averaged with the network."""
     network, trained = mlp
-    objective = objective_of(teacher=Teacher(network, FLOW, Spec((2,))))
+    objective = objective_of(teacher=Teacher(network, FLOW, Spec(ArraySpec((2,), "points"))))
     opt, averages = (
         optimizer.make_optimizer(steps=9, name="sgd", learning_rate=0.1),
         ema.make_ema(decays=(0.5,), warmup=False),
@@ -328,7 +328,7 @@ def test_student_starts_from_its_teacher_which_stays_fixed(mlp):
 
 def test_teacher_may_provide_only_the_initial_weights(mlp):
     network, trained = mlp
-    objective = objective_of(teacher=Teacher(network, FLOW, Spec((2,))), distill=False)
+    objective = objective_of(teacher=Teacher(network, FLOW, Spec(ArraySpec((2,), "points"))), distill=False)
     params = objective.init(network, jax.random.key(0), {"net": trained})
     assert objective.frozen == () and set(params) == {"net", "weight"}
     jax.tree.map(np.testing.assert_array_equal, params["net"], trained)

@@ -9,7 +9,7 @@ import pytest
 
 from diffusion.core.arrays import expand
 from diffusion.core.build import build
-from diffusion.core.types import Denoised, Network, Spec
+from diffusion.core.types import ArraySpec, Denoised, Network, Spec, class_labels
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.sampling.guidance import guidance_embedding
 from diffusion.sampling.loop import bind
@@ -44,7 +44,9 @@ def eps_of(params, x, c_noise, cond, *, key=None):
     return (x - alpha * x0) / sigma
 
 
-ANALYTIC = Teacher(Network(lambda key: {}, eps_of), DENOISING, Spec((2,), num_classes=2), cond_drop_rate=0.1)
+ANALYTIC = Teacher(
+    Network(lambda key: {}, eps_of), DENOISING, Spec(ArraySpec((2,), "points"), class_labels(2)), cond_drop_rate=0.1
+)
 COND = {"label": jnp.array([0, 1, 1, 0]), "keep": jnp.array([True, True, False, True])}
 T = np.array([0.02, 0.5, 0.3, 1.0])
 SCALES = np.array([1.0, 4.0, 6.0, 2.5])

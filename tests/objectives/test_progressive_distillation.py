@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.core.types import Denoised, Network, Spec
+from diffusion.core.types import ArraySpec, Denoised, Network, Spec
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.process.analytic import Mixture
 from diffusion.sampling.ode.first_order import first_order
@@ -33,7 +33,7 @@ def exact(schedule, parameterization):
         x_t = scaled / coeffs.c_in[:, None]
         return coeffs.from_x0(DATA.denoise(x_t, alpha, sigma), x_t, alpha, sigma) + params["shift"]
 
-    return Teacher(Network(lambda key: {"shift": jnp.zeros(2)}, net), objective, Spec((2,)))
+    return Teacher(Network(lambda key: {"shift": jnp.zeros(2)}, net), objective, Spec(ArraySpec((2,), "points")))
 
 
 def at(schedule, t):
@@ -179,7 +179,7 @@ def test_interrupted_run_resumes_bit_for_bit():
     batches = [{"x": DATA.sample(jax.random.key(i), 8), "cond": {}} for i in range(7)]
 
     def parts():
-        teacher = Teacher(network, exact(COSINE, "v").objective, Spec((2,)))
+        teacher = Teacher(network, exact(COSINE, "v").objective, Spec(ArraySpec((2,), "points")))
         objective = objective_of(teacher=teacher, round_steps=2)
         opt = optimizer.make_optimizer(steps=6, cycles=3, learning_rate=0.1)
         return objective, network, opt, ema.make_ema(decays=(0.5,))
@@ -228,7 +228,7 @@ class FewStep:
         ({"teacher": exact("flow", "v")}, "objective.teacher"),
         ({"teacher": exact(COSINE, "x0")}, "objective.teacher"),
         ({"teacher": exact(COSINE, {"name": "v", "c_noise": "index"})}, "objective.teacher"),
-        ({"teacher": Teacher(Network(None, None), FewStep(), Spec((2,)))}, "objective.teacher"),
+        ({"teacher": Teacher(Network(None, None), FewStep(), Spec(ArraySpec((2,), "points")))}, "objective.teacher"),
     ],
 )
 def test_invalid_options_are_rejected(options, field):

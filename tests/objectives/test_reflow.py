@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.core.types import Network, Spec
+from diffusion.core.types import ArraySpec, Network, Spec, class_labels
 from diffusion.distributed import sharding
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.process.analytic import Mixture
@@ -43,7 +43,12 @@ def predict_label(params, x, c_noise, cond, *, key=None):
     return (x - label) / (c_noise / 1000)[:, None]
 
 
-LABELLED = Teacher(Network(lambda key: {"shift": jnp.zeros(2)}, predict_label), FLOW, Spec((2,), num_classes=6), 0.1)
+LABELLED = Teacher(
+    Network(lambda key: {"shift": jnp.zeros(2)}, predict_label),
+    FLOW,
+    Spec(ArraySpec((2,), "points"), class_labels(6)),
+    0.1,
+)
 
 
 def objective_of(teacher=LABELLED, **options):
@@ -60,7 +65,9 @@ def test_pairs_are_ends_of_the_teachers_paths(x64):
     """They equal DDIM samples to the last digit, and solutions of the ODE up to an error of first order."""
     errors = []
     for steps in (40, 80):
-        objective = objective_of(Teacher(exact_network(GAUSSIAN), FLOW, Spec((2,))), ode_steps=steps)
+        objective = objective_of(
+            Teacher(exact_network(GAUSSIAN), FLOW, Spec(ArraySpec((2,), "points"))), ode_steps=steps
+        )
         batch = {"x": jnp.zeros((64, 2)), "cond": {}}
         pairs = objective.generate_pairs(PARAMS["teacher"], batch, jax.random.key(0), jnp.int32(0))
         times = jnp.asarray(grids.trailing(FLOW.schedule, steps))
@@ -195,7 +202,7 @@ def test_round_straightens_the_paths():
 def parts():
     """Returns the parts of a short run of two rounds and a distillation."""
     network = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=(2,), num_classes=6)
-    teacher = Teacher(network, FLOW, Spec((2,), num_classes=6), 0.1)
+    teacher = Teacher(network, FLOW, Spec(ArraySpec((2,), "points"), class_labels(6)), 0.1)
     objective = objective_of(teacher, rounds=2, distill=True, round_steps=2, every=1, pool=16)
     opt = optimizer.make_optimizer(steps=6, cycles=3, learning_rate=0.1)
     return objective, network, opt, ema.make_ema(decays=(0.5,))
@@ -255,7 +262,10 @@ def test_mesh_and_micro_batches_do_not_change_the_run(mesh_of):
         ({"teacher": None}, "objective.teacher"),
         ({"schedule": "trig"}, "objective.teacher"),
         ({"parameterization": "v"}, "objective.teacher"),
-        ({"teacher": Teacher(exact_network(GAUSSIAN), FLOW, Spec((2,)), 0.1), "guidance": 2.0}, "objective.guidance"),
+        (
+            {"teacher": Teacher(exact_network(GAUSSIAN), FLOW, Spec(ArraySpec((2,), "points")), 0.1), "guidance": 2.0},
+            "objective.guidance",
+        ),
         ({"teacher": dataclasses.replace(LABELLED, cond_drop_rate=0.0), "guidance": 2.0}, "objective.guidance"),
     ],
 )

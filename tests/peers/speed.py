@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion.core.build import build, defaults
-from diffusion.core.types import Network, Spec
+from diffusion.core.build import build, build_network, defaults
+from diffusion.core.types import ArraySpec, Network, Spec, class_labels
 from diffusion.distributed.mesh import make_mesh
 from diffusion.interop import diffusers_models
 from diffusion.layers.functional import functional
@@ -49,16 +49,15 @@ class Case:
     spec: Spec
 
     def build(self, **options: Any) -> Network:
-        keywords = {"shape": self.spec.shape, "num_classes": self.spec.num_classes}
-        return build("networks", {**self.network, **options}, **keywords)
+        return build_network({**self.network, **options}, self.spec)
 
 
 DIT_S = {"name": "dit", "patch_size": 2, "width": 384, "depth": 12, "num_heads": 6, "freq_shift": 1}
 CIFAR = {"name": "unet", "head_dim": None, "scale_shift": False, "asymmetric_padding": True, "freq_shift": 1,
          "sin_first": True, "epsilon": 1e-6}  # fmt: skip
 CASES = {
-    "DiT-S/2, 32x32x4": Case(DIT_S, Spec((32, 32, 4), 1000)),
-    "DDPM U-Net, 32x32x3": Case(CIFAR, Spec((32, 32, 3))),
+    "DiT-S/2, 32x32x4": Case(DIT_S, Spec(ArraySpec((32, 32, 4)), class_labels(1000))),
+    "DDPM U-Net, 32x32x3": Case(CIFAR, Spec(ArraySpec((32, 32, 3)))),
 }
 OBJECTIVE = {"name": "denoising", "parameterization": {"name": "eps", "c_noise": "index"}, "time_sampler": "discrete"}
 
@@ -78,14 +77,14 @@ def networks(runs: int) -> None:
             diffusers_models.write(path, diffusers_models.Model(case.network, case.spec, params))
             sides = {"ours": our_step(case, params), "theirs": their_step(path)}
             difference = relative_difference(case, params, path)
-            work = 3 * 2 * BATCH_SIZE * network_macs(case.build(), case.spec.shape, case.spec.num_classes)
+            work = 3 * 2 * BATCH_SIZE * network_macs(case.build(), case.spec)
             seconds = time_alternately(sides, runs)
             memory = {side: peak_memory(side, index, path) for side in sides}
             print_row(f"train step, {name}", seconds, work / rate, memory)
             print(f"{'':34} outputs differ by {difference:.1e}")
         path, case = os.path.join(folder, "0"), CASES["DiT-S/2, 32x32x4"]
         seconds = time_alternately(guided_sampling(case, path), runs)
-        work = 2 * 2 * IMAGES * STEPS * network_macs(case.build(), case.spec.shape, case.spec.num_classes)
+        work = 2 * 2 * IMAGES * STEPS * network_macs(case.build(), case.spec)
         print_row(f"DDIM, {STEPS} steps, guided, DiT-S/2", seconds, work / rate)
     compilation(runs)
 
@@ -168,7 +167,11 @@ def their_step(path: str) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), weight_decay=1e-4)
     config = model.config
     case = Case(
-        {}, Spec((config.sample_size, config.sample_size, config.in_channels), config.get("num_embeds_ada_norm") or 0)
+        {},
+        Spec(
+            ArraySpec((config.sample_size, config.sample_size, config.in_channels)),
+            class_labels(config.get("num_embeds_ada_norm") or 0),
+        ),
     )
     x, label = example(case)
     x, labels = torch.tensor(x.transpose(0, 3, 1, 2)).contiguous(), [torch.tensor(label)] * bool(case.spec.num_classes)

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from diffusion.core.build import build
-from diffusion.core.types import Spec
+from diffusion.core.types import ArraySpec, Spec, class_labels
 from diffusion.distributed import activation_sharding, sharding
 from diffusion.profiling import cost_model
 from diffusion.profiling.chips import CHIPS
@@ -13,7 +13,7 @@ from diffusion.training import ema, optimizer, program
 from diffusion.training.state import init_state
 from tests.refusals import refused
 
-SPEC = Spec((8, 8, 4), 10)
+SPEC = Spec(ArraySpec((8, 8, 4)), class_labels(10))
 TINY = {"name": "dit", "width": 128, "depth": 3, "num_heads": 4, "patch_size": 2}
 # Values of (data, fsdp): those of the tables in docs/scaling.md, and other plausible ones.
 MESHES = [(1, 4), (8, 32), (16, 32), (1, 8), (4, 128), (32, 8), (64, 8)]
@@ -31,7 +31,7 @@ def parts_of(network, shape=SPEC.shape, classes=SPEC.num_classes):
 def step_of(mesh, batch_size=64, network=TINY, shape=SPEC.shape, **options):
     made = program.make_program(**parts_of(network, shape), mesh=mesh, seed=0, batch_size=batch_size, fsdp_min_size=0,
                                 **options)  # fmt: skip
-    return made, program.abstract_batch(Spec(shape, SPEC.num_classes), batch_size, made.batch)
+    return made, program.abstract_batch(Spec(ArraySpec(shape), class_labels(SPEC.num_classes)), batch_size, made.batch)
 
 
 def test_fsdp_splits_the_state_evenly(mesh_of):

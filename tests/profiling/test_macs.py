@@ -4,11 +4,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffusion.core.build import build
+from diffusion.core.build import build, build_network
+from diffusion.core.types import ArraySpec, Spec, class_labels
 from diffusion.profiling.macs import macs, network_macs
 
 DOT = 7**3  # MACs of `dot`
 SQUARE = jax.ShapeDtypeStruct((7, 7), jnp.float32)
+
+
+def macs_of(section, shape, num_classes=0):
+    spec = Spec(ArraySpec(shape), class_labels(num_classes))
+    return network_macs(build_network(section, spec), spec)
 
 
 def dot(x):
@@ -147,10 +153,7 @@ def test_cudnn_attention(monkeypatch):
     assert macs(attend, q, k) == 2 * (2 * 4) * (16 * 24) * 8
     with pytest.raises(ValueError, match="dot_product_attention_bwd"):
         macs(jax.grad(lambda q, k: jnp.sum(attend(q, k)).astype(jnp.float32)), q, k)
-    counts = [
-        network_macs(build("networks", {**SMALL, "dtype": "bfloat16", "kernel": kernel}, shape=(8, 8, 3)), (8, 8, 3))
-        for kernel in ("xla", "cudnn")
-    ]
+    counts = [macs_of({**SMALL, "dtype": "bfloat16", "kernel": kernel}, (8, 8, 3)) for kernel in ("xla", "cudnn")]
     assert counts[0] == counts[1]
 
 
@@ -168,9 +171,9 @@ def dit_parts(size, channels, classes, patch, width, depth, outputs):
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("kernel", ["xla", "chunked"])
 def test_dit_in_closed_form(remat, kernel):
-    network = build("networks", {**SMALL, "remat": remat, "kernel": kernel}, shape=(8, 8, 3), num_classes=10)
+    work = macs_of({**SMALL, "remat": remat, "kernel": kernel}, (8, 8, 3), 10)
     pad = 2 * 3 * 16 * (256 - 16) * 16 if kernel == "chunked" else 0  # 16 queries are padded to a chunk of 256
-    assert network_macs(network, (8, 8, 3), 10) == sum(dit_parts(8, 3, 10, 2, 16, 3, 2)) + pad
+    assert work == sum(dit_parts(8, 3, 10, 2, 16, 3, 2)) + pad
 
 
 def test_training_is_three_times_the_forward_pass():
@@ -196,7 +199,7 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152
 def test_published_dits(size, patch):
     width, depth, heads = SIZES[size]
     spec = {"name": "dit", "patch_size": patch, "width": width, "depth": depth, "num_heads": heads, "outputs": 2}
-    work = network_macs(build("networks", spec, shape=(32, 32, 4), num_classes=1000), (32, 32, 4), 1000)
+    work = macs_of(spec, (32, 32, 4), 1000)
     assert work / 1e9 == pytest.approx(PUBLISHED_DIT[size, patch], rel=1e-3)
 
 
@@ -226,8 +229,8 @@ def test_unet_in_closed_form():
         "attention_resolutions": (4,),
         "head_dim": 8,
     }
-    network = build("networks", spec, shape=(8, 8, 1), num_classes=10)
-    assert network_macs(network, (8, 8, 1), 10) == embedding + down + middle + up
+    work = macs_of(spec, (8, 8, 1), 10)
+    assert work == embedding + down + middle + up
 
 
 DDPM = {"scale_shift": False, "asymmetric_padding": True, "head_dim": None, "freq_shift": 1}
@@ -253,6 +256,6 @@ ADM = {
 def test_published_unets(options, size, classes, attention, published):
     """The published counts do not include the products of queries and keys and of weights and values."""
     shape = (size, size, 3)
-    network = build("networks", {"name": "unet", **options}, shape=shape, num_classes=classes)
+    work = macs_of({"name": "unet", **options}, shape, classes)
     products = sum(2 * pixels**2 * channels * count for pixels, channels, count in attention)
-    assert (network_macs(network, shape, classes) - products) / 1e9 == pytest.approx(published, rel=0.01)
+    assert (work - products) / 1e9 == pytest.approx(published, rel=0.01)

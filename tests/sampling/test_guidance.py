@@ -15,7 +15,7 @@ import pytest
 
 from diffusion.core.arrays import expand, normal
 from diffusion.core.build import build
-from diffusion.core.types import Array, Denoised, Spec
+from diffusion.core.types import Array, ArraySpec, Denoised, Spec, class_labels
 from diffusion.pipelines.generator import Generator, is_neutral
 from diffusion.sampling.guidance import (
     apg,
@@ -417,7 +417,8 @@ def test_guidance_embedding_adds_only_the_scale(scale):
 
 
 def generator(network, objective, cond_drop_rate, num_classes, mesh, scale):
-    return Generator(network, objective, Spec((2,), num_classes), mesh, sampler={"name": "ddim", "steps": 2},
+    spec = Spec(ArraySpec((2,), "points"), class_labels(num_classes))
+    return Generator(network, objective, spec, mesh, sampler={"name": "ddim", "steps": 2},
                   guidance={"name": "guidance_embedding", "scale": scale}, cond_drop_rate=cond_drop_rate)  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from diffusion.core import files
-from diffusion.core.types import InputError, Source, Spec
+from diffusion.core.types import ArraySpec, InputError, Source, Spec, class_labels, earlier_kind
 
 FORMAT = 1
 INFO = "info.json"
@@ -31,6 +31,7 @@ _CHECKS = {
     "count": _is_count,
     "num_classes": _is_count,
     "dtype": lambda name: name in ("uint8", "float32"),
+    "kind": lambda kind: kind in (None, "image", "latent", "video", "points"),  # older data sets have none
     "shape": lambda shape: isinstance(shape, list) and shape and all(_is_count(size) and size for size in shape),
     "class_names": lambda names: isinstance(names, list) and all(isinstance(name, str) for name in names),
     "low": lambda number: isinstance(number, float | int),
@@ -51,8 +52,8 @@ class ArrayRecord:
         self.flip, self.labels, self.captions = flip, labels, captions
         self.dtype, self.labelled = np.dtype(info["dtype"]), bool(info["num_classes"])
         self.class_names = tuple(info["class_names"]) if labels else ()
-        num_classes = info["num_classes"] if labels else 0
-        self.spec = Spec(tuple(info["shape"]), num_classes, info["low"], info["high"], captions)
+        x = ArraySpec(tuple(info["shape"]), info["kind"], info["low"], info["high"])
+        self.spec = Spec(x, class_labels(info["num_classes"] if labels else 0), captions)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -95,6 +96,7 @@ def make(path: str, flip: bool = False, labels: bool = True, captions: bool = Fa
     invalid = [name for name, is_valid in _CHECKS.items() if not is_valid(info.get(name))]
     if invalid:
         raise InputError("path", f"{os.path.join(path, INFO)} has no valid {invalid[0]!r}; prepare the data set again")
+    info.setdefault("kind", earlier_kind(info["shape"], info["low"], info["high"]))
     if captions and not info["captions"]:
         raise InputError("captions", f"{path} has no captions; prepare it again with data.captions=True")
     found = ArrayRecord(path, info, flip, labels and info["num_classes"] > 0, captions)
@@ -117,7 +119,10 @@ def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str) -> in
     spec = source.spec
     if hasattr(source, "buckets"):
         raise InputError("data.size", "must be a single size, as all records of a data set have one shape")
-    dtype = np.dtype(np.uint8 if spec.is_image and (spec.low, spec.high) == (0, 255) else np.float32)
+    others = spec.conditions.keys() - {"label"}
+    if others:
+        raise InputError("data", f"records hold no condition other than the label, got {', '.join(sorted(others))}")
+    dtype = np.dtype(np.uint8 if spec.is_image and (spec.x.low, spec.x.high) == (0, 255) else np.float32)
     each = max(1, SHARD_BYTES // (math.prod(spec.shape) * dtype.itemsize))
     if os.path.exists(out):
         raise InputError("--out", f"{out} already exists; remove it or give another folder")
@@ -141,7 +146,9 @@ def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str) -> in
             "count": count,
             "dtype": dtype.name,
             "class_names": getattr(source, "class_names", ()),
-            **dataclasses.asdict(spec),
+            "num_classes": spec.num_classes,
+            "captions": spec.captions,
+            **dataclasses.asdict(spec.x),
         }
         with files.replace(os.path.join(folder, INFO)) as file:
             json.dump(info, file, indent=2)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffusion.core.types import Spec
+from diffusion.core.types import ArraySpec, Spec, class_labels
 
 TRAIN_SIZE = 1500
 
@@ -12,7 +12,7 @@ TRAIN_SIZE = 1500
 class Digits:
     """Images `[8, 8, 1]` in [-1, 1] with `label`, of one of two fixed splits."""
 
-    spec = Spec(shape=(8, 8, 1), num_classes=10, low=0.0, high=16.0)
+    spec = Spec(ArraySpec((8, 8, 1), low=0.0, high=16.0), class_labels(10))
 
     def __init__(self, split: Literal["train", "test"]):
         import sklearn.datasets  # takes seconds, and reading a config imports this module

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 from diffusion.data import image_ops
 from diffusion.data.file_index import FileIndex
 
@@ -39,7 +39,7 @@ class Folder:
             self.buckets = _nearest(index.sizes(), shapes)
         height, width = shapes[0]
         shape = (height, width, transform.channels)
-        self.spec = Spec(shape=shape, num_classes=len(self.class_names), captions=captions)
+        self.spec = Spec(ArraySpec(shape), class_labels(len(self.class_names)), captions)
         self._reported = set()
 
     def __len__(self) -> int:

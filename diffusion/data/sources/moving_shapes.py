@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from diffusion.core import checks
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import ArraySpec, InputError, Spec
 from diffusion.data import geometry
 from diffusion.data.geometry import COLOUR_NAMES, FINE, PALETTE, RADII, SHAPES
 
@@ -44,7 +44,7 @@ class MovingShapes(geometry.ProceduralSource):
         self, size: int, frames: int, max_things: int, split: Literal["train", "test"], seed: int, captions: bool,
         length: int,
     ):  # fmt: skip
-        super().__init__(Spec(shape=(frames, size, size, 3), captions=captions), split, seed, length)
+        super().__init__(Spec(ArraySpec((frames, size, size, 3), "video"), captions=captions), split, seed, length)
         self.max_things = max_things
         self._still, self._moving = _templates(size, frames)
         self._cells = [geometry.cell(number, geometry.scale_of(size)) for number in range(3)]

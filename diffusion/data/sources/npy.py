@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.core import checks
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 
 LOCATION_KEYWORDS = ("path",)  # see pipeline.location_keywords
 
@@ -24,8 +24,8 @@ class Npy:
 
     def __init__(self, images: np.memmap, labels: np.ndarray | None, num_classes: int, flip: bool):
         self.images, self.labels, self.flip = images, labels, flip
-        low, high = (0.0, 255.0) if images.dtype == np.uint8 else (-1.0, 1.0)
-        self.spec = Spec(shape=images.shape[1:], num_classes=num_classes, low=low, high=high)
+        options = {} if images.dtype == np.uint8 else {"kind": "latent", "low": -1.0, "high": 1.0}
+        self.spec = Spec(ArraySpec(images.shape[1:], **options), class_labels(num_classes))
 
     def __len__(self) -> int:
         return len(self.images) * (2 if self.flip else 1)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import ArraySpec, InputError, Spec
 from diffusion.data import geometry
 from diffusion.data.geometry import COLOUR_NAMES, PALETTE, RADII, SHAPES
 
@@ -41,7 +41,7 @@ class Shapes(geometry.ProceduralSource):
     def __init__(
         self, size: int, max_things: int, split: Literal["train", "test"], seed: int, captions: bool, length: int
     ):
-        super().__init__(Spec(shape=(size, size, 3), captions=captions), split, seed, length)
+        super().__init__(Spec(ArraySpec((size, size, 3)), captions=captions), split, seed, length)
         self.max_things = max_things
         self._templates = _templates(size)
         cells = [geometry.cell(number, geometry.scale_of(size)) for number in range(3)]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 from diffusion.data import image_ops
 
 PREPARE = "python -m experiments.prepare_data --config=..."
@@ -43,7 +43,7 @@ class Tfds:
         for key in reversed(self.keys["image"]):
             self.decoders = {key: self.decoders}
         self.class_names = _class_names(*chosen["label"]) if "label" in chosen else ()
-        self.spec = Spec(shape=shape, num_classes=len(self.class_names), captions="caption" in chosen)
+        self.spec = Spec(ArraySpec(shape), class_labels(len(self.class_names)), "caption" in chosen)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from diffusion.core import checks
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 from diffusion.process.analytic import Mixture
 
 CELLS = 4  # cells along each side of the checkerboard
@@ -40,7 +40,7 @@ class Toy:
             points = {"checkerboard": _checkerboard, "moons": _moons, "spiral": _spiral}[kind](size, rng)
         self.points = points.astype(np.float32)
         num_classes = 0 if self.labels is None else len(self.distribution.weights)
-        self.spec = Spec(shape=(2,), num_classes=num_classes, low=-1.0, high=1.0)
+        self.spec = Spec(ArraySpec((2,), "points", low=-1.0, high=1.0), class_labels(num_classes))
 
     def __len__(self) -> int:
         return len(self.points)

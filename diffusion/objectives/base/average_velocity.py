@@ -15,14 +15,18 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import derivative, expand
-from diffusion.core.types import Apply, Array, Cond, Denoised, Denoiser, InputError, Params, Schedule
-from diffusion.objectives.base.gaussian import (
+from diffusion.core.types import (
     SCALAR_CONDITIONS,
-    Gaussian,
-    ScheduleSpec,
-    TimeSamplerSpec,
-    build_parts,
+    Apply,
+    Array,
+    Cond,
+    Denoised,
+    Denoiser,
+    InputError,
+    Params,
+    Schedule,
 )
+from diffusion.objectives.base.gaussian import Gaussian, ScheduleSpec, TimeSamplerSpec, build_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +114,7 @@ def drop_condition(cond: Cond) -> Cond:
     """
     if not cond.keys() - {"keep", "target_time", *SCALAR_CONDITIONS}:
         raise InputError("objective.guidance", "must be 1, because the data has no conditions to guide by")
-    return {**cond, "keep": jnp.zeros(next(iter(cond.values())).shape[:1], bool)}
+    return {**cond, "keep": jnp.zeros(jax.tree.leaves(cond)[0].shape[:1], bool)}
 
 
 def velocity_parts(schedule: ScheduleSpec, c_noise: str, time_sampler: TimeSamplerSpec) -> dict[str, Any]:

@@ -31,7 +31,6 @@ DiscretizationSpec = Annotated[PartSpec, "discretization"]
 ObjectiveSpec = Annotated[PartSpec, "objectives", ("schedule",)]
 
 LOG_SNR_EDGES = (-4, -2, 0, 2, 4)  # edges of the bins for which the loss is logged separately
-SCALAR_CONDITIONS = ("step_size", "guidance_scale")  # conditions that objectives add to those of the data
 
 
 @dataclasses.dataclass(frozen=True)

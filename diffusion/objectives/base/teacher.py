@@ -7,8 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Network, Objective, Params, Schedule, Spec
-from diffusion.objectives.base.gaussian import SCALAR_CONDITIONS
+from diffusion.core.types import (
+    SCALAR_CONDITIONS,
+    Array,
+    Cond,
+    Denoised,
+    Denoiser,
+    InputError,
+    Network,
+    Objective,
+    Params,
+    Schedule,
+    Spec,
+)
 from diffusion.process.parameterization import Parameterization
 
 PROBES = (0.1, 0.3, 0.5, 0.7, 0.9)  # times at which schedules and coefficients are compared
@@ -58,8 +69,7 @@ def check_teacher(teacher: Teacher | None, schedule: Schedule) -> None:
             if not np.isclose(ours, theirs, rtol=1e-4):
                 raise InputError("teacher", f"must have the student's schedule; {name}({float(t):.1f}) is {theirs:.4g} "
                                  f"for the teacher and {ours:.4g} for the student")  # fmt: skip
-    x, labels = jnp.zeros((1, *teacher.spec.shape)), jnp.zeros(1, jnp.int32)
-    cond = {"label": labels} if teacher.spec.num_classes else {}
+    x, cond = jnp.zeros((1, *teacher.spec.shape)), teacher.spec.zeros(1)
     denoised = jax.eval_shape(
         lambda key: teacher.denoiser(teacher.init(key))(x, jnp.float32(0.5), cond), jax.random.key(0)
     )
