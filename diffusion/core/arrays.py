@@ -1,16 +1,26 @@
 """Small array helpers that many parts share."""
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from diffusion.core.types import Array
+from diffusion.core.types import Array, Cond
 
 
 def expand(a: Array, x: Array) -> Array:
     """Returns a coefficient per example, `[B]` or `[]`, with trailing axes of size 1, to multiply `x [B, ...]`."""
     return jnp.reshape(a, jnp.shape(a) + (1,) * (x.ndim - jnp.ndim(a)))
+
+
+def kept(cond: Cond, name: str | None = None) -> Array | bool:
+    """Returns where a condition is kept, `[B]` bool or True; without a name, where any condition is."""
+    keep = cond.get("keep", True)
+    if not isinstance(keep, Mapping):
+        return keep
+    return functools.reduce(operator.or_, keep.values(), False) if name is None else keep.get(name, True)
 
 
 def flat_mean(x: Array) -> Array:

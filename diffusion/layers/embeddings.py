@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion.core.arrays import kept
 from diffusion.core.types import Array, Cond
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.keys import Keys
@@ -98,7 +99,7 @@ class ConditionEmbedding(nnx.Module):
     def __call__(self, c_noise: Array, cond: Cond) -> Array:
         emb_BxD = self.numbers(self.outer(jax.nn.silu(self.inner(self.features(c_noise)))), cond)
         if self.num_classes:
-            label, keep = cond["label"], cond.get("keep", True)
+            label, keep = cond["label"], kept(cond, "label")
             if self.null_class:
                 return constrain(emb_BxD + self.label(jnp.where(keep, label, self.num_classes)))
             emb_BxD += jnp.where(jnp.reshape(keep, (-1, 1)), self.label(label), 0)

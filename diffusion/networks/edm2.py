@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
+from diffusion.core.arrays import kept
 from diffusion.core.types import Array, Cond, InputError, Network, class_labels
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.attention import Kernel, attend
@@ -206,7 +207,7 @@ class EDM2(nnx.Module):
                 features = fourier_with_phases(cond[name], width, bandwidth)
                 emb_BxE += self.numbers[name](features, self.number_gains[name][...])
         if num_classes:
-            index = jnp.where(cond.get("keep", True), cond["label"], num_classes)
+            index = jnp.where(kept(cond, "label"), cond["label"], num_classes)
             rows = num_classes + 1
             label_BxE = self.emb_label(jax.nn.one_hot(index, rows) * rows**0.5)
             emb_BxE = mp_sum(emb_BxE, label_BxE, LABEL_BALANCE)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
+from diffusion.core.arrays import kept
 from diffusion.core.types import Array, Cond, InputError, Network, class_labels
 from diffusion.layers.attention import Kernel, attend
 from diffusion.layers.embeddings import ScalarEmbedding, sinusoidal
@@ -158,7 +159,7 @@ class UViT(nnx.Module):
         time_BxD = self.numbers(time_BxD, cond)
         if not num_classes:
             return [time_BxD[:, None]]
-        label_BxD = self.label(jnp.where(cond.get("keep", True), cond["label"], num_classes))
+        label_BxD = self.label(jnp.where(kept(cond, "label"), cond["label"], num_classes))
         return [label_BxD[:, None], time_BxD[:, None]]
 
 

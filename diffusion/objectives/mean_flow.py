@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core import checks
-from diffusion.core.arrays import expand
+from diffusion.core.arrays import expand, kept
 from diffusion.core.types import Apply, Array, Batch, Cond, InputError, Params
 from diffusion.layers.attention import jvp
 from diffusion.objectives.base.average_velocity import (
@@ -119,7 +119,7 @@ class MeanFlow(AverageVelocity):
         if self.kappa:
             conditional = self.average_velocity(net, fixed, x, t, t, cond)
             guided = self.kappa * conditional + (1 - self.kappa) * guided
-        return jnp.where(expand(cond.get("keep", True) & (t >= low) & (t <= high), x), guided, velocity)
+        return jnp.where(expand(kept(cond) & (t >= low) & (t <= high), x), guided, velocity)
 
 
 def make(

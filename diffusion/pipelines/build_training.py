@@ -42,7 +42,8 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     options = keywords["options"]
     generator = Generator(
         network, objective, source.spec, keywords["mesh"],
-        sampler=config["sampler"], guidance=config["guidance"], cond_drop_rate=options.cond_drop_rate,
+        sampler=config["sampler"], guidance=config["guidance"],
+        cond_drop_rate=options.unconditional_share(source.spec.conditions),
     )  # fmt: skip
     draw = lambda params: preview(generator, params, source.spec)  # noqa: E731
     return {

@@ -280,9 +280,9 @@ def external_names(value: Any) -> set[str]:
     return set().union(*map(external_names, value)) if isinstance(value, (list, tuple)) else set()
 
 
-def cond_drop_rate(config: Mapping[str, Any]) -> float:
-    """Returns the share of examples that a model was trained on without their condition."""
-    return call(Options, config["train"], field="train").cond_drop_rate
+def cond_drop_rate(config: Mapping[str, Any], spec: Spec) -> float:
+    """Returns the share of examples that a model was trained on without any of their conditions."""
+    return call(Options, config["train"], field="train").unconditional_share(spec.conditions)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ class Generator:
       sampler: A config's section: the sampler's `name` (or a `Sampler`) and options, `steps`, `grid` and `unroll`.
       guidance: A config's section: its `name` and options, and optionally `rescale`, `interval` and `threshold`, each a
         section. Guidance with a scale of 1 is left out, which halves the cost.
-      cond_drop_rate: The rate that the model was trained with.
+      cond_drop_rate: The share of examples that the model was trained on without conditions.
       worse: The other model of autoguidance, and its parameters.
       always_guided: Compile the guidance even for a scale of 1, for use with other scales later.
 

@@ -42,4 +42,4 @@ def teacher_of(meta: Mapping[str, Any]) -> Teacher | None:
         return None
     theirs = meta["teacher"]
     config, spec = config_and_spec(theirs)
-    return Teacher(*model_of(theirs), spec, cond_drop_rate(config))
+    return Teacher(*model_of(theirs), spec, cond_drop_rate(config, spec))

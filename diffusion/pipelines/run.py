@@ -165,7 +165,7 @@ class Run:
         worse = self._worse(guidance.get("worse")) if guidance.get("name") == "autoguidance" else None
         return Generator(
             self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
-            cond_drop_rate=cond_drop_rate(self.config), always_guided=always_guided,
+            cond_drop_rate=cond_drop_rate(self.config, self.spec), always_guided=always_guided,
         )  # fmt: skip
 
     def metrics(self) -> list[SampleMetric | ModelMetric]:

@@ -1,8 +1,10 @@
 """The options of a training: how long it runs, what it reports, and when it saves."""
 
 import dataclasses
+import math
+from collections.abc import Collection, Mapping
 
-from diffusion.core.checks import at_least, at_most, positive
+from diffusion.core.checks import at_least, at_most, positive, rate
 from diffusion.core.types import InputError
 from diffusion.training.resilience.guards import Guard
 
@@ -17,7 +19,8 @@ class Options:
       steps: Number of steps of the whole run, restarts included.
       batch_size: Examples per step, over all devices.
       accumulate: Number of micro-batches that a step averages its gradient over.
-      cond_drop_rate: Share of the examples trained without their condition; guidance needs a rate above 0.
+      cond_drop_rate: Share of the examples trained without their conditions; guidance needs a rate above 0. A mapping
+        has a rate per condition, drawn independently, and as `joint` the rate at which all are dropped together.
       log_every: Steps between two lines of metrics; a line has the means over these steps.
       preview_every: Steps between two grids of samples; 0 disables them.
       prefetch: Number of batches read ahead.
@@ -34,7 +37,7 @@ class Options:
     steps: int = 1000
     batch_size: int = 128
     accumulate: int = 1
-    cond_drop_rate: float = 0.1
+    cond_drop_rate: float | Mapping[str, float] = 0.1
     log_every: int = 50
     preview_every: int = 0
     prefetch: int = 8
@@ -51,10 +54,31 @@ class Options:
         for name, most in (("batch_size", 10**7), ("prefetch", 10**4), ("workers", 10**4)):
             at_most(most, getattr(self, name), name)
         Guard(self.spike)
-        if not 0 <= self.cond_drop_rate < 1:
-            raise InputError("cond_drop_rate", f"must be in [0, 1), got {self.cond_drop_rate}")
+        rates = self.cond_drop_rate if isinstance(self.cond_drop_rate, Mapping) else {"": self.cond_drop_rate}
+        for name, value in rates.items():
+            rate(**{f"cond_drop_rate.{name}" if name else "cond_drop_rate": value})
         if self.batch_size % self.accumulate:
             raise InputError("accumulate", f"{self.accumulate} does not divide the batch of {self.batch_size}")
+
+    def unconditional_share(self, conditions: Collection[str]) -> float:
+        """Returns the share of the examples trained without any of the data's conditions.
+
+        Raises:
+          InputError: `cond_drop_rate` names a condition that the data do not have.
+        """
+        check_drop_rate(self.cond_drop_rate, conditions)
+        if not isinstance(self.cond_drop_rate, Mapping):
+            return self.cond_drop_rate
+        joint = self.cond_drop_rate.get("joint", 0.0)
+        return joint + (1 - joint) * math.prod(self.cond_drop_rate.get(name, 0.0) for name in conditions)
+
+
+def check_drop_rate(rate: float | Mapping[str, float], conditions: Collection[str]) -> None:
+    """Checks that the names of `cond_drop_rate` are those of conditions of the data, or `joint`."""
+    for name in rate if isinstance(rate, Mapping) else ():
+        if name not in (*conditions, "joint"):
+            known = ", ".join((*conditions, "joint"))
+            raise InputError("train.cond_drop_rate", f"the data have no condition {name!r}; one of: {known}")
 
 
 @dataclasses.dataclass(frozen=True)

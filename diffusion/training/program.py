@@ -38,8 +38,8 @@ class Program:
 def make_program(
     *, network: Network, objective: Objective, optimizer: Optimizer, ema: EMA, mesh: Mesh,
     rules: tuple[sharding.Rule, ...] = (), sequence: str | None = None, fsdp_min_size: int = sharding.FSDP_MIN_SIZE,
-    seed: int, batch_size: int, cond_drop_rate: float = 0.0, accumulate: int = 1, guard: Guard | None = None,
-    teacher: Mapping | None = None,
+    seed: int, batch_size: int, cond_drop_rate: float | Mapping[str, float] = 0.0, accumulate: int = 1,
+    guard: Guard | None = None, teacher: Mapping | None = None,
 ) -> Program:  # fmt: skip
     """Builds the program without computing anything of the model or creating any of its arrays.
 

@@ -1,6 +1,6 @@
 """The train step: one pure function from state and batch to the next state and the metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 from diffusion.core.types import Array, Batch, Network, Objective, Params
 from diffusion.training.ema import EMA
 from diffusion.training.optimizer import Optimizer
+from diffusion.training.options import check_drop_rate
 from diffusion.training.resilience.guards import Guard, select_if_ok
 from diffusion.training.state import TrainState, averaged, trainable
 
@@ -22,7 +23,7 @@ def make_step(
     ema: EMA,
     *,
     seed: int,
-    cond_drop_rate: float = 0.0,
+    cond_drop_rate: float | Mapping[str, float] = 0.0,
     accumulate: int = 1,
     guard: Guard | None = None,
 ) -> Step:
@@ -31,7 +32,7 @@ def make_step(
     Args:
       objective, network, optimizer, ema: The parts of the training.
       seed: The key of step n is `fold_in(key(seed), n)`.
-      cond_drop_rate: Fraction of the examples whose condition is dropped (`keep` False).
+      cond_drop_rate: Fraction of the examples whose conditions are dropped; see `draw_keep`.
       accumulate: Number of micro-batches, processed in turn, over which the gradient is averaged. It must divide the
         batch size. All randomness of the loss is drawn for the whole batch, so only dropout depends on it.
       guard: Decides whether a step is good; by default, whether its numbers are finite. A bad step changes no
@@ -43,7 +44,7 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key_keep, key_draw, key_net = jax.random.split(key, 3)
-        keep = jax.random.uniform(key_keep, batch["x"].shape[:1]) >= cond_drop_rate
+        keep = draw_keep(key_keep, cond_drop_rate, batch["cond"], batch["x"].shape[0])
         skipped, request = batch.get("skipped"), batch.get("request")
         batch = Batch(x=batch["x"], cond={**batch["cond"], "keep": keep})
         prepared, objective_state = objective.before_step(
@@ -96,6 +97,33 @@ def make_step(
         ), metrics
 
     return step
+
+
+def draw_keep(
+    key: Array, rate: float | Mapping[str, float], conditions: Collection[str], size: int
+) -> Array | dict[str, Array]:
+    """Draws which conditions of `size` examples are kept; see `keep` in `core.types`.
+
+    Args:
+      rate: The share of the examples that lose all conditions. A mapping has a share per condition, drawn
+        independently of each other, and as `joint` the share at which all are dropped together.
+      conditions: The names of all conditions.
+
+    Returns:
+      Bool `[size]`, or a dict of these by condition for a mapping.
+
+    Raises:
+      InputError: The mapping names an unknown condition.
+    """
+    if not isinstance(rate, Mapping):
+        return jax.random.uniform(key, (size,)) >= rate
+    check_drop_rate(rate, conditions)
+
+    def draw(index: int, rate: float) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, index), (size,)) >= rate
+
+    together = draw(0, rate.get("joint", 0.0))
+    return {name: together & draw(index, rate.get(name, 0.0)) for index, name in enumerate(sorted(conditions), 1)}
 
 
 def _norms(grads: dict[str, Params]) -> dict[str, Array]:

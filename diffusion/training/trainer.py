@@ -29,7 +29,7 @@ from diffusion.training.ema import EMA, make_ema
 from diffusion.training.hooks import Hook
 from diffusion.training.metrics import Metrics, Writer, default_writers
 from diffusion.training.optimizer import Optimizer, make_optimizer
-from diffusion.training.options import CONFIG_VERSION, CheckpointOptions, Options
+from diffusion.training.options import CONFIG_VERSION, CheckpointOptions, Options, check_drop_rate
 from diffusion.training.program import make_program
 from diffusion.training.resilience.goodput import Goodput
 from diffusion.training.resilience.guards import DUMP, Diverged, Guard, dump
@@ -115,6 +115,7 @@ class Trainer:
             self.network = build_network(network, spec)
         self.objective = objective if hasattr(objective, "loss") else build("objectives", objective, field="objective")
         self.options = dataclasses.replace(options or Options(), **train_options)
+        check_drop_rate(self.options.cond_drop_rate, spec.conditions)
         self.ema = ema if isinstance(ema, EMA) else call(make_ema, ema or {}, field="ema")
         self.optimizer, self.mesh = optimizer, mesh or make_mesh()
         self.seed, self.workdir, self.checkpoint = seed, workdir, checkpoint or CheckpointOptions()

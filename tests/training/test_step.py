@@ -11,8 +11,10 @@ from diffusion.core.types import Network
 from diffusion.distributed import sharding
 from diffusion.training.ema import make_ema
 from diffusion.training.optimizer import make_optimizer
+from diffusion.training.options import Options
 from diffusion.training.state import init_state
-from diffusion.training.step import make_step
+from diffusion.training.step import draw_keep, make_step
+from diffusion.training.trainer import Trainer
 from tests.refusals import refused
 
 
@@ -133,6 +135,45 @@ def test_conditions_are_dropped_at_the_given_rate():
     assert abs(kept.mean() - 0.75) < 4 * (0.25 * 0.75 / (16 * 60)) ** 0.5 and kept.std() > 0
     _, metrics = run(3)
     assert all(m["kept"] == 1 for m in metrics)
+
+
+def test_conditions_are_dropped_independently_and_together():
+    """The four combinations of two conditions have the right frequencies: chi-square with 3 degrees of freedom, below
+    its quantile of 1 - 1e-4."""
+    rates, size = {"image": 0.2, "text": 0.3, "joint": 0.1}, 50_000
+    keep = draw_keep(jax.random.key(0), rates, ("text", "image"), size)
+    observed = np.bincount(2 * np.asarray(keep["image"]) + np.asarray(keep["text"]), minlength=4)
+    alone = np.outer([0.2, 0.8], [0.3, 0.7]).ravel()  # in the order of `observed`
+    expected = size * (0.9 * alone + np.eye(4)[0] * 0.1)
+    assert np.sum((observed - expected) ** 2 / expected) < 21.1
+
+
+def test_one_rate_drops_all_conditions_together():
+    keep = draw_keep(jax.random.key(3), 0.4, ("text", "image"), 64)
+    np.testing.assert_array_equal(keep, jax.random.uniform(jax.random.key(3), (64,)) >= 0.4)
+    keep = draw_keep(jax.random.key(0), {"text": 0.4}, ("text", "image"), 64)
+    assert keep["image"].all() and not keep["text"].all()
+
+
+def test_the_share_without_any_condition():
+    assert Options(cond_drop_rate=0.2).unconditional_share(("text", "image")) == 0.2
+    options = Options(cond_drop_rate={"text": 0.5, "image": 0.1, "joint": 0.2})
+    assert options.unconditional_share(("text", "image")) == pytest.approx(0.2 + 0.8 * 0.05)
+    assert options.unconditional_share(("text", "image", "label")) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1, float("nan"), {"text": 1.0}])
+def test_bad_drop_rates(rate):
+    with refused("cond_drop_rate.text" if isinstance(rate, dict) else "cond_drop_rate"):
+        Options(cond_drop_rate=rate)
+
+
+def test_rates_of_unknown_conditions_are_refused(digits, tiny_mlp, ddpm):
+    rates = {"label": 0.1, "text": 0.1}
+    with refused("train.cond_drop_rate"):
+        draw_keep(jax.random.key(0), rates, ("label",), 2)
+    with refused("train.cond_drop_rate"):
+        Trainer(digits, tiny_mlp, ddpm, cond_drop_rate=rates)
 
 
 def test_gradient_is_clipped():
