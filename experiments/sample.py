@@ -4,7 +4,8 @@ python -m experiments.sample --workdir=runs/digits --num=100 --labels=0,1,2 --se
     --sampler=dpm_solver_pp:order=3 --grid=karras:rho=5 --steps=20 --guidance=1.5 --interval=0.2,0.8
 python -m experiments.sample --workdir=runs/digits --sweep="steps=10,20,50;guidance=1,2,4"
 
-Samplers, grids and guidance are written NAME:option=value:option=value; docs/samplers.md lists them.
+Samplers, grids and guidance are written NAME:option=value:option=value; docs/samplers.md lists them. Conditions other
+than labels are those of the data's examples, in turn; `Run.sample` takes others.
 """
 
 import json
@@ -39,12 +40,13 @@ MOST_COLUMNS = 50  # of a sheet with one column per class
 def main() -> None:
     check_numbers(seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
     run = open_run(WORKDIR.value, EMA.value, allow_imports=ALLOW_IMPORTS.value)
-    labels = _labels(LABELS.value, run.spec.num_classes)
+    cond = run.conditions(NUM.value, _labels(LABELS.value, run.spec.num_classes))
+    labels = cond.get("label")
     chosen, out = sampling_flags.chosen(), OUT.value or os.path.join(WORKDIR.value, "samples")
     if SWEEP.value is not None:
         metrics = [metric for metric in run.metrics() if isinstance(metric, SampleMetric)] if METRICS.value else []
         sweep(
-            run, chosen, SWEEP.value, out, labels=labels, num=NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value,
+            run, chosen, SWEEP.value, out, cond=cond, num=NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value,
             metrics=metrics,
         )  # fmt: skip
         return
@@ -52,7 +54,7 @@ def main() -> None:
     generator = run.generator(sampler=sampler, guidance=guidance)
     files.make_folder(out, "--out")
 
-    x = generator(run.params, labels, NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value, title="sample")
+    x = generator(run.params, cond, NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value, title="sample")
     settings = {"workdir": WORKDIR.value, "step": run.step, "ema": run.ema, "sampler": sampler, "guidance": guidance,
                 "seed": SEED.value, "num": NUM.value}  # fmt: skip
     path = os.path.join(out, "samples.npz")

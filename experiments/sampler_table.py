@@ -10,7 +10,7 @@ from absl import flags
 
 from diffusion.core.types import SampleMetric
 from diffusion.pipelines import overrides, tables
-from diffusion.pipelines.run import Run, labels_for, open_run
+from diffusion.pipelines.run import Run, open_run
 from experiments import cli
 
 WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of the runs.")
@@ -38,7 +38,7 @@ def table(run: Run, title: str) -> str:
     A cell has the first value of each metric.
     """
     metrics = [metric for metric in run.metrics() if isinstance(metric, SampleMetric)]
-    labels = labels_for(run.spec.num_classes, NUM.value, None)
+    cond = run.conditions(NUM.value)
     grid = run.config["sampler"]["grid"]["name"]
     rows, names = [], []
     for sampler in SAMPLERS.value:
@@ -46,8 +46,8 @@ def table(run: Run, title: str) -> str:
         for count in EVALUATIONS.value:
             section, guidance = overrides.sections(run.config, {"sampler": sampler, "evaluations": count})
             generator = run.generator(sampler=section, guidance={"name": guidance["name"], "scale": 1.0})
-            x = generator(run.params, labels, NUM.value, seed=1, title=f"{title} {sampler} {count}")
-            values = [next(iter(run.measured(metric, x, labels).items())) for metric in metrics]
+            x = generator(run.params, cond, NUM.value, seed=1, title=f"{title} {sampler} {count}")
+            values = [next(iter(run.measured(metric, x, cond.get("label")).items())) for metric in metrics]
             names = [name for name, _ in values]
             cells.append(" / ".join(f"{value:.3f}" for _, value in values))
         rows.append([f"`{sampler}`", *cells])

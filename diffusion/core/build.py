@@ -85,12 +85,13 @@ def build_network(
     name = section.get("name") if isinstance(section, Mapping) else section
     conditions = {key: condition for key, condition in spec.conditions.items() if key != "label"}
     given = {"shape": spec.shape, "num_classes": spec.num_classes}
-    if conditions:
+    if name is not None:
         named, takes_any = _keywords_of(find("networks", name, field=f"{field}.name"))
-        if "conditions" not in named and not takes_any:
-            problem = f"{name!r} cannot be conditioned on {next(iter(conditions))!r}: it takes no `conditions`"
+        if "conditions" in named or (takes_any and conditions):
+            given["conditions"] = conditions
+        elif conditions:
+            problem = f"{name} cannot be conditioned on {next(iter(conditions))!r}"
             raise InputError(f"{field}.name", f"{problem}; use unet, dit or uvit")
-        given["conditions"] = conditions
     return build("networks", section, field=field, **given)
 
 

@@ -1,8 +1,8 @@
 """Checks of options that users set. Each raises an InputError that names the option."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from diffusion.core.types import InputError
+from diffusion.core.types import ConditionSpec, InputError
 
 LARGEST = 2**16  # limit for sizes of a network: a larger one is a typing error, and building it would fill the memory
 MOST = {"num_res_blocks": 1000}  # smaller limits for the numbers of blocks, which are built one by one
@@ -13,6 +13,20 @@ def square_images(network: str, shape: tuple[int, ...]) -> None:
     if len(shape) != 3 or shape[0] != shape[1]:
         problem = f"{network} requires square images (H, W, C), got {shape}; choose another network or other data"
         raise InputError("shape", problem)
+
+
+def condition_kinds(
+    network: str, conditions: Mapping[str, ConditionSpec], kinds: Collection[str], shape: tuple[int, ...]
+) -> None:
+    """Checks that a network for examples of this shape can be conditioned on the conditions of the data."""
+    for name, condition in conditions.items():
+        if condition.kind not in kinds:
+            problem = f"{network} cannot be conditioned on {name!r} ({condition.kind}); use unet, dit or uvit"
+            raise InputError("name", problem)
+        if condition.kind == "image" and condition.shape[:2] != shape[:2]:
+            height, width = condition.shape[:2]
+            problem = f"{network} requires {name!r} to have the height and width of x, {shape[:2]}"
+            raise InputError("name", f"{problem}, got {height} x {width}")
 
 
 def positive(**numbers: float | None) -> None:

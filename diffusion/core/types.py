@@ -9,6 +9,7 @@ Conventions used throughout:
 """
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
@@ -132,6 +133,9 @@ class ConditionSpec:
         return Text(values, np.ones((num, self.shape[0]), bool), pooled)
 
 
+NO_CONDITIONS: Mapping[str, ConditionSpec] = types.MappingProxyType({})
+
+
 def class_labels(num_classes: int) -> dict[str, ConditionSpec]:
     """Returns the conditions of data with `num_classes` classes: `label`, or none for 0."""
     return {"label": ConditionSpec("label", num_classes=num_classes)} if num_classes else {}
@@ -148,7 +152,7 @@ class Spec:
     """
 
     x: ArraySpec
-    conditions: Mapping[str, ConditionSpec] = dataclasses.field(default_factory=dict)
+    conditions: Mapping[str, ConditionSpec] = dataclasses.field(default_factory=dict, hash=False)
     captions: bool = False
 
     def __post_init__(self):

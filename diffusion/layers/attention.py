@@ -1,4 +1,4 @@
-"""Attention: one function for all networks, and the self-attention block of U-Nets.
+"""Attention: one function for all networks, cross-attention, and the self-attention block of U-Nets.
 
 Networks choose the implementation by their option `kernel`.
 """
@@ -110,6 +110,24 @@ def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     by_chunk = jnp.moveaxis(padded.reshape(B, heads, chunks, CHUNK, F), 2, 0)
     mixed = jax.lax.map(jax.checkpoint(lambda q: _heads_first(q, k, v, mask)), by_chunk)
     return jnp.moveaxis(mixed, 0, 2).reshape(B, heads, chunks * CHUNK, F)[:, :, :N].swapaxes(1, 2)
+
+
+class CrossAttention(nnx.Module):
+    """Attention of tokens `[B, N, channels]` to a sequence `[B, L, context]` where its mask `[B, L]` is True; zero at
+    initialisation."""
+
+    def __init__(self, channels: int, context: int, heads: int, *, kernel: Kernel, dtype: Any, rngs: Keys):
+        self.heads, self.kernel = heads, kernel
+        kwargs = dict(dtype=dtype, rngs=rngs)
+        self.q = nnx.Linear(channels, channels, **kwargs)
+        self.kv = nnx.Linear(context, 2 * channels, **kwargs)
+        self.out = nnx.Linear(channels, channels, kernel_init=nnx.initializers.zeros, **kwargs)
+
+    def __call__(self, x: Array, sequence: Array, mask: Array) -> Array:
+        B, N, C = x.shape
+        kv = self.kv(sequence).reshape(B, -1, 2, self.heads, C // self.heads)
+        q = self.q(x).reshape(B, N, self.heads, -1)
+        return self.out(attend(q, kv[:, :, 0], kv[:, :, 1], mask, kernel=self.kernel).reshape(B, N, C))
 
 
 class SpatialAttention(nnx.Module):

@@ -1,17 +1,14 @@
-"""Embeddings of the noise label and of the conditions."""
+"""Embeddings of numbers: the noise label and scalar conditions."""
 
 import math
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion.core.arrays import kept
 from diffusion.core.types import Array, Cond
-from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.keys import Keys
 
 
@@ -60,50 +57,6 @@ def random_waves(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _waves(angles: Array) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class ConditionEmbedding(nnx.Module):
-    """The sum of the embeddings of the noise label, the scalar conditions and the class label; `[B, out_features]`.
-
-    Where `keep` is False the class is replaced by the null class, row `num_classes` of the table. Without `null_class`
-    there is no such row, and nothing is added there.
-
-    Args:
-      width: The width of the features of the noise label.
-      out_features: The width of the embedding.
-      num_classes: The number of classes; 0 for none.
-      scalar_conditions: The names of the scalar conditions; see `ScalarEmbedding`.
-      kind: The features of the noise label, `sinusoidal` or `fourier`.
-      freq_shift, sin_first: Options of `sinusoidal`.
-      null_class: Whether the table of classes has a row for the null class.
-      dtype: The compute dtype.
-      rngs: The random keys that the parameters are drawn from.
-    """
-
-    def __init__(self, width: int, out_features: int, num_classes: int, *, scalar_conditions: tuple[str, ...] = (),
-                 kind: Literal["sinusoidal", "fourier"] = "sinusoidal", freq_shift: int = 0, sin_first: bool = False,
-                 null_class: bool = True, dtype: Any, rngs: Keys):  # fmt: skip
-        if kind == "fourier":
-            self.features = partial(fourier, width=width)
-        else:
-            self.features = partial(sinusoidal, width=width, freq_shift=freq_shift, sin_first=sin_first)
-        self.num_classes, self.null_class = num_classes, null_class
-        self.inner = nnx.Linear(width, out_features, dtype=dtype, rngs=rngs)
-        self.outer = nnx.Linear(out_features, out_features, dtype=dtype, rngs=rngs)
-        if num_classes:
-            init = nnx.initializers.normal(0.02)
-            rows = num_classes + null_class
-            self.label = nnx.Embed(rows, out_features, embedding_init=init, dtype=dtype, rngs=rngs)
-        self.numbers = ScalarEmbedding(scalar_conditions, out_features, dtype=dtype, rngs=rngs)
-
-    def __call__(self, c_noise: Array, cond: Cond) -> Array:
-        emb_BxD = self.numbers(self.outer(jax.nn.silu(self.inner(self.features(c_noise)))), cond)
-        if self.num_classes:
-            label, keep = cond["label"], kept(cond, "label")
-            if self.null_class:
-                return constrain(emb_BxD + self.label(jnp.where(keep, label, self.num_classes)))
-            emb_BxD += jnp.where(jnp.reshape(keep, (-1, 1)), self.label(label), 0)
-        return constrain(emb_BxD)
 
 
 class ScalarEmbedding(nnx.Module):

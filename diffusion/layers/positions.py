@@ -1,9 +1,15 @@
-"""Position encodings for `side * side` tokens in row-major order."""
+"""Patches of images, and position encodings for `side * side` tokens in row-major order."""
 
 import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core.types import Array
+
+
+def patches(x: Array, size: int) -> Array:
+    """Returns the square patches of images `[B, H, W, C]` in row-major order, `[B, H W / size^2, size^2 C]`."""
+    B, H, W, C = x.shape
+    return x.reshape(B, H // size, size, W // size, size, C).swapaxes(2, 3).reshape(B, -1, size * size * C)
 
 
 def sincos_2d(side: int, width: int) -> np.ndarray:

@@ -41,12 +41,21 @@ class BlockConfig:
 
 
 def conv3x3(
-    in_channels: int, out_channels: int, *, strides: int = 1, padding: Any = 1, zero: bool = False, dtype: Any, rngs
-):
+    in_channels: int, out_channels: int, *, strides: int = 1, padding: Any = 1, zero: bool = False, bias: bool = True,
+    dtype: Any, rngs
+):  # fmt: skip
     """Returns a 3x3 convolution that preserves the size, or halves it with `strides=2`; `zero` initialises it to 0."""
     init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
     return nnx.Conv(
-        in_channels, out_channels, (3, 3), strides, padding=padding, kernel_init=init, dtype=dtype, rngs=rngs
+        in_channels,
+        out_channels,
+        (3, 3),
+        strides,
+        padding=padding,
+        use_bias=bias,
+        kernel_init=init,
+        dtype=dtype,
+        rngs=rngs,
     )
 
 

@@ -1,6 +1,7 @@
 """The diffusion transformer DiT (Peebles & Xie 2023, arXiv 2212.09748), with options of its successors."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -8,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.core.types import Array, Cond, InputError, Network, class_labels
-from diffusion.layers.attention import Kernel, attend
-from diffusion.layers.embeddings import ConditionEmbedding
+from diffusion.core.types import NO_CONDITIONS, Array, Cond, ConditionSpec, InputError, Network, class_labels
+from diffusion.layers.attention import CrossAttention, Kernel, attend
+from diffusion.layers.conditioner import Conditioner, Embedded, has_text, image_channels, images_of
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.norms import layer_norm
-from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
+from diffusion.layers.positions import patches, rotary_angles, rotate, sincos_2d
 from diffusion.layers.stack import Remat, Stack
 
 FREQUENCIES = 256  # width of the sinusoidal features of the noise label, for every `width`
@@ -26,6 +27,7 @@ class DiTConfig:
 
     shape: tuple[int, ...]
     num_classes: int
+    conditions: Mapping[str, ConditionSpec] = dataclasses.field(hash=False)
     scalar_conditions: tuple[str, ...]
     patch_size: int
     width: int
@@ -45,6 +47,7 @@ class DiTConfig:
 
     def __post_init__(self):
         checks.square_images("dit", self.shape)
+        checks.condition_kinds("dit", self.conditions, ("scalar", "vector", "text", "image"), self.shape)
         checks.network_size(
             patch_size=self.patch_size, width=self.width, depth=self.depth, num_heads=self.num_heads,
             outputs=self.outputs, unroll=self.unroll, mlp_ratio=self.mlp_ratio,
@@ -74,7 +77,11 @@ class DiTConfig:
 
 class DiTBlock(nnx.Module):
     """Attention and an MLP with adaLN-zero: the embedding scales and shifts the norm before each and gates its output.
-    The identity at initialisation."""
+    The identity at initialisation.
+
+    Between the two, texts are read by cross-attention without modulation (PixArt-alpha: Chen et al. 2023, arXiv
+    2310.00426, section 2.3).
+    """
 
     def __init__(self, config: DiTConfig, *, rngs: Keys):
         self.config = config
@@ -87,11 +94,15 @@ class DiTBlock(nnx.Module):
             self.norm_q, self.norm_k = (nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs) for _ in range(2))
         self.up = nnx.Linear(width, config.mlp_width * (2 if config.mlp == "swiglu" else 1), **kwargs)
         self.down = nnx.Linear(config.mlp_width, width, **kwargs)
+        if has_text(config.conditions):
+            self.cross = CrossAttention(width, width, config.num_heads, kernel=config.kernel, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BxNxD: Array, emb_BxD: Array, angles_NxF: Array | None) -> Array:
-        norm, modulation = self.config.norm, self.modulation(jax.nn.silu(emb_BxD))[:, None, :]
+    def __call__(self, x_BxNxD: Array, embedded: Embedded, angles_NxF: Array | None) -> Array:
+        norm, modulation = self.config.norm, self.modulation(jax.nn.silu(embedded.vector))[:, None, :]
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         x_BxNxD += gate1 * self._attention(layer_norm(x_BxNxD, norm) * (1 + scale1) + shift1, angles_NxF)
+        if embedded.sequence is not None:
+            x_BxNxD += self.cross(x_BxNxD, embedded.sequence, embedded.mask)
         return x_BxNxD + gate2 * self._mlp(layer_norm(x_BxNxD, norm) * (1 + scale2) + shift2)
 
     def _attention(self, h_BxNxD: Array, angles_NxF: Array | None) -> Array:
@@ -118,12 +129,17 @@ class DiT(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: Keys):
         self.config = config
         width, dtype, patch_area = config.width, jnp.dtype(config.dtype), config.patch_size**2
-        self.embed = ConditionEmbedding(
-            FREQUENCIES, width, config.num_classes, scalar_conditions=config.scalar_conditions,
-            freq_shift=config.freq_shift, dtype=dtype, rngs=rngs,
+        self.embed = Conditioner(
+            FREQUENCIES, width, config.num_classes, conditions=config.conditions,
+            scalar_conditions=config.scalar_conditions, freq_shift=config.freq_shift, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros
         self.patches_in = nnx.Linear(patch_area * config.shape[2], width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        if image_channels(config.conditions):
+            self.patches_images = nnx.Linear(
+                patch_area * image_channels(config.conditions), width, use_bias=False, kernel_init=zeros, dtype=dtype,
+                rngs=rngs,
+            )  # fmt: skip
         self.blocks = Stack(
             lambda rngs: DiTBlock(config, rngs=rngs), config.depth, config.remat, config.unroll, rngs=rngs
         )
@@ -134,16 +150,17 @@ class DiT(nnx.Module):
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
         B, side, p = len(x), self.config.side, self.config.patch_size
         dtype, norm = jnp.dtype(self.config.dtype), self.config.norm
-        emb_BxD = self.embed(c_noise, cond)
-        x = x.reshape(B, side, p, side, p, -1).swapaxes(2, 3).reshape(B, side**2, -1)
-        x_BxNxD = self.patches_in(x.astype(dtype))
+        embedded = self.embed(c_noise, cond)
+        x_BxNxD = self.patches_in(patches(x, p).astype(dtype))
+        if image_channels(self.config.conditions):
+            x_BxNxD += self.patches_images(patches(images_of(self.config.conditions, cond), p).astype(dtype))
         angles_NxF = None
         if self.config.positions == "rope":
             angles_NxF = rotary_angles(side, self.config.head_dim)
         else:
             x_BxNxD += sincos_2d(side, self.config.width).astype(dtype)
-        x_BxNxD = self.blocks(x_BxNxD, emb_BxD, angles_NxF)
-        shift, scale = jnp.split(self.modulation(jax.nn.silu(emb_BxD))[:, None, :], 2, axis=-1)
+        x_BxNxD = self.blocks(x_BxNxD, embedded, angles_NxF)
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(embedded.vector))[:, None, :], 2, axis=-1)
         x_BxNxD = layer_norm(x_BxNxD, norm) * (1 + scale) + shift
         x = self.patches_out(x_BxNxD.astype(jnp.float32))
         return x.reshape(B, side, side, p, p, -1).swapaxes(2, 3).reshape(B, side * p, side * p, -1)
@@ -152,6 +169,7 @@ class DiT(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
+    conditions: Mapping[str, ConditionSpec] = NO_CONDITIONS,
     scalar_conditions: tuple[str, ...] = (),
     patch_size: int = 2,
     width: int = 384,
@@ -177,6 +195,7 @@ def make(
     Args:
       shape: `(H, W, C)` with H = W, divisible by `patch_size`; given by the data.
       num_classes: The number of classes to condition on; 0 for none. Given by the data.
+      conditions: The other conditions of the data, of the kinds scalar, vector, text and image. Given by the data.
       scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
         `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
       patch_size: The side, in pixels, of the square patch that becomes a token.
@@ -204,6 +223,6 @@ def make(
         lambda rngs: DiT(config, rngs=rngs),
         shape,
         outputs,
-        conditions=class_labels(num_classes),
+        conditions=class_labels(num_classes) | dict(conditions),
         scalar_conditions=scalar_conditions,
     )

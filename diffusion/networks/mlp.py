@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.core.types import Array, Cond, InputError, Network, class_labels
+from diffusion.core.types import NO_CONDITIONS, Array, Cond, ConditionSpec, InputError, Network, class_labels
 from diffusion.distributed.activation_sharding import constrain
-from diffusion.layers.embeddings import ConditionEmbedding
+from diffusion.layers.conditioner import Conditioner
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 
@@ -22,6 +23,7 @@ class MLPConfig:
 
     shape: tuple[int, ...]
     num_classes: int
+    conditions: Mapping[str, ConditionSpec] = dataclasses.field(hash=False)
     scalar_conditions: tuple[str, ...]
     width: int
     depth: int
@@ -31,6 +33,7 @@ class MLPConfig:
     def __post_init__(self):
         if not self.shape or min(self.shape) < 1:
             raise InputError("shape", f"must be one or more positive numbers, got {self.shape}")
+        checks.condition_kinds("mlp", self.conditions, ("scalar", "vector"), self.shape)
         checks.network_size(width=self.width, depth=self.depth, outputs=self.outputs)
         if self.width % 2:
             raise InputError("width", f"must be even, got {self.width}")
@@ -53,9 +56,10 @@ class MLP(nnx.Module):
         self.config = config
         width, depth = config.width, config.depth
         kwargs = dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
-        self.embed = ConditionEmbedding(
-            width, width, config.num_classes, scalar_conditions=config.scalar_conditions, **kwargs
-        )
+        self.embed = Conditioner(
+            width, width, config.num_classes, conditions=config.conditions,
+            scalar_conditions=config.scalar_conditions, **kwargs,
+        )  # fmt: skip
         self.linear_in = nnx.Linear(math.prod(config.shape), width, **kwargs)
         lecun = nnx.initializers.lecun_normal(batch_axis=0)
 
@@ -79,7 +83,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
         dtype = jnp.dtype(self.config.dtype)
-        emb_BxD = jax.nn.silu(self.embed(c_noise, cond))
+        emb_BxD = jax.nn.silu(self.embed(c_noise, cond).vector)
 
         def block(x_BxD: Array, p: dict[str, Array]) -> tuple[Array, None]:
             scale, shift = jnp.split(emb_BxD @ p["emb_kernel"] + p["emb_bias"], 2, axis=-1)
@@ -95,6 +99,7 @@ class MLP(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
+    conditions: Mapping[str, ConditionSpec] = NO_CONDITIONS,
     scalar_conditions: tuple[str, ...] = (),
     width: int = 128,
     depth: int = 3,
@@ -106,6 +111,7 @@ def make(
     Args:
       shape: The shape of one example, with at least one axis; given by the data.
       num_classes: The number of classes to condition on; 0 for none. Given by the data.
+      conditions: The other conditions of the data, of the kinds scalar and vector. Given by the data.
       scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
         `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
       width: The width of the residual stream, the blocks and the embedding; even.
@@ -118,6 +124,6 @@ def make(
         lambda rngs: MLP(config, rngs=rngs),
         shape,
         outputs,
-        conditions=class_labels(num_classes),
+        conditions=class_labels(num_classes) | dict(conditions),
         scalar_conditions=scalar_conditions,
     )

@@ -15,6 +15,7 @@ et al. 2021, arXiv 2011.13456) and ADM (Dhariwal & Nichol 2021, arXiv 2105.05233
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -22,10 +23,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.core.types import Array, Cond, InputError, Network, class_labels
+from diffusion.core.types import NO_CONDITIONS, Array, Cond, ConditionSpec, InputError, Network, class_labels
 from diffusion.distributed.activation_sharding import constrain
-from diffusion.layers.attention import Kernel, SpatialAttention
-from diffusion.layers.embeddings import ConditionEmbedding
+from diffusion.layers.attention import CrossAttention, Kernel, SpatialAttention
+from diffusion.layers.conditioner import Conditioner, Embedded, has_text, image_channels, images_of
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.resample import BOX, Filter, halve
@@ -39,6 +40,7 @@ class UNetConfig:
 
     shape: tuple[int, ...]
     num_classes: int
+    conditions: Mapping[str, ConditionSpec] = dataclasses.field(hash=False)
     scalar_conditions: tuple[str, ...]
     width: int
     channel_mult: tuple[int, ...]
@@ -67,6 +69,7 @@ class UNetConfig:
 
     def __post_init__(self):
         checks.square_images("unet", self.shape)
+        checks.condition_kinds("unet", self.conditions, ("scalar", "vector", "text", "image"), self.shape)
         checks.network_size(
             width=self.width, num_res_blocks=self.num_res_blocks, outputs=self.outputs, epsilon=self.epsilon,
             head_dim=self.head_dim, groups=self.groups,
@@ -75,7 +78,7 @@ class UNetConfig:
         if self.width % 2:
             raise InputError("width", f"must be even, got {self.width}")
         checks.levels(self.shape[0], self.width, self.channel_mult, self.attention_resolutions, self.head_dim,
-                      middle_attention=self.middle_attention)  # fmt: skip
+                      middle_attention=self.middle_attention or has_text(self.conditions))  # fmt: skip
         weights = self.resample_filter
         if not weights or len(weights) % 2 or weights != weights[::-1] or sum(weights) == 0:
             raise InputError("resample_filter", "must be a symmetric filter with an even number of weights and a "
@@ -98,25 +101,36 @@ class UNetConfig:
 class UNet(nnx.Module):
     """Maps x `[B, H, W, C]`, c_noise `[B]` and cond to `[B, H, W, outputs * C]`, float32.
 
-    Each level of the way down ends with a halving. The way up has one block more per level than the way down. Each of
+    Texts are read by cross-attention after every self-attention and in the middle. Each level of the way down ends with
+    a halving. The way up has one block more per level than the way down. Each of
     its blocks receives, concatenated to its input, one tensor of the way down, in reverse order.
     """
 
     def __init__(self, config: UNetConfig, *, rngs: Keys):
         self.config = config
         width, block, channels = config.width, config.block, config.shape[2]
-        self.embed = ConditionEmbedding(
+        self.embed = Conditioner(
             2 * width if config.embedding == "fourier" else width, block.emb_features, config.num_classes,
-            scalar_conditions=config.scalar_conditions, kind=config.embedding, freq_shift=config.freq_shift,
-            sin_first=config.sin_first, null_class=config.null_class, dtype=block.dtype, rngs=rngs,
+            conditions=config.conditions, scalar_conditions=config.scalar_conditions, kind=config.embedding,
+            freq_shift=config.freq_shift, sin_first=config.sin_first, null_class=config.null_class, dtype=block.dtype,
+            rngs=rngs,
         )  # fmt: skip
         self.conv_in = conv3x3(channels, width, dtype=block.dtype, rngs=rngs)
+        if image_channels(config.conditions):
+            self.conv_images = conv3x3(
+                image_channels(config.conditions), width, zero=True, bias=False, dtype=block.dtype, rngs=rngs
+            )
 
-        def stage(in_channels: int, out_channels: int, attends: bool) -> nnx.Dict:
+        def stage(in_channels: int, out_channels: int, attends: bool, reads: bool | None = None) -> nnx.Dict:
             parts = {"residual": ResidualBlock(in_channels, out_channels, block, rngs=rngs)}
+            heads = out_channels // (config.head_dim or out_channels)
             if attends:
-                heads = out_channels // (config.head_dim or out_channels)
                 parts["attention"] = SpatialAttention(out_channels, heads, block, kernel=config.kernel, rngs=rngs)
+            if has_text(config.conditions) and (attends if reads is None else reads):
+                parts["cross_norm"] = block.norm(out_channels, rngs)
+                parts["cross"] = CrossAttention(
+                    out_channels, block.emb_features, heads, kernel=config.kernel, dtype=block.dtype, rngs=rngs
+                )
             return nnx.Dict(parts)
 
         def resampler(channels: int, to: Literal["halve", "double"]) -> nnx.Module:
@@ -143,7 +157,7 @@ class UNet(nnx.Module):
                     inputs[f"{level}_down"] = conv3x3(pyramid, current, dtype=block.dtype, rngs=rngs)
                     pyramid = current
         self.middle = nnx.Dict({
-            "first": stage(current, current, config.middle_attention),
+            "first": stage(current, current, config.middle_attention, reads=True),
             "second": stage(current, current, False),
         })  # fmt: skip
         for level, multiplier in reversed(list(enumerate(config.channel_mult))):
@@ -162,7 +176,7 @@ class UNet(nnx.Module):
         self.conv_out = conv3x3(current, config.outputs * channels, zero=True, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
-        block, emb = self.config.block, self.embed(c_noise, cond)
+        block, embedded = self.config.block, self.embed(c_noise, cond)
 
         def run(stage: nnx.Module, x: Array) -> Array:
             nonlocal key
@@ -172,14 +186,21 @@ class UNet(nnx.Module):
             if key is not None:
                 key, stage_key = jax.random.split(key)
 
-            def forward(x: Array, emb: Array, key: Array | None) -> Array:
-                x = stage["residual"](x, emb, key)
-                return stage["attention"](x) if "attention" in stage else x
+            def forward(x: Array, embedded: Embedded, key: Array | None) -> Array:
+                x = stage["residual"](x, embedded.vector, key)
+                if "attention" in stage:
+                    x = stage["attention"](x)
+                if "cross" in stage:
+                    tokens = stage["cross_norm"](x).reshape(len(x), -1, x.shape[-1])
+                    x += stage["cross"](tokens, embedded.sequence, embedded.mask).reshape(x.shape)
+                return x
 
-            return constrain(rematerialised(forward, self.config.remat)(x, emb, stage_key))
+            return constrain(rematerialised(forward, self.config.remat)(x, embedded, stage_key))
 
         pyramid = x = x.astype(block.dtype)
         x = self.conv_in(x)
+        if image_channels(self.config.conditions):
+            x += self.conv_images(images_of(self.config.conditions, cond).astype(block.dtype))
         skips = [x]
         for name in self.down_names:
             x = run(self.down[name], x)
@@ -197,6 +218,7 @@ class UNet(nnx.Module):
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
+    conditions: Mapping[str, ConditionSpec] = NO_CONDITIONS,
     scalar_conditions: tuple[str, ...] = (),
     width: int = 128,
     channel_mult: tuple[int, ...] = (1, 2, 2, 2),
@@ -229,6 +251,7 @@ def make(
       shape: `(H, W, C)` with H = W, divisible by 2 once per level after the first; given by the data. It determines
         which levels have attention. The network also accepts images of other sizes with this divisibility.
       num_classes: The number of classes to condition on; 0 for none. Given by the data.
+      conditions: The other conditions of the data, of the kinds scalar, vector, text and image. Given by the data.
       scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
         `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
       width: The channels of the first level; even.
@@ -264,4 +287,5 @@ def make(
     """
     config = UNetConfig(**locals())
     return functional(lambda rngs: UNet(config, rngs=rngs), shape, outputs, multiple=2 ** (len(channel_mult) - 1),
-                      conditions=class_labels(num_classes), scalar_conditions=scalar_conditions)  # fmt: skip
+                      conditions=class_labels(num_classes) | dict(conditions),
+                      scalar_conditions=scalar_conditions)  # fmt: skip

@@ -2,6 +2,7 @@
 and long skip connections."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -10,11 +11,13 @@ from flax import nnx
 
 from diffusion.core import checks
 from diffusion.core.arrays import kept
-from diffusion.core.types import Array, Cond, InputError, Network, class_labels
+from diffusion.core.types import NO_CONDITIONS, Array, Cond, ConditionSpec, InputError, Network, class_labels
 from diffusion.layers.attention import Kernel, attend
+from diffusion.layers.conditioner import ConditionEmbedding, image_channels, images_of
 from diffusion.layers.embeddings import ScalarEmbedding, sinusoidal
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
+from diffusion.layers.positions import patches
 from diffusion.layers.stack import Remat, Stack
 
 # The paper's code truncates this normal at +-2, which is 100 standard deviations.
@@ -29,6 +32,7 @@ class UViTConfig:
 
     shape: tuple[int, ...]
     num_classes: int
+    conditions: Mapping[str, ConditionSpec] = dataclasses.field(hash=False)
     scalar_conditions: tuple[str, ...]
     patch_size: int
     width: int
@@ -45,6 +49,7 @@ class UViTConfig:
 
     def __post_init__(self):
         checks.square_images("uvit", self.shape)
+        checks.condition_kinds("uvit", self.conditions, ("scalar", "vector", "text", "image"), self.shape)
         checks.network_size(
             patch_size=self.patch_size, width=self.width, depth=self.depth, num_heads=self.num_heads,
             outputs=self.outputs, mlp_ratio=self.mlp_ratio,
@@ -65,7 +70,8 @@ class UViTConfig:
     @property
     def num_extras(self) -> int:
         """The number of tokens before those of the patches."""
-        return 1 + bool(self.num_classes)
+        texts = sum(spec.shape[0] for spec in self.conditions.values() if spec.kind == "text")
+        return 1 + bool(self.num_classes) + texts
 
     @property
     def mlp_width(self) -> int:
@@ -91,24 +97,26 @@ class UViTBlock(nnx.Module):
         self.up = nnx.Linear(width, config.mlp_width, **kwargs)
         self.down = nnx.Linear(config.mlp_width, width, **kwargs)
 
-    def __call__(self, x_BxNxD: Array, earlier_BxNxD: Array | None = None) -> Array:
+    def __call__(self, x_BxNxD: Array, *inputs: Array | None) -> Array:
+        """Applies the block; `inputs` are the tokens of the earlier block, with `long_skip`, and the mask or None."""
+        *earlier, mask_BxN = inputs
         if self.long_skip:
-            x_BxNxD = self.skip(jnp.concatenate([x_BxNxD, earlier_BxNxD], axis=-1))
-        x_BxNxD += self._attention(self.norm1(x_BxNxD))
+            x_BxNxD = self.skip(jnp.concatenate([x_BxNxD, *earlier], axis=-1))
+        x_BxNxD += self._attention(self.norm1(x_BxNxD), mask_BxN)
         return x_BxNxD + self.down(jax.nn.gelu(self.up(self.norm2(x_BxNxD)), approximate=False))
 
-    def _attention(self, h_BxNxD: Array) -> Array:
+    def _attention(self, h_BxNxD: Array, mask_BxN: Array | None) -> Array:
         B, N, D = h_BxNxD.shape
         heads = self.config.num_heads
         q, k, v = (part.reshape(B, N, heads, -1) for part in jnp.split(self.qkv(h_BxNxD), 3, axis=-1))
-        return self.out(attend(q, k, v, kernel=self.config.kernel).reshape(B, N, D))
+        return self.out(attend(q, k, v, mask_BxN, kernel=self.config.kernel).reshape(B, N, D))
 
 
 class UViT(nnx.Module):
     """Maps x `[B, H, W, C]`, c_noise `[B]` and cond to `[B, H, W, outputs * C]`, float32.
 
-    The tokens are the class (if there are classes), the noise label, and the patches in row-major order. Where `keep`
-    is False the class is replaced by the null class, row `num_classes` of the table.
+    The tokens are the class (if there are classes), the noise label, those of texts, and the patches in row-major
+    order. Where the class is not kept it is replaced by the null class, row `num_classes` of the table.
     """
 
     def __init__(self, config: UViTConfig, *, rngs: Keys):
@@ -122,7 +130,13 @@ class UViT(nnx.Module):
         if config.num_classes:
             init = nnx.initializers.normal(1)  # the scale of the sinusoidal features
             self.label = nnx.Embed(config.num_classes + 1, width, embedding_init=init, dtype=dtype, rngs=rngs)
+        self.conditions = ConditionEmbedding(config.conditions, width, dtype=dtype, rngs=rngs)
         patch_area = config.patch_size**2
+        if image_channels(config.conditions):
+            self.patches_images = nnx.Linear(
+                patch_area * image_channels(config.conditions), width, use_bias=False,
+                kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs,
+            )  # fmt: skip
         self.patches_in = nnx.Linear(patch_area * channels, width, kernel_init=UNIFORM, dtype=dtype, rngs=rngs)
         num_tokens = config.num_extras + config.side**2
         self.positions = nnx.Param(NORMAL(rngs.params(), (num_tokens, width), jnp.float32))
@@ -140,32 +154,39 @@ class UViT(nnx.Module):
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
         B, side, p, dtype = len(x), self.config.side, self.config.patch_size, jnp.dtype(self.config.dtype)
-        x = x.reshape(B, side, p, side, p, -1).swapaxes(2, 3).reshape(B, side**2, -1)
-        tokens = [*self._extra_tokens(c_noise, cond), self.patches_in(x.astype(dtype))]
-        x_BxNxD = jnp.concatenate(tokens, axis=1) + self.positions[...].astype(dtype)
-        x_BxNxD, every_LxBxNxD = self.in_blocks(x_BxNxD, collect=True)
+        extra, text_mask = self._extra_tokens(c_noise, cond)
+        patches_BxNxD = self.patches_in(patches(x, p).astype(dtype))
+        if image_channels(self.config.conditions):
+            patches_BxNxD += self.patches_images(patches(images_of(self.config.conditions, cond), p).astype(dtype))
+        x_BxNxD = jnp.concatenate([*extra, patches_BxNxD], axis=1) + self.positions[...].astype(dtype)
+        mask_BxN = None
+        if text_mask is not None:
+            before = self.config.num_extras - text_mask.shape[1]
+            mask_BxN = jnp.pad(text_mask, ((0, 0), (before, side**2)), constant_values=True)
+        x_BxNxD, every_LxBxNxD = self.in_blocks(x_BxNxD, mask_BxN, collect=True)
         skips_LxBxNxD = every_LxBxNxD[-2::-1]  # in reverse, without the output of the middle block
-        x_BxNxD = self.out_blocks(x_BxNxD, per_block=(skips_LxBxNxD,))
+        x_BxNxD = self.out_blocks(x_BxNxD, mask_BxN, per_block=(skips_LxBxNxD,))
         x = self.patches_out(self.norm(x_BxNxD[:, self.config.num_extras :]))
         x = x.reshape(B, side, side, p, p, -1).swapaxes(2, 3).reshape(B, side * p, side * p, -1)
         return self.smooth(x) if self.config.conv else x
 
-    def _extra_tokens(self, c_noise: Array, cond: Cond) -> list[Array]:
-        """Returns the tokens before those of the patches, `[B, 1, D]` each."""
+    def _extra_tokens(self, c_noise: Array, cond: Cond) -> tuple[list[Array], Array | None]:
+        """Returns the tokens before those of the patches, `[B, ..., D]` each, and the mask of the texts, the last."""
         num_classes = self.config.num_classes
         time_BxD = sinusoidal(c_noise, self.config.width).astype(self.config.dtype)
         if self.config.time_mlp:
             time_BxD = self.time_outer(jax.nn.silu(self.time_inner(time_BxD)))
-        time_BxD = self.numbers(time_BxD, cond)
-        if not num_classes:
-            return [time_BxD[:, None]]
-        label_BxD = self.label(jnp.where(kept(cond, "label"), cond["label"], num_classes))
-        return [label_BxD[:, None], time_BxD[:, None]]
+        embedded = self.conditions(self.numbers(time_BxD, cond), cond)
+        tokens = [embedded.vector[:, None]]
+        if num_classes:
+            tokens = [self.label(jnp.where(kept(cond, "label"), cond["label"], num_classes))[:, None], *tokens]
+        return tokens + [embedded.sequence] * (embedded.sequence is not None), embedded.mask
 
 
 def make(
     shape: tuple[int, ...],
     num_classes: int = 0,
+    conditions: Mapping[str, ConditionSpec] = NO_CONDITIONS,
     scalar_conditions: tuple[str, ...] = (),
     patch_size: int = 2,
     width: int = 512,
@@ -188,6 +209,7 @@ def make(
     Args:
       shape: `(H, W, C)` with H = W, divisible by `patch_size`; given by the data.
       num_classes: The number of classes to condition on; 0 for none. Given by the data.
+      conditions: The other conditions of the data, of the kinds scalar, vector, text and image. Given by the data.
       scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
         `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
       patch_size: The side, in pixels, of the square patch that becomes a token.
@@ -209,6 +231,6 @@ def make(
         lambda rngs: UViT(config, rngs=rngs),
         shape,
         outputs,
-        conditions=class_labels(num_classes),
+        conditions=class_labels(num_classes) | dict(conditions),
         scalar_conditions=scalar_conditions,
     )

@@ -186,7 +186,7 @@ def recompilations() -> tuple[int, int]:
     ]
     first = Generator(network, objective, DIGITS, make_mesh(), cond_drop_rate=0.1, **sections[0])
     for seed, section in enumerate(sections):
-        first.with_settings(**section)(params, np.full(8, seed), 8, seed=seed)
+        first.with_settings(**section)(params, {"label": np.full(8, seed)}, 8, seed=seed)
     return len(sections), first.compilations
 
 

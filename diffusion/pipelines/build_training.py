@@ -11,12 +11,12 @@ from PIL import Image
 
 from diffusion.core import images
 from diffusion.core.build import build, call
-from diffusion.core.types import InputError, Network, Objective, Params, Spec
+from diffusion.core.types import InputError, Network, Objective, Params, Source, Spec
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines.config import check_config, external_names, sharding_options
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import model_of
-from diffusion.pipelines.run import open_run
+from diffusion.pipelines.run import examples_of, open_run
 from diffusion.training import hooks
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
@@ -45,7 +45,7 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
         sampler=config["sampler"], guidance=config["guidance"],
         cond_drop_rate=options.unconditional_share(source.spec.conditions),
     )  # fmt: skip
-    draw = lambda params: preview(generator, params, source.spec)  # noqa: E731
+    draw = lambda params: preview(generator, params, source)  # noqa: E731
     return {
         **keywords, "source": source, "network": network, "objective": objective, "meta": meta, "teacher": teacher,
         "hooks": [hooks.preview(options.preview_every, draw)] if options.preview_every else [],
@@ -78,11 +78,18 @@ def check_training(keywords: Mapping[str, Any]) -> str:
             f"{len(source):,} examples")  # fmt: skip
 
 
-def preview(generator: Generator, params: Params, spec: Spec) -> Image.Image:
-    """Draws a grid of samples with a fixed seed and the classes in columns, so that grids differ by training alone."""
+def preview(generator: Generator, params: Params, source: Source) -> Image.Image:
+    """Draws a grid of samples with a fixed seed and the classes in columns, so that grids differ by training alone.
+
+    Other conditions are those of the first examples.
+    """
+    spec = source.spec
     num = PREVIEW_ROWS * PREVIEW_COLUMNS if len(spec.shape) == 3 else PREVIEW_POINTS
-    labels = np.arange(num) % PREVIEW_COLUMNS % spec.num_classes if spec.num_classes else None
-    return images.picture(generator(params, labels, num, seed=PREVIEW_SEED, batch_size=num), PREVIEW_COLUMNS)
+    others = spec.conditions.keys() - {"label"}
+    cond = examples_of(source, others, num) if others else {}
+    if spec.num_classes:
+        cond["label"] = np.arange(num) % PREVIEW_COLUMNS % spec.num_classes
+    return images.picture(generator(params, cond, num, seed=PREVIEW_SEED, batch_size=num), PREVIEW_COLUMNS)
 
 
 def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[str, Any], Mapping[str, Params] | None]:

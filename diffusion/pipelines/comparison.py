@@ -111,14 +111,13 @@ def compare(
     cells = grid_cells(runs, counts)
     files.make_folder(out, "--out")
 
-    spec = cells[0].run.spec
-    labels = np.arange(num, dtype=np.int32) % spec.num_classes if spec.num_classes else None
+    cond = cells[0].run.conditions(num)
     rows, figures, shown = [], [], []
     for cell in cells:
         start = time.perf_counter()
-        x = cell.generator(cell.run.params, labels, num, seed=seed, batch_size=batch_size, title=cell.label)
+        x = cell.generator(cell.run.params, cond, num, seed=seed, batch_size=batch_size, title=cell.label)
         seconds = round(time.perf_counter() - start, 3)
-        measured = [cell.run.measured(metric, x, labels) for metric in metrics]
+        measured = [cell.run.measured(metric, x, cond.get("label")) for metric in metrics]
         figures = [next(iter(values)) for values in measured]
         values = {name: value for values in measured for name, value in values.items()}
         rows.append({**cell.settings, **values, "seconds": seconds})

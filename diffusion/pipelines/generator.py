@@ -3,7 +3,7 @@
 import copy
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from diffusion.core.build import build, check, find
 from diffusion.core.checks import at_most
 from diffusion.core.progress import Progress
-from diffusion.core.types import Array, Denoiser, InputError, Network, Objective, Params, Sampler, Schedule, Spec
+from diffusion.core.types import Array, Cond, Denoiser, InputError, Network, Objective, Params, Sampler, Schedule, Spec
 from diffusion.distributed import sharding
 from diffusion.sampling import guidance as guidances
 from diffusion.sampling import loop
@@ -30,7 +30,7 @@ MOST_STEPS, MOST_SAMPLES = 10**5, 10**7
 class Generator:
     """Draws samples from a model.
 
-    Other labels, seeds, times and numbers of guidance do not recompile it; another number of steps does.
+    Other conditions, seeds, times and numbers of guidance do not recompile it; another number of steps does.
 
     Args:
       network, objective, spec: The model, and what its samples look like.
@@ -76,7 +76,7 @@ class Generator:
             return denoise
 
         def draw(
-            params: Params, worse_params: Params, keys: Array, cond: Mapping[str, Array], times: Array, numbers: Mapping
+            params: Params, worse_params: Params, keys: Array, cond: Cond, times: Array, numbers: Mapping
         ) -> Array:
             schedule = objective.schedule_for(params)
             denoise = loop.bind(denoiser(params, worse_params, schedule, numbers), cond)
@@ -105,14 +105,14 @@ class Generator:
         return len(self._compiled)
 
     def __call__(
-        self, params: Params, labels: Sequence[int] | None, num: int, *, seed: int, batch_size: int = 250,
+        self, params: Params, cond: Cond, num: int, *, seed: int, batch_size: int = 250,
         title: str | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Draws `num` samples, float32 `[num, ...]`.
 
         Args:
           params: The dict of networks.
-          labels: `[num]`, or None where the data has no classes.
+          cond: The conditions of the data, `[num, ...]` each; empty where it has none.
           seed: Sample i depends on the seed and i alone.
           batch_size: Number of samples drawn at once, rounded up to a multiple of the mesh's data x fsdp.
           title: Title of the progress line; None shows no progress.
@@ -121,7 +121,7 @@ class Generator:
         batch_size = -(-min(batch_size, num) // shards) * shards
         place = sharding.by_example(self.mesh)
 
-        def draw(keys: Array, cond: Mapping[str, np.ndarray]) -> Array:
+        def draw(keys: Array, cond: Cond) -> Array:
             keys, cond = sharding.spread((keys, cond), place)
             args = params, self._worse, keys, cond, self.times, self.numbers
             size = len(self.times), batch_size
@@ -129,7 +129,9 @@ class Generator:
                 self._compiled[size] = self._draw.lower(*args).compile()
             return self._compiled[size](*args)
 
-        cond = {} if labels is None else {"label": np.asarray(labels, np.int32)}
+        cond = jax.tree.map(np.asarray, dict(cond))
+        if "label" in cond:
+            cond["label"] = cond["label"].astype(np.int32)
         progress = Progress(title, num) if title else None
         drawn = []
         for x in loop.in_batches(draw, cond, num, batch_size, jax.random.key(seed)):

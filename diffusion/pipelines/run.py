@@ -12,6 +12,7 @@ from diffusion.core import files, images
 from diffusion.core.build import build, call
 from diffusion.core.types import (
     Array,
+    Cond,
     Denoiser,
     InputError,
     ModelMetric,
@@ -20,6 +21,7 @@ from diffusion.core.types import (
     Params,
     SampleMetric,
     Sampler,
+    Source,
     Spec,
 )
 from diffusion.distributed import sharding
@@ -48,21 +50,31 @@ class Run:
       params: The dict of networks.
       mesh: The devices that hold the parameters.
       meta: What the checkpoint says of the run.
+      source: The data, which are opened when they are first needed.
     """
 
     def __init__(
         self, *, config: Mapping[str, Any], spec: Spec, network: Network, objective: Objective, params: Params,
         mesh: Mesh, step: int = 0, ema: str | None = None, meta: Mapping[str, Any] | None = None,
+        source: Source | None = None,
     ):  # fmt: skip
         self.config, self.spec, self.network, self.objective = config, spec, network, objective
         self.params, self.mesh, self.step, self.ema, self.meta = params, mesh, step, ema, dict(meta or {})
         self._generators: dict[str, Generator] = {}
+        self._source = source
+
+    @property
+    def source(self) -> Source:
+        if self._source is None:
+            self._source = build("data", self.config["data"], field="data")
+        return self._source
 
     def sample(
         self,
         num: int = 16,
         labels: Sequence[int] | None = None,
         *,
+        cond: Cond | None = None,
         sampler: str | Mapping[str, Any] | Callable[..., Sampler] | Sampler | None = None,
         steps: int | None = None,
         grid: str | Mapping[str, Any] | Callable[..., np.ndarray] | None = None,
@@ -75,7 +87,7 @@ class Run:
 
         Args:
           num: Number of samples.
-          labels: Classes, repeated in turn up to `num`; all classes by default.
+          labels, cond: The conditions; see `conditions`.
           sampler, steps, grid: The solver, its number of steps, and the time grid.
           guidance: A scale, the name or section of another guidance, or a function of the denoiser.
           seed: Sample i depends on the seed and i alone.
@@ -93,9 +105,31 @@ class Run:
             *with_options(self.config, sampler=sampler, steps=steps, grid=grid, guidance=guidance)
         )
         return generator(
-            self.params, labels_for(self.spec.num_classes, num, labels), num, seed=seed, batch_size=batch_size,
+            self.params, self.conditions(num, labels, cond), num, seed=seed, batch_size=batch_size,
             title="sample" if progress else None,
         )  # fmt: skip
+
+    def conditions(self, num: int, labels: Sequence[int] | None = None, cond: Cond | None = None) -> dict[str, Any]:
+        """Returns the conditions of `num` samples, `[num, ...]` each.
+
+        Args:
+          labels: Classes, repeated in turn; all classes by default.
+          cond: Other conditions by name, arrays or a `Text` with any number of values, repeated in turn. Those that are
+            not given are taken from the examples of the run's data, in turn.
+
+        Raises:
+          InputError: The data has no such class or condition.
+        """
+        given = dict(cond or {})
+        for name in given:
+            if name not in self.spec.conditions or name == "label":
+                known = ", ".join(self.spec.conditions.keys() - {"label"}) or "there are none; use labels"
+                raise InputError("cond", f"the model has no condition {name!r} besides labels; one of: {known}")
+        missing = self.spec.conditions.keys() - {"label", *given}
+        found = examples_of(self.source, missing, num) if missing else {}
+        found |= {name: _in_turn(value, num) for name, value in given.items()}
+        labels = labels_for(self.spec.num_classes, num, labels)
+        return found if labels is None else {**found, "label": labels}
 
     def evaluate(
         self, *, steps: int | None = None, seed: int = 1, batch_size: int = 250, progress: bool = False
@@ -134,20 +168,20 @@ class Run:
                 yield metric(denoise, self.objective.schedule_for(self.params), jax.random.key(seed)), ""
                 continue
             key = metric.guidance, metric.num
-            labels = labels_for(self.spec.num_classes, metric.num, None)
+            cond = self.conditions(metric.num)
             if key not in drawn:
                 drawn[key] = generators[metric.guidance](
-                    self.params, labels, metric.num, seed=seed, batch_size=batch_size,
+                    self.params, cond, metric.num, seed=seed, batch_size=batch_size,
                     title=f"sample with guidance {metric.guidance:g}" if progress else None,
                 )  # fmt: skip
             note = f"({metric.num} samples, guidance {metric.guidance:g})"
-            yield self.measured(metric, drawn[key], labels), note
+            yield self.measured(metric, drawn[key], cond.get("label")), note
 
     def denoiser(self, **cond: Any) -> Denoiser:
         """Returns `denoise(x, t) -> Denoised` for a condition, such as `label=jnp.array([3])`.
 
         Args:
-          **cond: Arrays `[B]`; none for the unconditional model of data without classes.
+          **cond: The conditions, `[B, ...]` each; none for data without conditions.
         """
         return bind(self.objective.denoiser(self.network.apply, self.params), cond)
 
@@ -172,7 +206,7 @@ class Run:
         """Builds the metrics of the config's `eval` section."""
         section = self.config["eval"]
         real = {
-            "train": build("data", self.config["data"], field="data"),
+            "train": self.source,
             "held_out": build("data", section["data"], field="eval.data"),
         }
         return [
@@ -206,10 +240,9 @@ class Run:
 
     def _x0_errors(self, num: int = 512, points: int = 50) -> tuple[tuple[float, float], ...]:
         """Measures the errors that the analytic variance needs, on the first examples of the run's data."""
-        source = build("data", self.config["data"], field="data")
-        examples = [source[index] for index in range(min(num, len(source)))]
-        x0 = jnp.stack([example["x"] for example in examples])
-        cond = {name: jnp.stack([example["cond"][name] for example in examples]) for name in examples[0]["cond"]}
+        num = min(num, len(self.source))
+        x0 = jnp.stack([self.source[index]["x"] for index in range(num)])
+        cond = jax.tree.map(jnp.asarray, examples_of(self.source, self.spec.conditions, num))
         times = jnp.arange(1, points + 1) / points
         return x0_errors(self.denoiser(**cond), self.objective.schedule_for(self.params), x0, times, jax.random.key(0))
 
@@ -279,7 +312,7 @@ def run_of(trainer: Trainer) -> Run:
     params = jax.tree.map(jnp.copy, trainer.averaged_params())  # the next step donates the trainer's own
     return Run(
         config=config, spec=trainer.spec, network=trainer.network, objective=trainer.objective, params=params,
-        mesh=trainer.mesh, step=trainer.step, ema=trainer.ema.main, meta=trainer.meta,
+        mesh=trainer.mesh, step=trainer.step, ema=trainer.ema.main, meta=trainer.meta, source=trainer.source,
     )  # fmt: skip
 
 
@@ -287,6 +320,18 @@ def sample(model: Trainer | Run | str, num: int = 16, labels: Sequence[int] | No
     """Draws samples from a trainer, a run or a workdir; see `Run.sample`."""
     run = open_run(model) if isinstance(model, str) else run_of(model) if isinstance(model, Trainer) else model
     return run.sample(num, labels, **options)
+
+
+def examples_of(source: Source, names: Collection[str], num: int) -> dict[str, Any]:
+    """Returns the named conditions of a source's first `num` examples, `[num, ...]` each, in turn if it has fewer."""
+    each = [source[index]["cond"] for index in range(min(num, len(source)))]
+    found = jax.tree.map(lambda *values: np.stack(values), *({name: cond[name] for name in names} for cond in each))
+    return _in_turn(found, num)
+
+
+def _in_turn(values: Any, num: int) -> Any:
+    """Repeats the rows of arrays `[n, ...]` in turn up to `num`."""
+    return jax.tree.map(lambda value: np.take(value, np.arange(num) % len(value), axis=0), values)
 
 
 def labels_for(num_classes: int, num: int, labels: Sequence[int] | None) -> np.ndarray | None:

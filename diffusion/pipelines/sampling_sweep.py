@@ -14,10 +14,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from diffusion.core import files, images
-from diffusion.core.types import InputError, SampleMetric
+from diffusion.core.types import Cond, InputError, SampleMetric
 from diffusion.pipelines.generator import Generator, is_neutral, structure
 from diffusion.pipelines.overrides import AXES, sections
 from diffusion.pipelines.run import Run
@@ -119,7 +117,7 @@ def sweep(
     text: str,
     out: str,
     *,
-    labels: np.ndarray | None,
+    cond: Cond,
     num: int,
     seed: int,
     batch_size: int,
@@ -132,7 +130,7 @@ def sweep(
       chosen: Settings that all combinations share; see `overrides.sections`.
       text: The combinations; see `points`.
       out: The folder that the files are written to.
-      labels: Int32 `[num]`, or None if the data has no classes.
+      cond: The conditions of the samples; see `Run.conditions`.
       num: Samples per combination.
       seed: Seed of the noise.
       batch_size: Samples per batch.
@@ -145,12 +143,12 @@ def sweep(
     rows, shown = [], []
     for point, generator in zip(combinations, generators, strict=True):
         before, start = generator.compilations, time.perf_counter()
-        x = generator(run.params, labels, num, seed=seed, batch_size=batch_size, title=spell(point))
+        x = generator(run.params, cond, num, seed=seed, batch_size=batch_size, title=spell(point))
         steps = len(generator.times) - 1
         row = {**point, "steps": steps, "evaluations": generator.solver.evaluations(steps)}
         row |= {"seconds": round(time.perf_counter() - start, 3), "compiled": generator.compilations - before}
         for metric in metrics:
-            row |= run.measured(metric, x, labels)
+            row |= run.measured(metric, x, cond.get("label"))
         rows.append(row)
         shown.append(x[:SHOWN])
         images.save_png(images.picture(x[:SHOWN]), os.path.join(pictures, f"{len(rows):04d}.png"))

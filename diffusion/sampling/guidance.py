@@ -257,14 +257,14 @@ def _conditional_and_unconditional(
     Both are evaluated as one batch of 2B, in which the two rows of an example are adjacent, so that a batch that is
     sharded over devices stays in place.
     """
-    doubled = {name: jnp.repeat(value, 2, axis=0) for name, value in cond.items()}
+    doubled = jax.tree.map(lambda value: jnp.repeat(value, 2, axis=0), dict(cond))
     if not negative:
         doubled["keep"] = jnp.tile(jnp.array([True, False]), x.shape[0])
     else:
         for name, value in negative.items():
             if name not in cond:
                 raise InputError("guidance.negative", f"must name conditions of the model, got {name!r}")
-            doubled[name] = doubled[name].at[1::2].set(value)
+            doubled[name] = jax.tree.map(lambda rows, value: rows.at[1::2].set(value), doubled[name], value)
     both = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(jnp.broadcast_to(t, x.shape[:1]), 2), doubled)
     conditional = jax.tree.map(lambda rows: rows[0::2], both)
     return dataclasses.replace(conditional, conditional=conditional.x0), both.x0[1::2]

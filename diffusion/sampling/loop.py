@@ -15,7 +15,7 @@ A sampler sees neither conditions nor guidance: it calls `denoise(x, t)` for an 
 `noised` replaces `prior`. `invert` runs an ODE solver on the same times in the opposite direction.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -129,8 +129,8 @@ def _without_separate_eps(denoise: Denoiser) -> Denoiser:
 
 
 def in_batches(
-    draw: Callable[[Array, Mapping[str, np.ndarray]], Array],
-    cond: Mapping[str, np.ndarray],
+    draw: Callable[[Array, Cond], Array],
+    cond: Cond,
     num: int,
     batch_size: int,
     key: Array,
@@ -148,7 +148,9 @@ def in_batches(
     pending = None
     for start in range(0, num, batch_size):
         indices = np.minimum(np.arange(start, start + batch_size), num - 1)
-        x = draw(sample_keys(key, jnp.asarray(indices)), {name: value[indices] for name, value in cond.items()})
+        x = draw(
+            sample_keys(key, jnp.asarray(indices)), jax.tree.map(lambda value, rows=indices: value[rows], dict(cond))
+        )
         if pending is not None:
             yield np.asarray(pending)
         pending = x[: num - start]

@@ -60,7 +60,7 @@ def trained(digits, mesh_of):
             network, objective, digits.spec, mesh, sampler={"name": "heun", "steps": 4}, cond_drop_rate=0.1,
             guidance={"name": "cfg", "scale": 2.0},
         )  # fmt: skip
-        samples = generator(averaged(state, "0.5"), np.arange(16) % 10, 16, seed=0, batch_size=16)
+        samples = generator(averaged(state, "0.5"), {"label": np.arange(16) % 10}, 16, seed=0, batch_size=16)
         sharded = {sharding.path_name(path) for path, leaf in jax.tree.leaves_with_path(state.params)
                    if not leaf.is_fully_replicated}  # fmt: skip
         return losses, jax.device_get(state.params["net"]), samples, sharded

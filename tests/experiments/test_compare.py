@@ -104,7 +104,9 @@ def test_all_runs_are_measured_by_the_first_runs_metrics(workdirs, written):
     labels = np.arange(NUM) % 10
     for index, workdir, sampler in ((0, workdirs[0], {**DDIM, "steps": 5}), (2, workdirs[1], PNDM)):
         run = open_run(workdir)
-        x = run.generator(sampler=sampler, guidance={"name": "cfg", "scale": 1.0})(run.params, labels, NUM, seed=3)
+        x = run.generator(sampler=sampler, guidance={"name": "cfg", "scale": 1.0})(
+            run.params, {"label": labels}, NUM, seed=3
+        )
         for metric in metrics:
             for name, value in run.measured(metric, x, labels).items():
                 assert float(rows[index][name]) == pytest.approx(value, rel=1e-5), name

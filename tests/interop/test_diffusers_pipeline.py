@@ -114,7 +114,8 @@ needs_peer = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, r
 def native_samples(run, labels, num, sampler, scale=1.0):
     opened = open_run(str(run))
     generate = opened.generator(sampler=sampler, guidance={"name": "cfg", "scale": scale})
-    return generate(opened.params, labels, num, seed=0, batch_size=num), opened
+    cond = {} if labels is None else {"label": labels}
+    return generate(opened.params, cond, num, seed=0, batch_size=num), opened
 
 
 def noises(opened, num, first):

@@ -222,7 +222,10 @@ def guided_sampling(case: Case, path: str) -> dict[str, Callable[[], Any]]:
         with torch.no_grad():
             pipe(labels, guidance_scale=SCALE, num_inference_steps=STEPS, output_type="pt")
 
-    return {"ours": lambda: generator(params, np.array(labels), IMAGES, seed=0, batch_size=IMAGES), "theirs": theirs}
+    return {
+        "ours": lambda: generator(params, {"label": np.array(labels)}, IMAGES, seed=0, batch_size=IMAGES),
+        "theirs": theirs,
+    }
 
 
 def peak_memory(side: str, index: int, path: str) -> float:

@@ -139,7 +139,7 @@ def test_other_settings_share_what_is_compiled(make_generator, tiny_params):
     first = make_generator({"name": "ddim"}, guidance)
 
     def draw(generator):
-        return generator(tiny_params, np.arange(4), 4, seed=0)
+        return generator(tiny_params, {"label": np.arange(4)}, 4, seed=0)
 
     base = draw(first)
     for sampler, other in (
@@ -159,7 +159,7 @@ def test_the_mesh_does_not_change_samples(make_generator, tiny_params):
     """The batch of six is padded to the eight devices. The sampler draws noise and contains a branch."""
     sampler = {"name": "predictor_corrector", "predictor": {"name": "ddim", "eta": 0.5}}
     generators = [make_generator(sampler, CFG, mesh=mesh) for mesh in ((1, 1, 1), (4, 2, 1))]
-    one, eight = (generator(tiny_params, np.arange(6), 6, seed=3) for generator in generators)
+    one, eight = (generator(tiny_params, {"label": np.arange(6)}, 6, seed=3) for generator in generators)
     np.testing.assert_allclose(eight, one, atol=1e-4 * abs(one).max())
 
 
