@@ -3,6 +3,7 @@
 import copy
 import inspect
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -179,8 +180,8 @@ def is_neutral(section: Mapping[str, Any]) -> bool:
 def structure(section: Mapping[str, Any]) -> Any:
     """Returns what is compiled into a function with this guidance: everything except its numbers."""
     _, static, numbers = _read_guidance(section)
-    traced = {name: sorted(given) for name, given in numbers.items()}
-    return section["name"], section.get("worse"), static, traced
+    static = jax.tree.map(lambda leaf: leaf.tolist() if hasattr(leaf, "tolist") else leaf, static)
+    return section["name"], section.get("worse"), static, str(jax.tree.structure(numbers))
 
 
 def sampling_times(
@@ -234,14 +235,27 @@ def _read_guidance(section: Mapping[str, Any]) -> tuple[Callable, dict[str, dict
         field = name if name == "guidance" else f"guidance.{name}"
         parameters = inspect.signature(function).parameters
         check(function, given, field=field, later=[key for key in SUPPLIED if key in parameters])
-        traced = {key for key in given if Array in typing.get_args(parameters[key].annotation)}
-        numbers[name] = {key: jnp.float32(value) for key, value in given.items() if key in traced}
+        traced = {key for key in given if _is_traced(parameters[key].annotation)}
+        numbers[name] = {key: _number(value) for key, value in given.items() if key in traced}
         static[name] = {key: value for key, value in given.items() if key not in traced}
     interval = keywords.get("interval", {})
     low, high = interval.get("low", 0.0), interval.get("high", float("inf"))
     if not low < high:
         raise InputError("guidance.interval", f"low = {low} must be below high = {high}")
     return guide, static, numbers
+
+
+def _is_traced(annotation: Any) -> bool:
+    """Returns whether a keyword is a number, or a mapping to numbers, that may change without recompilation."""
+    kinds = typing.get_args(annotation)
+    return Array in kinds or any(map(_is_traced, kinds))
+
+
+def _number(value: Any) -> Any:
+    """Returns a traced keyword. JAX sorts the keys of a dict, but not of an `OrderedDict`."""
+    if isinstance(value, Mapping):
+        return OrderedDict((key, jnp.float32(number)) for key, number in value.items())
+    return jnp.float32(value)
 
 
 def _wrap(function: Any, denoise: Denoiser, numbers: Mapping, static: Mapping, supplied: Mapping[str, Any]) -> Denoiser:

@@ -1,25 +1,27 @@
 """Guidance by name: each function maps a denoiser to a denoiser, so that they nest: `rescale(cfg(denoise, 3.0), 0.7)`.
 
-    predictions with and without the condition    cfg, apg, cfg_zero, cfg_pp
+    predictions with and without the conditions   cfg, apg, cfg_zero, cfg_pp
+    the same with one condition after another     cfg_per_condition
     predictions of two models                     autoguidance
     a network with the scale as an input          guidance_embedding
     any denoiser's output, modified               rescale, interval, threshold
 
-Traced and static keywords. Keywords annotated `Traced` (`float | Array`) enter the compiled sampler as arguments: a new
-value does not recompile it. All other keywords are static: they are compiled in. `diffusion.pipelines.generator` reads
-the annotations to decide which is which, so a new guidance function must annotate its numbers with `Traced` unless they
-affect shapes or Python control flow. The keywords `denoise`, `guided`, `plain`, `worse` and `schedule` are not options:
-the caller supplies them.
+Traced and static keywords. Keywords annotated `Traced` (`float | Array`), or a mapping to it, enter the compiled
+sampler as arguments: a new value does not recompile it. All other keywords are static: they are compiled in.
+`diffusion.pipelines.generator` reads the annotations to decide which is which, so a new guidance function must annotate
+its numbers with `Traced` unless they affect shapes or Python control flow. The keywords `denoise`, `guided`, `plain`,
+`worse` and `schedule` are not options: the caller supplies them.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import expand
-from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Schedule
+from diffusion.core.types import SCALAR_CONDITIONS, Array, Cond, Denoised, Denoiser, InputError, Schedule
 from diffusion.process.parameterization import velocity
 
 Traced = float | Array  # a number that may change without recompilation
@@ -32,8 +34,8 @@ def cfg(denoise: Denoiser, scale: Traced = 1.0, *, negative: Any = None) -> Deno
 
     Args:
       scale: 0 is unconditional, 1 conditional; above 1 guides.
-      negative: conditions to guide away from, which replace the unconditional ones: entries of `cond`, each `[B, ...]`
-        or one value for all examples.
+      negative: conditions to guide away from, which replace the unconditional ones: entries of `cond`, arrays or a
+        `Text`, each `[B, ...]` or one value for all examples.
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
@@ -125,6 +127,39 @@ def cfg_pp(denoise: Denoiser, scale: Traced = 0.6, *, negative: Any = None) -> D
         conditional, uncond = _conditional_and_unconditional(denoise, x, t, cond, negative)
         x0 = uncond + scale * (conditional.x0 - uncond)
         return dataclasses.replace(conditional, x0=x0, x0_for_eps=uncond)
+
+    return guided
+
+
+def cfg_per_condition(denoise: Denoiser, scales: Mapping[str, Traced]) -> Denoiser:
+    """Classifier-free guidance with one scale per condition (InstructPix2Pix: Brooks et al. 2022, arXiv 2211.09800,
+    eq. 3): with x0_i the prediction with the first i conditions of `scales` alone, for i from 0 to n,
+
+        x0 = x0_0 + sum_i scale_i (x0_i - x0_(i-1))
+
+    All n + 1 are evaluated as one batch. The model must have been trained with each condition dropped alone and with
+    all dropped together: `train.cond_drop_rate` is a mapping with `joint`.
+
+    Args:
+      scales: a scale for each condition of the model, in the order in which they are added. A config file sorts its
+        mappings by name; the order of a flag or of a Python dict is kept.
+    """
+
+    def guided(x: Array, t: Array, cond: Cond) -> Denoised:
+        given = sorted(cond.keys() - {"keep", "target_time", *SCALAR_CONDITIONS})
+        if sorted(scales) != given:
+            raise InputError("guidance.scales", f"must name every condition of the model, {given}, got {list(scales)}")
+        rows = len(scales) + 1
+        copies = jax.tree.map(lambda value: jnp.repeat(value, rows, axis=0), dict(cond))
+        kept = jnp.arange(rows) > jnp.arange(len(scales))[:, None]  # [n, rows]: row i keeps the first i conditions
+        copies["keep"] = {name: jnp.tile(row, x.shape[0]) for name, row in zip(scales, kept, strict=True)}
+        t = jnp.repeat(jnp.broadcast_to(t, x.shape[:1]), rows)
+        every = denoise(jnp.repeat(x, rows, axis=0), t, copies)
+        conditional = jax.tree.map(lambda leaf: leaf[rows - 1 :: rows], every)
+        x0 = every.x0[0::rows]
+        for index, scale in enumerate(scales.values(), 1):
+            x0 += scale * (every.x0[index::rows] - every.x0[index - 1 :: rows])
+        return dataclasses.replace(conditional, x0=x0, conditional=conditional.x0)
 
     return guided
 
