@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion.core.types import Array, Cond
 
@@ -21,6 +22,18 @@ def kept(cond: Cond, name: str | None = None) -> Array | bool:
     if not isinstance(keep, Mapping):
         return keep
     return functools.reduce(operator.or_, keep.values(), False) if name is None else keep.get(name, True)
+
+
+def scaled(x: Array | np.ndarray) -> Array | np.ndarray:
+    """Returns data as the model sees them: 8-bit values as float32 in [-1, 1], and other values unchanged.
+
+    The result is NumPy's float32 `x / 127.5 - 1` on every backend. Compilers replace this division by a multiplication
+    and fuse the subtraction with it, which round differently. Here every operation is exact.
+    """
+    if x.dtype != np.uint8:
+        return x
+    x = x.astype(np.int32)
+    return (131_586 * x + (x > 63) + (x > 127) - 2**24).astype(np.float32) * np.float32(2.0**-24)
 
 
 def flat_mean(x: Array) -> Array:

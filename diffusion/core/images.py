@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion.core import files
+from diffusion.core.arrays import scaled
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
@@ -16,7 +17,7 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
 
 def from_uint8(pixels: np.ndarray) -> np.ndarray:
     """Converts 0 .. 255 to [-1, 1], float32."""
-    return pixels.astype(np.float32) / 127.5 - 1
+    return scaled(pixels)
 
 
 def grid(images: np.ndarray, columns: int | None = None, *, min_side: int = 48, gap: int = 2) -> Image.Image:

@@ -62,7 +62,7 @@ class Text:
 class Batch(TypedDict):
     """A batch of examples."""
 
-    x: Array  # [B, ...] data in [-1, 1]
+    x: Array  # [B, ...] data in [-1, 1], or 8-bit images, which the train step scales
     cond: Cond  # conditions, each [B, ...]
     draws: NotRequired[Mapping[str, Array]]  # the result of `Objective.draw`, each [B, ...]
     skipped: NotRequired[Array]  # [B] bool, True for an example that replaces one that cannot be read
@@ -76,12 +76,15 @@ class ArraySpec:
       shape: Shape without the batch axis.
       kind: `image`: 8 bits per channel. `latent`: the output of an autoencoder. `video`: frames first. `points`: other.
       low, high: Values of the raw data that are mapped to -1 and 1.
+      dtype: `float32`, or `uint8` for values from 0 to 255 that `arrays.scaled` maps to [-1, 1] on the device. It says
+        how the data are delivered, not what they are, so specs that differ in it are equal.
     """
 
     shape: tuple[int, ...]
     kind: Literal["image", "latent", "video", "points"] = "image"
     low: float = 0.0
     high: float = 255.0
+    dtype: Literal["float32", "uint8"] = dataclasses.field(default="float32", compare=False)
 
     def __post_init__(self):
         if not self.shape or min(self.shape) < 1:
@@ -188,8 +191,8 @@ class Spec:
 class Source(Protocol):
     """Random access to examples.
 
-    An example is a dict of numpy arrays without a batch axis, `{"x": ..., "cond": {...}}`, and has a string `caption`
-    if `spec.captions` is True. `source[index]` is deterministic. A source may also define:
+    An example is a dict of numpy arrays without a batch axis, `{"x": ..., "cond": {...}}`, with x of `spec.x.dtype`. It
+    has a string `caption` if `spec.captions` is True. `source[index]` is deterministic. A source may also define:
       draw(index, rng: np.random.Generator): Returns the example for training, with a random crop and flip.
       class_names: A tuple of `spec.num_classes` strings.
       buckets: Integers `[len]`. Examples with the same number have the same shape of `x`, and a batch has one number.

@@ -1,4 +1,4 @@
-"""Image operations from the bytes of a file to a network's input: decode, resize, crop, flip, scale."""
+"""Image operations from the bytes of a file to the pixels of an example: decode, resize, crop, flip."""
 
 import dataclasses
 import io
@@ -52,7 +52,7 @@ def decode(data: bytes) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A transform from a decoded image to a network's input.
+    """A transform from a decoded image to the pixels of an example.
 
     Attributes:
       size: (height, width) of the result; None keeps the size of the image.
@@ -70,7 +70,7 @@ class Transform:
     def __call__(
         self, image: Image.Image, rng: np.random.Generator | None = None, size: Size | None = None
     ) -> np.ndarray:
-        """Returns an image in mode RGB or L as `[H, W, channels]` float32 in [-1, 1].
+        """Returns an image in mode RGB or L as `[H, W, channels]` uint8.
 
         Args:
           rng: Generator for the random crop and flip of training. Without it, the center is taken and not mirrored.
@@ -87,8 +87,7 @@ class Transform:
             image = _fit(image, size, rng if self.crop == "random" else None)
         if rng is not None and self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = np.asarray(image).reshape(image.height, image.width, self.channels)
-        return pixels / np.float32(127.5) - np.float32(1)
+        return np.asarray(image).reshape(image.height, image.width, self.channels)
 
 
 def check_size(name: str, value: int | Size) -> Size:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core import checks
+from diffusion.core.arrays import scaled
 from diffusion.core.types import Array, Denoiser, InputError, Schedule, Source
 from diffusion.evaluation import log_likelihood
 
@@ -33,7 +34,7 @@ class Likelihood:
           entropy: By the true density of the data, if the data has a `log_density`.
         """
         examples = [self.held_out[index] for index in range(min(self.num, len(self.held_out)))]
-        x0 = jnp.stack([example["x"] for example in examples])
+        x0 = jnp.stack([scaled(example["x"]) for example in examples])
         cond = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[example["cond"] for example in examples])
         dims = int(np.prod(x0.shape[1:]))
         high, low = self.log_snr

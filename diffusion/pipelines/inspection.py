@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion.core.arrays import scaled
 from diffusion.core.progress import Progress
 from diffusion.core.types import InputError, Source
 
@@ -49,8 +50,9 @@ def unreadable_examples(source: Source) -> Iterator[str | None]:
 
 
 def examples_of(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields the examples of a stream of batches."""
+    """Yields the examples of a stream of batches, with x in [-1, 1]."""
     for batch in batches:
+        batch = {**batch, "x": scaled(batch["x"])}
         for index in range(len(batch["x"])):
             yield jax.tree.map(lambda leaf, index=index: leaf[index], batch)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion.core import files, images
+from diffusion.core.arrays import scaled
 from diffusion.core.build import build, call
 from diffusion.core.types import (
     Array,
@@ -241,7 +242,7 @@ class Run:
     def _x0_errors(self, num: int = 512, points: int = 50) -> tuple[tuple[float, float], ...]:
         """Measures the errors that the analytic variance needs, on the first examples of the run's data."""
         num = min(num, len(self.source))
-        x0 = jnp.stack([self.source[index]["x"] for index in range(num)])
+        x0 = jnp.stack([scaled(self.source[index]["x"]) for index in range(num)])
         cond = jax.tree.map(jnp.asarray, examples_of(self.source, self.spec.conditions, num))
         times = jnp.arange(1, points + 1) / points
         return x0_errors(self.denoiser(**cond), self.objective.schedule_for(self.params), x0, times, jax.random.key(0))

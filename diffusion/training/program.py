@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from diffusion.core.types import Batch, InputError, Network, Objective, Spec
@@ -89,4 +88,4 @@ def make_program(
 def abstract_batch(spec: Spec, size: int, place: NamedSharding) -> Batch:
     """Returns a batch of `size` examples as `jax.ShapeDtypeStruct` with the sharding `place`."""
     cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), spec.zeros(size))
-    return Batch(x=jax.ShapeDtypeStruct((size, *spec.shape), jnp.float32, sharding=place), cond=cond)
+    return Batch(x=jax.ShapeDtypeStruct((size, *spec.shape), spec.x.dtype, sharding=place), cond=cond)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusion.core.arrays import scaled
 from diffusion.core.types import Array, Batch, Network, Objective, Params
 from diffusion.training.ema import EMA
 from diffusion.training.optimizer import Optimizer
@@ -46,7 +47,7 @@ def make_step(
         key_keep, key_draw, key_net = jax.random.split(key, 3)
         keep = draw_keep(key_keep, cond_drop_rate, batch["cond"], batch["x"].shape[0])
         skipped, request = batch.get("skipped"), batch.get("request")
-        batch = Batch(x=batch["x"], cond={**batch["cond"], "keep": keep})
+        batch = Batch(x=scaled(batch["x"]), cond={**batch["cond"], "keep": keep})
         prepared, objective_state = objective.before_step(
             state.params,
             averaged(state, ema.main),

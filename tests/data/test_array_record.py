@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
+from diffusion.core import images
 from diffusion.core.build import build
 from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 from diffusion.data.sources import array_record
@@ -18,7 +19,7 @@ RNG = np.random.default_rng(0)
 class Examples:
     """8-bit images with labels, class names, captions and skipped examples."""
 
-    spec = Spec(ArraySpec((4, 6, 3)), class_labels(3), captions=True)
+    spec = Spec(ArraySpec((4, 6, 3), dtype="uint8"), class_labels(3), captions=True)
     class_names = ("a", "b", "ç")
 
     def __init__(self, size=7, skipped=()):
@@ -28,8 +29,11 @@ class Examples:
         return len(self.pixels)
 
     def __getitem__(self, index):
-        x = self.pixels[index] / np.float32(127.5) - np.float32(1)
-        example = {"x": x, "cond": {"label": np.int32(index % 3)}, "caption": f"naïve {index}" * (index % 2)}
+        example = {
+            "x": self.pixels[index],
+            "cond": {"label": np.int32(index % 3)},
+            "caption": f"naïve {index}" * (index % 2),
+        }
         return {**example, "skipped": np.bool_(index in self.skipped)}
 
 
@@ -49,7 +53,7 @@ def test_read_back_as_written(tmp_path):
     for index in range(7):
         example, expected = found[index], source[index]
         np.testing.assert_array_equal(example["x"], expected["x"])
-        assert example["x"].dtype == np.float32 and example["x"].flags.writeable
+        assert example["x"].dtype == found.spec.x.dtype == "uint8" and example["x"].flags.writeable
         assert example["cond"]["label"] == expected["cond"]["label"] and example["cond"]["label"].dtype == np.int32
         assert example["caption"] == expected["caption"]
 
@@ -60,6 +64,14 @@ def test_labels_and_captions_are_optional(tmp_path):
     assert found[1].keys() == {"x", "cond"} and found[1]["cond"] == {} and found.spec == Spec(ArraySpec((4, 6, 3)))
     np.testing.assert_array_equal(found[3]["x"], read(tmp_path / "set")[3]["x"])
     assert read(tmp_path / "set", labels=False, captions=True)[3]["caption"] == "naïve 3"
+
+
+def test_float_images_are_stored_in_8_bits(tmp_path):
+    source = build("data", {"name": "shapes", "length": 2})
+    write(source, tmp_path / "set")
+    found = read(tmp_path / "set")
+    assert found.spec == source.spec and found.spec.x.dtype == "uint8"
+    np.testing.assert_array_equal(found[1]["x"], images.to_uint8(source[1]["x"]))
 
 
 @pytest.mark.parametrize("name", ["digits", "toy"])

@@ -35,19 +35,15 @@ def tiny(folder, **keywords):
     return build("data", {"name": "tfds", "dataset": "tiny_things", "data_dir": folder, **keywords})
 
 
-def raw(x):
-    return np.round((x + 1) * 127.5).astype(np.uint8)
-
-
 def test_examples_are_those_of_the_builder(folder):
     source = tiny(folder, captions=True, caption="caption")
     assert source.spec.shape == (6, 4, 3) and source.spec.num_classes == 3 and source.spec.captions
-    assert (source.spec.low, source.spec.high) == (0, 255) and source.class_names == tfds_sets.NAMES
+    assert (source.spec.x.low, source.spec.x.high) == (0, 255) and source.class_names == tfds_sets.NAMES
     expected, labels = tfds_sets.expected("train"), {}
     assert len(source) == len(expected) == 14
     for example in (source[index] for index in range(14)):
-        np.testing.assert_array_equal(raw(example["x"]), expected.pop(example["caption"]))
-        assert example["x"].dtype == np.float32 and example["cond"]["label"].dtype == np.int32
+        np.testing.assert_array_equal(example["x"], expected.pop(example["caption"]))
+        assert example["x"].dtype == source.spec.x.dtype == "uint8" and example["cond"]["label"].dtype == np.int32
         labels[int(example["caption"].split()[2])] = int(example["cond"]["label"])
     assert not expected and labels == {index: index % 3 for index in range(14)}
 
@@ -64,7 +60,7 @@ def test_features_by_name(folder):
     for example in (source[index] for index in range(14)):
         word, number = example["caption"].split()
         assert word == "one" and example["cond"]["label"] == int(number) % 2
-        np.testing.assert_array_equal(example["x"], -1)
+        np.testing.assert_array_equal(example["x"], 0)
     drawn = {source.draw(3, np.random.default_rng(seed))["caption"].split()[0] for seed in range(20)}
     assert drawn == {"one", "two"}
 
@@ -141,7 +137,7 @@ def read_elsewhere(folder, out):
     """Returns `{caption: raw image}` as read by a process that imports neither TensorFlow nor the builder."""
     done = subprocess.run([sys.executable, "-c", READER, folder, out], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {caption: raw(x) for caption, x in np.load(out).items()}
+    return dict(np.load(out))
 
 
 def test_reading_needs_neither_tensorflow_nor_the_builder(folder, tmp_path):
@@ -175,7 +171,7 @@ def test_known_data_sets(dataset):
         label = theirs[index]["attributes"]["Male"] if dataset == "celeb_a" else theirs[index]["label"]
         assert source[index]["x"].shape == shape and source[index]["cond"]["label"] == label
         if "size" not in keywords:
-            np.testing.assert_array_equal(raw(source[index]["x"]), theirs[index]["image"])
+            np.testing.assert_array_equal(source[index]["x"], theirs[index]["image"])
 
 
 def test_the_supervised_target_comes_first():

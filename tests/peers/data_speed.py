@@ -37,7 +37,9 @@ def data(runs: int) -> None:
         source = build("data", {"name": "folder", "path": photographs, "size": SIZE})
         array_record.write(source, (source[index] for index in range(len(source))), records)
         prepared = build("data", {"name": "array_record", "path": records})
-        difference = max(np.abs(source[index]["x"] - PillowDataset(source)[index][0]).max() for index in range(8))
+        difference = max(
+            np.abs(source[index]["x"].astype(int) - PillowDataset(source)[index][0]).max() for index in range(8)
+        )
         print(f"{SIDE} x {SIDE} JPEGs, batches of {BATCH_SIZE} at {SIZE} x {SIZE}; images differ by {difference:.0e}")
         rates = {}
         for workers in (0, WORKERS):
@@ -123,7 +125,7 @@ class PillowDataset:
         pixels = np.array(image)
         top, left = (pixels.shape[0] - SIZE) // 2, (pixels.shape[1] - SIZE) // 2
         pixels = pixels[top : top + SIZE, left : left + SIZE]
-        return pixels.astype(np.float32) / 127.5 - 1, self.labels[index]
+        return pixels, self.labels[index]
 
 
 def training(photographs: str, runs: int) -> None:

@@ -53,7 +53,7 @@ NETWORK = Network(lambda key: {"w": jnp.float32(2)}, net)
 BATCH = {"x": jnp.arange(1.0, 17.0), "cond": {}}
 
 
-def run(steps=1, *, objective=None, opt=None, averages=None, **options):
+def run(steps=1, *, objective=None, opt=None, averages=None, batch=None, **options):
     objective = objective or Linear(frozen=("teacher",))
     opt = opt or make_optimizer(steps=100, name="sgd", learning_rate=1e-3, clip=None)
     averages = averages or make_ema(decays=(0.5,), warmup=False)
@@ -61,7 +61,7 @@ def run(steps=1, *, objective=None, opt=None, averages=None, **options):
     step = jax.jit(make_step(objective, NETWORK, opt, averages, seed=0, **options))
     states, metrics = [state], []
     for _ in range(steps):
-        state, measured = step(state, BATCH)
+        state, measured = step(state, batch or BATCH)
         states.append(state)
         metrics.append(measured)
     return states, metrics
@@ -174,6 +174,12 @@ def test_rates_of_unknown_conditions_are_refused(digits, tiny_mlp, ddpm):
         draw_keep(jax.random.key(0), rates, ("label",), 2)
     with refused("train.cond_drop_rate"):
         Trainer(digits, tiny_mlp, ddpm, cond_drop_rate=rates)
+
+
+def test_8_bit_data_are_scaled_in_the_step():
+    pixels = jnp.arange(0, 256, 16, dtype=jnp.uint8)
+    losses = [run(batch={**BATCH, "x": x})[1][0]["loss"] for x in (pixels, pixels.astype(jnp.float32) / 127.5 - 1)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 def test_gradient_is_clipped():

@@ -13,7 +13,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from diffusion.core import files
+from diffusion.core import files, images
 from diffusion.core.types import ArraySpec, InputError, Source, Spec, class_labels, earlier_kind
 
 FORMAT = 1
@@ -52,7 +52,7 @@ class ArrayRecord:
         self.flip, self.labels, self.captions = flip, labels, captions
         self.dtype, self.labelled = np.dtype(info["dtype"]), bool(info["num_classes"])
         self.class_names = tuple(info["class_names"]) if labels else ()
-        x = ArraySpec(tuple(info["shape"]), info["kind"], info["low"], info["high"])
+        x = ArraySpec(tuple(info["shape"]), info["kind"], info["low"], info["high"], info["dtype"])
         self.spec = Spec(x, class_labels(info["num_classes"] if labels else 0), captions)
 
     def __len__(self) -> int:
@@ -62,8 +62,7 @@ class ArrayRecord:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} examples")
         record, count = self.records[index], math.prod(self.spec.shape)
-        x = np.frombuffer(record, self.dtype, count).reshape(self.spec.shape)
-        x = x / np.float32(127.5) - np.float32(1) if self.dtype == np.uint8 else x.copy()
+        x = np.frombuffer(record, self.dtype, count).reshape(self.spec.shape).copy()
         rest = count * self.dtype.itemsize
         cond = {"label": np.frombuffer(record, "<i4", 1, rest)[0]} if self.labels else {}
         example = {"x": x, "cond": cond}
@@ -144,11 +143,11 @@ def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str) -> in
         info = {
             "format": FORMAT,
             "count": count,
-            "dtype": dtype.name,
             "class_names": getattr(source, "class_names", ()),
             "num_classes": spec.num_classes,
             "captions": spec.captions,
             **dataclasses.asdict(spec.x),
+            "dtype": dtype.name,
         }
         with files.replace(os.path.join(folder, INFO)) as file:
             json.dump(info, file, indent=2)
@@ -159,8 +158,8 @@ def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str) -> in
 
 
 def _record(example: Mapping[str, Any], dtype: np.dtype) -> bytes:
-    x = np.asarray(example["x"], np.float32)
-    if dtype == np.uint8:
-        x = np.round((x + 1) * 127.5).clip(0, 255)
+    x = example["x"]
+    if dtype == np.uint8 and x.dtype != np.uint8:
+        x = images.to_uint8(x)
     label = np.array(example["cond"]["label"], "<i4").tobytes() if "label" in example["cond"] else b""
     return x.astype(dtype).tobytes() + label + example.get("caption", "").encode()

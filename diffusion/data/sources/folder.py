@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Folder:
-    """Examples `[H, W, C]` in [-1, 1], with `label` and `caption` if requested.
+    """Examples `[H, W, C]` uint8, with `label` and `caption` if requested.
 
     Attributes:
       index: The index of the files.
@@ -39,7 +39,7 @@ class Folder:
             self.buckets = _nearest(index.sizes(), shapes)
         height, width = shapes[0]
         shape = (height, width, transform.channels)
-        self.spec = Spec(ArraySpec(shape), class_labels(len(self.class_names)), captions)
+        self.spec = Spec(ArraySpec(shape, dtype="uint8"), class_labels(len(self.class_names)), captions)
         self._reported = set()
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ LOCATION_KEYWORDS = ("path",)  # see pipeline.location_keywords
 
 
 class Npy:
-    """Examples `[H, W, C]` float32, with `label` if there are classes.
+    """Examples `[H, W, C]`, uint8 or float32, with `label` if there are classes.
 
     Attributes:
       images: `[N, H, W, C]`, with the dtype of the file.
@@ -24,7 +24,7 @@ class Npy:
 
     def __init__(self, images: np.memmap, labels: np.ndarray | None, num_classes: int, flip: bool):
         self.images, self.labels, self.flip = images, labels, flip
-        options = {} if images.dtype == np.uint8 else {"kind": "latent", "low": -1.0, "high": 1.0}
+        options = {"dtype": "uint8"} if images.dtype == np.uint8 else {"kind": "latent", "low": -1.0, "high": 1.0}
         self.spec = Spec(ArraySpec(images.shape[1:], **options), class_labels(num_classes))
 
     def __len__(self) -> int:
@@ -34,9 +34,7 @@ class Npy:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} examples")
         mirrored, index = divmod(index, len(self.images))
-        x = np.array(self.images[index], np.float32)
-        if self.images.dtype == np.uint8:
-            x = x / 127.5 - 1
+        x = np.array(self.images[index], self.spec.x.dtype)
         if mirrored:
             x = x[:, ::-1]
         return {"x": x, "cond": {} if self.labels is None else {"label": self.labels[index]}}
@@ -46,7 +44,7 @@ def make(path: str, num_classes: int = 0, flip: bool = False) -> Npy:
     """Opens arrays in a folder.
 
     Args:
-      path: Folder with `x.npy` `[N, H, W, C]`: either uint8 images, which are scaled to [-1, 1], or floating-point
+      path: Folder with `x.npy` `[N, H, W, C]`: either uint8 images, which stand for [-1, 1], or floating-point
         numbers, which are used unchanged, such as the scaled latents of an autoencoder.
       num_classes: Number of classes. With 0, `label.npy` is not read; otherwise it must hold integers `[N]` from 0 to
         `num_classes - 1`.

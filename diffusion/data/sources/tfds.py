@@ -21,7 +21,7 @@ Keys = tuple[str, ...]  # path of a feature in the nested dicts of an example
 
 
 class Tfds:
-    """Examples `[H, W, C]` in [-1, 1], with `label` and `caption` if requested.
+    """Examples `[H, W, C]` uint8, with `label` and `caption` if requested.
 
     Attributes:
       name: The data set and its split, for messages.
@@ -43,7 +43,7 @@ class Tfds:
         for key in reversed(self.keys["image"]):
             self.decoders = {key: self.decoders}
         self.class_names = _class_names(*chosen["label"]) if "label" in chosen else ()
-        self.spec = Spec(ArraySpec(shape), class_labels(len(self.class_names)), "caption" in chosen)
+        self.spec = Spec(ArraySpec(shape, dtype="uint8"), class_labels(len(self.class_names)), "caption" in chosen)
 
     def __len__(self) -> int:
         return len(self.records)
