@@ -8,11 +8,18 @@ LARGEST = 2**16  # limit for sizes of a network: a larger one is a typing error,
 MOST = {"num_res_blocks": 1000}  # smaller limits for the numbers of blocks, which are built one by one
 
 
-def square_images(network: str, shape: tuple[int, ...]) -> None:
-    """Checks that examples are square images `[H, W, C]`."""
-    if len(shape) != 3 or shape[0] != shape[1]:
-        problem = f"{network} requires square images (H, W, C), got {shape}; choose another network or other data"
+def images(network: str, shape: tuple[int, ...]) -> None:
+    """Checks that examples are images `[H, W, C]`."""
+    if len(shape) != 3:
+        problem = f"{network} requires images (H, W, C), got {shape}; choose another network or other data"
         raise InputError("shape", problem)
+
+
+def patches(shape: tuple[int, ...], patch_size: int) -> None:
+    """Checks that square patches divide images."""
+    height, width, _ = shape
+    if height % patch_size or width % patch_size:
+        raise InputError("patch_size", f"must divide the {height} x {width} pixels of an image, got {patch_size}")
 
 
 def condition_kinds(
@@ -78,7 +85,7 @@ def inner_width(width: float) -> int:
 
 
 def levels(
-    size: int,
+    shape: tuple[int, ...],
     width: int,
     channel_mult: Sequence[int],
     attention_resolutions: Collection[int],
@@ -88,15 +95,16 @@ def levels(
 ) -> None:
     """Checks a U-Net's levels.
 
-    The images must be divisible by 2 once per level after the first, each attention resolution must be that of a level,
-    and the attention heads must divide the channels that they attend to.
+    The images must be divisible by 2 once per level after the first, each attention resolution must be that of the
+    shorter side at a level, and the attention heads must divide the channels that they attend to.
     """
     if not channel_mult or min(channel_mult) < 1:
         raise InputError("channel_mult", f"must be one or more positive numbers, got {channel_mult}")
     at_most(LARGEST, width * max(channel_mult), "channel_mult")
-    halvings = len(channel_mult) - 1
-    if size % (1 << halvings):
-        raise InputError("channel_mult", f"{size} pixels cannot be halved {halvings} times; use fewer levels")
+    halvings, size = len(channel_mult) - 1, min(shape[:2])
+    for pixels in shape[:2]:
+        if pixels % (1 << halvings):
+            raise InputError("channel_mult", f"{pixels} pixels cannot be halved {halvings} times; use fewer levels")
     sizes = [size >> level for level in range(len(channel_mult))]
     for resolution in attention_resolutions:
         if resolution not in sizes:

@@ -65,6 +65,9 @@ def read(path: str, *, null_class: bool = False) -> Model:
 def write(path: str, model: Model) -> None:
     """Writes a model folder. Raises InputError naming the option that diffusers' model does not support."""
     network = with_defaults(model.network)
+    shape = model.spec.shape
+    if network["name"] in ("unet", "dit") and shape[0] != shape[1]:
+        raise InputError("spec.shape", f"must be square to be written for diffusers, got {shape[0]} x {shape[1]}")
     if network["name"] == "unet":
         config = _unet_config(network, model.spec, tensors.sizes(model.params, "scale"))
     elif network["name"] == "dit":

@@ -1,4 +1,4 @@
-"""Patches of images, and position encodings for `side * side` tokens in row-major order."""
+"""Patches of images, and position encodings for `rows * columns` tokens in row-major order."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,20 +12,20 @@ def patches(x: Array, size: int) -> Array:
     return x.reshape(B, H // size, size, W // size, size, C).swapaxes(2, 3).reshape(B, -1, size * size * C)
 
 
-def sincos_2d(side: int, width: int) -> np.ndarray:
-    """Returns fixed position embeddings `[side^2, width]`: sines and cosines of the column in the first half, of the
-    row in the second (Peebles & Xie 2023; Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
+def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
+    """Returns fixed position embeddings `[rows * columns, width]`: sines and cosines of the column in the first
+    half, of the row in the second (Peebles & Xie 2023; Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
     frequencies = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
-    rows, columns = np.divmod(np.arange(side**2), side)
-    angles = [np.outer(position, frequencies) for position in (columns, rows)]
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    angles = [np.outer(position, frequencies) for position in (column, row)]
     return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-def rotary_angles(side: int, head_dim: int) -> np.ndarray:
-    """Returns the angles `[side^2, head_dim / 2]` for `rotate`: the first half depends on the row, the second on the
-    column."""
+def rotary_angles(rows: int, columns: int, head_dim: int) -> np.ndarray:
+    """Returns the angles `[rows * columns, head_dim / 2]` for `rotate`: the first half depends on the row, the second
+    on the column."""
     frequencies = 10_000.0 ** -(np.arange(head_dim // 4) / (head_dim // 4))
-    positions = np.divmod(np.arange(side**2), side)
+    positions = np.divmod(np.arange(rows * columns), columns)
     return np.concatenate([np.outer(position, frequencies) for position in positions], axis=1).astype(np.float32)
 
 

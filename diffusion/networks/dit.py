@@ -46,24 +46,18 @@ class DiTConfig:
     dtype: Literal["float32", "bfloat16"]
 
     def __post_init__(self):
-        checks.square_images("dit", self.shape)
+        checks.images("dit", self.shape)
         checks.condition_kinds("dit", self.conditions, ("scalar", "vector", "text", "image"), self.shape)
         checks.network_size(
             patch_size=self.patch_size, width=self.width, depth=self.depth, num_heads=self.num_heads,
             outputs=self.outputs, unroll=self.unroll, mlp_ratio=self.mlp_ratio,
         )  # fmt: skip
-        if self.shape[0] % self.patch_size:
-            raise InputError("patch_size", f"must divide the {self.shape[0]} pixels of a side, got {self.patch_size}")
+        checks.patches(self.shape, self.patch_size)
         if self.width % 4 or self.width % self.num_heads:
             raise InputError("width", f"must be divisible by 4 and by num_heads = {self.num_heads}, got {self.width}")
         if self.positions == "rope" and self.head_dim % 4:
             raise InputError("positions", f"rope requires width / num_heads divisible by 4, got {self.head_dim}")
         checks.inner_width(self.mlp_width)
-
-    @property
-    def side(self) -> int:
-        """The number of tokens per side of the image."""
-        return self.shape[0] // self.patch_size
 
     @property
     def head_dim(self) -> int:
@@ -148,7 +142,8 @@ class DiT(nnx.Module):
         self.patches_out = nnx.Linear(width, patch_out, kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
-        B, side, p = len(x), self.config.side, self.config.patch_size
+        (B, H, W, _), p = x.shape, self.config.patch_size
+        rows, columns = H // p, W // p
         dtype, norm = jnp.dtype(self.config.dtype), self.config.norm
         embedded = self.embed(c_noise, cond)
         x_BxNxD = self.patches_in(patches(x, p).astype(dtype))
@@ -156,14 +151,14 @@ class DiT(nnx.Module):
             x_BxNxD += self.patches_images(patches(images_of(self.config.conditions, cond), p).astype(dtype))
         angles_NxF = None
         if self.config.positions == "rope":
-            angles_NxF = rotary_angles(side, self.config.head_dim)
+            angles_NxF = rotary_angles(rows, columns, self.config.head_dim)
         else:
-            x_BxNxD += sincos_2d(side, self.config.width).astype(dtype)
+            x_BxNxD += sincos_2d(rows, columns, self.config.width).astype(dtype)
         x_BxNxD = self.blocks(x_BxNxD, embedded, angles_NxF)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(embedded.vector))[:, None, :], 2, axis=-1)
         x_BxNxD = layer_norm(x_BxNxD, norm) * (1 + scale) + shift
         x = self.patches_out(x_BxNxD.astype(jnp.float32))
-        return x.reshape(B, side, side, p, p, -1).swapaxes(2, 3).reshape(B, side * p, side * p, -1)
+        return x.reshape(B, rows, columns, p, p, -1).swapaxes(2, 3).reshape(B, H, W, -1)
 
 
 def make(
@@ -193,7 +188,8 @@ def make(
     L and (1152, 28, 16) for XL.
 
     Args:
-      shape: `(H, W, C)` with H = W, divisible by `patch_size`; given by the data.
+      shape: `(H, W, C)` with H and W divisible by `patch_size`; given by the data. The network also accepts images of
+        other sizes with this divisibility.
       num_classes: The number of classes to condition on; 0 for none. Given by the data.
       conditions: The other conditions of the data, of the kinds scalar, vector, text and image. Given by the data.
       scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
@@ -219,10 +215,6 @@ def make(
       dtype: The compute dtype. Parameters, the statistics of norms and the last layer are float32.
     """
     config = DiTConfig(**locals())
-    return functional(
-        lambda rngs: DiT(config, rngs=rngs),
-        shape,
-        outputs,
-        conditions=class_labels(num_classes) | dict(conditions),
-        scalar_conditions=scalar_conditions,
-    )
+    return functional(lambda rngs: DiT(config, rngs=rngs), shape, outputs, multiple=patch_size,
+                      conditions=class_labels(num_classes) | dict(conditions),
+                      scalar_conditions=scalar_conditions)  # fmt: skip

@@ -48,13 +48,13 @@ class EDM2Config:
     dtype: Literal["float32", "bfloat16"]
 
     def __post_init__(self):
-        checks.square_images("edm2", self.shape)
+        checks.images("edm2", self.shape)
         checks.network_size(
             width=self.width, num_res_blocks=self.num_res_blocks, head_dim=self.head_dim, bandwidth=self.bandwidth,
             outputs=self.outputs,
         )  # fmt: skip
         checks.rate(dropout=self.dropout)
-        checks.levels(self.shape[0], self.width, self.channel_mult, self.attention_resolutions, self.head_dim)
+        checks.levels(self.shape, self.width, self.channel_mult, self.attention_resolutions, self.head_dim)
         for name in ("res_balance", "attn_balance", "concat_balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(name, f"must be in [0, 1], got {getattr(self, name)}")
@@ -66,7 +66,7 @@ class EDM2Config:
 
     def attends(self, level: int) -> bool:
         """Returns whether the blocks of a level have self-attention."""
-        return self.shape[0] >> level in self.attention_resolutions
+        return min(self.shape[:2]) >> level in self.attention_resolutions
 
 
 class EDM2Block(nnx.Module):
@@ -244,15 +244,16 @@ def make(
     head.
 
     Args:
-      shape: `(H, W, C)` with H = W, divisible by 2 once per level after the first; given by the data.
+      shape: `(H, W, C)` with H and W divisible by 2 once per level after the first; given by the data. The network also
+        accepts images of other sizes with this divisibility.
       num_classes: The number of classes to condition on; 0 for none. Given by the data.
       scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
         `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
       width: The channels of the first level.
       channel_mult: The channels of each level as multiples of `width`. The embedding is as wide as the widest level.
       num_res_blocks: The number of residual blocks per level on the way down; one more on the way up.
-      attention_resolutions: The resolutions at which every block has self-attention. The first block of the middle
-        always has it.
+      attention_resolutions: The resolutions, of the shorter side, at which every block has self-attention. The first
+        block of the middle always has it.
       head_dim: The channels of an attention head; must divide the channels wherever there is attention.
       dropout: The dropout rate inside the residual blocks, in [0, 1).
       res_balance, attn_balance, concat_balance: The shares, in [0, 1], of a block's output in its sum with the skip
@@ -265,5 +266,6 @@ def make(
       dtype: The compute dtype. Parameters, the statistics of norms and the last convolution are float32.
     """
     config = EDM2Config(**locals())
-    return functional(lambda rngs: EDM2(config, rngs=rngs), shape, outputs, conditions=class_labels(num_classes),
-                      scalar_conditions=scalar_conditions, project=normalize_all)  # fmt: skip
+    return functional(lambda rngs: EDM2(config, rngs=rngs), shape, outputs, multiple=2 ** (len(channel_mult) - 1),
+                      conditions=class_labels(num_classes), scalar_conditions=scalar_conditions,
+                      project=normalize_all)  # fmt: skip

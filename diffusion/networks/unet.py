@@ -68,7 +68,7 @@ class UNetConfig:
     dtype: Literal["float32", "bfloat16"]
 
     def __post_init__(self):
-        checks.square_images("unet", self.shape)
+        checks.images("unet", self.shape)
         checks.condition_kinds("unet", self.conditions, ("scalar", "vector", "text", "image"), self.shape)
         checks.network_size(
             width=self.width, num_res_blocks=self.num_res_blocks, outputs=self.outputs, epsilon=self.epsilon,
@@ -77,7 +77,7 @@ class UNetConfig:
         checks.rate(dropout=self.dropout)
         if self.width % 2:
             raise InputError("width", f"must be even, got {self.width}")
-        checks.levels(self.shape[0], self.width, self.channel_mult, self.attention_resolutions, self.head_dim,
+        checks.levels(self.shape, self.width, self.channel_mult, self.attention_resolutions, self.head_dim,
                       middle_attention=self.middle_attention or has_text(self.conditions))  # fmt: skip
         weights = self.resample_filter
         if not weights or len(weights) % 2 or weights != weights[::-1] or sum(weights) == 0:
@@ -95,7 +95,7 @@ class UNetConfig:
 
     def attends(self, level: int) -> bool:
         """Returns whether there is self-attention at a level."""
-        return self.shape[0] >> level in self.attention_resolutions
+        return min(self.shape[:2]) >> level in self.attention_resolutions
 
 
 class UNet(nnx.Module):
@@ -248,7 +248,7 @@ def make(
     """Builds a U-Net for images of shape `shape`.
 
     Args:
-      shape: `(H, W, C)` with H = W, divisible by 2 once per level after the first; given by the data. It determines
+      shape: `(H, W, C)` with H and W divisible by 2 once per level after the first; given by the data. It determines
         which levels have attention. The network also accepts images of other sizes with this divisibility.
       num_classes: The number of classes to condition on; 0 for none. Given by the data.
       conditions: The other conditions of the data, of the kinds scalar, vector, text and image. Given by the data.
@@ -257,7 +257,8 @@ def make(
       width: The channels of the first level; even.
       channel_mult: The channels of each level as multiples of `width`.
       num_res_blocks: The number of residual blocks per level on the way down; one more on the way up.
-      attention_resolutions: The resolutions at which residual blocks are followed by self-attention.
+      attention_resolutions: The resolutions, of the shorter side, at which residual blocks are followed by
+        self-attention.
       up_attention: Whether attention on the way up follows `every` block of such a level or only the `last`. On the
         way down it follows every block.
       middle_attention: Whether there is attention between the two blocks of the middle.

@@ -2,6 +2,7 @@
 and long skip connections."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -48,7 +49,7 @@ class UViTConfig:
     dtype: Literal["float32", "bfloat16"]
 
     def __post_init__(self):
-        checks.square_images("uvit", self.shape)
+        checks.images("uvit", self.shape)
         checks.condition_kinds("uvit", self.conditions, ("scalar", "vector", "text", "image"), self.shape)
         checks.network_size(
             patch_size=self.patch_size, width=self.width, depth=self.depth, num_heads=self.num_heads,
@@ -56,16 +57,15 @@ class UViTConfig:
         )  # fmt: skip
         if self.depth < 3 or self.depth % 2 == 0:
             raise InputError("depth", f"must be odd and at least 3 (two halves and a middle block), got {self.depth}")
-        if self.shape[0] % self.patch_size:
-            raise InputError("patch_size", f"must divide the {self.shape[0]} pixels of a side, got {self.patch_size}")
+        checks.patches(self.shape, self.patch_size)
         if self.width % 2 or self.width % self.num_heads:
             raise InputError("width", f"must be divisible by 2 and by num_heads = {self.num_heads}, got {self.width}")
         checks.inner_width(self.mlp_width)
 
     @property
-    def side(self) -> int:
-        """The number of patches per side of the image."""
-        return self.shape[0] // self.patch_size
+    def num_patches(self) -> int:
+        """The number of tokens of the image."""
+        return math.prod(self.shape[:2]) // self.patch_size**2
 
     @property
     def num_extras(self) -> int:
@@ -138,7 +138,7 @@ class UViT(nnx.Module):
                 kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs,
             )  # fmt: skip
         self.patches_in = nnx.Linear(patch_area * channels, width, kernel_init=UNIFORM, dtype=dtype, rngs=rngs)
-        num_tokens = config.num_extras + config.side**2
+        num_tokens = config.num_extras + config.num_patches
         self.positions = nnx.Param(NORMAL(rngs.params(), (num_tokens, width), jnp.float32))
 
         def stack(depth: int, long_skip: bool) -> Stack:
@@ -153,7 +153,7 @@ class UViT(nnx.Module):
             self.smooth = nnx.Conv(out_channels, out_channels, (3, 3), padding=1, kernel_init=UNIFORM, **kwargs)
 
     def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
-        B, side, p, dtype = len(x), self.config.side, self.config.patch_size, jnp.dtype(self.config.dtype)
+        (B, H, W, _), p, dtype = x.shape, self.config.patch_size, jnp.dtype(self.config.dtype)
         extra, text_mask = self._extra_tokens(c_noise, cond)
         patches_BxNxD = self.patches_in(patches(x, p).astype(dtype))
         if image_channels(self.config.conditions):
@@ -162,12 +162,12 @@ class UViT(nnx.Module):
         mask_BxN = None
         if text_mask is not None:
             before = self.config.num_extras - text_mask.shape[1]
-            mask_BxN = jnp.pad(text_mask, ((0, 0), (before, side**2)), constant_values=True)
+            mask_BxN = jnp.pad(text_mask, ((0, 0), (before, self.config.num_patches)), constant_values=True)
         x_BxNxD, every_LxBxNxD = self.in_blocks(x_BxNxD, mask_BxN, collect=True)
         skips_LxBxNxD = every_LxBxNxD[-2::-1]  # in reverse, without the output of the middle block
         x_BxNxD = self.out_blocks(x_BxNxD, mask_BxN, per_block=(skips_LxBxNxD,))
         x = self.patches_out(self.norm(x_BxNxD[:, self.config.num_extras :]))
-        x = x.reshape(B, side, side, p, p, -1).swapaxes(2, 3).reshape(B, side * p, side * p, -1)
+        x = x.reshape(B, H // p, W // p, p, p, -1).swapaxes(2, 3).reshape(B, H, W, -1)
         return self.smooth(x) if self.config.conv else x
 
     def _extra_tokens(self, c_noise: Array, cond: Cond) -> tuple[list[Array], Array | None]:
@@ -207,7 +207,8 @@ def make(
     12) for M, (1024, 21, 16) for L and (1152, 29, 16) for H.
 
     Args:
-      shape: `(H, W, C)` with H = W, divisible by `patch_size`; given by the data.
+      shape: `(H, W, C)` with H and W divisible by `patch_size`; given by the data. Its positions are learned, so it
+        accepts no other size.
       num_classes: The number of classes to condition on; 0 for none. Given by the data.
       conditions: The other conditions of the data, of the kinds scalar, vector, text and image. Given by the data.
       scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and

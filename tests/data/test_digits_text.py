@@ -8,11 +8,9 @@ from diffusion.core.build import build
 from diffusion.data.sources.digits_text import WORDS, DigitsText
 from tests.refusals import refused
 
-NETWORKS = [
-    {"name": "unet", "width": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,),
-     "head_dim": 8},
-    {"name": "dit", "width": 16, "depth": 1, "num_heads": 2, "patch_size": 4},
-]  # fmt: skip
+UNET = {"name": "unet", "width": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,),
+        "head_dim": 8}  # fmt: skip
+DIT = {"name": "dit", "width": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
 
 
 def test_examples(digits):
@@ -34,7 +32,7 @@ def test_texts_are_encoded():
             DigitsText.encode([wrong])
 
 
-@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network["name"])
+@pytest.mark.parametrize("network", [DIT, pytest.param(UNET, marks=pytest.mark.slow)], ids=["dit", "unet"])
 def test_text_is_learned_and_sampled(network, tmp_path):
     rates = {"text": 0.1, "joint": 0.1}
     df.Trainer(

@@ -79,10 +79,10 @@ def test_a_wrong_condition_is_named(name, change, field):
 
 
 def test_a_network_of_fixed_size_refuses_other_sizes():
-    dit = build("networks", {"name": "dit", "patch_size": 2, "width": 8, "depth": 1, "num_heads": 2}, shape=(8, 8, 1))
-    params = jax.eval_shape(dit.init, jax.random.key(0))
+    uvit = build("networks", {"name": "uvit", "patch_size": 2, "width": 8, "depth": 3, "num_heads": 2}, shape=(8, 8, 1))
+    params = jax.eval_shape(uvit.init, jax.random.key(0))
     with refused("network.x") as caught:
-        jax.eval_shape(dit.apply, params, np.zeros((3, 8, 4, 1), np.float32), GOOD["c_noise"], {})
+        jax.eval_shape(uvit.apply, params, np.zeros((3, 8, 4, 1), np.float32), GOOD["c_noise"], {})
     assert "axis 2 (width)" in str(caught.value)
 
 

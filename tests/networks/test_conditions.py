@@ -51,9 +51,7 @@ def kept(**dropped):
     return {name: np.array([True, True, name not in dropped]) for name in CONDITIONS}
 
 
-@pytest.mark.parametrize(
-    ("name", "kernel"), [("unet", "xla"), ("unet", "chunked"), ("dit", "xla"), ("dit", "chunked"), ("uvit", "xla")]
-)
+@pytest.mark.parametrize(("name", "kernel"), [("unet", "xla"), ("dit", "xla"), ("dit", "chunked"), ("uvit", "xla")])
 def test_every_condition_matters_and_padding_does_not(name, kernel):
     network, params = network_of(name, CONDITIONS, kernel=kernel)
     apply = jax.jit(lambda cond, keep: network.apply(params, X, C_NOISE, {**cond, "keep": keep}))
@@ -102,7 +100,7 @@ def test_one_keep_drops_all_conditions():
     assert abs(changed - out)[::2].max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["unet", "dit", "mlp"])
+@pytest.mark.parametrize("name", [pytest.param("unet", marks=pytest.mark.slow), "dit", "mlp"])
 def test_a_network_can_start_from_one_without_the_conditions(name):
     """At initialisation they do not change the output."""
     names = ("label", "pose", "score") if name == "mlp" else tuple(CONDITIONS)

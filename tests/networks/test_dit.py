@@ -116,7 +116,7 @@ def test_rotation_makes_products_relative(x64):
     """q at position a times k at position b depends only on a - b, in rows and in columns."""
     side, rng = 6, np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 1, 1, 8))
-    angles = np.float64(rotary_angles(side, 8))
+    angles = np.float64(rotary_angles(side, side, 8))
     q, k = (rotate(jnp.broadcast_to(x, (1, side**2, 1, 8)), angles)[0, :, 0] for x in (q, k))
     products = np.asarray(q @ k.T).reshape(side, side, side, side)
     np.testing.assert_allclose(products[1, 2, 3, 5], products[2, 1, 4, 4], rtol=1e-5)
@@ -126,7 +126,7 @@ def test_rotation_makes_products_relative(x64):
 
 def test_position_embeddings():
     """Columns in the first half, rows in the second; sines before cosines."""
-    table = sincos_2d(3, 8).reshape(3, 3, 8)
+    table = sincos_2d(4, 3, 8).reshape(4, 3, 8)
     np.testing.assert_allclose(table[2, 1], [np.sin(1), np.sin(0.01), np.cos(1), np.cos(0.01),
                                              np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02)], rtol=1e-6)  # fmt: skip
 
@@ -143,7 +143,7 @@ def test_position_embeddings():
         ({"norm": "batch"}, "norm"),
         ({"freq_shift": 2}, "freq_shift"),
         ({"remat": "some"}, "remat"),
-        ({"shape": (8, 4, 1)}, "shape"),
+        ({"shape": (8, 7, 1)}, "patch_size"),
     ],
 )
 def test_bad_options(options, field):

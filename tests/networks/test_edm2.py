@@ -397,7 +397,7 @@ def test_which_parameters_are_projected():
         ({"remat": "some"}, "remat"),
         ({"kernel": "torch"}, "kernel"),
         ({"dtype": "float16"}, "dtype"),
-        ({"shape": (8, 4, 1)}, "shape"),
+        ({"shape": (8, 8)}, "shape"),
     ],
 )
 def test_bad_options(options, field):

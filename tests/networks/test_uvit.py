@@ -243,7 +243,8 @@ def test_bfloat16_is_close_to_float32():
         ({"kernel": "fast"}, "kernel"),
         ({"remat": "some"}, "remat"),
         ({"dtype": "float16"}, "dtype"),
-        ({"shape": (8, 4, 1)}, "shape"),
+        ({"shape": (8, 8)}, "shape"),
+        ({"shape": (8, 7, 1)}, "patch_size"),
         ({"shape": (2,)}, "shape"),
     ],
 )
