@@ -157,7 +157,7 @@ def test_trains_and_samples_or_is_rejected(combination, network_of, digits, digi
     objective = build("objectives", spec, field="objective")
     mesh = mesh_of(2, 1, 1)
     opt, averages = OPTIMIZER, ema.make_ema(decays=(0.5,))
-    state = init_state(objective, network, opt.transform, averages, jax.random.key(0))
+    state = init_state(objective, network, opt, averages, jax.random.key(0))
     batch = jax.tree.map(lambda x: np.asarray(x[:4]), digits_batch)
     state = jax.device_put(state, sharding.of_state(state, mesh))
     batch = sharding.to_global(batch, sharding.by_example(mesh))

@@ -24,6 +24,8 @@ from beartype.door import is_bearable
 from diffusion.core.types import Array, InputError, Network, Spec
 
 FAMILIES = {
+    "adapters": "diffusion.adapters",
+    "autoencoders": "diffusion.encoders.autoencoders",
     "data": "diffusion.data.sources",
     "discretization": "diffusion.objectives.base.discretization",
     "evaluation": "diffusion.evaluation",

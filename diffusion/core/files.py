@@ -5,6 +5,7 @@ If a job has several processes, only the first writes.
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import tempfile
@@ -86,6 +87,12 @@ def replace(path: Path, mode: str = "w") -> Iterator[IO]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Lines:

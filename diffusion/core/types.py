@@ -276,6 +276,9 @@ class Network:
       scalar_conditions: Names of the scalars, each `[B]`, that the network receives in `cond` in addition to the noise
         label. `step_size`: for flow maps, the noise label at t minus that at the target time. `guidance_scale`: the
         scale that a guidance-distilled network reproduces.
+      trainable: Regular expressions on the paths of the parameters that are trained unless a config says otherwise.
+        None stands for all. An adapter names its own parameters.
+      base: The key under which the parameters of an adapted network stand in `params`, or None.
     """
 
     init: Callable[[Array], Params]
@@ -283,6 +286,47 @@ class Network:
     outputs: int = 1
     project: Callable[[Params], Params] | None = None
     scalar_conditions: tuple[str, ...] = ()
+    trainable: tuple[str, ...] | None = None
+    base: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """A frozen autoencoder next to the network, which then models its latents.
+
+    Attributes:
+      params: The parameters, a pytree of arrays. They are passed to the functions, and are no part of a train state.
+      encode: `encode(params, x [B, ...], key) -> z [B, ...]`, of unit scale. `key` draws the sample of a variational
+        autoencoder; None takes the mean.
+      decode: `decode(params, z [B, ...]) -> x [B, ...]` in [-1, 1].
+      shape: The shape of one latent.
+      digest: SHA-256 of the file of the parameters, which checkpoints record; empty if there is none.
+    """
+
+    params: Params
+    encode: Callable[[Params, Array, Array | None], Array]
+    decode: Callable[[Params, Array], Array]
+    shape: tuple[int, ...]
+    digest: str = ""
+
+    def latent_spec(self, spec: Spec) -> Spec:
+        """Returns the spec of the latents of data of a spec, with the same conditions."""
+        return dataclasses.replace(spec, x=ArraySpec(self.shape, "latent", low=-1.0, high=1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """One side of an objective that trains networks against each other.
+
+    Attributes:
+      networks: Names of the networks that the player's loss trains.
+      every: The player makes a step at every step of the training whose number is divisible by this.
+      averaged: Whether its networks have moving averages.
+    """
+
+    networks: tuple[str, ...]
+    every: int = 1
+    averaged: bool = True
 
 
 class Objective(Protocol):
@@ -292,6 +336,9 @@ class Objective(Protocol):
       schedule: The noise schedule shared by training and sampling; for a learned one, its state before training.
       frozen: Names of networks that are not trained by gradients (a teacher, an EMA target). They have neither
         optimizer state nor EMA, and `denoiser` does not use them.
+
+    An objective with several losses defines, in place of `loss`, `players: Mapping[str, Player]` and `losses`, which
+    takes the arguments of `loss` and returns the loss `[B]` of each player by name, and metrics.
     """
 
     schedule: Schedule

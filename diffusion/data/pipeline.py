@@ -102,9 +102,11 @@ class Batches:
         return position["examples"]
 
 
-def in_order(source: Source, num: int, *, workers: int = 0, prefetch: int = 64) -> Iterator[dict[str, Any]]:
-    """Yields the first `num` examples once each and in order, read ahead as by `Batches`."""
-    stream = _read_ahead(grain.MapDataset.range(num).map(_Reader(source.__getitem__)), workers, prefetch)
+def in_order(
+    source: Source, num: int, *, start: int = 0, workers: int = 0, prefetch: int = 64
+) -> Iterator[dict[str, Any]]:
+    """Yields the examples from `start` to `num - 1` once each and in order, read ahead as by `Batches`."""
+    stream = _read_ahead(grain.MapDataset.range(start, num).map(_Reader(source.__getitem__)), workers, prefetch)
     try:
         with _original_errors():
             yield from stream

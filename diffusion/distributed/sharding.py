@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion.core.trees import path_name
 from diffusion.core.types import InputError
 from diffusion.distributed.mesh import REST
 
@@ -126,11 +127,6 @@ def spread(tree: Any, sharding: NamedSharding) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
 
     return jax.tree.map(place, tree)
-
-
-def path_name(path: tuple) -> str:
-    """Returns a path of a pytree as `a/b/c`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _expression(pattern: str, index: int) -> re.Pattern:

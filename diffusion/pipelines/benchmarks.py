@@ -88,7 +88,7 @@ def loop_overhead(runs: int) -> dict[str, list[float]]:
     batch = sharding.to_global(batch, sharding.by_example(mesh))
     seconds = {"bare step": [], "trainer": []}
     for _ in range(runs):
-        state = jax.jit(lambda: init_state(objective, network, optimizer.transform, ema, jax.random.key(0)))()
+        state = jax.jit(lambda: init_state(objective, network, optimizer, ema, jax.random.key(0)))()
         state, _ = step(state, batch)
         jax.block_until_ready(state)
         steps = []
@@ -229,7 +229,7 @@ def reliability(runs: int) -> Reliability:
     optimizer, ema = make_optimizer(steps=1000), make_ema()
     batch = {"x": np.zeros((CIFAR10_BATCH_SIZE, *CIFAR10.shape), np.float32), "cond": {}}
     batch = sharding.to_global(batch, sharding.by_example(mesh))
-    state = jax.jit(lambda: init_state(objective, network, optimizer.transform, ema, jax.random.key(0)))()
+    state = jax.jit(lambda: init_state(objective, network, optimizer, ema, jax.random.key(0)))()
 
     def compiled(guard: Guard) -> jax.stages.Compiled:
         step = make_step(objective, network, optimizer, ema, seed=0, guard=guard)

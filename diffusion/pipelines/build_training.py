@@ -11,12 +11,14 @@ from PIL import Image
 
 from diffusion.core import images
 from diffusion.core.build import build, call
-from diffusion.core.types import InputError, Network, Objective, Params, Source, Spec
+from diffusion.core.types import InputError, Params, Source, Spec
 from diffusion.distributed.mesh import make_mesh
+from diffusion.pipelines import warm_start
 from diffusion.pipelines.config import check_config, external_names, sharding_options
+from diffusion.pipelines.encoding import check_source
 from diffusion.pipelines.generator import Generator
-from diffusion.pipelines.model import model_of
-from diffusion.pipelines.run import examples_of, open_run
+from diffusion.pipelines.model import Model, model_of
+from diffusion.pipelines.run import examples_of, open_run, open_source
 from diffusion.training import hooks
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
@@ -24,6 +26,8 @@ from diffusion.training.optimizer import make_optimizer
 from diffusion.training.options import CheckpointOptions, Options
 from diffusion.training.program import Program, make_program
 from diffusion.training.resilience.guards import Guard
+from diffusion.training.state import initial_params, trainable
+from diffusion.training.trainer import is_encoded
 
 PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
 
@@ -36,18 +40,23 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     """
     check_config(config)
     source = build("data", config["data"], field="data")
-    meta, teacher = meta_of(config, source.spec, workdir)
-    network, objective = model_of(meta)
+    spec = getattr(source, "decoded_spec", source.spec)
+    meta, teacher = meta_of(config, spec, workdir)
+    model = model_of(meta)
+    check_source(source, model.autoencoder)
+    if model.autoencoder:
+        meta["autoencoder"] = {"sha256": model.autoencoder.digest}
     keywords = training(config)
     options = keywords["options"]
+    start = start_of(config, meta, model, teacher)
     generator = Generator(
-        network, objective, source.spec, keywords["mesh"],
+        model.network, model.objective, spec, keywords["mesh"], autoencoder=model.autoencoder,
         sampler=config["sampler"], guidance=config["guidance"],
         cond_drop_rate=options.unconditional_share(source.spec.conditions),
     )  # fmt: skip
     draw = lambda params: preview(generator, params, source)  # noqa: E731
     return {
-        **keywords, "source": source, "network": network, "objective": objective, "meta": meta, "teacher": teacher,
+        **keywords, **model._asdict(), "source": source, "meta": meta, "teacher": teacher, "start": start,
         "hooks": [hooks.preview(options.preview_every, draw)] if options.preview_every else [],
     }  # fmt: skip
 
@@ -64,11 +73,16 @@ def check_training(keywords: Mapping[str, Any]) -> str:
       InputError: The step cannot be traced, the mesh does not fit, or `checkpoint.keep_best` names no metric.
     """
     source, options, mesh = keywords["source"], keywords["options"], keywords["mesh"]
-    program = program_of(**{name: keywords[name] for name in keywords.keys() - {"source", "meta", "hooks"}})
+    model = Model(**{name: keywords[name] for name in Model._fields})
+    others = {*Model._fields, "source", "meta", "hooks", "start"}
+    if is_encoded(source):
+        model = model._replace(autoencoder=None)
+    program = program_of(model, **{name: keywords[name] for name in keywords.keys() - others})
+    program.check_frozen(keywords["start"])
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((options.batch_size, *np.shape(leaf)), np.asarray(leaf).dtype), source[0]
     )
-    _, metrics = jax.eval_shape(program.step, program.state, batch)
+    _, metrics = jax.eval_shape(program.step, program.state, batch, program.frozen)
     best, names = keywords["checkpoint"].keep_best, sorted(metrics.keys() - {"norms", "in_row"})
     if best is not None and best not in names:
         raise InputError("checkpoint.keep_best", f"the run has no metric {best!r}; one of: {', '.join(names)}")
@@ -97,15 +111,17 @@ def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[s
 
     The parameters are None if there is no teacher, or if the run has started: then its checkpoint contains them.
     """
-    meta = {"config": config, "spec": dataclasses.asdict(spec)}
+    checkpoints = Checkpoints(workdir, read_only=True)
+    latest, stored, _ = checkpoints.newest_valid(checkpoints.meta)
+    stored = stored if latest else {}  # converted weights, at step 0, are not yet a run of this config
+    kept = {name: stored[name] for name in ("origin", "autoencoder") if name in stored}
+    meta = {"config": config, "spec": dataclasses.asdict(spec), **kept}
     where = config["objective"].get("teacher")
     if where is None:
         return meta, None
     if not isinstance(where, str):
         raise InputError("objective.teacher", f"must be the workdir of a trained model, got {where!r}")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    latest, stored, _ = checkpoints.newest_valid(checkpoints.meta)
-    if latest and "teacher" in stored:
+    if "teacher" in stored:
         return {**meta, "teacher": stored["teacher"]}, None
     try:
         run = open_run(where, allow_imports=external_names(config))  # which the student's config imports as well
@@ -114,6 +130,30 @@ def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[s
     if run.spec != spec:
         raise InputError("objective.teacher", f"{where} was trained on data of another kind: {run.spec}, not {spec}")
     return {**meta, "teacher": {**run.meta, "step": run.step, "ema": run.ema}}, run.params
+
+
+def start_of(
+    config: Mapping[str, Any], meta: dict[str, Any], model: Model, teacher: Mapping | None
+) -> dict[str, Params]:
+    """Returns the arrays that `init_from` provides, in nested dicts, and records in `meta` where they come from.
+
+    A run that resumes needs those that it does not train, and no others.
+
+    Raises:
+      InputError: The run that `init_from` names cannot be read, or none of its arrays fits.
+    """
+    if config["init_from"] is None:
+        return {}
+    record, network = meta.get("origin"), model.network
+    if record and config["train"]["trainable"] is None and network.trainable is None:
+        return {}
+    run, expression = open_source(config, record)
+    params = jax.eval_shape(lambda: initial_params(model.objective, network, jax.random.key(0), teacher))
+    found, missing = warm_start.matching(trainable(params, model.objective), run.params, expression, network.base)
+    if not record:
+        warm_start.report(config, run.config, found, missing)
+        meta["origin"] = run.origin
+    return found
 
 
 def training(config: Mapping[str, Any], devices: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -134,16 +174,15 @@ def training(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     }
 
 
-def program_of(
-    network: Network, objective: Objective, teacher: Mapping | None, *, options: Options, checkpoint: Any,
-    **keywords: Any
-) -> Program:  # fmt: skip
+def program_of(model: Model, teacher: Mapping | None, *, options: Options, checkpoint: Any, **keywords: Any) -> Program:
     """Returns the program that `Trainer` would run, without computing anything.
 
     Args:
+      model: The model.
+      teacher: The parameters of its teacher, or their shapes.
       options, checkpoint, keywords: As `training` returns them.
     """
     return make_program(
-        network=network, objective=objective, teacher=teacher, batch_size=options.batch_size,
-        cond_drop_rate=options.cond_drop_rate, accumulate=options.accumulate, guard=Guard(options.spike), **keywords,
+        **model._asdict(), teacher=teacher, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate,
+        accumulate=options.accumulate, guard=Guard(options.spike), trainable=options.trainable, **keywords,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from diffusion.core.checks import at_most
 from diffusion.core.types import ArraySpec, InputError, Spec, class_labels, earlier_kind
 from diffusion.distributed import sharding
 from diffusion.pipelines.build_training import meta_of, program_of, training
-from diffusion.pipelines.model import network_and_objective, teacher_of
+from diffusion.pipelines.model import build_model, model_spec, teacher_of
 from diffusion.profiling import cost_model
 from diffusion.profiling.chips import CHIPS, Chip
 from diffusion.profiling.macs import network_macs
@@ -111,15 +111,16 @@ def train_program(config: Mapping[str, Any], spec: Spec, devices: Sequence[Any])
 
     Returns:
       A dict of the `program` (`training.program.Program`), an abstract `batch`, the `mesh`, the `network`, the
-      `objective` and the `options` of the section `train`.
+      `objective`, the `options` of the section `train`, and the `spec` of what the network models.
     """
     meta, teacher = meta_of(config, spec, NO_WORKDIR)
-    network, objective = network_and_objective(config, spec, teacher_of(meta))
+    model = build_model(config, spec, teacher_of(meta))
     keywords = training(config, devices)
     mesh, options = keywords["mesh"], keywords["options"]
-    program = program_of(network, objective, teacher, **keywords)
+    program = program_of(model, teacher, **keywords)
     batch = abstract_batch(spec, options.batch_size, program.batch)
-    return dict(program=program, batch=batch, mesh=mesh, network=network, objective=objective, options=options)
+    return dict(program=program, batch=batch, mesh=mesh, network=model.network, objective=model.objective,
+                options=options, spec=model_spec(spec, model.autoencoder))  # fmt: skip
 
 
 def estimate(
@@ -140,7 +141,7 @@ def estimate(
     """
     parts = train_program(config, spec, devices)
     program, batch, mesh, options = (parts[name] for name in ("program", "batch", "mesh", "options"))
-    forward = 2 * network_macs(parts["network"], spec)
+    forward = 2 * network_macs(parts["network"], parts["spec"])
     dtype = network_option(config, "dtype") or "float32"
     modules = cost_model.parameters(program.state.params)
     found = {

@@ -62,6 +62,7 @@ SECTIONS = {
 }
 FAMILIES = {
     ("data",): "data",
+    ("autoencoder",): "autoencoders",
     ("objective",): "objectives",
     ("network",): "networks",
     ("sampler",): "samplers",
@@ -69,7 +70,9 @@ FAMILIES = {
     ("guidance",): "guidance",
     ("eval", "data"): "data",
 }
-ALL_SECTIONS = ("version", "seed", "data", "objective", "network", *SECTIONS, "sampler", "guidance", "eval")
+OPEN_ENDED = (["eval", "metrics"], ["adapters"], ["optimizer"])  # sections whose keys no signature lists
+ALL_SECTIONS = ("version", "seed", "init_from", "data", "autoencoder", "objective", "network", "adapters", *SECTIONS,
+                "sampler", "guidance", "eval")  # fmt: skip
 
 
 def read_config(path: str, overrides: Iterable[tuple[str, Any]] = ()) -> dict[str, Any]:
@@ -125,7 +128,8 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {name: {"name": spec} if (name,) in FAMILIES and isinstance(spec, str) else spec
               for name, spec in config.items()}  # fmt: skip
     for name, section in config.items():
-        if name not in ("seed", "version") and not isinstance(section, Mapping):
+        is_absent = name == "autoencoder" and section is None
+        if name not in ("seed", "version", "init_from") and not is_absent and not isinstance(section, Mapping):
             raise InputError(f"config.{name}", f"must be a section, got {section!r}")
     version, seed = config.get("version", CONFIG_VERSION), config.get("seed", 0)
     if version != CONFIG_VERSION:
@@ -133,13 +137,19 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError("config.version", problem)
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise InputError("config.seed", f"must be an integer from 0 to 2^32 - 1, got {seed!r}")
-    data = _part("data", config["data"], "data")
+    init_from = config.get("init_from")
+    if not isinstance(init_from, str | None):
+        raise InputError("config.init_from", f"must be WORKDIR[:EMA[:EXPRESSION]], got {init_from!r}")
+    data, autoencoder = _part("data", config["data"], "data"), config.get("autoencoder")
     found = {
         "version": version,
         "seed": seed,
+        "init_from": init_from,
         "data": data,
+        "autoencoder": autoencoder and _part("autoencoders", autoencoder, "autoencoder", later=("shape",)),
         "objective": _part("objectives", config["objective"], "objective"),
         "network": _part("networks", config["network"], "network", later=SUPPLIED_TO_NETWORKS),
+        "adapters": {name: _adapter(name, keywords) for name, keywords in config.get("adapters", {}).items()},
     }
     for name, (function, later) in SECTIONS.items():
         found[name] = _keywords(function, config.get(name, {}), name, later)
@@ -177,7 +187,7 @@ def override(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) ->
         keys = path.split(".")
         known = resolved = resolve(config)
         for depth, key in enumerate(keys):
-            open_ended = known is None or keys[:depth] in (["eval", "metrics"], ["optimizer"])
+            open_ended = known is None or keys[:depth] in OPEN_ENDED
             if not isinstance(known, Mapping) and known is not None:
                 raise InputError(f"config.{path}", f"{'.'.join(keys[:depth])} is {known!r} and has no options")
             if not open_ended and key not in known and not _is_option(config, keys[: depth + 1]):
@@ -364,6 +374,13 @@ def _guidance(section: Mapping[str, Any]) -> dict[str, Any]:
             wrappers[name] = _keywords(getattr(guidance, name), keywords, f"guidance.{name}")
     part = {key: value for key, value in section.items() if key not in WRAPPERS}
     return {**_part("guidance", part, "guidance"), **wrappers}
+
+
+def _adapter(name: str, keywords: Any) -> dict[str, Any]:
+    if not isinstance(keywords, Mapping):
+        raise InputError(f"adapters.{name}", f"must be a section, as {{'rank': 8}}, got {keywords!r}")
+    make = find("adapters", name, field="adapters")
+    return _keywords(make, keywords, f"adapters.{name}", later=("network",))
 
 
 def _metric(name: str, keywords: Any) -> dict[str, Any]:

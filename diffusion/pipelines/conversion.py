@@ -15,7 +15,7 @@ from diffusion.interop import diffusers_pipeline
 from diffusion.interop.diffusers_models import Model
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, resolve
-from diffusion.pipelines.model import network_and_objective
+from diffusion.pipelines.model import build_model
 from diffusion.pipelines.run import open_run
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.state import init_state
@@ -68,9 +68,9 @@ def import_folder(
     name = model.network["name"]
     config = resolve({**base_config(name), **(sections or {}), "network": dict(model.network)})
     check_config(config)
-    network, objective = network_and_objective(config, model.spec)
+    network, objective, _ = build_model(config, model.spec)
     keywords = training(config)
-    state = init_state(objective, network, keywords["optimizer"].transform, keywords["ema"], jax.random.key(0))
+    state = init_state(objective, network, keywords["optimizer"], keywords["ema"], jax.random.key(0))
     net = jax.tree.map(jnp.asarray, model.params)
     averages = {key: {**average, "net": jax.tree.map(jnp.array, net)} for key, average in state.ema.items()}
     state = dataclasses.replace(state, params={**state.params, "net": net}, ema=averages)

@@ -15,7 +15,19 @@ from jax.sharding import Mesh
 from diffusion.core.build import build, check, find
 from diffusion.core.checks import at_most
 from diffusion.core.progress import Progress
-from diffusion.core.types import Array, Cond, Denoiser, InputError, Network, Objective, Params, Sampler, Schedule, Spec
+from diffusion.core.types import (
+    Array,
+    Autoencoder,
+    Cond,
+    Denoiser,
+    InputError,
+    Network,
+    Objective,
+    Params,
+    Sampler,
+    Schedule,
+    Spec,
+)
 from diffusion.distributed import sharding
 from diffusion.sampling import guidance as guidances
 from diffusion.sampling import loop
@@ -42,6 +54,8 @@ class Generator:
       cond_drop_rate: The share of examples that the model was trained on without conditions.
       worse: The other model of autoguidance, and its parameters.
       always_guided: Compile the guidance even for a scale of 1, for use with other scales later.
+      autoencoder: The autoencoder whose latents the network models, and which decodes the samples; None if it models
+        the data themselves.
 
     Raises:
       InputError: A section is invalid, or the model does not support the sampler or the guidance.
@@ -51,6 +65,7 @@ class Generator:
         self, network: Network, objective: Objective, spec: Spec, mesh: Mesh, *,
         sampler: Mapping[str, Any], guidance: Mapping[str, Any], cond_drop_rate: float,
         worse: tuple[Network, Objective, Params] | None = None, always_guided: bool = False,
+        autoencoder: Autoencoder | None = None,
     ):  # fmt: skip
         self.objective, self.spec, self.mesh = objective, spec, mesh
         self.cond_drop_rate = cond_drop_rate
@@ -60,34 +75,38 @@ class Generator:
         self._check_guidance(guidance)
         self.times = sampling_times(objective.schedule, **placing)
         unroll = placing.get("unroll", 1)
-        worse_params = None if worse is None else worse[2]
+        shape = spec.shape if autoencoder is None else autoencoder.shape
+        # Parameters that the caller does not pass.
+        self._others = {
+            "worse": None if worse is None else worse[2],
+            "autoencoder": None if autoencoder is None else autoencoder.params,
+        }
         if worse is None and self.guided and guidance["name"] == "autoguidance":
             raise InputError("guidance.name", "autoguidance reads another run, and training does not; train with cfg, "
                              "and sample with --guidance=autoguidance:...")  # fmt: skip
 
-        def denoiser(params: Params, worse_params: Params, schedule: Schedule, numbers: Mapping) -> Denoiser:
+        def denoiser(params: Params, others: Mapping, schedule: Schedule, numbers: Mapping) -> Denoiser:
             denoise = plain = objective.denoiser(network.apply, params)
             supplied = {"schedule": schedule, "plain": plain}
             if self.guided:
-                more = {} if worse is None else {"worse": worse[1].denoiser(worse[0].apply, worse_params)}
+                more = {} if worse is None else {"worse": worse[1].denoiser(worse[0].apply, others["worse"])}
                 denoise = _wrap(guide, denoise, numbers["guidance"], static["guidance"], {**supplied, **more})
             for name in WRAPPERS:
                 if name in numbers and (self.guided or name == "threshold"):
                     denoise = _wrap(getattr(guidances, name), denoise, numbers[name], static[name], supplied)
             return denoise
 
-        def draw(
-            params: Params, worse_params: Params, keys: Array, cond: Cond, times: Array, numbers: Mapping
-        ) -> Array:
+        def draw(params: Params, others: Mapping, keys: Array, cond: Cond, times: Array, numbers: Mapping) -> Array:
             schedule = objective.schedule_for(params)
-            denoise = loop.bind(denoiser(params, worse_params, schedule, numbers), cond)
-            x = loop.prior(schedule, times[0], keys, spec.shape)
-            return loop.sample(denoise, schedule, self.solver, x, times, keys, unroll=unroll)
+            denoise = loop.bind(denoiser(params, others, schedule, numbers), cond)
+            x = loop.prior(schedule, times[0], keys, shape)
+            x = loop.sample(denoise, schedule, self.solver, x, times, keys, unroll=unroll)
+            return x if autoencoder is None else autoencoder.decode(others["autoencoder"], x)
 
         self._shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
         # Every process receives all samples.
         self._draw = jax.jit(draw, out_shardings=sharding.replicated(mesh))
-        self._worse, self._compiled = worse_params, {}
+        self._compiled = {}
         self._trace()
 
     def with_settings(self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any]) -> "Generator":
@@ -124,7 +143,7 @@ class Generator:
 
         def draw(keys: Array, cond: Cond) -> Array:
             keys, cond = sharding.spread((keys, cond), place)
-            args = params, self._worse, keys, cond, self.times, self.numbers
+            args = params, self._others, keys, cond, self.times, self.numbers
             size = len(self.times), batch_size
             if size not in self._compiled:
                 self._compiled[size] = self._draw.lower(*args).compile()
@@ -155,7 +174,7 @@ class Generator:
     def _trace(self) -> None:
         """Traces the function, so that what the model does not support is reported before anything is computed."""
         keys = jax.random.split(jax.random.key(0), 1)
-        jax.eval_shape(self._draw, self._shapes, self._worse, keys, self.spec.zeros(1), self.times, self.numbers)
+        jax.eval_shape(self._draw, self._shapes, self._others, keys, self.spec.zeros(1), self.times, self.numbers)
 
 
 def check_numbers(*, seed: int, **counts: int) -> None:

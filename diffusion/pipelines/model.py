@@ -1,17 +1,29 @@
-"""Builds networks and objectives from configs."""
+"""Builds networks, objectives and autoencoders from configs."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusion.core.build import build, build_network
-from diffusion.core.types import InputError, Network, Objective, Spec
+from diffusion.core.types import Autoencoder, InputError, Network, Objective, Spec
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.pipelines.config import cond_drop_rate, config_and_spec
 
 
-def network_and_objective(
-    config: Mapping[str, Any], spec: Spec, teacher: Teacher | None = None
-) -> tuple[Network, Objective]:
+class Model(NamedTuple):
+    """What is trained and sampled.
+
+    Attributes:
+      network: The network, adapted by the config's adapters.
+      objective: The training objective.
+      autoencoder: The autoencoder whose latents the network models, or None.
+    """
+
+    network: Network
+    objective: Objective
+    autoencoder: Autoencoder | None = None
+
+
+def build_model(config: Mapping[str, Any], spec: Spec, teacher: Teacher | None = None) -> Model:
     """Builds the model of a config.
 
     Args:
@@ -26,14 +38,34 @@ def network_and_objective(
             kind = config[part]["object"]
             problem = f"was an object of type {kind}; pass it: load(workdir, network=..., objective=...)"
             raise InputError(part, problem)
-    network = build_network(config["network"], spec)
+    autoencoder = build_autoencoder(config, spec)
+    network = build_network(config["network"], model_spec(spec, autoencoder))
+    for name, keywords in config["adapters"].items():
+        network = build("adapters", {"name": name, **keywords}, field=f"adapters.{name}", network=network)
     objective = {**config["objective"], "teacher": teacher} if teacher else config["objective"]
-    return network, build("objectives", objective, field="objective")
+    return Model(network, build("objectives", objective, field="objective"), autoencoder)
 
 
-def model_of(meta: Mapping[str, Any]) -> tuple[Network, Objective]:
-    """Builds the model that a checkpoint's `meta` describes, including its teacher and that teacher's own."""
-    return network_and_objective(*config_and_spec(meta), teacher_of(meta))
+def build_autoencoder(config: Mapping[str, Any], spec: Spec) -> Autoencoder | None:
+    """Builds the autoencoder of a config, with its parameters; None if the config has none."""
+    if config["autoencoder"] is None:
+        return None
+    return build("autoencoders", config["autoencoder"], field="autoencoder", shape=spec.shape)
+
+
+def model_of(meta: Mapping[str, Any]) -> Model:
+    """Builds the model that a checkpoint's `meta` describes, including its teacher and that teacher's own.
+
+    Raises:
+      InputError: A part cannot be built, or the autoencoder's file is not the one that the model was trained with.
+    """
+    model = build_model(*config_and_spec(meta), teacher_of(meta))
+    recorded = meta.get("autoencoder", {}).get("sha256")
+    if model.autoencoder and recorded not in (None, model.autoencoder.digest):
+        problem = "is not the file that the model was trained with; restore it"
+        raise InputError("autoencoder.path", f"{problem} (SHA-256 {recorded[:12]}..., "
+                         f"got {model.autoencoder.digest[:12]}...)")  # fmt: skip
+    return model
 
 
 def teacher_of(meta: Mapping[str, Any]) -> Teacher | None:
@@ -42,4 +74,11 @@ def teacher_of(meta: Mapping[str, Any]) -> Teacher | None:
         return None
     theirs = meta["teacher"]
     config, spec = config_and_spec(theirs)
-    return Teacher(*model_of(theirs), spec, cond_drop_rate(config, spec))
+    model = model_of(theirs)
+    spec = model_spec(spec, model.autoencoder)
+    return Teacher(model.network, model.objective, spec, cond_drop_rate(config, spec))
+
+
+def model_spec(spec: Spec, autoencoder: Autoencoder | None) -> Spec:
+    """Returns the spec of what the network models: the data, or the latents of an autoencoder."""
+    return spec if autoencoder is None else autoencoder.latent_spec(spec)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion.core import files, images
+from diffusion.core import files, images, trees
 from diffusion.core.arrays import scaled
 from diffusion.core.build import build, call
 from diffusion.core.types import (
     Array,
+    Autoencoder,
     Cond,
     Denoiser,
     InputError,
@@ -27,16 +28,17 @@ from diffusion.core.types import (
 )
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
+from diffusion.pipelines import warm_start
 from diffusion.pipelines.config import GUIDANCE, SAMPLER, cond_drop_rate, config_and_spec, external_names
 from diffusion.pipelines.generator import Generator, check_numbers, is_neutral, structure
-from diffusion.pipelines.model import model_of
+from diffusion.pipelines.model import Model, model_of
 from diffusion.pipelines.overrides import with_options
 from diffusion.process.posterior import x0_errors
 from diffusion.sampling.loop import bind
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
-from diffusion.training.state import trainable
-from diffusion.training.trainer import Trainer
+from diffusion.training.state import averages, trainable
+from diffusion.training.trainer import Trainer, is_encoded
 
 
 class Run:
@@ -52,15 +54,18 @@ class Run:
       mesh: The devices that hold the parameters.
       meta: What the checkpoint says of the run.
       source: The data, which are opened when they are first needed.
+      autoencoder: The autoencoder whose latents the network models, or None. Samples are decoded.
+      origin: What identifies the arrays, JSON-able: the step, the average, and a digest.
     """
 
     def __init__(
         self, *, config: Mapping[str, Any], spec: Spec, network: Network, objective: Objective, params: Params,
         mesh: Mesh, step: int = 0, ema: str | None = None, meta: Mapping[str, Any] | None = None,
-        source: Source | None = None,
+        autoencoder: Autoencoder | None = None, digest: str | None = None, source: Source | None = None,
     ):  # fmt: skip
         self.config, self.spec, self.network, self.objective = config, spec, network, objective
         self.params, self.mesh, self.step, self.ema, self.meta = params, mesh, step, ema, dict(meta or {})
+        self.autoencoder, self.origin = autoencoder, {"step": step, "ema": ema, "digest": digest}
         self._generators: dict[str, Generator] = {}
         self._source = source
 
@@ -201,6 +206,7 @@ class Run:
         return Generator(
             self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
             cond_drop_rate=cond_drop_rate(self.config, self.spec), always_guided=always_guided,
+            autoencoder=self.autoencoder,
         )  # fmt: skip
 
     def metrics(self) -> list[SampleMetric | ModelMetric]:
@@ -244,6 +250,8 @@ class Run:
         num = min(num, len(self.source))
         x0 = jnp.stack([scaled(self.source[index]["x"]) for index in range(num)])
         cond = jax.tree.map(jnp.asarray, examples_of(self.source, self.spec.conditions, num))
+        if self.autoencoder and not is_encoded(self.source):
+            x0 = self.autoencoder.encode(self.autoencoder.params, x0, None)
         times = jnp.arange(1, points + 1) / points
         return x0_errors(self.denoiser(**cond), self.objective.schedule_for(self.params), x0, times, jax.random.key(0))
 
@@ -255,6 +263,7 @@ def open_run(
     network: Network | None = None,
     objective: Objective | None = None,
     allow_imports: bool | Collection[str] = False,
+    start: Mapping[str, Params] | None = None,
 ) -> Run:
     """Reads a checkpoint of a workdir onto all devices.
 
@@ -266,6 +275,7 @@ def open_run(
       step: Step of the checkpoint; the newest valid one if None.
       network, objective: For a run that was trained with objects instead of names.
       allow_imports: Whether such parts may be imported, or the names of those that may be.
+      start: The arrays that a run does not train, if they were given to the `Trainer` and not by `init_from`.
 
     Raises:
       InputError: The workdir does not hold such a checkpoint, or it cannot be read.
@@ -291,20 +301,86 @@ def open_run(
         if name not in (*averages.names, "none"):
             raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(averages.names)}, none")
         name = None if name == "none" else name
-        built = (network, objective) if network and objective else model_of(meta)
+        model = Model(network, objective) if network and objective else model_of(meta)
         mesh = make_mesh()
-        shapes = jax.eval_shape(lambda: built[1].init(built[0], jax.random.key(0)))
+        shapes = jax.eval_shape(lambda: model.objective.init(model.network, jax.random.key(0)))
         place = sharding.replicated(mesh)
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
-        params = checkpoints.restore_params(step, trainable(abstract, built[1]), name)
+        patterns = config["train"]["trainable"]
+        patterns = model.network.trainable if patterns is None else patterns
+        learned, fixed = trainable(abstract, model.objective), {}
+        if patterns is not None:
+            learned, fixed = trees.split(learned, trees.matcher(patterns, "train.trainable"))
+        params = restored(step, learned, model.objective, name)
+        if fixed:
+            params = trees.merge(params, fixed_params(config, meta, fixed, model.network.base, start))
         return Run(
-            config=config, spec=spec, network=built[0], objective=built[1], params=params, mesh=mesh, step=step,
-            ema=name, meta=meta,
+            config=config, spec=spec, **model._asdict(), params=params, mesh=mesh, step=step, ema=name, meta=meta,
+            digest=checkpoints.digest(step),
         )  # fmt: skip
+
+    def restored(step: int, learned: Mapping[str, Params], objective: Objective, name: str | None) -> dict[str, Params]:
+        """Reads the trained arrays, those of networks that are not averaged as they were trained."""
+        averaged = averages(learned, objective) if name else {}
+        others = {name: value for name, value in learned.items() if name not in averaged}
+        params = checkpoints.restore_params(step, others, None) if others else {}
+        return {**params, **(checkpoints.restore_params(step, averaged, name) if averaged else {})}
 
     run = checkpoints.newest_valid(read)[1] if step is None else read(step)
     checkpoints.close()
     return run
+
+
+def open_source(config: Mapping[str, Any], record: Mapping[str, Any] | None) -> tuple[Run, str]:
+    """Reads the run that a config's `init_from` names.
+
+    Args:
+      record: `Run.origin` from when the run started, to read the same arrays again; None for a run that starts.
+
+    Returns:
+      The run, and the expression that selects its arrays; see `warm_start.parse`.
+
+    Raises:
+      InputError: The run cannot be read, or it holds other arrays than those of `record`.
+    """
+    workdir, ema, expression = warm_start.parse(config["init_from"])
+    try:
+        # The run that starts imports the same parts, if any.
+        run = open_run(workdir, ema, record["step"] if record else None, allow_imports=external_names(config))
+    except InputError as error:
+        raise error.within("init_from") from None
+    if record and record != run.origin:
+        problem = f"holds other arrays at step {run.step} than those that the run started from; restore them"
+        raise InputError("init_from", f"{workdir} {problem}")
+    return run, expression
+
+
+def fixed_params(
+    config: Mapping[str, Any], meta: Mapping[str, Any], fixed: Mapping[str, Params], base: str | None,
+    start: Mapping[str, Params] | None,
+) -> dict[str, Params]:  # fmt: skip
+    """Returns the arrays that a run does not train, and therefore does not save.
+
+    Args:
+      config, meta: Of the run.
+      fixed: The arrays, abstract, with the shardings that they will have.
+      base: See `Network.base`.
+      start: The arrays, if they were given to the trainer.
+
+    Raises:
+      InputError: They are nowhere, or are not those that the run started with.
+    """
+    expression = ""
+    if start is None:
+        if config["init_from"] is None:
+            problem = "was trained from arrays that its checkpoints leave out; pass them: load(workdir, start=...)"
+            raise InputError("workdir", problem)
+        run, expression = open_source(config, meta.get("origin"))
+        start = run.params
+    found, missing = warm_start.matching(fixed, start, expression, base)
+    for path, reason in missing.items():
+        raise InputError("start", f"has no {path} ({reason}), which the run does not train")
+    return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), found, dict(fixed))
 
 
 def run_of(trainer: Trainer) -> Run:
@@ -314,6 +390,7 @@ def run_of(trainer: Trainer) -> Run:
     return Run(
         config=config, spec=trainer.spec, network=trainer.network, objective=trainer.objective, params=params,
         mesh=trainer.mesh, step=trainer.step, ema=trainer.ema.main, meta=trainer.meta, source=trainer.source,
+        autoencoder=trainer.autoencoder,
     )  # fmt: skip
 
 

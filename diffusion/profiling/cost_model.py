@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from diffusion.core.trees import path_name
 from diffusion.core.types import Batch, Objective
 from diffusion.distributed import sharding
 from diffusion.profiling.chips import Chip
@@ -54,7 +55,7 @@ def compiled(program: Program, batch: Batch, effort: float = 0.0) -> jax.stages.
     """
     options = {"exec_time_optimization_effort": effort} if effort else None
     try:
-        return program.step.lower(program.state, batch).compile(compiler_options=options)
+        return program.step.lower(program.state, batch, program.frozen).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         found = NO_ROOM.search(str(error))
         if not found:
@@ -67,7 +68,7 @@ def parameters(params: Any) -> list[dict[str, Any]]:
     """Returns the parameter count and bytes of each network's top-level modules, the largest first."""
     found = collections.defaultdict(lambda: [0, 0])
     for path, leaf in jax.tree.leaves_with_path(params):
-        module = found["/".join(sharding.path_name(path).split("/")[:2])]
+        module = found["/".join(path_name(path).split("/")[:2])]
         module[0] += math.prod(leaf.shape)
         module[1] += _bytes(leaf)
     ranked = sorted(found.items(), key=lambda item: -item[1][0])
@@ -78,7 +79,7 @@ def arrays(state: Any) -> list[dict[str, Any]]:
     """Returns every array of an abstract state with its sharding, sorted by decreasing bytes per device."""
     found = [
         {
-            "name": sharding.path_name(path),
+            "name": path_name(path),
             "shape": list(leaf.shape),
             "dtype": str(leaf.dtype),
             "bytes": _bytes(leaf),
@@ -162,7 +163,7 @@ def ideal_traffic(program: Program, objective: Objective, mesh: Mesh, dtype: Any
 def products(program: Program, batch: Batch) -> float | None:
     """Returns the FLOPs of the products of one step as traced, with recomputation; None if they cannot be counted."""
     try:
-        return 2.0 * macs(program.step, program.state, batch)
+        return 2.0 * macs(program.step, program.state, batch, program.frozen)
     except ValueError:
         return None
 

@@ -26,9 +26,9 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from diffusion.core import files
+from diffusion.core.trees import path_name
 from diffusion.core.types import Array, InputError
 from diffusion.distributed import multihost
-from diffusion.distributed.sharding import path_name
 from diffusion.training.state import TrainState
 
 FORMAT = 2
@@ -159,6 +159,10 @@ class Checkpoints:
           InputError: The checkpoint has another format.
         """
         return self._about(step)["meta"]
+
+    def digest(self, step: int) -> str:
+        """Returns a SHA-256 that changes with any array of a checkpoint, or of its `meta`."""
+        return _hash(self._about(step))
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state with the shapes, dtypes and shardings of `abstract`, and the position in the data.
@@ -351,7 +355,8 @@ def _invalid_part(about: Mapping) -> str | None:
     meta, position, arrays = (about.get(name) for name in ("meta", "position", "arrays"))
     if not holds(meta, is_section):
         return "meta"
-    if not all(is_section(value) for name, value in meta.get("config", {}).items() if name not in ("version", "seed")):
+    values = {name: value for name, value in meta.get("config", {}).items() if name not in ("version", "seed")}
+    if not all(value is None or is_section(value) for name, value in values.items() if name != "init_from"):
         return "meta"
     if not holds(arrays, is_array):
         return "arrays"

@@ -1,26 +1,78 @@
-"""Builds optax optimizers by name, with their learning rate schedules."""
+"""Builds optax optimizers by name, with learning rate schedules, groups of parameters, and players."""
 
 import dataclasses
 import inspect
 import logging
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion.core import checks
+from diffusion.core import checks, trees
 from diffusion.core.build import call
-from diffusion.core.types import Array, InputError
+from diffusion.core.types import Array, InputError, Params, Player
+from diffusion.training.resilience.guards import select_if_ok
+
+# The last names of the paths of parameters that weight decay leaves alone: biases, scales of norms, and embeddings.
+NO_DECAY = re.compile(r"(^|_)(bias|scale|gain|embedding)s?\d*$")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optax transformation, and its learning rate as a function of the step."""
+    """An optax transformation, and its learning rate as a function of its step.
+
+    Attributes:
+      transform: The transformation.
+      learning_rate: The learning rate at a step, counted from 0.
+      players: Other optimizers for some of the players of an objective, by name.
+      groups: The expressions of the groups of parameters.
+    """
 
     transform: optax.GradientTransformation
     learning_rate: optax.Schedule
+    players: Mapping[str, "Optimizer"] = dataclasses.field(default_factory=dict)
+    groups: tuple[str, ...] = ()
+
+    def init(self, learned: Mapping[str, Params], players: Mapping[str, Player] | None = None) -> Any:
+        """Returns the state for the trained networks; a dict by name if there are players."""
+        if players is None:
+            return self.transform.init(learned)
+        return {name: self._of(name).transform.init(_own(learned, player)) for name, player in players.items()}
+
+    def update(
+        self, grads: Mapping[str, Params], state: Any, learned: Mapping[str, Params], step: Array,
+        players: Mapping[str, Player] | None = None,
+    ) -> tuple[dict[str, Params], Any]:  # fmt: skip
+        """Returns the networks after a step, and the next state.
+
+        Args:
+          grads: The gradients of the networks.
+          state: The state from `init`.
+          learned: The trained networks.
+          step: The number of the step; it decides which players make one.
+          players: The players of the objective.
+        """
+        if players is None:
+            updates, state = self.transform.update(grads, state, learned)
+            return optax.apply_updates(learned, updates), state
+        updated, states = dict(learned), {}
+        for name, player in players.items():
+            networks = _own(learned, player)
+            updates, after = self._of(name).transform.update(_own(grads, player), state[name], networks)
+            moved = optax.apply_updates(networks, updates), after
+            if player.every > 1:
+                moved = select_if_ok(step % player.every == 0, moved, (networks, state[name]))
+            updated |= moved[0]
+            states[name] = moved[1]
+        return updated, states
+
+    def _of(self, player: str) -> "Optimizer":
+        return self.players.get(player, self)
 
 
 def make_optimizer(
@@ -31,9 +83,13 @@ def make_optimizer(
     warmup: int = 0,
     cycles: int = 1,
     clip: float | None = 1.0,
+    groups: Mapping[str, Mapping[str, Any] | None] = {},
+    players: Mapping[str, Mapping[str, Any]] = {},
     **options: Any,
 ) -> Optimizer:
     """Returns clipping by global norm, followed by any optimizer of optax.
+
+    An optimizer with weight decay decays neither biases nor scales of norms nor embeddings.
 
     Args:
       steps: Length of the whole run, at whose end a decaying schedule reaches 0.
@@ -44,11 +100,21 @@ def make_optimizer(
       cycles: Number of equal parts of the run, each with its own warmup and decay, for methods that train in rounds.
         If it does not divide `steps`, the last cycle is shorter.
       clip: Largest global norm of the gradient; None for no clipping.
+      groups: Options for parts of the parameters, by a regular expression on their paths (`net/embed/label/embedding`):
+        `learning_rate` and keywords of the optimizer, or None for parameters that keep their values. The first
+        expression that is found in a path counts.
+      players: Options for a player of the objective (`critic`), by its name; they replace those given here.
       **options: Keywords of the optimizer (`b1`, `b2`, `weight_decay`, ...).
 
     Raises:
       InputError: optax has no such optimizer or option, or a number is out of range.
     """
+    common = dict(steps=steps, name=name, learning_rate=learning_rate, schedule=schedule, warmup=warmup, cycles=cycles,
+                  clip=clip, groups=groups, **options)  # fmt: skip
+    for player, changes in players.items():
+        _check_section(changes, f"players.{player}")
+    others = {player: call(make_optimizer, {**common, **changes}, field=f"players.{player}")
+              for player, changes in players.items()}  # fmt: skip
     factory = getattr(optax, name, None)
     if not inspect.isfunction(factory) or "learning_rate" not in inspect.signature(factory).parameters:
         raise InputError("name", f"optax has no optimizer {name!r}; use one such as adam, adamw, lion or sgd")
@@ -60,21 +126,68 @@ def make_optimizer(
         shorter = length // 10
         logger.warning(f"optimizer.warmup = {warmup} is shortened to {shorter}: a cycle has {length} steps")
         warmup = shorter
-    after = {
-        "constant": optax.constant_schedule(learning_rate),
-        "cosine": optax.cosine_decay_schedule(learning_rate, length - warmup),
-        "linear": optax.linear_schedule(learning_rate, 0, length - warmup),
-    }[schedule]
-    cycle = (
-        optax.join_schedules([optax.linear_schedule(0, learning_rate, warmup), after], [warmup]) if warmup else after
+
+    def rate_of(peak: float) -> optax.Schedule:
+        after = {
+            "constant": optax.constant_schedule(peak),
+            "cosine": optax.cosine_decay_schedule(peak, length - warmup),
+            "linear": optax.linear_schedule(peak, 0, length - warmup),
+        }[schedule]
+        cycle = optax.join_schedules([optax.linear_schedule(0, peak, warmup), after], [warmup]) if warmup else after
+        return lambda step: cycle(step - jnp.minimum(step // length, cycles - 1) * length)
+
+    def transform_of(peak: float, options: Mapping[str, Any], field: str) -> optax.GradientTransformation:
+        keywords = {**options, "learning_rate": rate_of(peak)}
+        if {"weight_decay", "mask"} <= inspect.signature(factory).parameters.keys():
+            keywords.setdefault("mask", _decayed)
+        try:
+            return call(factory, keywords, field=field)
+        except TypeError as error:  # optax does not annotate all of its options
+            raise InputError(field, f"optax.{name} does not accept them: {error}") from error
+
+    update = transform_of(learning_rate, options, "options")
+    if groups:
+        transforms = {"": update}
+        for pattern, changes in groups.items():
+            field = f"groups.{pattern}"
+            if changes is None:
+                transforms[pattern] = optax.set_to_zero()
+                continue
+            _check_section(changes, field)
+            peak = changes.get("learning_rate", learning_rate)
+            checks.positive(**{f"{field}.learning_rate": peak})
+            own = {key: value for key, value in changes.items() if key != "learning_rate"}
+            transforms[pattern] = transform_of(peak, {**options, **own}, field)
+        update = optax.multi_transform(transforms, _labels(groups))
+    clipping = [] if clip is None else [optax.clip_by_global_norm(clip)]
+    return Optimizer(optax.chain(*clipping, update), rate_of(learning_rate), others, tuple(groups))
+
+
+def _decayed(params: Params) -> Any:
+    """Returns a tree of booleans: whether weight decay applies to each parameter."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: not NO_DECAY.search(trees.path_name(path).rpartition("/")[2]), params
     )
 
-    def rate(step: Array) -> Array:
-        return cycle(step - jnp.minimum(step // length, cycles - 1) * length)
 
-    try:
-        update = call(factory, {**options, "learning_rate": rate}, field="options")
-    except TypeError as error:  # optax does not annotate all of its options
-        raise InputError("options", f"optax.{name} does not accept them: {error}") from error
-    clipping = [] if clip is None else [optax.clip_by_global_norm(clip)]
-    return Optimizer(optax.chain(*clipping, update), rate)
+def _labels(groups: Mapping[str, Any]) -> Callable[[Params], Any]:
+    """Returns the function that maps parameters to the expression of the group of each, "" where there is none."""
+    matchers = {pattern: trees.matcher([pattern], "groups") for pattern in groups}
+
+    def labels(params: Params) -> Any:
+        def label(path: tuple, leaf: Any) -> str:
+            name = trees.path_name(path)
+            return next((pattern for pattern, matches in matchers.items() if matches(name)), "")
+
+        return jax.tree.map_with_path(label, params)
+
+    return labels
+
+
+def _own(networks: Mapping[str, Params], player: Player) -> dict[str, Params]:
+    return {name: networks[name] for name in player.networks}
+
+
+def _check_section(value: Any, field: str) -> None:
+    if not isinstance(value, Mapping):
+        raise InputError(field, f"must be a section, as {{'learning_rate': 1e-4}}, got {value!r}")

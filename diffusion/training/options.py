@@ -19,6 +19,8 @@ class Options:
       steps: Number of steps of the whole run, restarts included.
       batch_size: Examples per step, over all devices.
       accumulate: Number of micro-batches that a step averages its gradient over.
+      trainable: Regular expressions on the paths of the parameters that are trained, such as `net/blocks`; the others
+        keep their values, which must come from `init_from`. None trains all, or those that the adapter adds.
       cond_drop_rate: Share of the examples trained without their conditions; guidance needs a rate above 0. A mapping
         has a rate per condition, drawn independently, and as `joint` the rate at which all are dropped together.
       log_every: Steps between two lines of metrics; a line has the means over these steps.
@@ -37,6 +39,7 @@ class Options:
     steps: int = 1000
     batch_size: int = 128
     accumulate: int = 1
+    trainable: tuple[str, ...] | None = None
     cond_drop_rate: float | Mapping[str, float] = 0.1
     log_every: int = 50
     preview_every: int = 0

@@ -7,12 +7,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from diffusion.core.types import Batch, InputError, Network, Objective, Spec
+from diffusion.core import trees
+from diffusion.core.types import Autoencoder, Batch, InputError, Network, Objective, Spec
 from diffusion.distributed import activation_sharding, sharding
 from diffusion.training.ema import EMA
 from diffusion.training.optimizer import Optimizer
 from diffusion.training.resilience.guards import Guard
-from diffusion.training.state import TrainState, init_state
+from diffusion.training.state import TrainState, init_state, initial_params
+from diffusion.training.state import trainable as learned_networks
 from diffusion.training.step import make_step
 
 
@@ -21,24 +23,55 @@ class Program:
     """The jitted functions of a training, and the shapes and shardings of their arguments.
 
     Attributes:
-      init: Maps the teacher's networks, or None, to the state before the first step. It creates each array with its
-        final sharding.
+      init: Maps the teacher's networks, or None, and the leaves of a warm start to the state before the first step. It
+        creates each array with its final sharding.
       step: The function of `make_step`, which donates the state.
       state: The state as `jax.ShapeDtypeStruct` with shardings.
+      frozen: The third argument of `step`, likewise.
       batch: The sharding of every array of a batch.
     """
 
-    init: Callable[[Mapping | None], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    init: Callable[[Mapping | None, Mapping], TrainState]
+    step: Callable[[TrainState, Batch, Mapping], tuple[TrainState, dict[str, Any]]]
     state: TrainState
+    frozen: dict[str, Any]
     batch: NamedSharding
+
+    def check_frozen(self, start: Mapping[str, Any]) -> None:
+        """Checks that a warm start provides the leaves that are not trained.
+
+        Raises:
+          InputError: One is missing or has another shape.
+        """
+        given = trees.by_path(dict(start))
+        for path, leaf in trees.by_path(self.frozen.get("params", {})).items():
+            if getattr(given.get(path), "shape", None) != leaf.shape:
+                problem = f"leaves out {path}, which init_from does not provide"
+                raise InputError("train.trainable", f"{problem}; train it, or start from a run that has it")
+
+    def place_frozen(self, start: Mapping[str, Any], autoencoder: Autoencoder | None) -> dict[str, Any]:
+        """Returns the arrays that a step reads and never changes, with their shardings.
+
+        Args:
+          start: The leaves of a warm start.
+          autoencoder: The autoencoder, if there is one.
+
+        Raises:
+          InputError: See `check_frozen`.
+        """
+        self.check_frozen(start)
+        given = trees.by_path({"params": dict(start), "autoencoder": autoencoder.params if autoencoder else {}})
+        return jax.tree.map_with_path(
+            lambda path, leaf: jax.device_put(given[trees.path_name(path)], leaf.sharding), self.frozen
+        )
 
 
 def make_program(
     *, network: Network, objective: Objective, optimizer: Optimizer, ema: EMA, mesh: Mesh,
     rules: tuple[sharding.Rule, ...] = (), sequence: str | None = None, fsdp_min_size: int = sharding.FSDP_MIN_SIZE,
     seed: int, batch_size: int, cond_drop_rate: float | Mapping[str, float] = 0.0, accumulate: int = 1,
-    guard: Guard | None = None, teacher: Mapping | None = None,
+    guard: Guard | None = None, teacher: Mapping | None = None, trainable: tuple[str, ...] | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> Program:  # fmt: skip
     """Builds the program without computing anything of the model or creating any of its arrays.
 
@@ -51,10 +84,16 @@ def make_program(
       seed, cond_drop_rate, accumulate, guard: See `make_step`.
       batch_size: Number of examples over all devices.
       teacher: The networks of the objective's teacher, or their shapes; see `Objective.init`.
+      trainable: Regular expressions on the paths of the leaves that are trained; None for those of the network, which
+        are all unless an adapter chooses them.
+      autoencoder: See `make_step`.
 
     Raises:
-      InputError: The mesh does not divide the batch, or a sharding rule does not fit.
+      InputError: The mesh does not divide the batch, an expression for leaves is invalid or found in no path, or a
+        sharding rule does not fit.
     """
+    patterns = network.trainable if trainable is None else trainable
+    matches = None if patterns is None else trees.matcher(patterns, "train.trainable")
     shards = sharding.batch_shards(mesh)
     if batch_size % (shards * accumulate):
         micro = f" in {accumulate} micro-batches" if accumulate > 1 else ""
@@ -64,23 +103,34 @@ def make_program(
             f"use a multiple of {shards * accumulate}",
         )
 
-    def init(teacher: Mapping | None) -> TrainState:
-        return init_state(objective, network, optimizer.transform, ema, jax.random.key(seed), teacher)
+    def init(teacher: Mapping | None, start: Mapping) -> TrainState:
+        return init_state(objective, network, optimizer, ema, jax.random.key(seed), teacher, start, matches)
 
-    shapes = jax.eval_shape(init, teacher)
+    def with_places(shapes: Any, shardings: Any) -> Any:
+        return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                            shapes, shardings)  # fmt: skip
+
+    shapes, frozen = jax.eval_shape(init, teacher, {}), {}
+    if matches is not None:
+        params = jax.eval_shape(lambda: initial_params(objective, network, jax.random.key(seed), teacher))
+        frozen["params"] = trees.split(learned_networks(params, objective), matches)[1]
+    if autoencoder is not None:
+        frozen["autoencoder"] = jax.eval_shape(lambda: autoencoder.params)
+    _check_patterns(shapes, patterns, optimizer, objective)
     shardings = sharding.of_state(shapes, mesh, rules, fsdp_min_size)
-    state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                         shapes, shardings)  # fmt: skip
+    state = with_places(shapes, shardings)
+    frozen = with_places(frozen, sharding.of_state(frozen, mesh, rules, fsdp_min_size))
     batch = sharding.by_example(mesh)
     step = make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=cond_drop_rate,
-                     accumulate=accumulate, guard=guard)  # fmt: skip
+                     accumulate=accumulate, guard=guard, matches=matches, autoencoder=autoencoder)  # fmt: skip
     if mesh.size > 1:
         step = activation_sharding.enabled(step, batch, sequence)
     return Program(
         init=jax.jit(init, out_shardings=shardings),
-        step=jax.jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, sharding.replicated(mesh)),
-                     donate_argnums=0),
+        step=jax.jit(step, in_shardings=(shardings, batch, jax.tree.map(lambda leaf: leaf.sharding, frozen)),
+                     out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
         state=state,
+        frozen=frozen,
         batch=batch,
     )  # fmt: skip
 
@@ -89,3 +139,14 @@ def abstract_batch(spec: Spec, size: int, place: NamedSharding) -> Batch:
     """Returns a batch of `size` examples as `jax.ShapeDtypeStruct` with the sharding `place`."""
     cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), spec.zeros(size))
     return Batch(x=jax.ShapeDtypeStruct((size, *spec.shape), spec.x.dtype, sharding=place), cond=cond)
+
+
+def _check_patterns(
+    state: TrainState, patterns: tuple[str, ...] | None, optimizer: Optimizer, objective: Objective
+) -> None:
+    """Checks that each expression for parameters is found in the path of one that is trained."""
+    paths = [path for path in trees.by_path(state.params) if path.partition("/")[0] not in objective.frozen]
+    for field, expressions in (("train.trainable", patterns or ()), ("optimizer.groups", optimizer.groups)):
+        for expression in expressions:
+            if not any(map(trees.matcher([expression], field), paths)):
+                raise InputError(field, f"{expression!r} is found in the path of no parameter that is trained")

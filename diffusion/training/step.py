@@ -1,20 +1,24 @@
 """The train step: one pure function from state and batch to the next state and the metrics."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from diffusion.core import trees
 from diffusion.core.arrays import scaled
-from diffusion.core.types import Array, Batch, Network, Objective, Params
+from diffusion.core.types import Array, Autoencoder, Batch, Network, Objective, Params
 from diffusion.training.ema import EMA
 from diffusion.training.optimizer import Optimizer
 from diffusion.training.options import check_drop_rate
+from diffusion.training.players import gradients, players_of
 from diffusion.training.resilience.guards import Guard, select_if_ok
-from diffusion.training.state import TrainState, averaged, trainable
+from diffusion.training.state import TrainState, averaged, averages, trainable
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 def make_step(
@@ -27,8 +31,13 @@ def make_step(
     cond_drop_rate: float | Mapping[str, float] = 0.0,
     accumulate: int = 1,
     guard: Guard | None = None,
+    matches: trees.Matches | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> Step:
-    """Returns the step as a pure function, to be jitted with the state donated.
+    """Returns the step as a pure function `step(state, batch, frozen)`, to be jitted with the state donated.
+
+    `frozen` holds the arrays that a step reads and never changes: `params`, the leaves of the networks that are not
+    trained, and `autoencoder`, its parameters. They are in neither the state nor its checkpoints.
 
     Args:
       objective, network, optimizer, ema: The parts of the training.
@@ -39,33 +48,48 @@ def make_step(
       guard: Decides whether a step is good; by default, whether its numbers are finite. A bad step changes no
         parameter, average or optimizer state, and discards the result of `update_state`. The changes of `before_step`,
         which depend on the step number alone, are kept, and the step number increases.
+      matches: Whether the leaf of a path is trained; None for all.
+      autoencoder: Encodes the batch into the latents that are trained on; None to train on the data themselves.
     """
-    guard = guard or Guard()
+    guard, players = guard or Guard(), players_of(objective)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def losses_of(*args) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Returns the loss `[B]` of each player, and metrics."""
+        if players is not None:
+            return objective.losses(*args)
+        loss, metrics = objective.loss(*args)
+        return {"loss": loss}, metrics
+
+    def step(
+        state: TrainState, batch: Batch, frozen: Mapping[str, Params] = MappingProxyType({})
+    ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key_keep, key_draw, key_net = jax.random.split(key, 3)
         keep = draw_keep(key_keep, cond_drop_rate, batch["cond"], batch["x"].shape[0])
         skipped, request = batch.get("skipped"), batch.get("request")
         batch = Batch(x=scaled(batch["x"]), cond={**batch["cond"], "keep": keep})
+        if autoencoder is not None:
+            batch["x"] = autoencoder.encode(frozen["autoencoder"], batch["x"], jax.random.fold_in(key, 4))
+        fixed = frozen.get("params", {})
         prepared, objective_state = objective.before_step(
-            state.params,
-            averaged(state, ema.main),
+            trees.merge(state.params, fixed),
+            trees.merge(averaged(state, ema.main), fixed),
             batch,
             state.objective_state,
             jax.random.fold_in(key, 3),
             state.step,
         )
         batch["draws"] = objective.draw(batch, key_draw, state.step, objective_state)
-        learned, ema_params = trainable(prepared, objective), {**prepared, **state.ema[ema.main]}
-
-        def mean_loss(learned, micro, key):
-            params = {**prepared, **learned}
-            loss, metrics = objective.loss(network.apply, params, ema_params, micro, key, state.step)
-            return jnp.mean(loss), (metrics, loss)
+        learned = trainable(prepared, objective, matches)
+        ema_params = trees.merge(prepared, state.ema[ema.main])
 
         def gradient(micro, key):
-            (_, (metrics, losses)), grads = jax.value_and_grad(mean_loss, has_aux=True)(learned, micro, key)
+            def mean_losses(learned):
+                params = trees.merge(prepared, learned)
+                losses, metrics = losses_of(network.apply, params, ema_params, micro, key, state.step)
+                return {name: jnp.mean(loss) for name, loss in losses.items()}, (metrics, losses)
+
+            grads, (metrics, losses) = gradients(mean_losses, learned, players)
             return (metrics, grads), losses
 
         if accumulate == 1:
@@ -73,9 +97,12 @@ def make_step(
         else:
             keys = jax.random.split(key_net, accumulate)
             (metrics, grads), losses = _mean_over(gradient, _split(batch, accumulate), keys)
-            losses = losses.swapaxes(0, 1).reshape(-1)  # in the order of the batch
-        updated_state, seen = objective.update_state(objective_state, batch["draws"], losses)
-        metrics = {"loss": jnp.mean(losses), **metrics, **seen}
+            losses = {name: loss.swapaxes(0, 1).reshape(-1) for name, loss in losses.items()}  # in the batch's order
+        loss = functools.reduce(jnp.add, losses.values())
+        updated_state, seen = objective.update_state(objective_state, batch["draws"], loss)
+        metrics = {"loss": jnp.mean(loss), **metrics, **seen}
+        if players is not None:
+            metrics |= {f"loss_{name}": jnp.mean(loss) for name, loss in losses.items()}
         if skipped is not None:
             metrics["skipped"] = jnp.sum(skipped)
         if request is not None:
@@ -87,15 +114,16 @@ def make_step(
         ok, counters = guard.check_step(state.guard, metrics["loss"], metrics["grad_norm"])
         metrics |= {"bad_steps": counters["bad"], "in_row": counters["in_row"], "norms": norms}
 
-        updates, opt_state = optimizer.transform.update(grads, state.opt_state, learned)
-        updated = _projected(optax.apply_updates(learned, updates), network, prepared)
-        averages = ema.update(state.ema, updated, state.step)
-        updated, averages, opt_state, objective_state = select_if_ok(
-            ok, (updated, averages, opt_state, updated_state), (learned, state.ema, state.opt_state, objective_state)
+        updated, opt_state = optimizer.update(grads, state.opt_state, learned, state.step, players)
+        if network.project is not None:
+            projected = _projected(trees.merge(prepared, updated), network, prepared)
+            updated = trainable(projected, objective, matches)
+        new_ema = ema.update(state.ema, averages(updated, objective), state.step)
+        updated, new_ema, opt_state, objective_state = select_if_ok(
+            ok, (updated, new_ema, opt_state, updated_state), (learned, state.ema, state.opt_state, objective_state)
         )
-        return TrainState(
-            state.step + 1, {**prepared, **updated}, averages, opt_state, objective_state, counters
-        ), metrics
+        others = {name: prepared[name] for name in objective.frozen if name in prepared}
+        return TrainState(state.step + 1, {**others, **updated}, new_ema, opt_state, objective_state, counters), metrics
 
     return step
 
@@ -134,13 +162,11 @@ def _norms(grads: dict[str, Params]) -> dict[str, Array]:
 
 
 def _projected(learned: dict[str, Params], network: Network, params: dict[str, Params]) -> dict[str, Params]:
-    """Applies `network.project` to the trained networks with the same parameter tree as `params["net"]`.
+    """Applies `network.project` to the networks with the same parameter tree as `params["net"]`.
 
     They are copies of the network, such as a teacher that is trained jointly. The other parameters that an objective
     trains (VDM's noise schedule) have a different tree and stay as they are.
     """
-    if network.project is None:
-        return learned
     structure = jax.tree.structure(params["net"])
     return {
         name: network.project(value) if jax.tree.structure(value) == structure else value

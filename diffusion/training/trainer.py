@@ -16,10 +16,10 @@ import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from diffusion.core import files
+from diffusion.core import files, trees
 from diffusion.core.build import build, build_network, call
 from diffusion.core.progress import Progress
-from diffusion.core.types import InputError, Network, Objective, Params, Source
+from diffusion.core.types import Autoencoder, InputError, Network, Objective, Params, Source
 from diffusion.data import pipeline
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
@@ -64,6 +64,11 @@ class Trainer:
       meta: JSON-able, saved with each checkpoint. By default it describes the parts, so that the workdir can be loaded.
       rules, sequence, fsdp_min_size: How arrays are sharded; see `program.make_program`.
       teacher: The dict of networks of the objective's teacher, for a run that starts; one that resumes has its own.
+      start: Leaves of the dict of networks, in nested dicts, with which a run starts in place of random ones. A run
+        that does not train all leaves (`options.trainable`, or an adapter) also reads the others from here when it
+        resumes, and neither its state nor its checkpoints contain them.
+      autoencoder: A frozen autoencoder, whose latents the network models; its parameters are in no checkpoint. Batches
+        are encoded in the step, unless the source has latents already.
       hooks: What to do at certain steps, after the checkpoint of that step.
       writers: Receive the metrics in addition to the workdir's own (`metrics.jsonl`, TensorBoard).
       should_stop: Returns whether to save and stop after this step.
@@ -99,6 +104,8 @@ class Trainer:
         sequence: str | None = None,
         fsdp_min_size: int = sharding.FSDP_MIN_SIZE,
         teacher: Mapping | None = None,
+        start: Mapping[str, Params] | None = None,
+        autoencoder: Autoencoder | None = None,
         hooks: Sequence[Hook] = (),
         writers: Sequence[Writer] = (),
         should_stop: Callable[[], bool] = lambda: False,
@@ -107,26 +114,29 @@ class Trainer:
         **train_options: Any,
     ):
         self.source = source if hasattr(source, "__getitem__") and hasattr(source, "spec") else build("data", source)
-        spec = self.spec = self.source.spec
+        spec = self.spec = getattr(self.source, "decoded_spec", self.source.spec)
         if spec.captions:
             raise InputError("data.captions", "no network reads captions yet; set it False to train without")
         self.network = network
         if not isinstance(network, Network):
-            self.network = build_network(network, spec)
-        self.objective = objective if hasattr(objective, "loss") else build("objectives", objective, field="objective")
+            self.network = build_network(network, autoencoder.latent_spec(spec) if autoencoder else spec)
+        self.objective = (
+            objective if hasattr(objective, "denoiser") else build("objectives", objective, field="objective")
+        )
         self.options = dataclasses.replace(options or Options(), **train_options)
         check_drop_rate(self.options.cond_drop_rate, spec.conditions)
         self.ema = ema if isinstance(ema, EMA) else call(make_ema, ema or {}, field="ema")
         self.optimizer, self.mesh = optimizer, mesh or make_mesh()
         self.seed, self.workdir, self.checkpoint = seed, workdir, checkpoint or CheckpointOptions()
         self.sharding = {"rules": rules, "sequence": sequence, "fsdp_min_size": fsdp_min_size}
-        self.teacher, self.hooks, self.extra_writers = teacher, tuple(hooks), tuple(writers)
+        self.teacher, self.start, self.autoencoder = teacher, dict(start or {}), autoencoder
+        self.hooks, self.extra_writers = tuple(hooks), tuple(writers)
         self.should_stop, self.heartbeat = should_stop, heartbeat
         self.during_steps = during_steps or contextlib.nullcontext()
         parts = {"data": source, "network": network, "objective": objective}
         self.meta = dict(meta) if meta else self._describe(parts)
         self.state: TrainState | None = None
-        self.program, self._program_steps, self._position = None, None, {}
+        self.program, self._program_steps, self._position, self.frozen = None, None, {}, {}
         self.step, self.skipped, self.rollbacks, self.metrics = 0, 0, 0, {}
 
     def fit(self, steps: int | None = None) -> TrainState:
@@ -146,7 +156,7 @@ class Trainer:
                 batch = self._next_batch()
                 self._beat(f"step {self.step}", 10 if self._is_first else 1)
                 with self._spent("compile" if self._is_first else "step"):
-                    self.state, metrics = self.program.step(self.state, batch)
+                    self.state, metrics = self.program.step(self.state, batch, self.frozen)
                     # The device computes this step while the host reads the metrics of the previous one.
                     previous, self._pending = self._pending, (self.step, self.data.position()["examples"], metrics)
                     self._request = self._agreed_request(previous)
@@ -174,7 +184,7 @@ class Trainer:
 
     def averaged_params(self) -> dict[str, Params]:
         """Returns the networks with the average that sampling uses in place of the trained ones."""
-        return averaged(self.state, self.ema.main)
+        return trees.merge(averaged(self.state, self.ema.main), self.frozen.get("params", {}))
 
     def position(self) -> dict[str, Any]:
         """Returns what a resumed run needs besides the state: its place in the data, and metrics not yet logged."""
@@ -195,7 +205,9 @@ class Trainer:
             network=self.network, objective=self.objective, optimizer=optimizer, ema=self.ema, mesh=self.mesh,
             **self.sharding, seed=self.seed, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate,
             accumulate=options.accumulate, guard=Guard(options.spike), teacher=self.teacher,
+            trainable=options.trainable, autoencoder=None if is_encoded(self.source) else self.autoencoder,
         ), steps  # fmt: skip
+        self.frozen = self.program.place_frozen(self.start, self.autoencoder)
 
     def _describe(self, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the `meta` of a run whose parts were given from Python."""
@@ -224,7 +236,7 @@ class Trainer:
             workers=self.options.workers, prefetch=self.options.prefetch, position=position or None,
         )  # fmt: skip
         if self.state is None:
-            self.state = self.program.init(self.teacher)
+            self.state = self.program.init(self.teacher, self.start)
         self._warn_of_replicated_arrays()
         self.window = Metrics(position.get("window"))
         self.meter = self.checkpoints = None
@@ -406,6 +418,11 @@ class Trainer:
             size = f"{sum(whole.values()) / 2**20:,.0f} MiB"
             logger.warning(f"every device holds all {size} of {', '.join(whole)}: no dimension divides; choose another "
                            "mesh.fsdp, or split them by sharding.rules")  # fmt: skip
+
+
+def is_encoded(source: Source) -> bool:
+    """Returns whether the examples of a source are latents that were encoded in advance."""
+    return getattr(source, "encoder", None) is not None
 
 
 def _section(part: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from diffusion.core.trees import path_name
 from diffusion.data.sources.digits import Digits
 from diffusion.distributed import sharding
 from diffusion.training.checkpoint import Checkpoints
@@ -100,7 +101,7 @@ def take_notes(folder: str) -> None:
     def save(checkpoints, step, state, *_) -> None:
         if step == STEPS and rank == "0":
             leaves = jax.tree.leaves_with_path(state)
-            np.savez(os.path.join(folder, "state.npz"), **{sharding.path_name(path): leaf for path, leaf in leaves})
+            np.savez(os.path.join(folder, "state.npz"), **{path_name(path): leaf for path, leaf in leaves})
 
     now, passed = time.time, itertools.count()
     if CLOCK:

@@ -28,7 +28,7 @@ config["train"]["batch_size"] = 8
 program = capacity.train_program(config, Spec(ArraySpec((32, 32, 4)), class_labels(1000)), jax.devices())["program"]
 checkpoints = Checkpoints(workdir)
 if checkpoints.latest() is None:
-    state = jax.block_until_ready(program.init(None))
+    state = jax.block_until_ready(program.init(None, {}))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     checkpoints.save(1, state, {}, {}, {})
 else:

@@ -8,6 +8,7 @@ import pytest
 
 from configs import imagenet64_adm, imagenet256_dit
 from diffusion.core.build import build
+from diffusion.core.trees import path_name
 from diffusion.distributed import sharding
 from diffusion.pipelines.generator import Generator
 from diffusion.training.ema import make_ema
@@ -50,18 +51,18 @@ def trained(digits, mesh_of):
             optimizer=make_optimizer(steps=STEPS, name="sgd", learning_rate=0.05), seed=0, batch_size=BATCH_SIZE,
             cond_drop_rate=0.1, fsdp_min_size=0, **OPTIONS.get(arrangement, {}),
         )  # fmt: skip
-        state, losses = program.init(None), []
+        state, losses = program.init(None, {}), []
         for number in range(STEPS):
             examples = [digits[number * BATCH_SIZE + row] for row in range(BATCH_SIZE)]
             batch = jax.tree.map(lambda *rows: np.stack(rows), *examples)
-            state, metrics = program.step(state, sharding.to_global(batch, program.batch))
+            state, metrics = program.step(state, sharding.to_global(batch, program.batch), {})
             losses.append(float(metrics["loss"]))
         generator = Generator(
             network, objective, digits.spec, mesh, sampler={"name": "heun", "steps": 4}, cond_drop_rate=0.1,
             guidance={"name": "cfg", "scale": 2.0},
         )  # fmt: skip
         samples = generator(averaged(state, "0.5"), {"label": np.arange(16) % 10}, 16, seed=0, batch_size=16)
-        sharded = {sharding.path_name(path) for path, leaf in jax.tree.leaves_with_path(state.params)
+        sharded = {path_name(path) for path, leaf in jax.tree.leaves_with_path(state.params)
                    if not leaf.is_fully_replicated}  # fmt: skip
         return losses, jax.device_get(state.params["net"]), samples, sharded
 
@@ -77,7 +78,7 @@ def test_the_same_numbers(name, mesh, trained):
     np.testing.assert_allclose(found[0], losses, rtol=1e-5)
     for (path, one), other in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(found[1]), strict=True):
         scale = np.linalg.norm(one)
-        assert np.linalg.norm(other - one) <= 1e-4 * max(scale, 1e-3), sharding.path_name(path)
+        assert np.linalg.norm(other - one) <= 1e-4 * max(scale, 1e-3), path_name(path)
     assert np.abs(found[2] - samples).max() <= 1e-4 * np.abs(samples).max()
     if mesh == "model":  # the rules shard the wide layers
         kinds = {"dit": ("qkv", "up", "out", "down"), "unet": ("conv1", "conv2", "qkv", "out")}[name]

@@ -17,7 +17,7 @@ from diffusion.objectives.base.teacher import Teacher
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, read_config
 from diffusion.pipelines.generator import Generator
-from diffusion.pipelines.model import network_and_objective
+from diffusion.pipelines.model import build_model
 from diffusion.training.state import init_state
 from tests.refusals import refused
 
@@ -106,7 +106,7 @@ def test_parts_fit(path, argument, tmp_path):
     config = with_data(config, path, doc, tmp_path)
     with tfds.testing.mock_data(num_examples=2):
         source, held_out = build("data", config["data"]), build("data", config["eval"]["data"])
-    network, objective = network_and_objective(config, source.spec, teacher_of(config, source.spec))
+    network, objective, _ = build_model(config, source.spec, teacher_of(config, source.spec))
     keywords = training(config)
     key = jax.random.key(0)
     shapes = jax.eval_shape(network.init, key)
@@ -116,7 +116,7 @@ def test_parts_fit(path, argument, tmp_path):
         assert f"{count:.{1 if '.' in published else 0}f}" == published
     # Tracing a large network takes seconds; once is enough.
     network = dataclasses.replace(network, init=lambda key: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
-    jax.eval_shape(lambda: init_state(objective, network, keywords["optimizer"].transform, keywords["ema"], key))
+    jax.eval_shape(lambda: init_state(objective, network, keywords["optimizer"], keywords["ema"], key))
     generator = Generator(
         network, objective, source.spec, keywords["mesh"], sampler=config["sampler"], guidance=config["guidance"],
         cond_drop_rate=keywords["options"].cond_drop_rate,

@@ -323,7 +323,7 @@ def test_training_keeps_weights_normalised():
 
     def after_steps(on):
         fixed = dataclasses.replace(network, init=lambda key: params)
-        state = init_state(objective, fixed, opt.transform, averages, jax.random.key(0))
+        state = init_state(objective, fixed, opt, averages, jax.random.key(0))
         for _ in range(3):
             state = step(state, on)
         return state
@@ -370,7 +370,7 @@ def test_which_parameters_are_projected():
         optimizer.make_optimizer(steps=9, name="sgd", learning_rate=0.1, clip=None),
         ema.make_ema((0.5,), warmup=False),
     )
-    state = init_state(Several(), network, opt.transform, averages, jax.random.key(0))
+    state = init_state(Several(), network, opt, averages, jax.random.key(0))
     state, _ = make_step(Several(), network, opt, averages, seed=0)(state, {"x": jnp.ones(4), "cond": {}})
     moved = np.array([0.9, 0.8])
     np.testing.assert_allclose(state.params["net"]["w"], moved / norm(moved), rtol=1e-6)

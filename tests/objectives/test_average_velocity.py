@@ -168,7 +168,7 @@ def test_accumulation_gives_the_same_training(name):
     )
     opt, averages = optimizer.make_optimizer(steps=9, name="sgd", learning_rate=0.1), ema.make_ema(decays=(0.5,))
     batch = {"x": jax.random.normal(jax.random.key(0), (24, 2)), "cond": {}}
-    start = jax.jit(lambda: init_state(objective, network, opt.transform, averages, jax.random.key(0)))()
+    start = jax.jit(lambda: init_state(objective, network, opt, averages, jax.random.key(0)))()
     states = []
     for accumulate in (1, 3):
         state = start

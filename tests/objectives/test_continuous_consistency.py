@@ -312,7 +312,7 @@ def test_student_starts_from_its_teacher_which_stays_fixed(mlp):
         ema.make_ema(decays=(0.5,), warmup=False),
     )
     theirs = {"net": jax.tree.map(jnp.array, trained)}
-    state = init_state(objective, network, opt.transform, averages, jax.random.key(0), theirs)
+    state = init_state(objective, network, opt, averages, jax.random.key(0), theirs)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params)]
     assert len(set(places)) == len(places)  # no buffer is donated twice
     for name in (state.params["net"], state.params["teacher"]["net"]):

@@ -221,7 +221,7 @@ def test_target_follows_the_student_through_training(trained):
     objective = objective_of(teacher=teacher, target_decay=0.7)
     opt, averages = optimizer.make_optimizer(steps=9, name="sgd", learning_rate=0.1), ema.make_ema(decays=(0.5,))
     given = jax.tree.map(jnp.array, theirs)
-    state = init_state(objective, network, opt.transform, averages, jax.random.key(0), given)
+    state = init_state(objective, network, opt, averages, jax.random.key(0), given)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params)]
     assert len(set(places)) == len(places)  # no buffer is donated twice
     paths = jax.tree.leaves_with_path(theirs["net"])

@@ -193,7 +193,7 @@ def test_interrupted_run_resumes_bit_for_bit():
         return state, teachers
 
     objective, _, opt, averages = parts()
-    state = init_state(objective, network, opt.transform, averages, jax.random.key(0))
+    state = init_state(objective, network, opt, averages, jax.random.key(0))
     step = jax.jit(make_step(*parts(), seed=0))
     whole, teachers = run(step, state, batches)
     changed = [bool((a != b).any()) for a, b in itertools.pairwise(teachers)]

@@ -186,7 +186,7 @@ def test_round_straightens_the_paths():
     objective = objective_of(Teacher(network, FLOW, data.spec), round_steps=300, pool=2048, every=3, ode_steps=30)
     opt = optimizer.make_optimizer(steps=300, learning_rate=3e-3, schedule="cosine")
     averages = ema.make_ema(decays=(0.9,))
-    state = init_state(objective, network, opt.transform, averages, jax.random.key(0))
+    state = init_state(objective, network, opt, averages, jax.random.key(0))
     metric = build("evaluation", {"name": "straightness", "num": 500, "steps": 50}, train=data, held_out=data)
 
     def curvature_of(params):
@@ -210,7 +210,7 @@ def parts():
 
 def initial_train_state():
     objective, network, opt, averages = parts()
-    return init_state(objective, network, opt.transform, averages, jax.random.key(0))
+    return init_state(objective, network, opt, averages, jax.random.key(0))
 
 
 def batches(n):

@@ -38,7 +38,7 @@ def test_resumed_is_uninterrupted(name, network, digits, digits_batch, tmp_path)
     objective, network = build("objectives", spec), network if name in SCALAR_CONDITIONS else plain
     opt, averages = optimizer.make_optimizer(steps=STEPS, learning_rate=1e-2, cycles=1), ema.make_ema(decays=(0.5, 0.9))
     step = jax.jit(make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.3))
-    state = init_state(objective, network, opt.transform, averages, jax.random.key(0))
+    state = init_state(objective, network, opt, averages, jax.random.key(0))
 
     def batch(number):
         rows = np.random.default_rng(number).integers(0, 16, 8)
@@ -64,6 +64,6 @@ def test_resumed_is_uninterrupted(name, network, digits, digits_batch, tmp_path)
     moves = {"consistency": "target", "latent_consistency": "target", "progressive_distillation": "teacher",
              "reflow": "teacher"}  # fmt: skip
     if name in moves:
-        start = init_state(objective, network, opt.transform, averages, jax.random.key(0)).params[moves[name]]
+        start = init_state(objective, network, opt, averages, jax.random.key(0)).params[moves[name]]
         ends = jax.tree.leaves(whole.params[moves[name]])
         assert any((a != b).any() for a, b in zip(jax.tree.leaves(start), ends, strict=True))

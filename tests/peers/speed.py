@@ -132,7 +132,7 @@ def our_step(case: Case, params: Any = None, batches: Iterator[Mapping] | None =
     network, objective = case.build(), build("objectives", OBJECTIVE)
     optimizer = make_optimizer(steps=10**6, learning_rate=LEARNING_RATE, clip=None)
     ema = make_ema(decays=(DECAY,), warmup=False)
-    state = jax.jit(lambda: init_state(objective, network, optimizer.transform, ema, jax.random.key(0)))()
+    state = jax.jit(lambda: init_state(objective, network, optimizer, ema, jax.random.key(0)))()
     if params is not None:
         state = dataclasses.replace(state, params={"net": jax.tree.map(jnp.asarray, params)})
     step = jax.jit(make_step(objective, network, optimizer, ema, seed=0), donate_argnums=0)

@@ -5,6 +5,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from diffusion.core.build import build
+from diffusion.core.trees import path_name
 from diffusion.core.types import ArraySpec, Spec, class_labels
 from diffusion.distributed import activation_sharding, sharding
 from diffusion.profiling import cost_model
@@ -103,14 +104,14 @@ def test_no_large_array_of_dit_xl_is_replicated(data, fsdp):
     network = {"name": "dit", "width": 1152, "depth": 28, "num_heads": 16, "outputs": 2}
     parts = parts_of(network, (32, 32, 4), 1000)
     state = jax.eval_shape(
-        lambda: init_state(parts["objective"], parts["network"], parts["optimizer"].transform, parts["ema"],
+        lambda: init_state(parts["objective"], parts["network"], parts["optimizer"], parts["ema"],
                            jax.random.key(0))
     )  # fmt: skip
     kinds = (jax.sharding.AxisType.Auto,) * 3
     places = sharding.of_state(state, AbstractMesh((data, fsdp, 1), ("data", "fsdp", "model"), axis_types=kinds))
     replicated = [path for path, place in jax.tree.leaves_with_path(places) if place.is_fully_replicated]
-    sizes = {sharding.path_name(path): leaf.size for path, leaf in jax.tree.leaves_with_path(state)}
-    assert all(4 * sizes[sharding.path_name(path)] < cost_model.FLAGGED for path in replicated)
+    sizes = {path_name(path): leaf.size for path, leaf in jax.tree.leaves_with_path(state)}
+    assert all(4 * sizes[path_name(path)] < cost_model.FLAGGED for path in replicated)
 
 
 def test_the_slowest_resource_determines_the_time():
@@ -137,7 +138,7 @@ def test_reads_the_memory_required_from_the_compilers_message(message):
             raise jax.errors.JaxRuntimeError(message)
 
     class Program:
-        step, state = Step(), None
+        step, state, frozen = Step(), None, {}
 
     with pytest.raises(cost_model.TooLarge) as caught:
         cost_model.compiled(Program, None)

@@ -1,9 +1,10 @@
-"""Learning rate schedules, once and in cycles."""
+"""Optimizers: learning rate schedules, weight decay, and groups of parameters."""
 
 import jax
 import numpy as np
 import pytest
 
+from diffusion.core import trees
 from diffusion.training.optimizer import make_optimizer
 from tests.refusals import refused
 
@@ -64,3 +65,49 @@ def test_bad_options(options, field):
     make_optimizer(steps=20, cycles=5, warmup=3)
     with refused(field):
         make_optimizer(steps=20, **options)
+
+
+PARAMS = {
+    "net": {"linear": {"kernel": np.ones((2, 2)), "bias": np.ones(2)}, "norm": {"scale": np.ones((3, 2))},
+            "label": {"embedding": np.ones((4, 2))}, "blocks": {"kernel1": np.ones((3, 2, 2))}},
+}  # fmt: skip
+
+
+def moved(optimizer, grads=None):
+    """Returns the change of every parameter in one step, by path; without gradients, weight decay alone moves them."""
+    zeros = jax.tree.map(np.zeros_like, PARAMS)
+    after, _ = optimizer.update(grads or zeros, optimizer.init(PARAMS), PARAMS, 0)
+    return {path: np.max(np.abs(leaf - 1)) for path, leaf in trees.by_path(after).items()}
+
+
+def test_weight_decay_spares_biases_norms_and_embeddings():
+    changes = moved(make_optimizer(steps=10, name="adamw", learning_rate=0.1, weight_decay=0.5))
+    for path, change in changes.items():
+        np.testing.assert_allclose(change, 0.05 if "kernel" in path else 0, rtol=1e-6, err_msg=path)
+
+
+def test_groups_have_their_options():
+    """The first expression that is found counts, and None keeps the parameters as they are."""
+    groups = {"bias": None, "^net/linear/": {"learning_rate": 0.2}, "blocks": {"weight_decay": 0.0}}
+    optimizer = make_optimizer(steps=10, name="adamw", learning_rate=0.1, weight_decay=0.5, groups=groups, clip=None)
+    decayed = moved(optimizer)
+    assert decayed["net/linear/kernel"] == pytest.approx(0.1) and decayed["net/blocks/kernel1"] == 0
+    stepped = moved(optimizer, jax.tree.map(np.ones_like, PARAMS))
+    assert stepped["net/linear/bias"] == 0 and stepped["net/blocks/kernel1"] == pytest.approx(0.1, rel=1e-4)
+    assert stepped["net/norm/scale"] == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"groups": {"net/(": None}}, "groups"),
+        ({"groups": {"net": 3}}, "groups.net"),
+        ({"groups": {"net": {"learning_rate": -1.0}}}, "groups.net.learning_rate"),
+        ({"groups": {"net": {"no_such": 1.0}}}, "groups.net.no_such"),
+        ({"players": {"critic": 3}}, "players.critic"),
+        ({"players": {"critic": {"warmup": -1}}}, "players.critic.warmup"),
+    ],
+)
+def test_invalid_groups_and_players(options, field):
+    with refused(field):
+        make_optimizer(steps=10, **options).init(PARAMS)

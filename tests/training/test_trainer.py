@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from diffusion.core.build import build
+from diffusion.core.trees import path_name
 from diffusion.distributed import sharding
 from diffusion.training import ema, hooks, optimizer
 from diffusion.training.checkpoint import Checkpoints
@@ -60,7 +61,7 @@ def run(tiny_mlp, digits, mesh_of):
 
 
 def leaves(state):
-    return {sharding.path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
 
 
 def lines(workdir):
@@ -182,7 +183,7 @@ def test_eight_devices_train_as_one(run, tmp_path, digits):
     eight = run(tmp_path / "eight", mesh=(2, 2, 2), rules=rules, every=100, network=unet)
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
     for (path, a), b in zip(jax.tree.leaves_with_path(one.params), jax.tree.leaves(eight.params), strict=True):
-        np.testing.assert_allclose(b, a, atol=2e-3, err_msg=sharding.path_name(path))
+        np.testing.assert_allclose(b, a, atol=2e-3, err_msg=path_name(path))
     kernel = eight.params["net"]["down"]["0_0"]["residual"]["conv1"]["kernel"]
     moment = eight.opt_state[1][0].mu["net"]["down"]["0_0"]["residual"]["conv1"]["kernel"]
     assert kernel.sharding.spec == moment.sharding.spec == jax.P(None, None, "fsdp", "model")
@@ -224,4 +225,4 @@ def test_async_save_of_a_donated_state(run, tmp_path):
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), ends_there)
         saved, _ = Checkpoints(str(tmp_path / "all"), read_only=True).restore(step, abstract)
         for (path, a), b in zip(jax.tree.leaves_with_path(ends_there), jax.tree.leaves(saved), strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=sharding.path_name(path))
+            np.testing.assert_array_equal(a, b, err_msg=path_name(path))

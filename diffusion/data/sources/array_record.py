@@ -1,7 +1,9 @@
 """A sharded data set of decoded and resized examples, written once from any other source, for fast training."""
 
+import contextlib
 import dataclasses
 import glob
+import itertools
 import json
 import math
 import os
@@ -45,6 +47,10 @@ class ArrayRecord:
 
     A record holds `x` in the dtype of the data set, the label as int32 if there are classes, and the caption in UTF-8
     if there are captions, as `info.json` next to the shards states. The uint8 values 0 to 255 stand for -1 to 1.
+
+    Attributes:
+      encoder: SHA-256 of the autoencoder whose latents the examples are; None if they are the data themselves.
+      decoded_spec: The spec of what the autoencoder decodes them to; `spec` without an autoencoder.
     """
 
     def __init__(self, path: str, info: Mapping[str, Any], flip: bool, labels: bool, captions: bool):
@@ -53,7 +59,13 @@ class ArrayRecord:
         self.dtype, self.labelled = np.dtype(info["dtype"]), bool(info["num_classes"])
         self.class_names = tuple(info["class_names"]) if labels else ()
         x = ArraySpec(tuple(info["shape"]), info["kind"], info["low"], info["high"], info["dtype"])
-        self.spec = Spec(x, class_labels(info["num_classes"] if labels else 0), captions)
+        self.spec = self.decoded_spec = Spec(x, class_labels(info["num_classes"] if labels else 0), captions)
+        self.encoder = info.get("encoder")
+        if self.encoder is not None:
+            decoded = info["decoded"]
+            self.decoded_spec = dataclasses.replace(
+                self.spec, x=ArraySpec(**{**decoded, "shape": tuple(decoded["shape"])})
+            )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -98,7 +110,12 @@ def make(path: str, flip: bool = False, labels: bool = True, captions: bool = Fa
     info.setdefault("kind", earlier_kind(info["shape"], info["low"], info["high"]))
     if captions and not info["captions"]:
         raise InputError("captions", f"{path} has no captions; prepare it again with data.captions=True")
-    found = ArrayRecord(path, info, flip, labels and info["num_classes"] > 0, captions)
+    try:
+        found = ArrayRecord(path, info, flip, labels and info["num_classes"] > 0, captions)
+    except (TypeError, KeyError, InputError):
+        raise InputError(
+            "path", f"{os.path.join(path, INFO)} does not describe its latents; encode them again"
+        ) from None
     if len(found) != info["count"]:
         raise InputError("path", f"{path} must have {info['count']:,} examples, got {len(found):,}; copy all files")
     return found
@@ -116,45 +133,74 @@ def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str) -> in
       The number of examples written.
     """
     spec = source.spec
-    if hasattr(source, "buckets"):
-        raise InputError("data.size", "must be a single size, as all records of a data set have one shape")
-    others = spec.conditions.keys() - {"label"}
-    if others:
-        raise InputError("data", f"records hold no condition other than the label, got {', '.join(sorted(others))}")
+    check_fits(source)
     dtype = np.dtype(np.uint8 if spec.is_image and (spec.x.low, spec.x.high) == (0, 255) else np.float32)
     each = max(1, SHARD_BYTES // (math.prod(spec.shape) * dtype.itemsize))
     if os.path.exists(out):
         raise InputError("--out", f"{out} already exists; remove it or give another folder")
     parent = files.make_folder(os.path.dirname(os.path.abspath(out)), "--out")
     with tempfile.TemporaryDirectory(dir=parent, prefix=".partial-") as folder:
-        writer, count = None, 0
-        for example in examples:
-            if example.get("skipped", False):
-                continue
-            if count % each == 0:
-                if writer:
-                    writer.close()
-                name = os.path.join(folder, f"{count // each:05d}.array_record")
-                writer = ArrayRecordWriter(name, "group_size:1,uncompressed")
-            writer.write(_record(example, dtype))
-            count += 1
-        if writer:
-            writer.close()
-        info = {
-            "format": FORMAT,
-            "count": count,
-            "class_names": getattr(source, "class_names", ()),
-            "num_classes": spec.num_classes,
-            "captions": spec.captions,
-            **dataclasses.asdict(spec.x),
-            "dtype": dtype.name,
-        }
-        with files.replace(os.path.join(folder, INFO)) as file:
-            json.dump(info, file, indent=2)
+        readable, count = (example for example in examples if not example.get("skipped", False)), 0
+        while written := write_shard(folder, count // each, itertools.islice(readable, each), dtype):
+            count += written
+        write_info(folder, {**describe(source, dataclasses.replace(spec.x, dtype=dtype.name)), "count": count})
         os.chmod(folder, 0o755)
         os.rename(folder, out)
         os.mkdir(folder)  # for TemporaryDirectory to remove
     return count
+
+
+def check_fits(source: Source) -> None:
+    """Checks that records can hold the examples of a source.
+
+    Raises:
+      InputError: They have several sizes, or conditions other than a label.
+    """
+    if hasattr(source, "buckets"):
+        raise InputError("data.size", "must be a single size, as all records of a data set have one shape")
+    others = source.spec.conditions.keys() - {"label"}
+    if others:
+        raise InputError("data", f"records hold no condition other than the label, got {', '.join(sorted(others))}")
+
+
+def describe(source: Source, x: ArraySpec) -> dict[str, Any]:
+    """Returns what `info.json` says of the examples of a source whose data are stored as `x`, without their count."""
+    spec = source.spec
+    return {
+        "format": FORMAT,
+        "class_names": list(getattr(source, "class_names", ())),
+        "num_classes": spec.num_classes,
+        "captions": spec.captions,
+        **dataclasses.asdict(x),
+    }
+
+
+def write_info(folder: str, info: Mapping[str, Any]) -> None:
+    """Writes `info.json`, without which a folder is not a data set."""
+    with files.replace(os.path.join(folder, INFO)) as file:
+        json.dump(info, file, indent=2)
+
+
+def write_shard(folder: str, number: int, examples: Iterable[Mapping[str, Any]], dtype: np.dtype) -> int:
+    """Writes one shard, which exists only once it is complete, and returns the number of examples; none for 0."""
+    path, count = shard_path(folder, number), 0
+    writer = ArrayRecordWriter(f"{path}.partial", "group_size:1,uncompressed")
+    try:
+        for example in examples:
+            writer.write(_record(example, dtype))
+            count += 1
+        writer.close()
+        if count:
+            os.replace(f"{path}.partial", path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{path}.partial")
+    return count
+
+
+def shard_path(folder: str, number: int) -> str:
+    """Returns the path of a shard."""
+    return os.path.join(folder, f"{number:05d}.array_record")
 
 
 def _record(example: Mapping[str, Any], dtype: np.dtype) -> bytes:

@@ -44,7 +44,7 @@ class Counting(Linear):
 def steps_of(batches, *, network=NETWORK, spike=None, state=None):
     """Returns the states before and after each batch."""
     objective = Counting(frozen=("teacher",))
-    states = [state or init_state(objective, network, OPTIMIZER.transform, AVERAGES, jax.random.key(0))]
+    states = [state or init_state(objective, network, OPTIMIZER, AVERAGES, jax.random.key(0))]
     step = jax.jit(make_step(objective, network, OPTIMIZER, AVERAGES, seed=0, guard=Guard(spike)))
     for batch in batches:
         states.append(step(states[-1], batch)[0])
@@ -113,7 +113,7 @@ def test_the_logged_learning_rate_is_that_of_the_update():
     """A bad step makes no update, so it does not advance the schedule."""
     objective = Counting(frozen=("teacher",))
     step = jax.jit(make_step(objective, NETWORK, OPTIMIZER, AVERAGES, seed=0))
-    state, rates = init_state(objective, NETWORK, OPTIMIZER.transform, AVERAGES, jax.random.key(0)), []
+    state, rates = init_state(objective, NETWORK, OPTIMIZER, AVERAGES, jax.random.key(0)), []
     for batch in (BATCH, BAD, BATCH):
         state, metrics = step(state, batch)
         rates.append(float(metrics["learning_rate"]))
