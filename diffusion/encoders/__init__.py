@@ -1,0 +1,1 @@
+"""Frozen models next to the network."""
