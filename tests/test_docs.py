@@ -12,11 +12,11 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
 
 
-def test_the_examples_of_adding_parts_run():
+@pytest.mark.parametrize(("page", "steps"), [("docs/adding.md", 20), ("docs/finetuning.md", 3)])
+def test_the_examples_run(page, steps):
     namespace: dict = {}
-    code = "\n".join(blocks("docs/adding.md"))
-    exec(compile(code, "docs/adding.md", "exec"), namespace)
-    assert namespace["trainer"].step == 20
+    exec(compile("\n".join(blocks(page)), page, "exec"), namespace)
+    assert namespace["trainer"].step == steps
 
 
 @pytest.mark.parametrize(
