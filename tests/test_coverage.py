@@ -40,6 +40,7 @@ TINY = {
 OPTIONS = {
     "consistency": {"discretization": {"name": "fixed", "points": 4}, "sigma_min": 0.0},
     "continuous_consistency": {},
+    "gan": {},
     "latent_consistency": {"teacher": "eps", "schedule": {"name": "vp", "num_steps": 1000}},
     "mean_flow": {},
     "progressive_distillation": {"teacher": "v", "start_steps": 4, "round_steps": 1, "schedule": "trig"},
@@ -103,7 +104,8 @@ def network_of(digits, mesh_of):
             "scalar_conditions": ("step_size", "guidance_scale") if has_scalars else (),
         }
         network = build("networks", spec, shape=digits.spec.shape, num_classes=10)
-        params = jax.tree.map(lambda leaf: leaf + 0.01, jax.jit(network.init)(jax.random.key(0)))
+        waves = lambda leaf: 0.01 * np.cos(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape)  # noqa: E731
+        params = jax.tree.map(lambda leaf: leaf + waves(leaf), jax.jit(network.init)(jax.random.key(0)))
         compiled = jax.jit(network.apply)
 
         def apply(*args, **kwargs):

@@ -19,7 +19,7 @@ from diffusion.core import checks
 from diffusion.core.arrays import flat_mean
 from diffusion.core.build import build
 from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, Network, Params, Player, Schedule
-from diffusion.objectives.base.gaussian import ParameterizationSpec, ScheduleSpec, apply_network
+from diffusion.objectives.base.gaussian import ParameterizationSpec, ScheduleSpec, apply_network, check_defined
 from diffusion.process.parameterization import Parameterization
 
 
@@ -123,9 +123,7 @@ def make(
         "critic": Player(("critic",), averaged=False),
         "generator": Player(("net",), every=generator_every),
     }
-    return GAN(
-        build("schedules", schedule, field="schedule"),
-        build("parameterization", parameterization, field="parameterization"),
-        players,
-        r1,
-    )
+    path = build("schedules", schedule, field="schedule")
+    prediction = build("parameterization", parameterization, field="parameterization")
+    check_defined(parameterization, prediction, schedule, path)
+    return GAN(path, prediction, players, r1)

@@ -17,6 +17,7 @@ from diffusion.training.optimizer import make_optimizer
 from diffusion.training.resilience.guards import Guard
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
+from tests.refusals import refused
 
 NETWORK = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=(2,))
 EMA = make_ema(decays=(0.5,), warmup=False)
@@ -98,12 +99,25 @@ def test_a_bad_step_changes_no_player():
     assert metrics["bad_steps"] == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"generator_every": 0}, "objectives.generator_every"),
+        ({"r1": -1.0}, "objectives.r1"),
+        ({"parameterization": "eps"}, "objectives.parameterization"),
+    ],
+)
+def test_invalid_options(options, field):
+    with refused(field):
+        gan(**options)
+
+
 @pytest.mark.slow
 def test_critic_reaches_the_log_ratio():
     """An untrained generator returns its noise, so the critic learns log p_data - log N(0, I)."""
     data = Mixture(means=[[0.8, 0.0], [-0.8, 0.4]], stds=[0.5, 0.4], weights=[0.5, 0.5])
-    network = build("networks", {"name": "mlp", "width": 64, "depth": 2}, shape=(2,))
-    steps, batch = 4000, 4096
+    network = build("networks", {"name": "mlp", "width": 32, "depth": 2}, shape=(2,))
+    steps, batch = 1000, 1024
     optimizer = make_optimizer(steps=steps, name="adam", learning_rate=3e-3, schedule="cosine")
     objective = gan(generator_every=10 * steps)
     objective = dataclasses.replace(objective, players={**objective.players, "critic": Player(("critic",))})

@@ -169,20 +169,31 @@ def build_parts(
             "must be learned for this objective" if learned else "must not be learned, except for the vdm objective"
         )
         raise InputError("schedule.name", problem)
-    start = parts["parameterization"](parts["schedule"], jnp.float32(1))
-    for name, value in vars(start).items():
-        if not np.isfinite(value):
-            raise InputError(
-                "parameterization",
-                f"{parameterization!r} is undefined at t = 1 of schedule {schedule!r}: {name} is {value}; "
-                + ("use c_noise = 'time'" if name == "c_noise" else "use v, x0 or velocity"),
-            )
+    check_defined(parameterization, parts["parameterization"], schedule, parts["schedule"])
     # Trace a draw, so that a time sampler that needs a table of steps is rejected here.
     jax.eval_shape(
         lambda key: parts["time_sampler"].draw(parts["schedule"], key, 1, parts["time_sampler"].initial_state()),
         jax.random.key(0),
     )
     return parts
+
+
+def check_defined(
+    parameterization_spec: ParameterizationSpec, parameterization: Parameterization, schedule_spec: ScheduleSpec,
+    schedule: Schedule,
+) -> None:  # fmt: skip
+    """Checks that the coefficients of a parameterization exist at t = 1.
+
+    Raises:
+      InputError: One is infinite, and x0 cannot be computed from pure noise.
+    """
+    for name, value in vars(parameterization(schedule, jnp.float32(1))).items():
+        if not np.isfinite(value):
+            raise InputError(
+                "parameterization",
+                f"{parameterization_spec!r} is undefined at t = 1 of schedule {schedule_spec!r}: {name} is {value}; "
+                + ("use c_noise = 'time'" if name == "c_noise" else "use v, x0 or velocity"),
+            )
 
 
 def corrupt(schedule: Schedule, x0: Array, eps: Array, t: Array) -> Array:
