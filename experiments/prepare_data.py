@@ -22,8 +22,8 @@ from absl import flags
 from diffusion.core.build import build, check, find
 from diffusion.core.progress import Progress
 from diffusion.core.types import InputError
+from diffusion.data import records
 from diffusion.data.pipeline import in_order
-from diffusion.data.sources import array_record
 from diffusion.data.sources.tfds import builder_of
 from diffusion.pipelines import tfds_preparation
 from diffusion.pipelines.build_training import training
@@ -77,7 +77,7 @@ def write_records(config: Mapping[str, Any], out: str) -> None:
             progress.update(done)
 
     try:
-        count = array_record.write(source, examples(), out)
+        count = records.write(source, examples(), out)
     finally:
         progress.close()
     skipped = f", {num - count:,} left out" if count < num else ""

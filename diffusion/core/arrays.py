@@ -12,7 +12,7 @@ from diffusion.core.types import Array, Cond
 
 
 def expand(a: Array, x: Array) -> Array:
-    """Returns a coefficient per example, `[B]` or `[]`, with trailing axes of size 1, to multiply `x [B, ...]`."""
+    """Returns a coefficient `[]`, `[B]` or `[B, T]` with trailing axes of size 1, to multiply `x [B, T, ...]`."""
     return jnp.reshape(a, jnp.shape(a) + (1,) * (x.ndim - jnp.ndim(a)))
 
 
@@ -36,9 +36,14 @@ def scaled(x: Array | np.ndarray) -> Array | np.ndarray:
     return (131_586 * x + (x > 63) + (x > 127) - 2**24).astype(np.float32) * np.float32(2.0**-24)
 
 
-def flat_mean(x: Array) -> Array:
-    """Returns the mean over all axes but the first."""
-    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+def per_example(t: Array, x: Array) -> Array:
+    """Returns times `[]`, `[B]` or `[B, T]` with the batch axis of `x [B, ...]`: `[]` becomes `[B]`."""
+    return jnp.broadcast_to(t, x.shape[: max(jnp.ndim(t), 1)])
+
+
+def flat_mean(x: Array, keep: int = 1) -> Array:
+    """Returns the mean over all axes but the first `keep`."""
+    return jnp.mean(x, axis=tuple(range(keep, x.ndim)))
 
 
 def sample_keys(key: Array, indices: Array) -> Array:

@@ -233,8 +233,9 @@ class Denoised:
     )
 
 
-# denoise(x [B, ...], t [] or [B], cond) -> Denoised. `cond` may hold `target_time [B]`, the time that a flow map steps
-# to. Samplers call a denoiser with the condition bound (`sampling.loop.bind`): denoise(x, t, **more_cond).
+# denoise(x [B, ...], t [], [B] or [B, T], cond) -> Denoised; t [B, T] is a time per frame of x [B, T, ...].
+# `cond` may hold `target_time [B]`, the time that a flow map steps to. Samplers call a denoiser with the condition
+# bound (`sampling.loop.bind`): denoise(x, t, **more_cond).
 Denoiser = Callable[..., Denoised]
 
 
@@ -261,6 +262,11 @@ class Apply(Protocol):
     """A network as a pure function. `key=None` disables dropout."""
 
     def __call__(self, params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array: ...
+
+
+# Options of networks that change neither parameters nor, up to rounding, results. They may differ between training,
+# resuming and sampling, because they depend on the machine.
+MACHINE_OPTIONS = ("dtype", "kernel", "remat", "unroll")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,31 +413,60 @@ class Objective(Protocol):
 class Sampler(Protocol):
     """One step of a solver, in the form of an optax transformation; `sampling.loop.sample` scans over it.
 
+    As an optax transformation receives the parameters next to its state, a sampler receives x next to its state, which
+    holds what it remembers of earlier steps. The caller may change x between two steps. `sampling.ode.first_order` has
+    base classes that define everything but `step`.
+
     `t` and `s` are scalars with `t > s`; ODE solvers also integrate towards noise, with `s > t`. `keys` holds one key
     per sample, so that a sample does not depend on the others in its batch.
 
     Attributes:
       stochastic: Whether the sampler draws noise, in which case it does not solve an invertible ODE.
       uses_separate_eps: Whether it supports a noise that is not computed from x0 (`Denoised.x0_for_eps`).
+      elementwise: Whether t and s may be arrays that broadcast with x, so that parts of x have different times.
     """
 
     stochastic: bool
     uses_separate_eps: bool
+    elementwise: bool
 
-    def evaluations(self, steps: int) -> int | None:
-        """Returns how often a run of `steps` steps that ends at t = 0 calls the denoiser; None if it varies."""
+    def evaluations(self, steps: int, to_data: bool = True) -> int | None:
+        """Returns how often `steps` steps call the denoiser; None if it varies.
+
+        Args:
+          to_data: Whether the last step ends at t = 0.
+        """
         ...
 
-    def init(self, x: Array, times: Array) -> Any:
-        """Returns the carry before the first step, from the initial `x [B, ...]` and all `times`."""
+    def init(self, x: Array, times: Array, index: Array | int = 0) -> Any:
+        """Returns the state without any memory.
+
+        Args:
+          x: The initial x `[B, ...]`, at `times[index]`.
+          times: All times.
+          index: The number of the next step. It is not 0 if noise was added to x, after which the solver starts anew.
+        """
         ...
 
-    def step(self, carry: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Any:
-        """Returns the carry after the step from time t to time s."""
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
+        """Takes the step from time t to time s.
+
+        Returns:
+          x at time s, the denoiser's x0 of the first evaluation, at x and t, and the state.
+        """
         ...
 
-    def finish(self, carry: Any) -> Array:
-        """Returns the samples `[B, ...]` from the last carry."""
+    def time(self, state: Any, t: Array) -> Array:
+        """Returns the time of x, which is t unless the sampler places inner points between the times of the grid."""
+        ...
+
+    def replace(self, state: Any, old: Array, new: Array) -> Any:
+        """Returns the state after the caller has replaced x, from which the next step continues.
+
+        It is also called with the initial x as both `old` and `new`, so that the state has a fixed structure.
+        """
         ...
 
 

@@ -3,6 +3,8 @@
 Networks choose the implementation by their option `kernel`.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,6 +21,8 @@ Kernel = Literal["auto", "xla", "cudnn", "chunked"]
 
 CHUNK = 256  # queries per chunk of the `chunked` kernel
 LONG = 2**20  # products of queries and keys per head from which `auto` chooses `chunked`: 1,024 x 1,024 tokens
+
+logger = logging.getLogger(__name__)
 
 _forward_mode = jax.make_user_context(False)  # part of the cache key of `jax.jit`, so a new value causes a new trace
 
@@ -43,7 +47,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: K
       kernel: The implementation.
         `xla`: plain matrix products.
         `cudnn`: flash attention on NVIDIA GPUs, for bfloat16 or float16 and F divisible by 8 and at most 128 (256 from
-        Hopper on).
+        Hopper on). On other devices a warning is logged and `auto` used, so that a model may move between machines.
         `chunked`: holds the products of 256 queries at a time and recomputes them in the backward pass (Rabe & Staats
         2021, arXiv 2112.05682, section 2, without chunks of keys).
         `auto`: `cudnn` if it is available, no mask is given and the call is not inside `jvp`; otherwise `chunked` from
@@ -53,8 +57,11 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: K
       `[B, N, heads, F]`, of v's dtype.
 
     Raises:
-      InputError: if `cudnn` is requested but not available.
+      InputError: if `cudnn` is requested on a GPU that has it, but does not support these arrays.
     """
+    if kernel == "cudnn" and _nvidia_capability() < (8, 0):
+        _warn_of_no_cudnn()
+        kernel = "auto"
     if kernel == "auto":
         kernel = choose_kernel(q, k, mask)
     if kernel == "cudnn":
@@ -62,7 +69,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: K
         try:
             return jax.nn.dot_product_attention(q, k, v, mask=mask4d, implementation="cudnn")
         except (RuntimeError, ValueError, NotImplementedError) as error:  # JAX's checks raise different types
-            raise InputError("network.kernel", f"cudnn is not available here: {error}; use auto") from error
+            raise InputError("network.kernel", f"cudnn cannot be used: {error}; use auto") from error
     if kernel == "chunked":
         return _chunked(q, k, v, mask)
     return _plain(q, k, v, mask)
@@ -75,6 +82,11 @@ def choose_kernel(q: Array, k: Array, mask: Array | None) -> Kernel:
         if capability >= (8, 0) and q.shape[-1] <= (256 if capability >= (9, 0) else 128):
             return "cudnn"
     return "chunked" if q.shape[1] * k.shape[1] >= LONG else "xla"
+
+
+@functools.cache
+def _warn_of_no_cudnn() -> None:  # once, not in every block
+    logger.warning("network.kernel = 'cudnn' needs an NVIDIA GPU from Ampere on; using 'auto' instead")
 
 
 def _nvidia_capability() -> tuple[int, ...]:

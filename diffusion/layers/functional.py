@@ -29,6 +29,7 @@ def functional(
     conditions: Mapping[str, ConditionSpec] | None = None,
     scalar_conditions: tuple[str, ...] = (),
     project: Callable[[Params], Params] | None = None,
+    noise_per_frame: bool = False,
 ) -> Network:
     """Returns the network of an NNX module.
 
@@ -39,6 +40,7 @@ def functional(
       multiple: If given, heights and widths other than those of `shape` are allowed if they are multiples of this.
       conditions: The conditions that the module reads. Only their batch axis is checked for others.
       outputs, scalar_conditions, project: See `Network`.
+      noise_per_frame: Whether the module also accepts a noise label per frame, c_noise `[B, frames]`.
 
     Returns:
       A network whose `apply` raises InputError for a missing condition or an input of the wrong dtype or shape, naming
@@ -68,7 +70,9 @@ def functional(
         for name in conditions:
             if name not in cond:
                 raise InputError(f"network.{name}", "is missing: the network is conditioned on it")
-        arrays, expected = {"x": x, "c_noise": c_noise}, {"x": (Float, example), "c_noise": (Real, "batch")}
+        per_frame = noise_per_frame and np.ndim(c_noise) == 2
+        arrays = {"x": x, "c_noise": c_noise}
+        expected = {"x": (Float, example), "c_noise": (Real, f"batch frames={shape[0]}" if per_frame else "batch")}
         for name, value in cond.items():
             for part, array, kind_and_axes in _parts(name, value, conditions, " ".join(axes[:-1])):
                 arrays[part], expected[part] = array, kind_and_axes

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core import checks
-from diffusion.core.arrays import expand, flat_mean
+from diffusion.core.arrays import expand, flat_mean, per_example
 from diffusion.core.build import build
 from diffusion.core.types import (
     Apply,
@@ -180,7 +180,7 @@ class ConsistencyObjective(Gaussian):
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
         def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
-            t = jnp.broadcast_to(t, x.shape[:1])
+            t = per_example(t, x)
             return Denoised(self.consistency_function(net, params["net"], x, t, cond), kind="consistency")
 
         return denoise

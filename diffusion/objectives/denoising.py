@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core import checks
-from diffusion.core.arrays import expand, flat_mean
+from diffusion.core.arrays import expand, flat_mean, per_example
 from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError
 from diffusion.objectives.base.gaussian import (
     Gaussian,
@@ -86,7 +86,7 @@ class Denoising(Gaussian):
             return super().denoiser(net, params)
 
         def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
-            coefficients = self.parameterization(self.schedule, jnp.broadcast_to(t, x.shape[:1]))
+            coefficients = self.parameterization(self.schedule, per_example(t, x))
             output = apply_network(net, params["net"], x, coefficients, cond)
             mean, variance = jnp.split(output, 2, axis=-1)
             return Denoised(coefficients.to_x0(mean, x), (variance + 1) / 2)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core import checks
-from diffusion.core.arrays import expand, flat_mean
+from diffusion.core.arrays import expand, flat_mean, per_example
 from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Params
 from diffusion.objectives.base.gaussian import Gaussian, ParameterizationSpec, ScheduleSpec, build_parts, corrupt
 from diffusion.objectives.base.teacher import Teacher, check_coefficients, check_teacher, init_from_teacher
@@ -113,7 +113,7 @@ class LatentConsistency(Gaussian):
 
         def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
             cond = {"guidance_scale": jnp.ones(x.shape[:1], jnp.float32), **cond}
-            t = jnp.broadcast_to(t, x.shape[:1])
+            t = per_example(t, x)
             return Denoised(self.consistency_function(net, params["net"], x, t, cond), kind="consistency")
 
         return denoise

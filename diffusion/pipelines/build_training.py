@@ -124,7 +124,8 @@ def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[s
     if "teacher" in stored:
         return {**meta, "teacher": stored["teacher"]}, None
     try:
-        run = open_run(where, allow_imports=external_names(config))  # which the student's config imports as well
+        # The student's config imports these names as well. The student's program shards the parameters.
+        run = open_run(where, allow_imports=external_names(config), mesh=make_mesh())
     except InputError as error:
         raise error.within("objective.teacher") from None
     if run.spec != spec:

@@ -12,8 +12,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from diffusion.core import files
 from diffusion.core.arrays import scaled
 from diffusion.core.types import ArraySpec, Autoencoder, InputError, Source
+from diffusion.data import records
 from diffusion.data.pipeline import in_order
-from diffusion.data.sources import array_record
 from diffusion.distributed import multihost
 
 PLAN = "encoding.json"  # what is being encoded; in a folder that is not finished
@@ -53,12 +53,12 @@ def encode(
     Raises:
       InputError: The folder holds something else, or records cannot hold the examples.
     """
-    array_record.check_fits(source)
+    records.check_fits(source)
     num = len(source)
     latents = ArraySpec(autoencoder.shape, "latent", low=-1.0, high=1.0)
-    decoded = array_record.describe(source, source.spec.x)
+    decoded = records.describe(source, source.spec.x)
     decoded = {name: decoded[name] for name in ("shape", "kind", "low", "high", "dtype")}
-    plan = {**array_record.describe(source, latents), "encoder": autoencoder.digest, "decoded": decoded}
+    plan = {**records.describe(source, latents), "encoder": autoencoder.digest, "decoded": decoded}
     plan = json.loads(json.dumps({"num": num, "shard_size": shard_size, "info": plan}))
     _start(folder, plan)
     apply, place = jax.jit(autoencoder.encode), jax.local_devices()[0]
@@ -86,16 +86,16 @@ def encode(
     done, mine = 0, range(process, -(-num // shard_size), processes)
     for number in mine:
         start, stop = number * shard_size, min((number + 1) * shard_size, num)
-        if not os.path.exists(array_record.shard_path(folder, number)):
+        if not os.path.exists(records.shard_path(folder, number)):
             examples = in_order(source, stop, start=start, workers=workers)
-            array_record.write_shard(folder, number, latents_of(examples), np.dtype(np.float32))
+            records.write_shard(folder, number, latents_of(examples), np.dtype(np.float32))
         done += stop - start
         progress(done)
     multihost.wait_for_all("all shards are written")
-    shards = [array_record.shard_path(folder, number) for number in range(-(-num // shard_size))]
+    shards = [records.shard_path(folder, number) for number in range(-(-num // shard_size))]
     count = len(ArrayRecordDataSource([shard for shard in shards if os.path.exists(shard)]))
     if files.writes():
-        array_record.write_info(folder, {**plan["info"], "count": count})
+        records.write_info(folder, {**plan["info"], "count": count})
     return count
 
 

@@ -28,7 +28,7 @@ from diffusion.core.types import (
     Schedule,
     Spec,
 )
-from diffusion.distributed import sharding
+from diffusion.distributed import activation_sharding, sharding
 from diffusion.sampling import guidance as guidances
 from diffusion.sampling import loop
 
@@ -56,6 +56,7 @@ class Generator:
       always_guided: Compile the guidance even for a scale of 1, for use with other scales later.
       autoencoder: The autoencoder whose latents the network models, and which decodes the samples; None if it models
         the data themselves.
+      after_step: Changes x after each step; see `sampling.loop.sample`.
 
     Raises:
       InputError: A section is invalid, or the model does not support the sampler or the guidance.
@@ -65,7 +66,7 @@ class Generator:
         self, network: Network, objective: Objective, spec: Spec, mesh: Mesh, *,
         sampler: Mapping[str, Any], guidance: Mapping[str, Any], cond_drop_rate: float,
         worse: tuple[Network, Objective, Params] | None = None, always_guided: bool = False,
-        autoencoder: Autoencoder | None = None,
+        autoencoder: Autoencoder | None = None, after_step: loop.AfterStep | None = None,
     ):  # fmt: skip
         self.objective, self.spec, self.mesh = objective, spec, mesh
         self.cond_drop_rate = cond_drop_rate
@@ -96,16 +97,27 @@ class Generator:
                     denoise = _wrap(getattr(guidances, name), denoise, numbers[name], static[name], supplied)
             return denoise
 
-        def draw(params: Params, others: Mapping, keys: Array, cond: Cond, times: Array, numbers: Mapping) -> Array:
+        def draw(
+            params: Params, others: Mapping, keys: Array, cond: Cond, start: Array | None, times: Array,
+            numbers: Mapping, renoise: bool,
+        ) -> Array:  # fmt: skip
             schedule = objective.schedule_for(params)
             denoise = loop.bind(denoiser(params, others, schedule, numbers), cond)
-            x = loop.prior(schedule, times[0], keys, shape)
-            x = loop.sample(denoise, schedule, self.solver, x, times, keys, unroll=unroll)
+            if start is None:
+                x = loop.prior(schedule, times[0], keys, shape)
+            else:
+                if autoencoder is not None:
+                    start = autoencoder.encode(others["autoencoder"], start, None)
+                x = loop.noised(schedule, start, times[0], keys)
+            x = loop.sample(denoise, schedule, self.solver, x, times, keys, after_step=after_step, renoise=renoise,
+                            unroll=unroll)  # fmt: skip
             return x if autoencoder is None else autoencoder.decode(others["autoencoder"], x)
 
         self._shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
+        if mesh.size > 1:
+            draw = activation_sharding.enabled(draw, sharding.by_example(mesh))
         # Every process receives all samples.
-        self._draw = jax.jit(draw, out_shardings=sharding.replicated(mesh))
+        self._draw = jax.jit(draw, out_shardings=sharding.replicated(mesh), static_argnums=7)
         self._compiled = {}
         self._trace()
 
@@ -121,12 +133,17 @@ class Generator:
 
     @property
     def compilations(self) -> int:
-        """The number of compiled functions: one for each number of steps and batch size."""
+        """The number of compiled functions: one for each number of times and batch size."""
         return len(self._compiled)
+
+    @property
+    def evaluations(self) -> int | None:
+        """The number of evaluations of the denoiser per sample; None if it varies."""
+        return loop.evaluations(self.solver, np.asarray(self.times))
 
     def __call__(
         self, params: Params, cond: Cond, num: int, *, seed: int, batch_size: int = 250,
-        title: str | None = None,
+        title: str | None = None, start: np.ndarray | None = None, strength: float = 1.0,
     ) -> np.ndarray:  # fmt: skip
         """Draws `num` samples, float32 `[num, ...]`.
 
@@ -136,25 +153,38 @@ class Generator:
           seed: Sample i depends on the seed and i alone.
           batch_size: Number of samples drawn at once, rounded up to a multiple of the mesh's data x fsdp.
           title: Title of the progress line; None shows no progress.
+          start: Clean examples `[num, ...]` in [-1, 1] to start from, with noise added, in place of pure noise.
+          strength: The share of the steps that runs with `start`, the last ones, in (0, 1].
+
+        Raises:
+          InputError: `start` has another shape, or `strength` leaves no step.
         """
+        if start is not None and (start.shape != (num, *self.spec.shape) or start.dtype.kind != "f"):
+            expected = [num, *self.spec.shape]
+            raise InputError("start", f"must be floats {expected} in [-1, 1], got {start.dtype}{list(start.shape)}")
+        times = self.times if start is None else _last_times(self.times, strength)
+        renoise = _rises(times)
         shards = sharding.batch_shards(self.mesh)
         batch_size = -(-min(batch_size, num) // shards) * shards
         place = sharding.by_example(self.mesh)
 
-        def draw(keys: Array, cond: Cond) -> Array:
-            keys, cond = sharding.spread((keys, cond), place)
-            args = params, self._others, keys, cond, self.times, self.numbers
-            size = len(self.times), batch_size
+        def draw(keys: Array, arrays: Cond) -> Array:
+            keys, cond = sharding.spread((keys, dict(arrays)), place)
+            begin = cond.pop("start", None)
+            args = params, self._others, keys, cond, begin, times, self.numbers
+            size = len(times), renoise, batch_size, start is None
             if size not in self._compiled:
-                self._compiled[size] = self._draw.lower(*args).compile()
+                self._compiled[size] = self._draw.lower(*args, renoise).compile()
             return self._compiled[size](*args)
 
-        cond = jax.tree.map(np.asarray, dict(cond))
-        if "label" in cond:
-            cond["label"] = cond["label"].astype(np.int32)
+        arrays = jax.tree.map(np.asarray, dict(cond))
+        if "label" in arrays:
+            arrays["label"] = arrays["label"].astype(np.int32)
+        if start is not None:
+            arrays["start"] = np.asarray(start, np.float32)
         progress = Progress(title, num) if title else None
         drawn = []
-        for x in loop.in_batches(draw, cond, num, batch_size, jax.random.key(seed)):
+        for x in loop.in_batches(draw, arrays, num, batch_size, jax.random.key(seed)):
             drawn.append(x)
             if progress:
                 progress.update(sum(map(len, drawn)))
@@ -174,7 +204,8 @@ class Generator:
     def _trace(self) -> None:
         """Traces the function, so that what the model does not support is reported before anything is computed."""
         keys = jax.random.split(jax.random.key(0), 1)
-        jax.eval_shape(self._draw, self._shapes, self._others, keys, self.spec.zeros(1), self.times, self.numbers)
+        arrays = self._shapes, self._others, keys, self.spec.zeros(1), None, self.times, self.numbers
+        jax.eval_shape(lambda *arrays: self._draw(*arrays, _rises(self.times)), *arrays)
 
 
 def check_numbers(*, seed: int, **counts: int) -> None:
@@ -206,10 +237,11 @@ def structure(section: Mapping[str, Any]) -> Any:
 def sampling_times(
     schedule: Schedule, steps: int | None = None, grid: str | Mapping[str, Any] = "trailing", unroll: int = 1
 ) -> Array:
-    """Returns the times of a `sampler` section, falling, `[steps + 1]`.
+    """Returns the times of a `sampler` section, falling, `[steps + 1]`; those of some grids rise in between.
 
     Raises:
-      InputError: The number of steps is invalid, or float32 cannot tell the times apart.
+      InputError: The number of steps is invalid, the times rise although the grid does not say so (`may_rise`), or
+        float32 cannot tell them apart.
     """
     for name, value in (("steps", steps), ("unroll", unroll)):
         if not isinstance(value, int) or value < 1:
@@ -222,10 +254,32 @@ def sampling_times(
         times = np.asarray(make(schedule, steps, **options), np.float32)
     except InputError as error:
         raise error.within("sampler.grid") from None
-    if not (np.isfinite(times).all() and (np.diff(times) < 0).all()):
+    at_most(MOST_STEPS, len(times) - 1, "sampler.grid")
+    moves = np.diff(times)
+    if not np.isfinite(times).all() or not (moves if getattr(make, "may_rise", False) else moves < 0).all():
         raise InputError("sampler.grid", "its times do not fall strictly in float32; use fewer than "
                          f"{steps} steps or another grid")  # fmt: skip
     return jnp.asarray(times)
+
+
+def _rises(times: Array) -> bool:
+    """Returns whether the times rise anywhere, where noise is added; this is compiled in."""
+    return bool((np.diff(times) > 0).any())
+
+
+def _last_times(times: Array, strength: float) -> Array:
+    """Returns the times of the last steps, min(int(steps * strength), steps) of them.
+
+    If the times also rise, a step is one to a time below all before it.
+    """
+    lows = np.minimum.accumulate(np.asarray(times))
+    steps = np.flatnonzero(np.diff(lows, prepend=np.inf) < 0)
+    count = min(int((len(steps) - 1) * strength), len(steps) - 1) if 0 < strength <= 1 else 0
+    if not count:
+        raise InputError(
+            "strength", f"must be in (0, 1], and leave at least one of {len(steps) - 1} steps; got {strength}"
+        )
+    return times[steps[-1 - count] :]
 
 
 def _read_sampler(section: Mapping[str, Any], build_it: bool = True) -> tuple[dict[str, Any], Sampler | None]:

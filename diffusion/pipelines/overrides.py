@@ -100,6 +100,10 @@ def is_whole(text: str) -> bool:
 
 def _steps_for(sampler: Mapping[str, Any], evaluations: int) -> int:
     """Returns the largest number of steps that needs at most `evaluations` evaluations of the denoiser."""
+    grid = sampler.get("grid", "trailing")
+    name = grid["name"] if isinstance(grid, Mapping) else grid
+    if getattr(find("grids", name, field="sampler.grid.name"), "may_rise", False):
+        raise InputError("--evaluations", f"the grid {name} repeats steps; use --steps")
     keywords = {key: value for key, value in sampler.items() if key not in PLACING}
     if keywords.get("variance") == "analytic":  # needs measurements, but does not change the number of evaluations
         keywords["variance"] = "beta"

@@ -1,5 +1,7 @@
 """A trained model, read from its workdir or taken from a trainer."""
 
+import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,16 +31,25 @@ from diffusion.core.types import (
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import warm_start
-from diffusion.pipelines.config import GUIDANCE, SAMPLER, cond_drop_rate, config_and_spec, external_names
+from diffusion.pipelines.config import (
+    GUIDANCE,
+    SAMPLER,
+    cond_drop_rate,
+    config_and_spec,
+    external_names,
+    sharding_options,
+)
 from diffusion.pipelines.generator import Generator, check_numbers, is_neutral, structure
 from diffusion.pipelines.model import Model, model_of
 from diffusion.pipelines.overrides import with_options
 from diffusion.process.posterior import x0_errors
-from diffusion.sampling.loop import bind
+from diffusion.sampling.loop import AfterStep, bind
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
 from diffusion.training.state import averages, trainable
 from diffusion.training.trainer import Trainer, is_encoded
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -66,7 +77,7 @@ class Run:
         self.config, self.spec, self.network, self.objective = config, spec, network, objective
         self.params, self.mesh, self.step, self.ema, self.meta = params, mesh, step, ema, dict(meta or {})
         self.autoencoder, self.origin = autoencoder, {"step": step, "ema": ema, "digest": digest}
-        self._generators: dict[str, Generator] = {}
+        self._generators: dict[tuple, Generator] = {}
         self._source = source
 
     @property
@@ -77,10 +88,13 @@ class Run:
 
     def sample(
         self,
-        num: int = 16,
+        num: int | None = None,
         labels: Sequence[int] | None = None,
         *,
         cond: Cond | None = None,
+        start: np.ndarray | None = None,
+        strength: float = 0.8,
+        after_step: AfterStep | None = None,
         sampler: str | Mapping[str, Any] | Callable[..., Sampler] | Sampler | None = None,
         steps: int | None = None,
         grid: str | Mapping[str, Any] | Callable[..., np.ndarray] | None = None,
@@ -92,8 +106,14 @@ class Run:
         """Draws samples. What is not given is taken from the run's config.
 
         Args:
-          num: Number of samples.
+          num: Number of samples; 16 by default, or that of `start`.
           labels, cond: The conditions; see `conditions`.
+          start: Clean examples `[n, ...]` to vary (image-to-image; SDEdit, Meng et al. 2022, arXiv 2108.01073),
+            repeated in turn up to `num`. Sampling starts from them with noise added instead of from pure noise.
+          strength: How much of `start` is replaced: the share of the steps that runs, the last ones, in (0, 1].
+          after_step: `after_step(x, x0, t, s, keys) -> x`, called after each step from t to s with x `[B, ...]`, the
+            estimate x0 and a key per sample, which may change x; see `sampling.loop.sample`. It is traced: give the
+            same function again to use what has been compiled.
           sampler, steps, grid: The solver, its number of steps, and the time grid.
           guidance: A scale, the name or section of another guidance, or a function of the denoiser.
           seed: Sample i depends on the seed and i alone.
@@ -106,13 +126,16 @@ class Run:
         Raises:
           InputError: An argument is invalid, or the model does not support it.
         """
+        if start is not None and not np.size(start):
+            raise InputError("start", "holds no examples; leave it out")
+        num = (16 if start is None else len(start)) if num is None else num
         check_numbers(seed=seed, num=num, batch_size=batch_size)
-        generator = self._generator(
-            *with_options(self.config, sampler=sampler, steps=steps, grid=grid, guidance=guidance)
-        )
+        start = None if start is None else np.take(np.asarray(start), np.arange(num), axis=0, mode="wrap")
+        sections = with_options(self.config, sampler=sampler, steps=steps, grid=grid, guidance=guidance)
+        generator = self._generator(*sections, after_step)
         return generator(
             self.params, self.conditions(num, labels, cond), num, seed=seed, batch_size=batch_size,
-            title="sample" if progress else None,
+            title="sample" if progress else None, start=start, strength=strength,
         )  # fmt: skip
 
     def conditions(self, num: int, labels: Sequence[int] | None = None, cond: Cond | None = None) -> dict[str, Any]:
@@ -192,13 +215,14 @@ class Run:
         return bind(self.objective.denoiser(self.network.apply, self.params), cond)
 
     def generator(
-        self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any], always_guided: bool = False
-    ) -> Generator:
+        self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any], always_guided: bool = False,
+        after_step: AfterStep | None = None,
+    ) -> Generator:  # fmt: skip
         """Returns what draws from this model, after measuring or reading what the sections require.
 
         Args:
           sampler, guidance: Config sections.
-          always_guided: See `Generator`.
+          always_guided, after_step: See `Generator`.
         """
         if (sampler.get("name"), sampler.get("variance")) == ("ancestral", "analytic") and not sampler.get("x0_errors"):
             sampler = {**sampler, "x0_errors": self._x0_errors()}
@@ -206,7 +230,7 @@ class Run:
         return Generator(
             self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
             cond_drop_rate=cond_drop_rate(self.config, self.spec), always_guided=always_guided,
-            autoencoder=self.autoencoder,
+            autoencoder=self.autoencoder, after_step=after_step,
         )  # fmt: skip
 
     def metrics(self) -> list[SampleMetric | ModelMetric]:
@@ -227,12 +251,15 @@ class Run:
             x = images.from_uint8(images.to_uint8(x))
         return metric(x, labels)
 
-    def _generator(self, sampler: Mapping[str, Any], guidance: Mapping[str, Any]) -> Generator:
+    def _generator(
+        self, sampler: Mapping[str, Any], guidance: Mapping[str, Any], after_step: AfterStep | None
+    ) -> Generator:
         """Returns a generator that shares the compiled functions of earlier calls where possible."""
         fixed = {key: value for key, value in sampler.items() if key not in ("steps", "grid")}
-        key = repr((sorted(fixed.items(), key=lambda item: item[0]), structure(guidance), is_neutral(guidance)))
+        parts = sorted(fixed.items(), key=lambda item: item[0]), structure(guidance), is_neutral(guidance)
+        key = repr(parts), after_step
         if key not in self._generators:
-            self._generators[key] = self.generator(sampler=sampler, guidance=guidance)
+            self._generators[key] = self.generator(sampler=sampler, guidance=guidance, after_step=after_step)
             return self._generators[key]
         return self._generators[key].with_settings(sampler=sampler, guidance=guidance)
 
@@ -240,7 +267,7 @@ class Run:
         if not isinstance(where, Mapping):
             problem = "is missing: the other model, as {'workdir': ..., 'ema': ..., 'step': ...}"
             raise InputError("guidance.worse", problem)
-        run = call(open_run, where, field="guidance.worse")
+        run = call(open_run, {**where, "mesh": self.mesh}, field="guidance.worse")
         if run.spec != self.spec:
             raise InputError("guidance.worse.workdir", f"was trained on data of another kind: {run.spec}")
         return run.network, run.objective, run.params
@@ -264,8 +291,11 @@ def open_run(
     objective: Objective | None = None,
     allow_imports: bool | Collection[str] = False,
     start: Mapping[str, Params] | None = None,
+    mesh: Mesh | None = None,
 ) -> Run:
     """Reads a checkpoint of a workdir onto all devices.
+
+    The parameters are sharded as in training, by the rules of the config's `sharding` section.
 
     A config may name parts of other packages, `"package.module:attribute"`, which are imported and called. As the
     config comes from a file, this must be allowed.
@@ -276,6 +306,7 @@ def open_run(
       network, objective: For a run that was trained with objects instead of names.
       allow_imports: Whether such parts may be imported, or the names of those that may be.
       start: The arrays that a run does not train, if they were given to the `Trainer` and not by `init_from`.
+      mesh: The devices. By default all, in the mesh of the run's config as far as it fits their number.
 
     Raises:
       InputError: The workdir does not hold such a checkpoint, or it cannot be read.
@@ -302,20 +333,19 @@ def open_run(
             raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(averages.names)}, none")
         name = None if name == "none" else name
         model = Model(network, objective) if network and objective else model_of(meta)
-        mesh = make_mesh()
+        devices = _mesh(config["mesh"]) if mesh is None else mesh
         shapes = jax.eval_shape(lambda: model.objective.init(model.network, jax.random.key(0)))
-        place = sharding.replicated(mesh)
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
         patterns = config["train"]["trainable"]
         patterns = model.network.trainable if patterns is None else patterns
-        learned, fixed = trainable(abstract, model.objective), {}
+        learned = _sharded(trainable(shapes, model.objective), name, devices, config["sharding"])
+        fixed = {}
         if patterns is not None:
             learned, fixed = trees.split(learned, trees.matcher(patterns, "train.trainable"))
         params = restored(step, learned, model.objective, name)
         if fixed:
             params = trees.merge(params, fixed_params(config, meta, fixed, model.network.base, start))
         return Run(
-            config=config, spec=spec, **model._asdict(), params=params, mesh=mesh, step=step, ema=name, meta=meta,
+            config=config, spec=spec, **model._asdict(), params=params, mesh=devices, step=step, ema=name, meta=meta,
             digest=checkpoints.digest(step),
         )  # fmt: skip
 
@@ -394,7 +424,9 @@ def run_of(trainer: Trainer) -> Run:
     )  # fmt: skip
 
 
-def sample(model: Trainer | Run | str, num: int = 16, labels: Sequence[int] | None = None, **options: Any) -> Array:
+def sample(
+    model: Trainer | Run | str, num: int | None = None, labels: Sequence[int] | None = None, **options: Any
+) -> Array:
     """Draws samples from a trainer, a run or a workdir; see `Run.sample`."""
     run = open_run(model) if isinstance(model, str) else run_of(model) if isinstance(model, Trainer) else model
     return run.sample(num, labels, **options)
@@ -410,6 +442,28 @@ def examples_of(source: Source, names: Collection[str], num: int) -> dict[str, A
 def _in_turn(values: Any, num: int) -> Any:
     """Repeats the rows of arrays `[n, ...]` in turn up to `num`."""
     return jax.tree.map(lambda value: np.take(value, np.arange(num) % len(value), axis=0), values)
+
+
+def _mesh(section: Mapping[str, Any]) -> Mesh:
+    """Returns the mesh of a config's section over the devices of this machine, with smaller axes if there are fewer."""
+    try:
+        return call(make_mesh, section, field="mesh")
+    except InputError as error:
+        count = len(jax.devices())
+        model = math.gcd(section.get("model", 1), count)
+        mesh = make_mesh(fsdp=math.gcd(section.get("fsdp", 1), count // model), model=model)
+        logger.warning("the mesh of the training does not fit here (%s); using %s", error, dict(mesh.shape))
+        return mesh
+
+
+def _sharded(learned: Mapping[str, Params], ema: str | None, mesh: Mesh, section: Mapping[str, Any]) -> Any:
+    """Returns the abstract networks with the shardings that they or their average have in the train state."""
+    options = call(sharding_options, section, field="sharding")
+    state = {"params": dict(learned)} if ema is None else {"ema": {ema: dict(learned)}}
+    shardings = sharding.of_state(state, mesh, options["rules"], options["fsdp_min_size"])
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    placed = jax.tree.map(place, state, shardings)
+    return placed["params"] if ema is None else placed["ema"][ema]
 
 
 def labels_for(num_classes: int, num: int, labels: Sequence[int] | None) -> np.ndarray | None:

@@ -145,7 +145,7 @@ def sweep(
         before, start = generator.compilations, time.perf_counter()
         x = generator(run.params, cond, num, seed=seed, batch_size=batch_size, title=spell(point))
         steps = len(generator.times) - 1
-        row = {**point, "steps": steps, "evaluations": generator.solver.evaluations(steps)}
+        row = {**point, "steps": steps, "evaluations": generator.evaluations}
         row |= {"seconds": round(time.perf_counter() - start, 3), "compiled": generator.compilations - before}
         for metric in metrics:
             row |= run.measured(metric, x, cond.get("label"))

@@ -79,12 +79,13 @@ class Mixture:
     def denoiser(self, schedule: Schedule) -> Denoiser:
         """Returns the optimal denoiser on a schedule.
 
-        Its x may have any trailing shape of size D, and t may be a scalar or `[B]`. x0 has the dtype of x. The
-        condition is ignored.
+        Its x may have any trailing shape of size D, and t may be a scalar or `[B]`. With t `[B, T]`, the frames of
+        x `[B, T, ...]` are independent samples of size D each. x0 has the dtype of x. The condition is ignored.
         """
 
         def denoise(x: Array, t: Array, cond: Cond | None = None) -> Denoised:
-            x0 = self.denoise(x.reshape(len(x), -1), schedule.alpha(t), schedule.sigma(t))
+            rows, t = (jnp.size(t), jnp.reshape(t, -1)) if jnp.ndim(t) == 2 else (len(x), t)
+            x0 = self.denoise(x.reshape(rows, -1), schedule.alpha(t), schedule.sigma(t))
             return Denoised(x0.reshape(x.shape).astype(x.dtype))
 
         return denoise

@@ -26,7 +26,7 @@ from diffusion.core.types import Array, InputError, Schedule
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Coefficients:
-    """The coefficients of a parameterization at times t, each with the shape of t, `[B]` or `[]`.
+    """The coefficients of a parameterization at times t, each with the shape of t, `[]`, `[B]` or `[B, T]`.
 
     Attributes:
       c_skip, c_out: x0 = c_skip x_t + c_out F.

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from diffusion.core.arrays import expand
+from diffusion.core.arrays import expand, per_example
 from diffusion.core.types import SCALAR_CONDITIONS, Array, Cond, Denoised, Denoiser, InputError, Schedule
 from diffusion.process.parameterization import velocity
 
@@ -100,7 +100,7 @@ def cfg_zero(
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
         conditional, uncond = _conditional_and_unconditional(denoise, x, t, cond, negative)
-        t = jnp.broadcast_to(t, x.shape[:1])
+        t = per_example(t, x)
         coeffs, alpha, sigma = velocity()(schedule, t), schedule.alpha(t), schedule.sigma(t)
         v_cond, v_uncond = (coeffs.from_x0(x0, x, alpha, sigma) for x0 in (conditional.x0, uncond))
         projection = _dot(v_cond, v_uncond) / jnp.maximum(_dot(v_uncond, v_uncond), 1e-12)
@@ -153,7 +153,7 @@ def cfg_per_condition(denoise: Denoiser, scales: Mapping[str, Traced]) -> Denois
         copies = jax.tree.map(lambda value: jnp.repeat(value, rows, axis=0), dict(cond))
         kept = jnp.arange(rows) > jnp.arange(len(scales))[:, None]  # [n, rows]: row i keeps the first i conditions
         copies["keep"] = {name: jnp.tile(row, x.shape[0]) for name, row in zip(scales, kept, strict=True)}
-        t = jnp.repeat(jnp.broadcast_to(t, x.shape[:1]), rows)
+        t = jnp.repeat(per_example(t, x), rows, axis=0)
         every = denoise(jnp.repeat(x, rows, axis=0), t, copies)
         conditional = jax.tree.map(lambda leaf: leaf[rows - 1 :: rows], every)
         x0 = every.x0[0::rows]
@@ -300,7 +300,7 @@ def _conditional_and_unconditional(
             if name not in cond:
                 raise InputError("guidance.negative", f"must name conditions of the model, got {name!r}")
             doubled[name] = jax.tree.map(lambda rows, value: rows.at[1::2].set(value), doubled[name], value)
-    both = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(jnp.broadcast_to(t, x.shape[:1]), 2), doubled)
+    both = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(per_example(t, x), 2, axis=0), doubled)
     conditional = jax.tree.map(lambda rows: rows[0::2], both)
     return dataclasses.replace(conditional, conditional=conditional.x0), both.x0[1::2]
 

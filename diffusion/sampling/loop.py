@@ -6,16 +6,19 @@
                                                        |
     conditions [B]     ->  bind                ->  denoise(x, t)
                                                        |
-                     times[0]                          v                          times[-1]
-    keys [B] -> prior ----> sampler.init -> carry -> sampler.step -> carry -> ... ----> sampler.finish -> x [B, ...]
-                                                |____________________________|
+                     times[0]                          v                                      times[-1]
+    keys [B] -> prior ----> x, sampler.init(x) -> sampler.step -> after_step -> x, state ... ----> x [B, ...]
+                                                |______________________________|
                                       scan over the pairs (t, s) = (times[i], times[i + 1])
 
 A sampler sees neither conditions nor guidance: it calls `denoise(x, t)` for an estimate of x0. For image-to-image,
-`noised` replaces `prior`. `invert` runs an ODE solver on the same times in the opposite direction.
+`noised` replaces `prior`. `invert` runs an ODE solver on the same times in the opposite direction. With `renoise`, a
+pair that rises, s > t, adds noise in place of a step.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,12 @@ import numpy as np
 
 from diffusion.core.arrays import expand, fold, normal, sample_keys
 from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Sampler, Schedule
+
+# after_step(x, x0, t, s, keys) -> x, called after each step of a sampler. x `[B, ...]` is the state at time s, x0 the
+# denoiser's estimate at the start of the step, at time t, and `keys [B]` are for random numbers of the function.
+AfterStep = Callable[[Array, Array, Array, Array, Array], Array]
+# Folded into a step's keys for `AfterStep`. Samplers fold in small numbers, or none.
+_AFTER_STEP = np.uint32(2**32 - 1)
 
 
 def bind(denoise: Denoiser, cond: Cond) -> Denoiser:
@@ -44,6 +53,18 @@ def noised(schedule: Schedule, x0: Array, t: Array, keys: Array) -> Array:
     return expand(schedule.alpha(t), x0) * x0 + prior(schedule, t, keys, x0.shape[1:])
 
 
+def renoised(schedule: Schedule, x: Array, t: Array, s: Array, keys: Array) -> Array:
+    """Draws x_s given x_t `[B, ...]` by the forward process:
+
+        q(x_s | x_t) = N((alpha_s / alpha_t) x_t, sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2),    s >= t
+
+    Each sample has its own key. It holds on every schedule, whether the variance is preserved or not.
+    """
+    ratio = expand(schedule.alpha(s) / schedule.alpha(t), x)
+    variance = expand(schedule.sigma(s), x) ** 2 - (ratio * expand(schedule.sigma(t), x)) ** 2
+    return (ratio * x + jnp.sqrt(jnp.maximum(variance, 0)) * normal(keys, x.shape[1:], x.dtype)).astype(x.dtype)
+
+
 def sample(
     denoise: Denoiser,
     schedule: Schedule,
@@ -52,6 +73,8 @@ def sample(
     times: Array,
     key: Array,
     *,
+    after_step: AfterStep | None = None,
+    renoise: bool = False,
     unroll: int = 1,
     trajectory: bool = False,
 ) -> Array:
@@ -62,14 +85,25 @@ def sample(
       schedule: the schedule that the denoiser was trained with.
       sampler: the solver.
       x: `[B, ...]`, the state at `times[0]`.
-      times: `[N + 1]`, decreasing, from any t to any other; see `diffusion.sampling.grids`.
+      times: `[N + 1]`, decreasing, from any t to any other; see `diffusion.sampling.grids`. For a sampler that is
+        `elementwise`, also `[N + 1, B]`, or `[N + 1, B, T]` for a time per frame of x `[B, T, ...]`; what has the same
+        time at both ends of a step is left as it is.
       key: one key, or one key per sample `[B]`, typed or raw. One key stands for `sample_keys(key, arange(B))`.
+      after_step: changes x after each step of the sampler (see `AfterStep`), which continues from the result: for
+        inpainting or guidance by a measurement, for example.
+      renoise: whether times may rise. A pair (t, s) with s > t then adds the noise of the forward process from t to s
+        (`renoised`) in place of a step, without `after_step`, and solvers with a history start anew (RePaint, Lugmayr
+        et al. 2022, arXiv 2201.09865; Restart, Xu et al. 2023, arXiv 2306.14878). Otherwise rising times mean steps
+        towards noise, as in `invert`.
       unroll: steps per iteration of the compiled loop. Higher values may be faster for small networks on a GPU, but
         take longer to compile.
       trajectory: whether to return x at all times.
 
     Returns:
       x at `times[-1]`, `[B, ...]`, which is x0 if that time is 0; with `trajectory`, x at each time, `[N + 1, B, ...]`.
+
+    Raises:
+      InputError: the sampler does not support the guidance or the times.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # a raw key has a trailing axis, which could be taken for the batch
@@ -77,15 +111,51 @@ def sample(
     if not sampler.uses_separate_eps:
         denoise = _without_separate_eps(denoise)
 
+    per_example = times.ndim > 1
+    if per_example:
+        if not sampler.elementwise or renoise:
+            raise InputError("sampler.name", "takes one time for the whole batch; for a time per example or frame use "
+                             "ddim, euler, ancestral or euler_maruyama, without renoise")  # fmt: skip
+        denoise = _with_broadcast_times(denoise, times.ndim - 1)
+        times = times.reshape(*times.shape, *(1,) * (x.ndim + 1 - times.ndim))
+
+    def start(x: Array, index: Array | int) -> tuple[Array, Any]:
+        state = sampler.init(x, times, index)
+        return x, state if after_step is None else sampler.replace(state, x, x)
+
     def body(carry, inputs):
         i, t, s = inputs
-        carry = sampler.step(carry, denoise, schedule, t, s, fold(keys, i))
-        return carry, sampler.finish(carry) if trajectory else None
+        step_keys = fold(keys, i)
+
+        def step() -> tuple[Array, Any]:
+            x, state = carry
+            moved, x0, new_state = sampler.step(x, state, denoise, schedule, t, s, step_keys)
+            if per_example:
+                moved = jnp.where(t == s, x, moved)
+            if after_step is None:
+                return moved, new_state
+            ends = sampler.time(state, t), sampler.time(new_state, s)
+            changed = after_step(moved, x0, *ends, fold(step_keys, _AFTER_STEP)).astype(moved.dtype)
+            return changed, sampler.replace(new_state, moved, changed)
+
+        def add_noise() -> tuple[Array, Any]:
+            return start(renoised(schedule, carry[0], t, s, step_keys), i)
+
+        carry = jax.lax.cond(s > t, add_noise, step) if renoise else step()
+        return carry, carry[0] if trajectory else None
 
     # Step i folds its keys with i + 1, because `prior` uses 0.
     inputs = (jnp.arange(1, times.shape[0]), times[:-1], times[1:])
-    carry, states = jax.lax.scan(body, sampler.init(x, times), inputs, unroll=unroll)
-    return jnp.concatenate([x[None], states]) if trajectory else sampler.finish(carry)
+    (last, _), path = jax.lax.scan(body, start(x, 0), inputs, unroll=unroll)
+    return jnp.concatenate([x[None], path]) if trajectory else last
+
+
+def evaluations(sampler: Sampler, times: np.ndarray) -> int | None:
+    """Returns how often `sample` with `renoise` calls the denoiser on these times; None if it varies."""
+    ends = [0, *(np.flatnonzero(np.diff(times) > 0) + 1), len(times)]  # of the parts that fall
+    parts = [times[first:last] for first, last in itertools.pairwise(ends) if last - first > 1]
+    counts = [sampler.evaluations(len(part) - 1, bool(part[-1] == 0)) for part in parts]
+    return None if None in counts else sum(counts)
 
 
 def invert(
@@ -111,6 +181,11 @@ def invert(
     increasing = times[:-1][::-1]
     x = expand(schedule.alpha(increasing[0]), x0) * x0
     return sample(denoise, schedule, sampler, x, increasing, jax.random.key(0), unroll=unroll)
+
+
+def _with_broadcast_times(denoise: Denoiser, ndim: int) -> Denoiser:
+    """Wraps a denoiser for a sampler whose times have trailing axes of size 1 after the first `ndim` axes."""
+    return lambda x, t, **more: denoise(x, t.reshape(t.shape[:ndim]), **more)
 
 
 def _without_separate_eps(denoise: Denoiser) -> Denoiser:

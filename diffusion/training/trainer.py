@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from diffusion.core import files, trees
 from diffusion.core.build import build, build_network, call
 from diffusion.core.progress import Progress
-from diffusion.core.types import Autoencoder, InputError, Network, Objective, Params, Source
+from diffusion.core.types import MACHINE_OPTIONS, Autoencoder, InputError, Network, Objective, Params, Source
 from diffusion.data import pipeline
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
@@ -437,19 +437,28 @@ def _section(part: Any) -> dict[str, Any]:
 
 
 def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Checks that a run resumes with the network, objective and data that it started with.
+    """Checks that a run resumes with the model and the data that it started with.
 
-    The rest of a config may change, and so may the options that say where the data lie.
+    The rest of a config may change, and so may the options that say where the data lie or that suit the machine.
+    Options that the stored config lacks were added to the project since; the arrays of the checkpoint are compared
+    anyway.
     """
-    for part in ("network", "objective", "data"):
-        ours, theirs = (json.loads(json.dumps(m.get("config", {}).get(part, {}))) for m in (meta, stored))
+    for part in ("network", "adapters", "autoencoder", "objective", "data"):
+        ours, theirs = (json.loads(json.dumps(m.get("config", {}).get(part) or {})) for m in (meta, stored))
+        may_change = {"network": MACHINE_OPTIONS, "autoencoder": ("path",)}.get(part, ())
         if part == "data":
-            where = pipeline.location_keywords(theirs)
-            ours, theirs = ({key: value for key, value in s.items() if key not in where} for s in (ours, theirs))
-        if ours != theirs:
-            key = next(key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key))
-            raise InputError(
-                f"{part}.{key}",
-                f"is {ours.get(key)!r}, but the workdir was trained with {theirs.get(key)!r}; "
-                "restore it or give another --workdir",
-            )
+            may_change = pipeline.location_keywords(theirs)
+        for key in [*theirs, *(() if theirs else ours)]:
+            if key not in may_change and not _is_same(theirs.get(key), ours.get(key)):
+                raise InputError(
+                    f"{part}.{key}",
+                    f"is {ours.get(key)!r}, but the workdir was trained with {theirs.get(key)!r}; "
+                    "restore it or give another --workdir",
+                )
+
+
+def _is_same(theirs: Any, ours: Any) -> bool:
+    """Returns whether two values are equal; of sections, the options that the stored one has."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        return all(_is_same(value, ours.get(key)) for key, value in theirs.items())
+    return theirs == ours

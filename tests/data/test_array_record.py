@@ -10,7 +10,7 @@ import pytest
 from diffusion.core import images
 from diffusion.core.build import build
 from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
-from diffusion.data.sources import array_record
+from diffusion.data import records
 from tests.refusals import refused
 
 RNG = np.random.default_rng(0)
@@ -38,7 +38,7 @@ class Examples:
 
 
 def write(source, out):
-    return array_record.write(source, (source[index] for index in range(len(source))), str(out))
+    return records.write(source, (source[index] for index in range(len(source))), str(out))
 
 
 def read(path, **keywords):
@@ -86,7 +86,7 @@ def test_other_numbers_are_stored_exactly(tmp_path, name):
 
 
 def test_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(array_record, "SHARD_BYTES", 3 * 4 * 6 * 3)
+    monkeypatch.setattr(records, "SHARD_BYTES", 3 * 4 * 6 * 3)
     source = Examples()
     write(source, tmp_path / "set")
     assert sorted(os.listdir(tmp_path / "set")) == [f"0000{n}.array_record" for n in range(3)] + ["info.json"]

@@ -366,7 +366,6 @@ def wrong(*given, base="digits.py", check=True):
 @wrong("network.num_res_blocks=1000000000")
 @wrong("network.channel_mult=(1, 1000000000)")
 @wrong("network.mlp_ratio=1e-30", base="digits_dit.py")
-@wrong("network={'name': 'uvit', 'kernel': 'cudnn', 'width': 16, 'depth': 3, 'num_heads': 2}")
 @wrong("network={'name': 'unet', 'resample_filter': (1, 'a', 'a', 1)}")
 @wrong("objective.schedule.num_steps=2147483647")
 @wrong("data={'name': 'toy', 'size': 2147483647}", base="moons.py:sinkhorn")

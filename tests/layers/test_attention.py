@@ -162,7 +162,13 @@ def test_chunks_depend_on_queries_times_keys():
     assert choose_kernel(q, q, None) == "chunked"
 
 
-def test_cudnn_that_is_not_available_is_refused():
+def test_cudnn_follows_the_machine(monkeypatch, caplog):
+    """A model that was trained with cuDNN runs elsewhere, with one warning; arrays that cuDNN rejects are refused."""
     assert attention._nvidia_capability() == ()
+    attention._warn_of_no_cudnn.cache_clear()
+    for _ in range(2):
+        np.testing.assert_array_equal(attend(Q, K, V, kernel="cudnn"), attend(Q, K, V, kernel="auto"))
+    assert [record.name for record in caplog.records] == ["diffusion.layers.attention"]
+    monkeypatch.setattr(attention, "_nvidia_capability", lambda: (9, 0))
     with refused("network.kernel"):
         attend(Q, K, V, kernel="cudnn")

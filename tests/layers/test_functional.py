@@ -105,3 +105,23 @@ def test_valid_inputs_pass(tiny_unet):
     cond = {"label": np.zeros(5, np.int32)}
     x, c_noise = np.zeros((5, 8, 8, 1), np.float32), np.zeros(5, np.float32)
     assert jax.eval_shape(tiny_unet.apply, params, x, c_noise, cond).shape == (5, 8, 8, 1)
+
+
+def test_a_noise_label_per_frame_is_for_networks_that_say_so():
+    class Scale(nnx.Module):
+        def __init__(self, rngs):
+            self.scale = nnx.Param(jnp.ones(()))
+
+        def __call__(self, x, c_noise, cond, key):
+            return self.scale[...] * x
+
+    x, shape = jnp.zeros((2, 3, 4, 4, 1)), (3, 4, 4, 1)
+    for per_frame in (True, False):
+        network = functional(Scale, shape, noise_per_frame=per_frame)
+        params = network.init(jax.random.key(0))
+        assert network.apply(params, x, jnp.zeros(2), {}).shape == x.shape
+        if per_frame:
+            assert network.apply(params, x, jnp.zeros((2, 3)), {}).shape == x.shape
+        for wrong in [(2, 4), (3, 3), (2, 3, 1)] if per_frame else [(2, 3)]:
+            with refused("network.c_noise"):
+                network.apply(params, x, jnp.zeros(wrong), {})

@@ -129,8 +129,8 @@ def test_learned_variance_is_used_in_sampling(learned):
         denoise = bind(learned.denoiser(lambda *args, key=None, heads=heads: heads, {"net": None}), {})
         step = [
             build("samplers", {"name": "ancestral", "variance": variance}).step(
-                x, denoise, learned.schedule, jnp.float64(0.5), jnp.float64(0.4), keys
-            )
+                x, (), denoise, learned.schedule, jnp.float64(0.5), jnp.float64(0.4), keys
+            )[0]
             for variance in ("learned", name)
         ]
         np.testing.assert_allclose(step[0], step[1], rtol=1e-9)
@@ -143,7 +143,7 @@ def test_network_and_sampler_must_match_the_outputs(learned, ddpm, tiny_unet):
     keys = jax.random.split(jax.random.key(1), 1)
     with refused("sampler.variance"):
         build("samplers", {"name": "ancestral", "variance": "learned"}).step(
-            jnp.ones((1, 2)), plain, ddpm.schedule, jnp.float32(0.5), jnp.float32(0.4), keys
+            jnp.ones((1, 2)), (), plain, ddpm.schedule, jnp.float32(0.5), jnp.float32(0.4), keys
         )
 
 

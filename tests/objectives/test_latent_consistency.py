@@ -119,7 +119,9 @@ def test_scale_1_is_the_conditional_teacher_and_0_the_unconditional(x64):
     x = jax.random.normal(jax.random.key(0), (4, 2))
     t, s = jnp.full(4, 0.5), jnp.full(4, 0.48)
     for scale, keep in ((1.0, COND["keep"]), (0.0, jnp.zeros(4, bool))):
-        plain = ddim.step(x, bind(denoise, {**COND, "keep": keep}), VP, jnp.float64(0.5), jnp.float64(0.48), None)
+        plain, *_ = ddim.step(
+            x, (), bind(denoise, {**COND, "keep": keep}), VP, jnp.float64(0.5), jnp.float64(0.48), None
+        )
         found = objective.guided_ddim_step(denoise, x, t, s, COND, jnp.full(4, scale))
         np.testing.assert_allclose(found, plain, atol=1e-12)
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from diffusion.core.build import build
 from diffusion.core.types import Source
 from diffusion.data.pipeline import Batches
-from diffusion.data.sources import array_record
+from diffusion.data.records import write
 from diffusion.profiling.timing import median_ratio, time_alternately
 from tests.peers import speed
 
@@ -35,7 +35,7 @@ def data(runs: int) -> None:
         photographs, records = os.path.join(folder, "photographs"), os.path.join(folder, "records")
         write_photographs(photographs)
         source = build("data", {"name": "folder", "path": photographs, "size": SIZE})
-        array_record.write(source, (source[index] for index in range(len(source))), records)
+        write(source, (source[index] for index in range(len(source))), records)
         prepared = build("data", {"name": "array_record", "path": records})
         difference = max(
             np.abs(source[index]["x"].astype(int) - PillowDataset(source)[index][0]).max() for index in range(8)
@@ -134,7 +134,7 @@ def training(photographs: str, runs: int) -> None:
     case = speed.CASES[NETWORK]
     source = build("data", {"name": "folder", "path": photographs, "size": case.spec.shape[0], "labels": False})
     records = photographs + "_small"
-    array_record.write(source, (source[index] for index in range(len(source))), records)
+    write(source, (source[index] for index in range(len(source))), records)
     sources = {"folder": source, "array_record": build("data", {"name": "array_record", "path": records})}
     streams = {name: Batches(read, batch_size=speed.BATCH_SIZE, seed=0) for name, read in sources.items()}
     sides = {"synthetic": speed.our_step(case)}

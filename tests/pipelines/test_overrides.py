@@ -66,6 +66,7 @@ def test_parts_are_written_as_they_are_parsed(text):
         ({"threshold": "high"}, "--threshold"),
         ({"sampler": "pndm", "evaluations": "1"}, "--evaluations"),
         ({"sampler": "rk45", "evaluations": "9"}, "--evaluations"),
+        ({"grid": "repaint", "evaluations": "9"}, "--evaluations"),
     ],
     ids=str,
 )
@@ -104,6 +105,10 @@ CFG = {"name": "cfg", "scale": 2.0}
         ({"name": "ddim", "grid": given(1, 0.5, 0.6, 0.1, 0)}, CFG, "sampler.grid.times"),
         ({"name": "ddim", "grid": given(1, 0.5, 0)}, CFG, "sampler.grid.times"),
         ({"name": "ddim", "grid": given(1, 1 - 1e-12, 0.5, 0.1, 0)}, CFG, "sampler.grid"),
+        ({"name": "ddim", "grid": lambda schedule, steps: np.array([1, 0.5, 0.7, 0.2, 0])}, CFG, "sampler.grid"),
+        ({"name": "ddim", "grid": {"name": "repaint", "grid": "karas"}}, CFG, "sampler.grid.grid.name"),
+        ({"name": "ddim", "grid": {"name": "restart", "intervals": ((3, 2, 0.3, 0.1),)}}, CFG,
+         "sampler.grid.intervals"),
         ({"name": "ddim"}, {**CFG, "interval": {"low": 0.8, "high": 0.2}}, "guidance.interval"),
         ({"name": "ddim"}, {**CFG, "interval": 0.8}, "guidance.interval"),
         ({"name": "ddim"}, {**CFG, "interval": {"lo": 0.8}}, "guidance.interval.lo"),

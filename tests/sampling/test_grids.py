@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from diffusion.core.build import build, find, names
+from diffusion.sampling.loop import evaluations
 from tests.refusals import refused
 
 SCHEDULES = {
@@ -58,7 +59,10 @@ def times_of(name, schedule, steps, **keywords):
     return find("grids", name, field="grid")(schedule, steps, **keywords)
 
 
-@pytest.mark.parametrize("name", names("grids"))
+FALLING = [name for name in names("grids") if not hasattr(find("grids", name, field=""), "may_rise")]
+
+
+@pytest.mark.parametrize("name", FALLING)
 def test_times_decrease_to_zero(name, named_schedule):
     _, schedule = named_schedule
     for steps in (1, 2, 7, 50, 1000, 1500):
@@ -68,7 +72,7 @@ def test_times_decrease_to_zero(name, named_schedule):
         assert np.all(np.diff(times) < 0) and np.all(np.diff(np.float32(times)) < 0)
 
 
-@pytest.mark.parametrize("name", sorted({*names("grids")} - {"leading", "align_your_steps"}))
+@pytest.mark.parametrize("name", sorted({*FALLING} - {"leading", "align_your_steps"}))
 def test_first_time(name, named_schedule):
     """Grids begin at t = 1; grids of noise levels begin at sigma / alpha = 80 where t = 1 is pure noise."""
     key, schedule = named_schedule
@@ -226,6 +230,48 @@ def test_given():
     assert times_of("given", None, 3, times=(1, 0.5, 0.25, 0.125)).tolist() == [1, 0.5, 0.25, 0.125]
 
 
+@pytest.mark.parametrize(("jump_length", "jump_n_sample"), [(1, 1), (1, 3), (3, 4), (10, 10), (99, 2), (100, 2)])
+def test_repaint(jump_length, jump_n_sample):
+    """The times are those of a walk as in the paper: down, and up again as often as each landing allows."""
+    schedule, steps = build("schedules", "flow"), 100
+    left = {landing: jump_n_sample - 1 for landing in range(1, steps - jump_length + 1, jump_length)}
+    remaining, walk = steps, [steps]
+    while remaining:
+        remaining -= 1
+        walk.append(remaining)
+        if left.get(remaining, 0):
+            left[remaining] -= 1
+            remaining += jump_length
+            walk.append(remaining)
+    times = times_of("repaint", schedule, steps, jump_length=jump_length, jump_n_sample=jump_n_sample)
+    np.testing.assert_allclose(times, np.array(walk) / steps, atol=1e-12)
+
+
+def test_restart(edm):
+    """EDM on CIFAR-10 with 18 steps and [3, 2, 0.06, 0.30] takes 43 evaluations of Heun's method, as in the paper."""
+    schedule = build("schedules", {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0})
+    times = times_of("restart", schedule, 18)
+    assert evaluations(build("samplers", "heun"), times) == 43
+    main = times_of("karras", schedule, 18)
+    low = main[1 + np.argmin(abs(80 * main[1:] - 0.06))]
+    middle = ((0.3 ** (1 / 7) + (80 * low) ** (1 / 7)) / 2) ** 7 / 80
+    cut = main.tolist().index(low) + 1
+    expected = [*main[:cut], *[0.3 / 80, middle, low] * 2, *main[cut:]]
+    np.testing.assert_allclose(times, expected, rtol=1e-9)
+    several = times_of(
+        "restart", schedule, 18, intervals=((4, 1, 19.35, 40.79), (4, 1, 1.09, 1.92)), grid="exponential"
+    )
+    assert (np.diff(several) > 0).sum() == 2 and len(several) == 19 + 2 * 4
+
+
+def test_a_grid_that_is_repeated_may_have_options_and_falls():
+    schedule = build("schedules", "edm")
+    times = times_of("repaint", schedule, 5, jump_n_sample=1, grid={"name": "karras", "rho": 3.0})
+    np.testing.assert_array_equal(times, times_of("karras", schedule, 5, rho=3.0))
+    with refused("grid"):
+        times_of("repaint", schedule, 5, jump_length=1, grid={"name": "repaint", "jump_length": 1})
+
+
 LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t = 0
 
 
@@ -274,6 +320,17 @@ LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t
         ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2, -0.1)}, "edm", "times"),
         ("given", {"times": (1, 0.8, 0.6, np.nan, 0.2, 0)}, "edm", "times"),
         ("given", {"times": (1, 0.8, 0.8, 0.4, 0.5, 0)}, "edm", "times"),
+        ("repaint", {"jump_length": 0}, "edm", "jump_length"),
+        ("repaint", {"jump_n_sample": 0}, "edm", "jump_n_sample"),
+        ("repaint", {"jump_n_sample": 10**9}, "edm", "jump_n_sample"),
+        ("repaint", {"grid": {"name": "karras", "rho": -1.0}}, "edm", "grid.rho"),
+        ("restart", {"rho": 0.0}, "edm", "rho"),
+        *[
+            ("restart", {"intervals": (interval,)}, "edm", "intervals")
+            for interval in [(3, 2, 0.06), (2.5, 2, 0.06, 0.3), (1, 2, 0.06, 0.3), (3, 0, 0.06, 0.3), (3, 2, 0.0, 0.3),
+                             (3, 2, 0.3, 0.3), (3, 2, 0.06, 81.0), (3, 2, 0.06, np.nan), (3, 10**9, 0.06, 0.3)]
+        ],
+        ("restart", {"intervals": ((3, 2, 0.06, 60.0), (3, 2, 0.061, 60.0))}, "edm", "intervals"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("error")

@@ -312,7 +312,7 @@ def test_cfg_zero_does_not_move_x_above_a_time():
     guided = cfg_zero(model, 4.0, schedule=FLOW)
 
     def step(denoise, t):
-        return ddim.step(X, bind(denoise, COND), FLOW, jnp.asarray(t), jnp.asarray(t - 0.1), None)
+        return ddim.step(X, (), bind(denoise, COND), FLOW, jnp.asarray(t), jnp.asarray(t - 0.1), None)[0]
 
     close(step(denoise, 0.601), X)
     close(step(denoise, 1.0), X)
@@ -328,7 +328,7 @@ def test_cfg_zero_does_not_move_x_on_a_curved_path():
     """The velocity is 0, so that a step of Euler's method in time does not move x."""
     euler = build("samplers", {"name": "euler", "coordinate": "time"})
     denoise = bind(cfg_zero(model, 4.0, zero_above=0.2, schedule=VP), COND)
-    step = jax.jit(lambda t, s: euler.step(X, denoise, VP, t, s, None))
+    step = jax.jit(lambda t, s: euler.step(X, (), denoise, VP, t, s, None)[0])
     close(step(0.3, 0.25), X)
     assert abs(step(0.2, 0.15) - X).max() > 1e-2
 
@@ -348,7 +348,7 @@ def test_cfg_pp_formula_on_ddim(schedule, eta):
     fresh = eta * sigma_s / sigma_t * np.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
     expected = alpha_s * x0 + np.sqrt(sigma_s**2 - fresh**2) * noise + fresh * normal(keys, (3, 2))
     ddim = build("samplers", {"name": "ddim", "eta": eta})
-    step = jax.jit(lambda t, s: ddim.step(X, bind(cfg_pp(model, 0.8), COND), schedule, t, s, keys))
+    step = jax.jit(lambda t, s: ddim.step(X, (), bind(cfg_pp(model, 0.8), COND), schedule, t, s, keys)[0])
     close(step(t, s), expected)
 
 

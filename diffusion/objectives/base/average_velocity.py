@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion.core.arrays import derivative, expand
+from diffusion.core.arrays import derivative, expand, per_example
 from diffusion.core.types import (
     SCALAR_CONDITIONS,
     Apply,
@@ -67,7 +67,7 @@ class AverageVelocity(Gaussian):
         """
 
         def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
-            t = jnp.broadcast_to(t, x.shape[:1])
+            t = per_example(t, x)
             r = cond.get("target_time", t)
             u = self.average_velocity(net, params["net"], x, t, r, cond)
             kind = "flow_map" if "target_time" in cond else "posterior_mean"

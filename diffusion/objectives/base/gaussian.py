@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core.arrays import expand, flat_mean
+from diffusion.core.arrays import expand, flat_mean, per_example
 from diffusion.core.build import build
 from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Params, Schedule
 from diffusion.process.parameterization import Coefficients, Parameterization
@@ -128,15 +128,16 @@ class Gaussian:
         return apply_network(net, params, x_t, coefficients, batch["cond"], key), x_t, coefficients
 
     def weighted_error(self, output: Array, batch: Batch, coefficients: Coefficients) -> Array:
-        """Returns w(t) mean((F - target)^2), `[B]`."""
-        error = flat_mean(jnp.square(output - coefficients.target(batch["x"], batch["draws"]["eps"])))
-        return self.weighting(self.schedule, coefficients, batch["draws"]["t"]) * error
+        """Returns w(t) mean((F - target)^2), `[B]`; for t `[B, T]`, the mean of this over the frames."""
+        t = batch["draws"]["t"]
+        error = jnp.square(output - coefficients.target(batch["x"], batch["draws"]["eps"]))
+        return flat_mean(self.weighting(self.schedule, coefficients, t) * flat_mean(error, keep=t.ndim))
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
         schedule = self.schedule_for(params)
 
         def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
-            coefficients = self.parameterization(schedule, jnp.broadcast_to(t, x.shape[:1]))
+            coefficients = self.parameterization(schedule, per_example(t, x))
             return Denoised(coefficients.to_x0(apply_network(net, params["net"], x, coefficients, cond), x))
 
         return denoise
@@ -197,7 +198,7 @@ def check_defined(
 
 
 def corrupt(schedule: Schedule, x0: Array, eps: Array, t: Array) -> Array:
-    """Returns x_t `[B, ...]` at t `[B]`."""
+    """Returns x_t `[B, ...]` at t `[B]`, or `[B, T]` for a time per frame."""
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
 
 

@@ -90,24 +90,23 @@ class Multistep(Solver):
     def stochastic(self) -> bool:
         return self.sde
 
-    def init(self, x: Array, times: Array) -> dict[str, Any]:
+    def init(self, x: Array, times: Array, index: Array | int = 0) -> dict[str, Any]:
         steps = check_steps(times, self.order)
-        index = np.arange(steps)
-        rising = np.minimum(self.order, index + 1)
         # In short runs to the data the order decreases by one per step at the end, as published, for stability.
-        falling = np.minimum(rising, steps - index if steps < 15 else self.order)
+        falling = np.minimum(self.order, steps - np.arange(steps))
         return {
-            "x": x,
             "history": History.empty(self.order, x, times),
-            "orders": jnp.where(times[-1] == 0, falling, rising),
-            "index": jnp.int32(0),
+            "orders": jnp.where((times[-1] == 0) & (steps < 15), falling, self.order),
+            "index": jnp.int32(index),
         }
 
-    def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
-        x, order = carry["x"], carry["orders"][carry["index"]]
+    def step(
+        self, x: Array, state: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, dict]:
         x0 = denoise(x, t).x0.astype(x.dtype)
         value = interpolated_value(self.prediction, schedule, x, x0, t)
-        history = carry["history"].push(value, half_log_snr(schedule, t))
+        history = state["history"].push(value, half_log_snr(schedule, t))
+        order = jnp.minimum(history.count, state["orders"][state["index"]])
         h, nodes, finite = relative_nodes(history.nodes, half_log_snr(schedule, s))
         valid = (jnp.arange(self.order) < jnp.where(finite, order, 1)) & jnp.isfinite(nodes)
         # The kernel of the SDE is that of the ODE for a step of size 2h.
@@ -123,7 +122,7 @@ class Multistep(Solver):
         else:
             moved = first_order(schedule, x, Denoised(x0), t, s)
         moved += correction(self.prediction, schedule, s, history.values, weights)
-        return {**carry, "x": moved.astype(x.dtype), "history": history, "index": carry["index"] + 1}
+        return moved.astype(x.dtype), x0, {**state, "history": history, "index": state["index"] + 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,29 +152,35 @@ class Singlestep(Solver):
     order: int
     midpoint: bool = True
 
-    def init(self, x: Array, times: Array) -> dict[str, Any]:
-        check_steps(times, self.order)
+    def init(self, x: Array, times: Array, index: Array | int = 0) -> dict[str, Any]:
+        steps = check_steps(times, self.order)
+        # The list may turn, as where noise is added; a Runge-Kutta step ends there at the latest.
+        intervals, directions = np.arange(steps), jnp.sign(jnp.diff(times))
+        turns = (directions != directions[index]) & (intervals > index)
         return {
-            "x": x,
-            "start": (x, x, times[0]),  # x, x0 and t at the start of the current Runge-Kutta step
+            "start": (x, x, times[index]),  # x, x0 and t at the start of the current Runge-Kutta step
             "values": jnp.zeros((self.order, *x.shape), x.dtype),  # v_k of the current step, by stage
-            "t": times[0],
+            "t": times[index],
             "times": times,
-            "index": jnp.int32(0),
+            "first": jnp.int32(index),
+            "last": jnp.min(jnp.where(turns, intervals, steps)).astype(jnp.int32),
+            "index": jnp.int32(index),
         }
 
-    def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
-        index, times = carry["index"], carry["times"]
+    def step(
+        self, x: Array, state: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, dict]:
+        times, first, last = state["times"], state["first"], state["last"]
         # A step from pure noise, or to either end of time, may be infinite in lambda, and can only be of first order.
-        from_noise = ~jnp.isfinite(schedule.log_snr(times[0]))
-        to_end = (times[-1] == 0) | (times[-1] == 1)
-        table = jnp.asarray(_stage_table(len(times) - 1, self.order))
-        stage, stages, end = table[from_noise.astype(int), to_end.astype(int), index]
+        from_noise = ~jnp.isfinite(schedule.log_snr(times[first]))
+        to_end = (times[last] == 0) | (times[last] == 1)
+        stage, stages, end = _stage(state["index"] - first, last - first, self.order, from_noise, to_end)
+        end += first
 
-        x, t = carry["x"], carry["t"]  # the time of an inner stage is not on the grid
+        t = state["t"]  # the time of an inner stage is not on the grid
         x0 = denoise(x, t).x0.astype(x.dtype)
-        values = carry["values"].at[stage].set(interpolated_value(self.prediction, schedule, x, x0, t))
-        start = tuple(jnp.where(stage == 0, new, old) for new, old in zip((x, x0, t), carry["start"], strict=True))
+        values = state["values"].at[stage].set(interpolated_value(self.prediction, schedule, x, x0, t))
+        start = tuple(jnp.where(stage == 0, new, old) for new, old in zip((x, x0, t), state["start"], strict=True))
         x_start, x0_start, t_start = start
 
         # This stage goes from lambda_start over h = whole * (stage + 1) / stages.
@@ -195,28 +200,30 @@ class Singlestep(Solver):
             weights = jnp.where((slots == 1) & (stage == 1), kernel_integral(self.prediction, h), weights)
         moved = first_order(schedule, x_start, Denoised(x0_start), t_start, s)
         moved += correction(self.prediction, schedule, s, values, weights)
-        return {**carry, "x": moved.astype(x.dtype), "t": s, "start": start, "values": values, "index": index + 1}
+        state = {**state, "t": s, "start": start, "values": values, "index": state["index"] + 1}
+        return moved.astype(x.dtype), x0, state
+
+    def time(self, state: dict, t: Array) -> Array:
+        return state["t"]
 
 
-def _stage_table(steps: int, order: int) -> np.ndarray:
-    """Returns which stage of which Runge-Kutta step each interval of a grid is, int32 `[2, 2, steps, 3]`.
+def _stage(index: Array, steps: Array, order: int, first_alone: Array, last_alone: Array) -> tuple[Array, Array, Array]:
+    """Returns which stage of which Runge-Kutta step an interval of a grid is.
 
-    The grid is divided into Runge-Kutta steps of `order` intervals and a shorter last one. The first axis says whether
-    the first interval is a step by itself, the second whether the last one is. For order 3 and 8 intervals:
+    The grid of `steps` intervals is divided into Runge-Kutta steps of `order` intervals and a shorter last one. The
+    first interval may be a step by itself, and so may the last one. For order 3 and 8 intervals:
 
-        [0, 0]  [0 1 2][3 4 5][6 7]          [1, 0]  [0][1 2 3][4 5 6][7]
-        [0, 1]  [0 1 2][3 4 5][6][7]         [1, 1]  [0][1 2 3][4 5 6][7]
+        neither     [0 1 2][3 4 5][6 7]          first alone  [0][1 2 3][4 5 6][7]
+        last alone  [0 1 2][3 4 5][6][7]         both         [0][1 2 3][4 5 6][7]
 
-    The last axis holds the stage, the number of stages of its step, and the index of the time at which its step ends.
+    Returns:
+      The stage, the number of stages of its step, and the index of the time at which its step ends, int32.
     """
-
-    def rows(first_alone: bool, last_alone: bool) -> list[tuple[int, int, int]]:
-        rest = steps - first_alone
-        lengths = [length for length in [order] * (rest // order) + [rest % order] if length]
-        if last_alone and lengths and lengths[-1] > 1:
-            lengths[-1:] = [lengths[-1] - 1, 1]
-        lengths = [1] * first_alone + lengths
-        ends = np.cumsum(lengths)
-        return [(stage, n, end) for n, end in zip(lengths, ends, strict=True) for stage in range(n)]
-
-    return np.array([[rows(first, last) for last in (False, True)] for first in (False, True)], np.int32)
+    offset = jnp.asarray(first_alone, jnp.int32)
+    stage = (index - offset) % order
+    begin = index - stage
+    stages = jnp.minimum(order, steps - begin)
+    splits = last_alone & (begin + stages == steps) & (stages > 1)  # the step loses its last interval
+    alone = ((offset == 1) & (index == 0)) | (splits & (index == steps - 1))
+    stage, stages, begin = (jnp.where(alone, *pair) for pair in ((0, stage), (1, stages - splits), (index, begin)))
+    return stage, stages, begin + stages

@@ -1,7 +1,6 @@
 """The first-order step, and the coordinates in which higher-order solvers integrate the probability-flow ODE."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,26 +13,27 @@ CoordinateName = Literal["noise_level", "time"] | None
 
 
 class Solver:
-    """Base class of samplers: an ODE solver with one evaluation per step, whose carry is a dict with the entry `x`."""
+    """Base class of samplers: an ODE solver with one evaluation per step. Subclasses define `init` and `step`."""
 
     stochastic = False
     uses_separate_eps = False
+    elementwise = False
 
-    def evaluations(self, steps: int) -> int | None:
+    def evaluations(self, steps: int, to_data: bool = True) -> int | None:
         return steps
 
-    def finish(self, carry: Mapping[str, Any]) -> Array:
-        return carry["x"]
+    def time(self, state: Any, t: Array) -> Array:
+        return t
+
+    def replace(self, state: Any, old: Array, new: Array) -> Any:
+        return state
 
 
 class OneStep(Solver):
-    """Base class of samplers whose carry is x alone."""
+    """Base class of samplers without a state. Subclasses define `step`, which returns the state that it receives."""
 
-    def init(self, x: Array, times: Array) -> Array:
-        return x
-
-    def finish(self, x: Array) -> Array:
-        return x
+    def init(self, x: Array, times: Array, index: Array | int = 0) -> tuple[()]:
+        return ()
 
 
 def first_order(schedule: Schedule, x: Array, denoised: Denoised, t: Array, s: Array) -> Array:
@@ -49,7 +49,7 @@ def first_order(schedule: Schedule, x: Array, denoised: Denoised, t: Array, s: A
 
 
 def eps_of(schedule: Schedule, x: Array, x0: Array, t: Array) -> Array:
-    """Returns the noise eps = (x_t - alpha_t x0) / sigma_t, for t `[]` or `[B]`; 0 where sigma_t is 0."""
+    """Returns the noise eps = (x_t - alpha_t x0) / sigma_t, for t as in `expand`; 0 where sigma_t is 0."""
     alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
     return jnp.where(sigma > 0, (x - alpha * x0) / jnp.where(sigma > 0, sigma, 1), 0)
 

@@ -32,21 +32,24 @@ class History:
     Attributes:
       values: `[K, B, ...]`.
       nodes: `[K]`.
+      count: the number of values that have been pushed, int32.
     """
 
     values: Array
     nodes: Array
+    count: Array
 
     @staticmethod
     def empty(length: int, x: Array, times: Array) -> "History":
         """Returns a history of zeros, for values like `x [B, ...]` and nodes of the dtype of `times`."""
-        return History(jnp.zeros((length, *x.shape), x.dtype), jnp.zeros(length, times.dtype))
+        return History(jnp.zeros((length, *x.shape), x.dtype), jnp.zeros(length, times.dtype), jnp.int32(0))
 
     def push(self, value: Array, node: Array) -> "History":
         """Returns the history with a new first entry and without the oldest one."""
         return History(
             jnp.concatenate([value[None], self.values[:-1]]),
             jnp.concatenate([node[None], self.nodes[:-1]]),
+            self.count + 1,
         )
 
 

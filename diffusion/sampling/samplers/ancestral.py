@@ -9,7 +9,7 @@ With alpha_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t) and s the prev
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,13 +29,16 @@ class Ancestral(OneStep):
     variance: Variance = "beta_tilde"
     x0_errors: tuple[tuple[float, float], ...] = ()
     stochastic = True
+    elementwise = True
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         denoised = denoise(x, t)
         reverse = posterior(schedule, t, s)
         std = jnp.sqrt(self._variance(reverse, denoised, t))
         noise = jnp.where(schedule.sigma(s) > 0, std, 0) * normal(keys, x.shape[1:], x.dtype)
-        return reverse.from_x * x + reverse.from_x0 * denoised.x0 + noise
+        return reverse.from_x * x + reverse.from_x0 * denoised.x0 + noise, denoised.x0, state
 
     def _variance(self, reverse: Posterior, denoised: Denoised, t: Array) -> Array:
         if self.variance == "learned":

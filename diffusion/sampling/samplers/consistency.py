@@ -8,6 +8,7 @@ In the paper alpha = 1 and sigma = t, so that this is x + sqrt(tau^2 - epsilon^2
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -23,8 +24,11 @@ class ConsistencySampler(OneStep):
 
     sigma_min: float = 0.002
     stochastic = True
+    elementwise = True
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         denoised = denoise(x, t)
         if denoised.kind != "consistency":
             raise InputError(
@@ -34,7 +38,8 @@ class ConsistencySampler(OneStep):
         # The model's output already contains noise of level sigma_min, so that the fresh noise is reduced by it.
         low = self.sigma_min * schedule.alpha(s)
         fresh = jnp.sqrt(jnp.maximum(schedule.sigma(s) ** 2 - low**2, 0))
-        return schedule.alpha(s) * denoised.x0 + fresh * normal(keys, x.shape[1:], x.dtype)
+        moved = schedule.alpha(s) * denoised.x0 + fresh * normal(keys, x.shape[1:], x.dtype)
+        return moved, denoised.x0, state
 
 
 def make(sigma_min: float = 0.002) -> ConsistencySampler:

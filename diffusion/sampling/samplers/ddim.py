@@ -7,6 +7,7 @@ The paper writes sqrt(alpha_t) for alpha_t here, sqrt(1 - alpha_t) for sigma_t, 
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -24,22 +25,26 @@ class DDIM(OneStep):
 
     eta: float = 0.0
     uses_separate_eps = True
+    elementwise = True
 
     @property
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         denoised = denoise(x, t)
         deterministic = first_order(schedule, x, denoised, t, s)
         if self.eta == 0:
-            return deterministic
+            return deterministic, denoised.x0, state
         alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s)
         # sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 is the variance of q(x_t | x_s).
         fresh = self.eta * sigma_s / sigma_t * jnp.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
         change = jnp.sqrt(jnp.maximum(sigma_s**2 - fresh**2, 0)) - sigma_s  # of the coefficient of eps
         x0 = denoised.x0 if denoised.x0_for_eps is None else denoised.x0_for_eps
-        return deterministic + change / sigma_t * (x - alpha_t * x0) + fresh * normal(keys, x.shape[1:], x.dtype)
+        noise = normal(keys, x.shape[1:], x.dtype)
+        return deterministic + change / sigma_t * (x - alpha_t * x0) + fresh * noise, denoised.x0, state
 
 
 def make(eta: float = 0.0) -> DDIM:

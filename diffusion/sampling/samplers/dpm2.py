@@ -8,6 +8,7 @@ With y = x / alpha, u = sigma / alpha and m the time at which log u_m = (log u_t
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -21,10 +22,12 @@ class DPM2(OneStep):
 
     coordinate: CoordinateName = None
 
-    def evaluations(self, steps: int) -> int:
-        return 2 * steps - 1
+    def evaluations(self, steps: int, to_data: bool = True) -> int:
+        return 2 * steps - to_data
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         ode = coordinate(self.coordinate, schedule)
         denoised = denoise(x, t)
 
@@ -33,7 +36,8 @@ class DPM2(OneStep):
             x_m = ode.move(x, ode.slope(x, denoised.x0, t), t, m)
             return ode.move(x, ode.slope(x_m, denoise(x_m, m).x0, m), t, s)
 
-        return jax.lax.cond(schedule.sigma(s) > 0, second_order, lambda: first_order(schedule, x, denoised, t, s))
+        moved = jax.lax.cond(schedule.sigma(s) > 0, second_order, lambda: first_order(schedule, x, denoised, t, s))
+        return moved, denoised.x0, state
 
 
 def make(coordinate: CoordinateName = None) -> DPM2:

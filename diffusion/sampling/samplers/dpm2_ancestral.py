@@ -8,6 +8,7 @@ With y = x / alpha, u = sigma / alpha and m the time at which log u_m = (log u_t
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,12 @@ class DPM2Ancestral(OneStep):
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def evaluations(self, steps: int) -> int:
-        return 2 * steps - 1
+    def evaluations(self, steps: int, to_data: bool = True) -> int:
+        return 2 * steps - to_data
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         denoised = denoise(x, t)
 
         def ancestral() -> Array:
@@ -48,7 +51,8 @@ class DPM2Ancestral(OneStep):
             alpha_s = schedule.alpha(s)
             return alpha_s * (denoised.x0 + down * eps + correction + up * normal(keys, x.shape[1:], x.dtype))
 
-        return jax.lax.cond(schedule.sigma(s) > 0, ancestral, lambda: first_order(schedule, x, denoised, t, s))
+        moved = jax.lax.cond(schedule.sigma(s) > 0, ancestral, lambda: first_order(schedule, x, denoised, t, s))
+        return moved, denoised.x0, state
 
 
 def make(eta: float = 1.0) -> DPM2Ancestral:

@@ -9,6 +9,7 @@ arXiv 2210.02747).
 """
 
 import dataclasses
+from typing import Any
 
 from diffusion.core.types import Array, Denoiser, Schedule
 from diffusion.sampling.ode.first_order import CoordinateName, OneStep, coordinate, first_order
@@ -19,17 +20,20 @@ class Euler(OneStep):
     """A first-order method."""
 
     coordinate: CoordinateName = None
+    elementwise = True
 
     @property
     def uses_separate_eps(self) -> bool:
         return self.coordinate != "time"
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         denoised = denoise(x, t)
         if self.coordinate != "time":
-            return first_order(schedule, x, denoised, t, s)
+            return first_order(schedule, x, denoised, t, s), denoised.x0, state
         ode = coordinate(self.coordinate, schedule)
-        return ode.move(x, ode.slope(x, denoised.x0, t), t, s)
+        return ode.move(x, ode.slope(x, denoised.x0, t), t, s), denoised.x0, state
 
 
 def make(coordinate: CoordinateName = None) -> Euler:

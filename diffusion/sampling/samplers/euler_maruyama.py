@@ -10,7 +10,7 @@ al. 2021, arXiv 2011.13456, eq. 6).
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -28,17 +28,21 @@ class EulerMaruyama(OneStep):
 
     diffusion: Diffusion = "sigma"
     scale: float = 1.0
+    elementwise = True
 
     @property
     def stochastic(self) -> bool:
         return self.scale > 0
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         denoised, ode = denoise(x, t), Time(schedule)
         w, sigma = self._diffusion(schedule, t), schedule.sigma(t)
         drift = ode.slope(x, denoised.x0, t) + w / 2 * eps_of(schedule, x, denoised.x0, t) / sigma
         moved = ode.move(x, drift, t, s) + jnp.sqrt(w * jnp.abs(t - s)) * normal(keys, x.shape[1:], x.dtype)
-        return jnp.where(schedule.sigma(s) > 0, moved, first_order(schedule, x, denoised, t, s))
+        moved = jnp.where(schedule.sigma(s) > 0, moved, first_order(schedule, x, denoised, t, s))
+        return moved, denoised.x0, state
 
     def _diffusion(self, schedule: Schedule, t: Array) -> Array:
         """Returns w(t)."""

@@ -9,6 +9,7 @@ On the straight path, alpha = 1 - t and sigma = t, this is x_s = x_t - (t - s) u
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -20,12 +21,14 @@ from diffusion.sampling.ode.first_order import OneStep, first_order
 class FlowMapSampler(OneStep):
     """Evaluates the flow map from t to s."""
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         denoised = denoise(x, t, target_time=jnp.broadcast_to(s, x.shape[:1]))
         if denoised.kind != "flow_map":
             raise InputError("sampler.name", "requires a flow map (mean_flow, shortcut), but this model is not "
                              "conditioned on the end of a step; use ddim or unipc")  # fmt: skip
-        return first_order(schedule, x, denoised, t, s)
+        return first_order(schedule, x, denoised, t, s), denoised.x0, state
 
 
 def make() -> FlowMapSampler:

@@ -37,16 +37,17 @@ class Heun(Solver):
     def stochastic(self) -> bool:
         return self.churn > 0
 
-    def evaluations(self, steps: int) -> int:
-        return 2 * steps - 1
+    def evaluations(self, steps: int, to_data: bool = True) -> int:
+        return 2 * steps - to_data
 
-    def init(self, x: Array, times: Array) -> dict[str, Any]:
-        return {"x": x, "gamma": jnp.asarray(min(self.churn / (len(times) - 1), 2**0.5 - 1), times.dtype)}
+    def init(self, x: Array, times: Array, index: Array | int = 0) -> dict[str, Any]:
+        return {"gamma": jnp.asarray(min(self.churn / (len(times) - 1), 2**0.5 - 1), times.dtype)}
 
-    def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
-        x = carry["x"]
+    def step(
+        self, x: Array, state: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, dict]:
         if self.churn:
-            x, t = self._add_noise(x, schedule, t, keys, carry["gamma"])
+            x, t = self._add_noise(x, schedule, t, keys, state["gamma"])
         ode = coordinate(self.coordinate, schedule)
         denoised = denoise(x, t)
         slope = ode.slope(x, denoised.x0, t)
@@ -56,7 +57,7 @@ class Heun(Solver):
             return ode.move(x, (slope + ode.slope(euler, denoise(euler, s).x0, s)) / 2, t, s)
 
         x = jax.lax.cond(schedule.sigma(s) > 0, second_order, lambda: first_order(schedule, x, denoised, t, s))
-        return {**carry, "x": x}
+        return x, denoised.x0, state
 
     def _add_noise(self, x: Array, schedule: Schedule, t: Array, keys: Array, gamma: Array) -> tuple[Array, Array]:
         """Returns x and t at the level (1 + gamma) u_t, which does not exceed the schedule's highest."""

@@ -23,18 +23,20 @@ class LMS(Solver):
     order: int = 4
     coordinate: CoordinateName = None
 
-    def init(self, x: Array, times: Array) -> dict[str, Any]:
+    def init(self, x: Array, times: Array, index: Array | int = 0) -> dict[str, Any]:
         check_steps(times, self.order)
-        return {"x": x, "history": History.empty(self.order, x, times), "index": jnp.int32(0)}
+        return {"history": History.empty(self.order, x, times)}
 
-    def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
-        x, ode = carry["x"], coordinate(self.coordinate, schedule)
+    def step(
+        self, x: Array, state: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, dict]:
+        ode, x0 = coordinate(self.coordinate, schedule), denoise(x, t).x0
         u, end = ode.from_time(t), ode.from_time(s)
-        history = carry["history"].push(ode.slope(x, denoise(x, t).x0, t), u)
-        valid = jnp.arange(self.order) <= carry["index"]
+        history = state["history"].push(ode.slope(x, x0, t), u)
+        valid = jnp.arange(self.order) < history.count
         weights = quadrature_weights((history.nodes - u) / (end - u), valid, jnp.ones_like)
         slope = jnp.sum(expand(weights, history.values) * history.values, axis=0)
-        return {"x": ode.move(x, slope, t, s), "history": history, "index": carry["index"] + 1}
+        return ode.move(x, slope, t, s), x0, {"history": history}
 
 
 def make(order: int = 4, coordinate: CoordinateName = None) -> LMS:

@@ -36,17 +36,19 @@ class PNDM(Solver):
 
     prk: bool = False
 
-    def evaluations(self, steps: int) -> int:
-        return steps + (9 if self.prk else 1)
+    def evaluations(self, steps: int, to_data: bool = True) -> int:
+        return steps + (3 * min(steps, 3) if self.prk else 1)
 
-    def init(self, x: Array, times: Array) -> dict[str, Any]:
+    def init(self, x: Array, times: Array, index: Array | int = 0) -> dict[str, Any]:
         check_steps(times, 4)
-        return {"x": x, "history": History.empty(4, x, times), "index": jnp.int32(0)}
+        return {"history": History.empty(4, x, times)}
 
-    def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
-        x, index, ode = carry["x"], carry["index"], coordinate(None, schedule)
-        slope = ode.slope(x, denoise(x, t).x0, t)
-        history = carry["history"].push(slope, t)
+    def step(
+        self, x: Array, state: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, dict]:
+        ode, x0, known = coordinate(None, schedule), denoise(x, t).x0, state["history"].count
+        slope = ode.slope(x, x0, t)
+        history = state["history"].push(slope, t)
 
         def starting_slope() -> Array:
             if self.prk:
@@ -54,11 +56,11 @@ class PNDM(Solver):
             return (slope + _slope_at(ode, denoise, ode.move(x, slope, t, s), s)) / 2
 
         def multistep_slope() -> Array:
-            weights = jnp.asarray(_ADAMS_BASHFORTH, x.dtype)[jnp.minimum(index, 3)]
+            weights = jnp.asarray(_ADAMS_BASHFORTH, x.dtype)[jnp.minimum(known, 3)]
             return jnp.tensordot(weights, history.values, 1)
 
-        mean = jax.lax.cond(index < (3 if self.prk else 1), starting_slope, multistep_slope)
-        return {"x": ode.move(x, mean, t, s), "history": history, "index": index + 1}
+        mean = jax.lax.cond(known < (3 if self.prk else 1), starting_slope, multistep_slope)
+        return ode.move(x, mean, t, s), x0, {"history": history}
 
 
 def _slope_at(ode: NoiseLevel | Time, denoise: Denoiser, x: Array, t: Array) -> Array:

@@ -33,13 +33,15 @@ class PredictorCorrector(OneStep):
     snr: float = 0.16
     stochastic = True
 
-    def evaluations(self, steps: int) -> int | None:
-        predictor = self.predictor.evaluations(steps)
-        return None if predictor is None else predictor + (steps - 1) * self.corrections
+    def evaluations(self, steps: int, to_data: bool = True) -> int | None:
+        predictor = self.predictor.evaluations(steps, to_data)
+        return None if predictor is None else predictor + (steps - to_data) * self.corrections
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         # The keys are folded with 0 for the predictor, and with 1 and upwards for the corrections.
-        x = self.predictor.step(x, denoise, schedule, t, s, fold(keys, 0))
+        x, x0, state = self.predictor.step(x, state, denoise, schedule, t, s, fold(keys, 0))
 
         def correct(i: Array, x: Array) -> Array:
             noise = normal(fold(keys, i + 1), x.shape[1:], x.dtype)
@@ -51,7 +53,7 @@ class PredictorCorrector(OneStep):
         def corrected() -> Array:
             return jax.lax.fori_loop(0, self.corrections, correct, x)
 
-        return jax.lax.cond(schedule.sigma(s) > 0, corrected, lambda: x)
+        return jax.lax.cond(schedule.sigma(s) > 0, corrected, lambda: x), x0, state
 
 
 def make(
@@ -60,13 +62,13 @@ def make(
     """Makes the predictor-corrector sampler, with the predictor's evaluations and one per correction.
 
     Args:
-      predictor: the name or section of any sampler whose carry is x alone; the paper's is `euler_maruyama` with `sbdm`.
+      predictor: the name or section of any sampler without a state; the paper's is `euler_maruyama` with `sbdm`.
       corrections: Langevin steps after each step of the predictor.
       snr: r of the paper, the ratio of a Langevin step's drift to its noise.
     """
     built = build("samplers", predictor, field="predictor")
     if not isinstance(built, OneStep):
-        raise InputError("predictor", f"must carry x alone, as ancestral, ddim or euler do; got {predictor!r}")
+        raise InputError("predictor", f"must have no state, as ancestral, ddim or euler; got {predictor!r}")
     checks.at_least(1, corrections=corrections)
     checks.positive(snr=snr)
     return PredictorCorrector(built, corrections, snr)

@@ -7,6 +7,7 @@ With y = x / alpha, u = sigma / alpha and f = eps, or y = x, u = t and f the vel
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -20,10 +21,12 @@ class RK4(OneStep):
 
     coordinate: CoordinateName = None
 
-    def evaluations(self, steps: int) -> int:
-        return 4 * steps - 3
+    def evaluations(self, steps: int, to_data: bool = True) -> int:
+        return 4 * steps - 3 * to_data
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         ode = coordinate(self.coordinate, schedule)
         denoised = denoise(x, t)
 
@@ -40,7 +43,8 @@ class RK4(OneStep):
             k4 = slope_after(k3, s)
             return ode.move(x, (k1 + 2 * k2 + 2 * k3 + k4) / 6, t, s)
 
-        return jax.lax.cond(schedule.sigma(s) > 0, fourth_order, lambda: first_order(schedule, x, denoised, t, s))
+        moved = jax.lax.cond(schedule.sigma(s) > 0, fourth_order, lambda: first_order(schedule, x, denoised, t, s))
+        return moved, denoised.x0, state
 
 
 def make(coordinate: CoordinateName = None) -> RK4:

@@ -10,6 +10,7 @@ same on every schedule:
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +42,12 @@ class RK45(OneStep):
     atol: float = 1e-4
     sigma_min: float = 0.002
 
-    def evaluations(self, steps: int) -> None:
+    def evaluations(self, steps: int, to_data: bool = True) -> None:
         return None
 
-    def step(self, x: Array, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> Array:
+    def step(
+        self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, Any]:
         # Outside of [-12, -log(sigma_min)] a first-order step is practically exact: its error decreases with the square
         # of the noise level.
         r_max, r_min = -np.log(self.sigma_min), -12.0
@@ -59,11 +62,11 @@ class RK45(OneStep):
             return jax.lax.cond((t != s) & (schedule.sigma(t) > 0), first_order_step, lambda: x)
 
         x = jump(x, t, inner[0])
-        x = self._solve(x, denoise, schedule, r[0], r[1])
-        return jump(x, inner[1], s)
+        x, x0 = self._solve(x, denoise, schedule, r[0], r[1])
+        return jump(x, inner[1], s), x0, state
 
-    def _solve(self, x: Array, denoise: Denoiser, schedule: Schedule, start: Array, end: Array) -> Array:
-        """Solves the ODE from r = `start` to r = `end`."""
+    def _solve(self, x: Array, denoise: Denoiser, schedule: Schedule, start: Array, end: Array) -> tuple[Array, Array]:
+        """Solves the ODE from r = `start` to r = `end`, and returns x there and x0 at the start."""
 
         def scale(r: Array) -> Array:
             t = schedule.time(2 * r)
@@ -98,9 +101,12 @@ class RK45(OneStep):
         r = jnp.broadcast_to(start, x.shape[:1])
         z = x / expand(scale(r), x)
         h = jnp.broadcast_to((end - start) / 8, r.shape)
-        state = (z, slope(z, r).astype(z.dtype), r, h, jnp.abs(end - r) > 1e-6)
+        k1 = slope(z, r).astype(z.dtype)
+        c = expand(jnp.sqrt(jax.nn.sigmoid(2 * r)), z)
+        x0 = k1 / c + c * z
+        state = (z, k1, r, h, jnp.abs(end - r) > 1e-6)
         z, *_ = jax.lax.while_loop(lambda state: jnp.any(state[-1]), attempt, state)
-        return (expand(scale(jnp.broadcast_to(end, r.shape)), z) * z).astype(x.dtype)
+        return (expand(scale(jnp.broadcast_to(end, r.shape)), z) * z).astype(x.dtype), x0
 
 
 def make(rtol: float = 1e-4, atol: float = 1e-4, sigma_min: float = 0.002) -> RK45:

@@ -40,35 +40,42 @@ class UniPC(Solver):
     variant: Literal["bh1", "bh2"] = "bh2"
     prediction: Prediction = "x0"
 
-    def init(self, x: Array, times: Array) -> dict[str, Any]:
+    def init(self, x: Array, times: Array, index: Array | int = 0) -> dict[str, Any]:
         steps = check_steps(times, self.order)
         return {
-            "x": x,
-            "start": (x, x, times[0]),  # x, x0 and t at the start of the previous step
+            "start": (x, x, times[index]),  # x, x0 and t at the start of the previous step
             "history": History.empty(self.order, x, times),
-            "index": jnp.int32(0),
+            "index": jnp.int32(index),
             # In runs to the data, the order of the last steps decreases by one per step.
             "last": jnp.where(times[-1] == 0, steps, steps + self.order),
         }
 
-    def step(self, carry: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array) -> dict:
-        x, history, index = carry["x"], carry["history"], carry["index"]
-        x0 = denoise(x, t).x0.astype(x.dtype)
+    def step(
+        self, x: Array, state: dict, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
+    ) -> tuple[Array, Array, dict]:
+        history, left = state["history"], state["last"] - state["index"]
+        x0 = evaluated = denoise(x, t).x0.astype(x.dtype)
         value = interpolated_value(self.prediction, schedule, x, x0, t)
-        order = jnp.minimum(index, carry["last"] - index + 1)  # of the previous step, which led here
-        corrected = self._step(schedule, carry["start"], t, history, order, value)
-        corrected = jnp.where(index > 0, corrected, x).astype(x.dtype)
+        order = jnp.minimum(history.count, left + 1)  # of the previous step, which led here
+        corrected = self._step(schedule, state["start"], t, history, order, value)
+        corrected = jnp.where(history.count > 0, corrected, x).astype(x.dtype)
+        if "replaced" in state:
+            corrected = jnp.where(state["replaced"], x, corrected)
         if self.prediction == "eps":
             # eps remains the model's output; x0 is the one that it implies at the corrected point.
-            alpha = jnp.where(index > 0, schedule.alpha(t), 1)
-            x0 = jnp.where(index > 0, (corrected - schedule.sigma(t) * value) / alpha, x0)
+            alpha = jnp.where(history.count > 0, schedule.alpha(t), 1)
+            x0 = jnp.where(history.count > 0, (corrected - schedule.sigma(t) * value) / alpha, x0)
         x = corrected
 
         history = history.push(value, half_log_snr(schedule, t))
-        order = jnp.minimum(index + 1, carry["last"] - index)
+        order = jnp.minimum(history.count, left)
         start = x, x0, t
         moved = self._step(schedule, start, s, history, order).astype(x.dtype)
-        return {**carry, "x": moved, "start": start, "history": history, "index": index + 1}
+        return moved, evaluated, {**state, "start": start, "history": history, "index": state["index"] + 1}
+
+    def replace(self, state: dict, old: Array, new: Array) -> dict:
+        # The correction of the step that led to x must leave what has been replaced.
+        return {**state, "replaced": old != new}
 
     def _step(
         self,

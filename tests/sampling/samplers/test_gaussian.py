@@ -83,7 +83,7 @@ def std_after(sampler, num_steps, std):
     times = jnp.arange(num_steps, -1, -1) / num_steps
     keys = jax.random.split(jax.random.key(0), 1)
     denoise, variance = optimal(schedule, std), 1.0
-    step = jax.jit(lambda x, t, s, keys: sampler.step(x, denoise, schedule, t, s, keys))
+    step = jax.jit(lambda x, t, s, keys: sampler.step(x, (), denoise, schedule, t, s, keys)[0])
     for t, s in itertools.pairwise(times):
         noise = step(jnp.zeros((1, 1)), t, s, keys)
         gain = step(jnp.ones((1, 1)), t, s, keys) - noise
@@ -112,9 +112,9 @@ def test_ddim_with_eta_one_is_ancestral(x64):
     x = jax.random.normal(jax.random.key(1), (4, 3), jnp.float64)
     keys = jax.random.split(jax.random.key(2), 4)
     for t, s in ((1.0, 0.9), (0.5, 0.001), (0.02, 0.0)):
-        args = (x, optimal(schedule), schedule, jnp.float64(t), jnp.float64(s), keys)
-        ddim = build("samplers", {"name": "ddim", "eta": 1.0}).step(*args)
-        ancestral = build("samplers", "ancestral").step(*args)
+        args = (x, (), optimal(schedule), schedule, jnp.float64(t), jnp.float64(s), keys)
+        ddim = build("samplers", {"name": "ddim", "eta": 1.0}).step(*args)[0]
+        ancestral = build("samplers", "ancestral").step(*args)[0]
         np.testing.assert_allclose(ddim, ancestral, rtol=1e-9)
 
 

@@ -1,0 +1,114 @@
+"""Writes array records: shards of examples, and `info.json`, which describes them.
+
+`data.sources.array_record` reads them.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from diffusion.core import files, images
+from diffusion.core.types import ArraySpec, InputError, Source
+
+FORMAT = 1
+INFO = "info.json"
+SHARD_BYTES = 1 << 28
+
+
+def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str) -> int:
+    """Writes examples as a data set in a new folder. If writing fails, no folder is left behind.
+
+    Args:
+      source: The source of the examples.
+      examples: The examples `source[i]`; those with `skipped` are left out.
+      out: Path of the new folder.
+
+    Returns:
+      The number of examples written.
+    """
+    spec = source.spec
+    check_fits(source)
+    dtype = np.dtype(np.uint8 if spec.is_image and (spec.x.low, spec.x.high) == (0, 255) else np.float32)
+    each = max(1, SHARD_BYTES // (math.prod(spec.shape) * dtype.itemsize))
+    if os.path.exists(out):
+        raise InputError("--out", f"{out} already exists; remove it or give another folder")
+    parent = files.make_folder(os.path.dirname(os.path.abspath(out)), "--out")
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".partial-") as folder:
+        readable, count = (example for example in examples if not example.get("skipped", False)), 0
+        while written := write_shard(folder, count // each, itertools.islice(readable, each), dtype):
+            count += written
+        write_info(folder, {**describe(source, dataclasses.replace(spec.x, dtype=dtype.name)), "count": count})
+        os.chmod(folder, 0o755)
+        os.rename(folder, out)
+        os.mkdir(folder)  # for TemporaryDirectory to remove
+    return count
+
+
+def check_fits(source: Source) -> None:
+    """Checks that records can hold the examples of a source.
+
+    Raises:
+      InputError: They have several sizes, or conditions other than a label.
+    """
+    if hasattr(source, "buckets"):
+        raise InputError("data.size", "must be a single size, as all records of a data set have one shape")
+    others = source.spec.conditions.keys() - {"label"}
+    if others:
+        raise InputError("data", f"records hold no condition other than the label, got {', '.join(sorted(others))}")
+
+
+def describe(source: Source, x: ArraySpec) -> dict[str, Any]:
+    """Returns what `info.json` says of the examples of a source whose data are stored as `x`, without their count."""
+    spec = source.spec
+    return {
+        "format": FORMAT,
+        "class_names": list(getattr(source, "class_names", ())),
+        "num_classes": spec.num_classes,
+        "captions": spec.captions,
+        **dataclasses.asdict(x),
+    }
+
+
+def write_info(folder: str, info: Mapping[str, Any]) -> None:
+    """Writes `info.json`, without which a folder is not a data set."""
+    with files.replace(os.path.join(folder, INFO)) as file:
+        json.dump(info, file, indent=2)
+
+
+def write_shard(folder: str, number: int, examples: Iterable[Mapping[str, Any]], dtype: np.dtype) -> int:
+    """Writes one shard, which exists only once it is complete, and returns the number of examples; none for 0."""
+    path, count = shard_path(folder, number), 0
+    writer = ArrayRecordWriter(f"{path}.partial", "group_size:1,uncompressed")
+    try:
+        for example in examples:
+            writer.write(_record(example, dtype))
+            count += 1
+        writer.close()
+        if count:
+            os.replace(f"{path}.partial", path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{path}.partial")
+    return count
+
+
+def shard_path(folder: str, number: int) -> str:
+    """Returns the path of a shard."""
+    return os.path.join(folder, f"{number:05d}.array_record")
+
+
+def _record(example: Mapping[str, Any], dtype: np.dtype) -> bytes:
+    x = example["x"]
+    if dtype == np.uint8 and x.dtype != np.uint8:
+        x = images.to_uint8(x)
+    label = np.array(example["cond"]["label"], "<i4").tobytes() if "label" in example["cond"] else b""
+    return x.astype(dtype).tobytes() + label + example.get("caption", "").encode()

@@ -1,0 +1,128 @@
+"""Sampling from a run: from given examples, with a function between steps, and with sharded parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffusion as df
+from diffusion.core.arrays import normal, sample_keys
+from diffusion.distributed import sharding
+from diffusion.pipelines import run as runs
+from diffusion.pipelines.build_training import build_training
+from diffusion.pipelines.config import resolve
+from diffusion.pipelines.run import Run, open_run
+from diffusion.sampling.loop import bind, noised, sample
+from tests.refusals import refused
+
+CONFIG = resolve({
+    "data": "digits",
+    "objective": "denoising",
+    "network": {"name": "mlp", "width": 16, "depth": 2},
+    "train": {"steps": 1, "batch_size": 16},
+    "mesh": {"data": 2, "fsdp": 4},
+    "sharding": {"fsdp_min_size": 0, "rules": (("^ema/.*/linear_in/kernel", (None, "data")),)},
+    "sampler": {"name": "ddim", "steps": 4, "eta": 1.0},
+})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run that was trained on a mesh of eight devices, with its arrays sharded."""
+    path = str(tmp_path_factory.mktemp("runs") / "sharded")
+    df.Trainer(**build_training(CONFIG, path), workdir=path).fit()
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(workdir):
+    return open_run(workdir)
+
+
+def as_is(run, place, mesh=None):
+    return Run(config=run.config, spec=run.spec, network=run.network, objective=run.objective, mesh=mesh or run.mesh,
+               params=jax.device_put(run.params, place))  # fmt: skip
+
+
+def test_parameters_are_sharded_as_in_training(run):
+    """Their shardings are those of the average in the train state, and the samples those of replicated parameters."""
+    assert dict(run.mesh.shape) == {"data": 2, "fsdp": 4, "model": 1}
+    leaves = {sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(run.params)}
+    state = {"ema": {run.ema: run.params}}
+    expected = sharding.of_state(state, run.mesh, run.config["sharding"]["rules"], fsdp_min_size=0)["ema"][run.ema]
+    for (path, place), leaf in zip(jax.tree.leaves_with_path(expected), leaves.values(), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim), sharding.path_name(path)
+    kernel = leaves["net/linear_in/kernel"]
+    assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 8}
+    x = run.sample(num=8, guidance=2.0)
+    replicated = as_is(run, sharding.replicated(run.mesh))
+    np.testing.assert_allclose(x, replicated.sample(num=8, guidance=2.0), atol=1e-5 * abs(x).max())
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), run.mesh.axis_names)
+    np.testing.assert_allclose(as_is(run, sharding.replicated(one), one).sample(num=8, guidance=2.0), x,
+                               atol=1e-5 * abs(x).max())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"data": 2, "fsdp": 2, "model": 2}, {"data": 2, "fsdp": 2, "model": 2}),
+        ({"data": -1, "fsdp": 1, "model": 1}, {"data": 8, "fsdp": 1, "model": 1}),
+        ({"data": 16, "fsdp": 12, "model": 1}, {"data": 2, "fsdp": 4, "model": 1}),
+        ({"data": 1, "fsdp": 32, "model": 4}, {"data": 1, "fsdp": 2, "model": 4}),
+        ({"data": 3, "fsdp": 1, "model": 1}, {"data": 8, "fsdp": 1, "model": 1}),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_reduced(section, expected, caplog):
+    assert dict(runs._mesh(section).shape) == expected
+    assert bool(caplog.records) == (section != expected and -1 not in section.values())
+
+
+def test_start_and_strength(run):
+    """Half of four steps start at the third time, from the examples with the noise of `prior`."""
+    examples = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 1)).astype(np.float32)
+    x = run.sample(num=4, labels=[1], start=examples, strength=0.6)
+    generator = next(iter(run._generators.values()))
+    keys, times = sample_keys(jax.random.key(0), jnp.arange(4)), generator.times[2:]
+    denoise = bind(run.objective.denoiser(run.network.apply, run.params), {"label": jnp.ones(4, int)})
+
+    @jax.jit
+    def expected(start):
+        x = noised(run.objective.schedule, start, times[0], keys)
+        return sample(denoise, run.objective.schedule, generator.solver, x, times, keys)
+
+    np.testing.assert_allclose(x, expected(examples[[0, 1, 2, 0]]), atol=1e-5 * abs(x).max())
+    assert len(run.sample(start=examples, strength=1.0)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"strength": 0.0}, "strength"), ({"strength": 1.1}, "strength"), ({"strength": 0.2}, "strength"),
+        ({"start": np.zeros((2, 8, 8, 3), np.float32)}, "start"), ({"start": np.zeros((0, 8, 8, 1))}, "start"),
+        ({"start": np.zeros((2, 8, 8, 1), np.uint8)}, "start"),
+    ],
+)  # fmt: skip
+def test_bad_starts_are_refused(run, options, field):
+    with refused(field):
+        run.sample(**{"start": np.zeros((2, 8, 8, 1), np.float32), **options})
+
+
+def test_after_step_on_times_that_rise(run):
+    """Known pixels are exact; the function is part of what is compiled, and the same one is compiled once."""
+    known, mask, schedule = jnp.full((8, 8, 1), 0.25), jnp.arange(8)[:, None, None] < 4, run.objective.schedule
+    calls = []
+
+    def keep_known(x, x0, t, s, keys):
+        calls.append(x.shape)
+        noise = normal(keys, known.shape)
+        return jnp.where(mask, schedule.alpha(s) * known + schedule.sigma(s) * noise, x)
+
+    grid = {"name": "repaint", "jump_length": 1, "jump_n_sample": 2}
+    x = run.sample(num=8, after_step=keep_known, grid=grid)
+    np.testing.assert_allclose(x[:, :4], 0.25, atol=1e-6)
+    assert abs(x[:, 4:] - run.sample(num=8, grid=grid)[:, 4:]).max() > 1e-3
+    traces = len(calls)
+    again = run.sample(num=8, after_step=keep_known, grid=grid)
+    np.testing.assert_array_equal(again, x)
+    assert len(calls) == traces
+    assert run._generator({**run.config["sampler"], "grid": grid}, run.config["guidance"], keep_known).evaluations == 7
