@@ -4,21 +4,21 @@ python -m experiments.sample --workdir=runs/digits --num=100 --labels=0,1,2 --se
     --sampler=dpm_solver_pp:order=3 --grid=karras:rho=5 --steps=20 --guidance=1.5 --interval=0.2,0.8
 python -m experiments.sample --workdir=runs/digits --sweep="steps=10,20,50;guidance=1,2,4"
 
+Samples are written as they are drawn, and the same command resumes after the files of an interrupted one.
 Samplers, grids and guidance are written NAME:option=value:option=value; docs/samplers.md lists them. Conditions other
 than labels are those of the data's examples, in turn; `Run.sample` takes others.
 """
 
-import json
 import os
 
 import numpy as np
 from absl import flags
 
-from diffusion.core import files, images
-from diffusion.core.types import InputError, SampleMetric
+from diffusion.core.types import InputError
 from diffusion.pipelines import overrides
 from diffusion.pipelines.generator import check_numbers
 from diffusion.pipelines.run import labels_for, open_run
+from diffusion.pipelines.sample_files import FORMATS, PICTURE, write_samples
 from diffusion.pipelines.sampling_sweep import sweep
 from experiments import cli, sampling_flags
 from experiments.sampling_flags import ALLOW_IMPORTS, BATCH_SIZE, EMA
@@ -31,7 +31,10 @@ SWEEP = flags.DEFINE_string(
 )
 METRICS = flags.DEFINE_bool("metrics", False, "With --sweep: measure the samples with the metrics of the eval section.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
-OUT = flags.DEFINE_string("out", None, "Folder for samples.png and samples.npz. Default: WORKDIR/samples.")
+OUT = flags.DEFINE_string("out", None, "Folder for samples.png and the samples. Default: WORKDIR/samples.")
+OUT_FORMAT = flags.DEFINE_enum(
+    "out_format", "npz", FORMATS, "npz: samples.npz, or samples_00000.npz, ... of 10,000 samples each; png: images/."
+)
 flags.mark_flags_as_required(["workdir"])
 
 MOST_COLUMNS = 50  # of a sheet with one column per class
@@ -44,7 +47,7 @@ def main() -> None:
     labels = cond.get("label")
     chosen, out = sampling_flags.chosen(), OUT.value or os.path.join(WORKDIR.value, "samples")
     if SWEEP.value is not None:
-        metrics = [metric for metric in run.metrics() if isinstance(metric, SampleMetric)] if METRICS.value else []
+        metrics = [metric for metric in run.metrics() if metric.kind == "samples"] if METRICS.value else []
         sweep(
             run, chosen, SWEEP.value, out, cond=cond, num=NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value,
             metrics=metrics,
@@ -52,23 +55,17 @@ def main() -> None:
         return
     sampler, guidance = overrides.sections(run.config, chosen)
     generator = run.generator(sampler=sampler, guidance=guidance)
-    files.make_folder(out, "--out")
-
-    x = generator(run.params, cond, NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value, title="sample")
     settings = {"workdir": WORKDIR.value, "step": run.step, "ema": run.ema, "sampler": sampler, "guidance": guidance,
-                "seed": SEED.value, "num": NUM.value}  # fmt: skip
-    path = os.path.join(out, "samples.npz")
-    with files.replace(path, "wb") as file:
-        np.savez(
-            file,
-            samples=images.to_uint8(x) if run.spec.is_image else x,
-            labels=np.zeros(NUM.value, np.int32) if labels is None else labels,
-            settings=np.array(json.dumps(settings)),
-        )
-    picture = os.path.join(out, "samples.png")
+                "seed": SEED.value, "labels": LABELS.value}  # fmt: skip
     by_class = labels is not None and LABELS.value is None and run.spec.num_classes <= MOST_COLUMNS
-    images.save_png(images.picture(x, run.spec.num_classes if by_class else None), picture)
-    print(f"{NUM.value} samples: {picture} and {path}")
+    where = write_samples(
+        lambda first: generator.batches(
+            run.params, cond, NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value, title="sample", first=first
+        ),
+        out, labels=labels, num=NUM.value, spec=run.spec, settings=settings, out_format=OUT_FORMAT.value,
+        columns=run.spec.num_classes if by_class else None,
+    )  # fmt: skip
+    print(f"{NUM.value} samples: {os.path.join(out, PICTURE)} and {where}")
 
 
 def _labels(given: list[str] | None, num_classes: int) -> np.ndarray | None:

@@ -8,8 +8,8 @@ import os
 
 from absl import flags
 
-from diffusion.core.types import SampleMetric
 from diffusion.pipelines import overrides, tables
+from diffusion.pipelines.evaluation import measure_samples
 from diffusion.pipelines.run import Run, open_run
 from experiments import cli
 
@@ -37,19 +37,18 @@ def table(run: Run, title: str) -> str:
 
     A cell has the first value of each metric.
     """
-    metrics = [metric for metric in run.metrics() if isinstance(metric, SampleMetric)]
+    metrics = [metric for metric in run.metrics() if metric.kind == "samples"]
     cond = run.conditions(NUM.value)
     grid = run.config["sampler"]["grid"]["name"]
-    rows, names = [], []
+    rows, names = [], [metric.names[0] for metric in metrics]
     for sampler in SAMPLERS.value:
         cells = []
         for count in EVALUATIONS.value:
             section, guidance = overrides.sections(run.config, {"sampler": sampler, "evaluations": count})
             generator = run.generator(sampler=section, guidance={"name": guidance["name"], "scale": 1.0})
-            x = generator(run.params, cond, NUM.value, seed=1, title=f"{title} {sampler} {count}")
-            values = [next(iter(run.measured(metric, x, cond.get("label")).items())) for metric in metrics]
-            names = [name for name, _ in values]
-            cells.append(" / ".join(f"{value:.3f}" for _, value in values))
+            samples = generator.batches(run.params, cond, NUM.value, seed=1, title=f"{title} {sampler} {count}")
+            measured, _ = measure_samples(metrics, samples, run.spec)
+            cells.append(" / ".join(f"{values[name]:.3f}" for name, values in zip(names, measured, strict=True)))
         rows.append([f"`{sampler}`", *cells])
     return "\n".join([
         f"**{title}**, step {run.step}, average {run.ema}, grid `{grid}`, no guidance, {NUM.value} samples: "

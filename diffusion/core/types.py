@@ -10,7 +10,7 @@ Conventions used throughout:
 
 import dataclasses
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import jax
@@ -470,31 +470,63 @@ class Sampler(Protocol):
         ...
 
 
-@runtime_checkable
-class SampleMetric(Protocol):
-    """A metric of samples. `num` and `guidance` set the number of samples and their guidance scale."""
+# model(params) -> (denoise, schedule): a trained model as a function of its dict of networks. `denoise(x, t, cond)`.
+Model = Callable[[Params], tuple[Denoiser, Schedule]]
 
+
+class SampleMetric(Protocol):
+    """A metric of samples, computed from one batch after the other.
+
+    A metric keeps what it needs of a batch in its state: sums, or small features, but not the images.
+
+    Attributes:
+      kind: `"samples"`.
+      names: Names of the values that `result` returns.
+      num: Number of samples.
+      guidance: Guidance scale of the samples.
+    """
+
+    kind: Literal["samples"]
+    names: tuple[str, ...]
     num: int
     guidance: float
 
-    def __call__(self, x: Any, labels: Sequence[int] | None) -> Mapping[str, float]:
-        """Returns metrics by name.
+    def init(self) -> Any:
+        """Returns the state before the first batch."""
+        ...
+
+    def update(self, state: Any, images: Any, conditions: Mapping[str, Any]) -> Any:
+        """Returns the state after a batch; it may change `state` in place.
 
         Args:
-          x: Samples `[N, ...]` in [-1, 1].
-          labels: The class that each sample is conditioned on, `[N]`, or None.
+          images: NumPy array `[B, ...]` in [-1, 1]: images as they are saved, that is, rounded to 8 bits; points and
+            latents unchanged.
+          conditions: What each sample is conditioned on, such as `label [B]`; empty for data without conditions.
         """
+        ...
+
+    def result(self, state: Any) -> Mapping[str, float]:
+        """Returns the values by name."""
         ...
 
 
 class ModelMetric(Protocol):
-    """A metric of a model itself."""
+    """A metric of a model itself.
 
-    def __call__(self, denoise: Denoiser, schedule: Schedule, key: Array) -> Mapping[str, float]:
-        """Returns metrics by name.
+    Attributes:
+      kind: `"model"`.
+      names: Names of the values that a call returns.
+    """
+
+    kind: Literal["model"]
+    names: tuple[str, ...]
+
+    def __call__(self, model: Model, params: Params, key: Array) -> Mapping[str, float]:
+        """Returns the values by name.
 
         Args:
-          denoise: `denoise(x, t, cond)`.
-          schedule: The schedule that the model was trained with.
+          model: Called inside of what the metric compiles, with `params` as an argument of the compiled function, so
+            that measuring the model at another step does not compile again.
+          params: The dict of networks.
         """
         ...

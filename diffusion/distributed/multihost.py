@@ -117,9 +117,9 @@ def wait_for_all(what: str) -> None:
         raise Missing(f"process {names} did not reach the barrier {what!r} within {TIMEOUT} s") from error
 
 
-def broadcast_from_first(answer: bool) -> bool:
+def broadcast_from_first(answer: int) -> int:
     """Returns the answer of the first process.
 
     Use it for questions about files, which may have changed before the last process looks at them.
     """
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(answer))) if jax.process_count() > 1 else answer
+    return int(multihost_utils.broadcast_one_to_all(np.int32(answer))) if jax.process_count() > 1 else answer

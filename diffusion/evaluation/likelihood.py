@@ -1,6 +1,7 @@
 """The likelihood of held-out data under a model, by the probability-flow ODE and by the variational bound."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -8,14 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core import checks
-from diffusion.core.arrays import scaled
-from diffusion.core.types import Array, Denoiser, InputError, Schedule, Source
+from diffusion.core.types import Array, Cond, InputError, Model, Params, Source
 from diffusion.evaluation import log_likelihood
+from diffusion.evaluation.reference import first_of
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Likelihood:
-    """A `ModelMetric`; see `make`."""
+    """A `ModelMetric`: the mean of -log p, in nats per dimension, or in bits per dimension if the data is discrete.
+
+    Its values are
+      nll: By the probability-flow ODE.
+      bound: The variational upper bound.
+      entropy: By the true density of the data, if the data has a `log_density`.
+    """
 
     held_out: Source
     num: int
@@ -24,46 +31,45 @@ class Likelihood:
     trace: Literal["exact", "hutchinson"]
     levels: int | None
     log_snr: tuple[float, float]
+    kind = "model"
 
-    def __call__(self, denoise: Denoiser, schedule: Schedule, key: Array) -> dict[str, float]:
-        """Returns the mean of -log p, in nats per dimension, or in bits per dimension if the data is discrete.
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("nll", "bound", "entropy") if hasattr(self.held_out, "log_density") else ("nll", "bound")
 
-        Returns:
-          nll: By the probability-flow ODE.
-          bound: The variational upper bound.
-          entropy: By the true density of the data, if the data has a `log_density`.
-        """
-        examples = [self.held_out[index] for index in range(min(self.num, len(self.held_out)))]
-        x0 = jnp.stack([scaled(example["x"]) for example in examples])
-        cond = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[example["cond"] for example in examples])
-        dims = int(np.prod(x0.shape[1:]))
+    def __call__(self, model: Model, params: Params, key: Array) -> dict[str, float]:
+        x0, cond = first_of(self.held_out, self.num)
+        _, schedule = model(params)
         high, low = self.log_snr
         end = jnp.maximum(schedule.log_snr(jnp.float32(1)), low)
         times = schedule.time(jnp.linspace(high, end, self.bound_steps + 1))
-
-        data_std = float(jnp.std(x0))
-
-        @jax.jit
-        def measure(x0: Array, key: Array) -> tuple[Array, Array]:
-            key_spread, key_trace, key_bound = jax.random.split(key, 3)
-            spread, offset = x0, 0.0
-            if self.levels:
-                spread, offset = log_likelihood.dequantize(x0, key_spread, self.levels)
-            density = log_likelihood.ode_log_likelihood(
-                lambda x, t: denoise(x, t, cond), schedule, spread, key_trace, steps=self.steps, trace=self.trace,
-                data_std=data_std, log_snr=self.log_snr,
-            )  # fmt: skip
-            bound = log_likelihood.variational_bound(
-                lambda x, t: denoise(x, t, cond), schedule, x0, key_bound, times, levels=self.levels
-            )
-            return -density / dims - offset, bound["total"] / dims
-
-        nll, bound = (np.asarray(value, np.float64) for value in measure(x0, key))
+        measured = self._measure(model, float(jnp.std(x0)), params, x0, cond, times, key)
+        nll, bound = (np.asarray(value, np.float64) for value in measured)
         unit = np.log(2) if self.levels else 1.0
         results = {"nll": nll.mean() / unit, "bound": bound.mean() / unit}
-        if hasattr(self.held_out, "log_density"):
-            results["entropy"] = -np.mean(self.held_out.log_density(np.asarray(x0))) / dims
+        if "entropy" in self.names:
+            results["entropy"] = -np.mean(self.held_out.log_density(x0)) / x0[0].size
         return {name: float(value) for name, value in results.items()}
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def _measure(
+        self, model: Model, data_std: float, params: Params, x0: Array, cond: Cond, times: Array, key: Array
+    ) -> tuple[Array, Array]:
+        """Returns the negative log-likelihood by the ODE and the bound, in nats per dimension, `[B]`."""
+        denoise, schedule = model(params)
+        dims = x0[0].size
+        key_spread, key_trace, key_bound = jax.random.split(key, 3)
+        spread, offset = x0, 0.0
+        if self.levels:
+            spread, offset = log_likelihood.dequantize(x0, key_spread, self.levels)
+        density = log_likelihood.ode_log_likelihood(
+            lambda x, t: denoise(x, t, cond), schedule, spread, key_trace, steps=self.steps, trace=self.trace,
+            data_std=data_std, log_snr=self.log_snr,
+        )  # fmt: skip
+        bound = log_likelihood.variational_bound(
+            lambda x, t: denoise(x, t, cond), schedule, x0, key_bound, times, levels=self.levels
+        )
+        return -density / dims - offset, bound["total"] / dims
 
 
 def make(

@@ -1,13 +1,29 @@
 """The share of samples that the synthetic shapes data could contain: as many shapes, each complete and in place."""
 
+import dataclasses
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from diffusion.core import checks
 from diffusion.core.types import InputError, Source
 
-CHUNK = 250  # samples parsed at a time
+
+@dataclasses.dataclass
+class Found:
+    """What was found in the samples so far.
+
+    Attributes:
+      readable: Number of readable samples.
+      worst: Batches of the RMS distances `[B]` to the nearest rendered image, in the worst ninth.
+      counts: Number of samples by their number of shapes.
+    """
+
+    readable: int = 0
+    worst: list[np.ndarray] = dataclasses.field(default_factory=list)
+    counts: Counter = dataclasses.field(default_factory=Counter)
 
 
 class ReadableShapes:
@@ -15,36 +31,38 @@ class ReadableShapes:
 
     A sample is readable if the data can contain that image, and if the sample is close to it in each ninth of each
     frame. The mean over a whole frame is not sensitive enough: the frame is mostly black, so that half of a shape could
-    be missing unnoticed.
+    be missing unnoticed. The values are
+      readable_shapes: Share of the samples that are readable.
+      shapes_off: Median over samples of the RMS distance to the nearest rendered image, in the worst ninth.
+      shape_count_distance: Total variation distance between the distributions of the number of shapes in samples and
+        data, in [0, 1].
     """
+
+    kind, names = "samples", ("readable_shapes", "shapes_off", "shape_count_distance")
 
     def __init__(self, num: int, guidance: float, limit: float, held_out: Source):
         self.num, self.guidance, self.limit, self.source = num, guidance, limit, held_out
         real = range(min(10_000, len(held_out)))
-        self.counts = _shares([len(held_out.things(index)) for index in real])
+        self.real = Counter(len(held_out.things(index)) for index in real)
 
-    def __call__(self, x: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Returns metrics of samples `x [N, ..., H, W, 3]` in [-1, 1]; the labels are ignored.
+    def init(self) -> Found:
+        return Found()
 
-        Returns:
-          readable_shapes: Share of the samples that are readable.
-          shapes_off: Median over samples of the RMS distance to the nearest rendered image, in the worst ninth.
-          shape_count_distance: Total variation distance between the distributions of the number of shapes in samples
-            and data, in [0, 1].
-        """
-        things, worst = [], []
-        for start in range(0, len(x), CHUNK):
-            chunk = x[start : start + CHUNK]
-            found, rendered = self.source.closest(chunk)
-            things += found
-            worst.append(_worst_ninth(chunk - rendered))
-        worst = np.concatenate(worst)
+    def update(self, state: Found, images: np.ndarray, conditions: Mapping[str, Any]) -> Found:
+        things, rendered = self.source.closest(images)
+        worst = _worst_ninth(images - rendered)
         possible = np.array([self.source.draws(shapes) for shapes in things])
-        counts = _shares([len(shapes) for shapes in things])
+        state.readable += int((possible & (worst < self.limit)).sum())
+        state.worst.append(worst)
+        state.counts.update(len(shapes) for shapes in things)
+        return state
+
+    def result(self, state: Found) -> dict[str, float]:
+        found, real = _shares(state.counts), _shares(self.real)
         return {
-            "readable_shapes": float((possible & (worst < self.limit)).mean()),
-            "shapes_off": float(np.median(worst)),
-            "shape_count_distance": sum(abs(counts[n] - self.counts[n]) for n in counts | self.counts) / 2,
+            "readable_shapes": state.readable / state.counts.total(),
+            "shapes_off": float(np.median(np.concatenate(state.worst))),
+            "shape_count_distance": sum(abs(found[n] - real[n]) for n in found | real) / 2,
         }
 
 
@@ -75,6 +93,6 @@ def _worst_ninth(error: np.ndarray) -> np.ndarray:
     return np.sqrt(squares.reshape(len(error), -1).max(axis=1))
 
 
-def _shares(numbers: list[int]) -> Counter:
+def _shares(counts: Counter) -> Counter:
     """Returns the relative frequency of each number."""
-    return Counter({number: count / len(numbers) for number, count in Counter(numbers).items()})
+    return Counter({number: count / counts.total() for number, count in counts.items()})

@@ -1,13 +1,14 @@
 """The straightness of the ODE trajectories of a learned flow."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from diffusion.core import checks
 from diffusion.core.arrays import derivative
-from diffusion.core.types import Array, Denoiser, InputError, Schedule, Source
+from diffusion.core.types import Array, InputError, Model, Params, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,24 +18,27 @@ class Straightness:
     shape: tuple[int, ...]
     num: int
     steps: int
+    kind = "model"
+    names = ("path_curvature",)
 
-    def __call__(self, denoise: Denoiser, schedule: Schedule, key: Array) -> dict[str, float]:
-        @jax.jit
-        def measure(key: Array) -> Array:
-            start = schedule.sigma(jnp.float32(1)) * jax.random.normal(key, (self.num, *self.shape))
+    def __call__(self, model: Model, params: Params, key: Array) -> dict[str, float]:
+        return {"path_curvature": float(self._measure(model, params, key))}
 
-            def step(x: Array, t: Array) -> tuple[Array, Array]:
-                x0 = denoise(x, t, {}).x0
-                eps = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
-                velocity = derivative(schedule.alpha, t) * x0 + derivative(schedule.sigma, t) * eps
-                return x - velocity / self.steps, velocity
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def _measure(self, model: Model, params: Params, key: Array) -> Array:
+        denoise, schedule = model(params)
+        start = schedule.sigma(jnp.float32(1)) * jax.random.normal(key, (self.num, *self.shape))
 
-            times = jnp.arange(self.steps, 0, -1) / self.steps
-            end, velocities = jax.lax.scan(step, start, times)
-            bend = jnp.sum(jnp.square(velocities - (start - end)).reshape(self.steps, self.num, -1), axis=-1)
-            return jnp.mean(bend)
+        def step(x: Array, t: Array) -> tuple[Array, Array]:
+            x0 = denoise(x, t, {}).x0
+            eps = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
+            velocity = derivative(schedule.alpha, t) * x0 + derivative(schedule.sigma, t) * eps
+            return x - velocity / self.steps, velocity
 
-        return {"path_curvature": float(measure(key))}
+        times = jnp.arange(self.steps, 0, -1) / self.steps
+        end, velocities = jax.lax.scan(step, start, times)
+        bend = jnp.sum(jnp.square(velocities - (start - end)).reshape(self.steps, self.num, -1), axis=-1)
+        return jnp.mean(bend)
 
 
 def make(train: Source, held_out: Source, num: int = 2000, steps: int = 200) -> Straightness:

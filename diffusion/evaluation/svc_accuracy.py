@@ -1,5 +1,8 @@
 """The share of samples that a support vector classifier, fitted to the real images, assigns to their class."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from diffusion.core import checks
@@ -8,7 +11,12 @@ from diffusion.evaluation.reference import all_of
 
 
 class SVCAccuracy:
-    """A `SampleMetric`. The classifier is fitted to the training data; its held-out accuracy is also reported."""
+    """A `SampleMetric`: `svc_accuracy`, and `svc_on_real`, the classifier's accuracy on the held-out data.
+
+    The classifier is fitted to the training data.
+    """
+
+    kind, names = "samples", ("svc_accuracy", "svc_on_real")
 
     def __init__(self, num: int, guidance: float, gamma: float, C: float, train: Source, held_out: Source):
         from sklearn.svm import SVC  # takes seconds, and reading a config imports this module
@@ -18,9 +26,16 @@ class SVCAccuracy:
         self.classifier = SVC(gamma=gamma, C=C).fit(x, labels)
         self.real = float(self.classifier.score(*all_of(held_out)))
 
-    def __call__(self, x: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Returns `svc_accuracy` of samples `x [N, ...]` in [-1, 1] conditioned on `labels [N]`, and `svc_on_real`."""
-        return {"svc_accuracy": float(self.classifier.score(x.reshape(len(x), -1), labels)), "svc_on_real": self.real}
+    def init(self) -> np.ndarray:
+        """Returns the numbers of recognized samples and of all samples."""
+        return np.zeros(2, np.int64)
+
+    def update(self, state: np.ndarray, images: np.ndarray, conditions: Mapping[str, Any]) -> np.ndarray:
+        found = self.classifier.predict(images.reshape(len(images), -1))
+        return state + np.array([np.sum(found == conditions["label"]), len(images)])
+
+    def result(self, state: np.ndarray) -> dict[str, float]:
+        return {"svc_accuracy": float(state[0] / state[1]), "svc_on_real": self.real}
 
 
 def make(

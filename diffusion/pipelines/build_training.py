@@ -1,6 +1,7 @@
 """Builds everything that a training needs from a config, before anything is computed or written."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +17,10 @@ from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import warm_start
 from diffusion.pipelines.config import check_config, external_names, sharding_options
 from diffusion.pipelines.encoding import check_source
+from diffusion.pipelines.evaluation import Evaluation, build_metrics
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import Model, model_of
-from diffusion.pipelines.run import examples_of, open_run, open_source
+from diffusion.pipelines.run import conditions_of, examples_of, open_run, open_source
 from diffusion.training import hooks
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
@@ -27,9 +29,11 @@ from diffusion.training.options import CheckpointOptions, Options
 from diffusion.training.program import Program, make_program
 from diffusion.training.resilience.guards import Guard
 from diffusion.training.state import initial_params, trainable
-from diffusion.training.trainer import is_encoded
+from diffusion.training.trainer import check_keep_best, is_encoded
 
 PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
+
+logger = logging.getLogger(__name__)
 
 
 def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
@@ -55,10 +59,56 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
         cond_drop_rate=options.unconditional_share(source.spec.conditions),
     )  # fmt: skip
     draw = lambda params: preview(generator, params, source)  # noqa: E731
+    found = [hooks.preview(options.preview_every, draw)] if options.preview_every else []
+    if config["eval"]["every"]:
+        found.append(evaluation_hook(config, source, spec, model, keywords))
     return {
         **keywords, **model._asdict(), "source": source, "meta": meta, "teacher": teacher, "start": start,
-        "hooks": [hooks.preview(options.preview_every, draw)] if options.preview_every else [],
+        "hooks": found,
     }  # fmt: skip
+
+
+def evaluation_hook(
+    config: Mapping[str, Any], source: Source, spec: Spec, model: Model, keywords: Mapping[str, Any]
+) -> hooks.Hook:
+    """Returns the hook that computes the metrics of the `eval` section during training, as `experiments.evaluate` does.
+
+    Args:
+      source: The training data.
+      spec: What the samples look like.
+      model: The model.
+      keywords: As `training` returns them.
+
+    Raises:
+      InputError: The model does not support a metric, or `checkpoint.keep_best` names a metric that is never measured
+        at the step of a checkpoint.
+    """
+    section, checkpoint = config["eval"], keywords["checkpoint"]
+
+    def generator(scale: float) -> Generator:
+        return Generator(
+            model.network, model.objective, spec, keywords["mesh"], sampler=config["sampler"],
+            guidance={**config["guidance"], "scale": scale}, autoencoder=model.autoencoder,
+            cond_drop_rate=keywords["options"].unconditional_share(spec.conditions),
+        )  # fmt: skip
+
+    metrics = list(build_metrics(config, source, model.autoencoder).values())
+    evaluation = Evaluation(metrics, generator, model, spec, lambda num: conditions_of(source, spec, num))
+
+    def measure(params: Params) -> dict[str, float]:
+        results = {}
+        for values, note in evaluation(params, batch_size=section["batch_size"]):
+            results |= values
+            if not all(map(math.isfinite, values.values())):
+                logger.warning("%s: not finite %s", ", ".join(values), note)
+        return results
+
+    hook = hooks.evaluate(section["every"], measure, evaluation.names)
+    both = section["every"], checkpoint.every
+    if checkpoint.keep_best in hook.metrics and max(both) % min(both):
+        problem = f"is {both[0]}, and checkpoint.every {both[1]}; one must be a multiple of the other for keep_best"
+        raise InputError("eval.every", problem)
+    return hook
 
 
 def check_training(keywords: Mapping[str, Any]) -> str:
@@ -83,9 +133,7 @@ def check_training(keywords: Mapping[str, Any]) -> str:
         lambda leaf: jax.ShapeDtypeStruct((options.batch_size, *np.shape(leaf)), np.asarray(leaf).dtype), source[0]
     )
     _, metrics = jax.eval_shape(program.step, program.state, batch, program.frozen)
-    best, names = keywords["checkpoint"].keep_best, sorted(metrics.keys() - {"norms", "in_row"})
-    if best is not None and best not in names:
-        raise InputError("checkpoint.keep_best", f"the run has no metric {best!r}; one of: {', '.join(names)}")
+    check_keep_best(keywords["checkpoint"], sorted(metrics.keys() - {"norms", "in_row"}), keywords["hooks"])
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
     devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
     return (f"{count:,} parameters on {devices}, {options.steps:,} steps of {options.batch_size:,} of the "
@@ -97,7 +145,7 @@ def preview(generator: Generator, params: Params, source: Source) -> Image.Image
 
     Other conditions are those of the first examples.
     """
-    spec = source.spec
+    spec = getattr(source, "decoded_spec", source.spec)
     num = PREVIEW_ROWS * PREVIEW_COLUMNS if len(spec.shape) == 3 else PREVIEW_POINTS
     others = spec.conditions.keys() - {"label"}
     cond = examples_of(source, others, num) if others else {}

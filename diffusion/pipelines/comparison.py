@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from diffusion.core.build import defaults, find
 from diffusion.core.checks import at_most
 from diffusion.core.types import InputError, SampleMetric
 from diffusion.pipelines import tables
+from diffusion.pipelines.evaluation import Drawn, build_metrics, measure_samples
 from diffusion.pipelines.generator import MOST_STEPS, PLACING, Generator
 from diffusion.pipelines.overrides import is_whole, sections, spell
 from diffusion.pipelines.run import Run, open_run
@@ -111,20 +111,21 @@ def compare(
     cells = grid_cells(runs, counts)
     files.make_folder(out, "--out")
 
-    cond = cells[0].run.conditions(num)
-    rows, figures, shown = [], [], []
+    spec, cond = cells[0].run.spec, cells[0].run.conditions(num)
+    is_image, figures = len(spec.shape) == 3, [metric.names[0] for metric in metrics]
+    rows, shown = [], []
     for cell in cells:
-        start = time.perf_counter()
-        x = cell.generator(cell.run.params, cond, num, seed=seed, batch_size=batch_size, title=cell.label)
-        seconds = round(time.perf_counter() - start, 3)
-        measured = [cell.run.measured(metric, x, cond.get("label")) for metric in metrics]
-        figures = [next(iter(values)) for values in measured]
+        samples = cell.generator.batches(cell.run.params, cond, num, seed=seed, batch_size=batch_size, title=cell.label)
+        drawn = Drawn(samples, SHOWN if is_image else num)
+        measured, problem = measure_samples(metrics, drawn, spec)
+        if problem:
+            logger.warning("%s: %s", cell.label, problem)
         values = {name: value for values in measured for name, value in values.items()}
-        rows.append({**cell.settings, **values, "seconds": seconds})
+        rows.append({**cell.settings, **values, "seconds": round(drawn.seconds, 3)})
         write_table(os.path.join(out, "compare.csv"), rows)  # after each cell, in case the comparison is interrupted
         logger.info("%s:  %s", cell.label, "  ".join(f"{name} {values[name]:.4f}" for name in figures))
         if len(runs) == 1 or all(cell.name != other.name for other, _ in shown):
-            shown.append((cell, x[:SHOWN] if x.ndim == 4 else x))
+            shown.append((cell, drawn.x))
 
     chart = rasterize(plot(rows, figures))
     sheet = images.labelled([x for _, x in shown], [cell.label for cell, _ in shown])
@@ -180,8 +181,8 @@ def shared_metrics(runs: Mapping[str, Run]) -> list[SampleMetric]:
         the runs solve different tasks.
     """
     first, *others = runs
-    metrics = dict(zip(runs[first].config["eval"]["metrics"], runs[first].metrics(), strict=True))
-    metrics = {name: metric for name, metric in metrics.items() if isinstance(metric, SampleMetric)}
+    metrics = build_metrics(runs[first].config)
+    metrics = {name: metric for name, metric in metrics.items() if metric.kind == "samples"}
     if not metrics:
         raise InputError("--runs", f"{first} has no sample metric in its eval section; list a run that has one first")
     for name in others:

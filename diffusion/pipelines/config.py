@@ -23,7 +23,7 @@ from typing import Any, Literal
 import optax
 
 from diffusion.core.build import call, check, defaults, find, is_external, names
-from diffusion.core.checks import at_most
+from diffusion.core.checks import at_least, at_most
 from diffusion.core.types import ArraySpec, ConditionSpec, InputError, Spec, class_labels, earlier_kind
 from diffusion.distributed.mesh import make_mesh
 from diffusion.distributed.sharding import FSDP_MIN_SIZE, Rule
@@ -46,9 +46,23 @@ def sharding_options(
     return {"rules": rules, "sequence": sequence, "fsdp_min_size": fsdp_min_size}
 
 
-def eval_options(data: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the `eval` section: the held-out `data`, and the keywords of each metric by its name."""
-    return {"data": data, "metrics": metrics}
+def eval_options(
+    data: Mapping[str, Any], metrics: Mapping[str, Any], every: int = 0, batch_size: int = 250
+) -> dict[str, Any]:
+    """Returns the `eval` section.
+
+    Args:
+      data: The held-out data.
+      metrics: The keywords of each metric by its name.
+      every: Steps of the training between two evaluations; 0 evaluates only by `experiments.evaluate`.
+      batch_size: Number of samples that these evaluations draw at once.
+    """
+    at_least(0, every=every)
+    at_least(1, batch_size=batch_size)
+    at_most(MOST_SAMPLES, batch_size, "batch_size")
+    if every and not metrics:
+        raise InputError("every", "there is nothing to evaluate; set eval.metrics, or every to 0")
+    return {"data": data, "metrics": metrics, "every": every, "batch_size": batch_size}
 
 
 # Sections that configure one function each, and the arguments of it that the config does not set.
@@ -162,6 +176,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(metrics, Mapping):
         raise InputError("eval.metrics", f"must be a section, got {metrics!r}")
     found["eval"] = {
+        **defaults(eval_options),
         **config.get("eval", {}),
         "data": _part("data", config.get("eval", {}).get("data", data), "eval.data"),
         "metrics": {name: _metric(name, keywords) for name, keywords in metrics.items()},

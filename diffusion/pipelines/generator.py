@@ -4,7 +4,7 @@ import copy
 import inspect
 import typing
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -145,14 +145,27 @@ class Generator:
         self, params: Params, cond: Cond, num: int, *, seed: int, batch_size: int = 250,
         title: str | None = None, start: np.ndarray | None = None, strength: float = 1.0,
     ) -> np.ndarray:  # fmt: skip
-        """Draws `num` samples, float32 `[num, ...]`.
+        """Draws `num` samples, float32 `[num, ...]`; see `batches`."""
+        drawn = self.batches(
+            params, cond, num, seed=seed, batch_size=batch_size, title=title, start=start, strength=strength
+        )
+        return np.concatenate([x for x, _ in drawn])
+
+    def batches(
+        self, params: Params, cond: Cond, num: int, *, seed: int, batch_size: int = 250, title: str | None = None,
+        first: int = 0, start: np.ndarray | None = None, strength: float = 1.0,
+    ) -> Iterator[tuple[np.ndarray, Cond]]:  # fmt: skip
+        """Draws samples in batches, and yields each, float32 `[B, ...]`, with its conditions.
 
         Args:
           params: The dict of networks.
           cond: The conditions of the data, `[num, ...]` each; empty where it has none.
+          num: Number of all samples.
           seed: Sample i depends on the seed and i alone.
           batch_size: Number of samples drawn at once, rounded up to a multiple of the mesh's data x fsdp.
           title: Title of the progress line; None shows no progress.
+          first: Index of the first sample to yield, below `num`. The samples are the same bits as with 0, because the
+            batches that are drawn begin at the same indices.
           start: Clean examples `[num, ...]` in [-1, 1] to start from, with noise added, in place of pure noise.
           strength: The share of the steps that runs with `start`, the last ones, in (0, 1].
 
@@ -177,20 +190,21 @@ class Generator:
                 self._compiled[size] = self._draw.lower(*args, renoise).compile()
             return self._compiled[size](*args)
 
-        arrays = jax.tree.map(np.asarray, dict(cond))
-        if "label" in arrays:
-            arrays["label"] = arrays["label"].astype(np.int32)
-        if start is not None:
-            arrays["start"] = np.asarray(start, np.float32)
-        progress = Progress(title, num) if title else None
-        drawn = []
-        for x in loop.in_batches(draw, arrays, num, batch_size, jax.random.key(seed)):
-            drawn.append(x)
+        given = jax.tree.map(np.asarray, dict(cond))
+        if "label" in given:
+            given["label"] = given["label"].astype(np.int32)
+        arrays = given if start is None else {**given, "start": np.asarray(start, np.float32)}
+        progress = Progress(title, num, done=first) if title else None
+        done = first // batch_size * batch_size
+        try:
+            for x in loop.in_batches(draw, arrays, num, batch_size, jax.random.key(seed), done):
+                begin, done = max(first, done), done + len(x)
+                if progress:
+                    progress.update(done)
+                yield x[begin - done :], jax.tree.map(lambda value, rows=slice(begin, done): value[rows], given)
+        finally:
             if progress:
-                progress.update(sum(map(len, drawn)))
-        if progress:
-            progress.close()
-        return np.concatenate(drawn)
+                progress.close()
 
     def _check_guidance(self, guidance: Mapping[str, Any]) -> None:
         if is_neutral(guidance) or guidance["name"] in WITHOUT_DROPPED_CONDITION or callable(guidance["name"]):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion.core import files, images, trees
+from diffusion.core import files, trees
 from diffusion.core.arrays import scaled
 from diffusion.core.build import build, call
 from diffusion.core.types import (
@@ -39,6 +39,7 @@ from diffusion.pipelines.config import (
     external_names,
     sharding_options,
 )
+from diffusion.pipelines.evaluation import Evaluation, build_metrics
 from diffusion.pipelines.generator import Generator, check_numbers, is_neutral, structure
 from diffusion.pipelines.model import Model, model_of
 from diffusion.pipelines.overrides import with_options
@@ -46,6 +47,7 @@ from diffusion.process.posterior import x0_errors
 from diffusion.sampling.loop import AfterStep, bind
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
+from diffusion.training.resilience.guards import Diverged
 from diffusion.training.state import averages, trainable
 from diffusion.training.trainer import Trainer, is_encoded
 
@@ -79,6 +81,11 @@ class Run:
         self.autoencoder, self.origin = autoencoder, {"step": step, "ema": ema, "digest": digest}
         self._generators: dict[tuple, Generator] = {}
         self._source = source
+
+    @property
+    def model(self) -> Model:
+        """The network, the objective and the autoencoder."""
+        return Model(self.network, self.objective, self.autoencoder)
 
     @property
     def source(self) -> Source:
@@ -126,14 +133,30 @@ class Run:
         Raises:
           InputError: An argument is invalid, or the model does not support it.
         """
+        num = (16 if start is None else len(start)) if num is None else num
+        batches = self.sample_batches(
+            num, labels, cond=cond, start=start, strength=strength, after_step=after_step, sampler=sampler, steps=steps,
+            grid=grid, guidance=guidance, seed=seed, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        return np.concatenate([x for x, _ in batches])
+
+    def sample_batches(
+        self, num: int, labels: Sequence[int] | None = None, *, cond: Cond | None = None,
+        start: np.ndarray | None = None, strength: float = 0.8, after_step: AfterStep | None = None, seed: int = 0,
+        batch_size: int = 250, progress: bool = False, **options: Any,
+    ) -> Iterator[tuple[np.ndarray, Cond]]:  # fmt: skip
+        """Returns an iterator that draws the samples of `sample` batch by batch, each with its conditions.
+
+        Args:
+          num, labels, cond, start, strength, after_step, seed, batch_size, progress: As for `sample`.
+          **options: `sampler`, `steps`, `grid` and `guidance`, as for `sample`.
+        """
         if start is not None and not np.size(start):
             raise InputError("start", "holds no examples; leave it out")
-        num = (16 if start is None else len(start)) if num is None else num
         check_numbers(seed=seed, num=num, batch_size=batch_size)
         start = None if start is None else np.take(np.asarray(start), np.arange(num), axis=0, mode="wrap")
-        sections = with_options(self.config, sampler=sampler, steps=steps, grid=grid, guidance=guidance)
-        generator = self._generator(*sections, after_step)
-        return generator(
+        generator = self._generator(*with_options(self.config, **options), after_step)
+        return generator.batches(
             self.params, self.conditions(num, labels, cond), num, seed=seed, batch_size=batch_size,
             title="sample" if progress else None, start=start, strength=strength,
         )  # fmt: skip
@@ -184,27 +207,21 @@ class Run:
 
         Args:
           sampler, guidance: Config sections; the scale of the guidance is the metric's own.
+
+        Raises:
+          Diverged: A value is not finite; the message says how many samples are not.
         """
-        drawn: dict[tuple, np.ndarray] = {}
-        metrics = self.metrics()
-        of_samples = [metric for metric in metrics if isinstance(metric, SampleMetric)]
-        scales = {metric.guidance for metric in of_samples}
-        # All are built first, so that what the model does not support is reported before anything is drawn.
-        generators = {s: self.generator(sampler=sampler, guidance={**guidance, "scale": s}) for s in scales}
-        for metric in metrics:
-            if metric not in of_samples:
-                denoise = self.objective.denoiser(self.network.apply, self.params)
-                yield metric(denoise, self.objective.schedule_for(self.params), jax.random.key(seed)), ""
-                continue
-            key = metric.guidance, metric.num
-            cond = self.conditions(metric.num)
-            if key not in drawn:
-                drawn[key] = generators[metric.guidance](
-                    self.params, cond, metric.num, seed=seed, batch_size=batch_size,
-                    title=f"sample with guidance {metric.guidance:g}" if progress else None,
-                )  # fmt: skip
-            note = f"({metric.num} samples, guidance {metric.guidance:g})"
-            yield self.measured(metric, drawn[key], cond.get("label")), note
+
+        def generator(scale: float) -> Generator:
+            return self.generator(sampler=sampler, guidance={**guidance, "scale": scale})
+
+        evaluation = Evaluation(self.metrics(), generator, self.model, self.spec, self.conditions)
+        for values, note in evaluation(self.params, seed=seed, batch_size=batch_size, progress=progress):
+            for name, value in values.items():
+                if not np.isfinite(value):
+                    problem = f"{name} is {value} {note}".rstrip()
+                    raise Diverged(f"{problem}; choose another checkpoint, average or sampler")
+            yield values, note
 
     def denoiser(self, **cond: Any) -> Denoiser:
         """Returns `denoise(x, t) -> Denoised` for a condition, such as `label=jnp.array([3])`.
@@ -235,21 +252,9 @@ class Run:
 
     def metrics(self) -> list[SampleMetric | ModelMetric]:
         """Builds the metrics of the config's `eval` section."""
-        section = self.config["eval"]
-        real = {
-            "train": self.source,
-            "held_out": build("data", section["data"], field="eval.data"),
-        }
-        return [
-            build("evaluation", {"name": name, **options}, field=f"eval.metrics.{name}", **real)
-            for name, options in section["metrics"].items()
-        ]
-
-    def measured(self, metric: SampleMetric, x: np.ndarray, labels: np.ndarray | None) -> Mapping[str, float]:
-        """Returns a metric of samples; images are rounded to 8 bits first, as they are saved."""
-        if self.spec.is_image:
-            x = images.from_uint8(images.to_uint8(x))
-        return metric(x, labels)
+        if not self.config["eval"]["metrics"]:
+            return []  # without opening the data
+        return list(build_metrics(self.config, self.source, self.autoencoder).values())
 
     def _generator(
         self, sampler: Mapping[str, Any], guidance: Mapping[str, Any], after_step: AfterStep | None
@@ -430,6 +435,14 @@ def sample(
     """Draws samples from a trainer, a run or a workdir; see `Run.sample`."""
     run = open_run(model) if isinstance(model, str) else run_of(model) if isinstance(model, Trainer) else model
     return run.sample(num, labels, **options)
+
+
+def conditions_of(source: Source, spec: Spec, num: int) -> dict[str, Any]:
+    """Returns the conditions of `num` samples, `[num, ...]` each: all classes, and others of the source's examples."""
+    others = spec.conditions.keys() - {"label"}
+    found = examples_of(source, others, num) if others else {}
+    labels = labels_for(spec.num_classes, num, None)
+    return found if labels is None else {**found, "label": labels}
 
 
 def examples_of(source: Source, names: Collection[str], num: int) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import itertools
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion.core import files, images
 from diffusion.core.types import Cond, InputError, SampleMetric
+from diffusion.pipelines.evaluation import Drawn, measure_samples
 from diffusion.pipelines.generator import Generator, is_neutral, structure
 from diffusion.pipelines.overrides import AXES, sections
 from diffusion.pipelines.run import Run
@@ -134,24 +134,28 @@ def sweep(
       num: Samples per combination.
       seed: Seed of the noise.
       batch_size: Samples per batch.
-      metrics: Metrics that add columns to the table. The column `seconds` includes the compilation of those
-        combinations whose column `compiled` is positive.
+      metrics: Metrics that add columns to the table; their values are NaN if some samples are not finite. The column
+        `seconds` includes the compilation of those combinations whose column `compiled` is positive.
     """
     combinations = points(text)
     generators = make_generators(run, chosen, combinations)
     pictures = files.make_folder(os.path.join(out, "sweep"), "--out")
     rows, shown = [], []
     for point, generator in zip(combinations, generators, strict=True):
-        before, start = generator.compilations, time.perf_counter()
-        x = generator(run.params, cond, num, seed=seed, batch_size=batch_size, title=spell(point))
+        before = generator.compilations
+        samples = generator.batches(run.params, cond, num, seed=seed, batch_size=batch_size, title=spell(point))
+        drawn = Drawn(samples, SHOWN)
+        values, problem = measure_samples(metrics, drawn, run.spec)
         steps = len(generator.times) - 1
         row = {**point, "steps": steps, "evaluations": generator.evaluations}
-        row |= {"seconds": round(time.perf_counter() - start, 3), "compiled": generator.compilations - before}
-        for metric in metrics:
-            row |= run.measured(metric, x, cond.get("label"))
+        row |= {"seconds": round(drawn.seconds, 3), "compiled": generator.compilations - before}
+        for found in values:
+            row |= found
+        if problem:
+            logger.warning("%s: %s", spell(point), problem)
         rows.append(row)
-        shown.append(x[:SHOWN])
-        images.save_png(images.picture(x[:SHOWN]), os.path.join(pictures, f"{len(rows):04d}.png"))
+        shown.append(drawn.x)
+        images.save_png(images.picture(drawn.x), os.path.join(pictures, f"{len(rows):04d}.png"))
         write_table(os.path.join(out, "sweep.csv"), rows)  # after each combination, in case the sweep is interrupted
     # The sheet's labels leave out the settings that all combinations share.
     names = list(dict.fromkeys(name for point in combinations for name in point))

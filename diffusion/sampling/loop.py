@@ -209,6 +209,7 @@ def in_batches(
     num: int,
     batch_size: int,
     key: Array,
+    first: int = 0,
 ) -> Iterator[np.ndarray]:
     """Draws `num` samples in batches of exactly `batch_size`; the last batch is padded and cut.
 
@@ -216,12 +217,13 @@ def in_batches(
       draw: `draw(keys [B], cond [B]) -> x [B, ...]`, jitted; it is compiled for this batch size only.
       cond: conditions, each `[num, ...]`.
       key: sample i uses the key `sample_keys(key, i)`, so that it does not depend on the batch size.
+      first: index of the first sample, a multiple of `batch_size`; those before it are left out.
 
     Yields:
       Arrays of at most `batch_size` samples. The device computes the next batch while the caller processes this one.
     """
     pending = None
-    for start in range(0, num, batch_size):
+    for start in range(first, num, batch_size):
         indices = np.minimum(np.arange(start, start + batch_size), num - 1)
         x = draw(
             sample_keys(key, jnp.asarray(indices)), jax.tree.map(lambda value, rows=indices: value[rows], dict(cond))

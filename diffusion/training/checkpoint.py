@@ -13,10 +13,10 @@ import hashlib
 import itertools
 import json
 import logging
-import operator
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +53,18 @@ class Retention:
     Attributes:
       newest: Number of the newest checkpoints.
       every: Keep the steps divisible by this number; None for no such rule.
-      best: Keep the checkpoint with the lowest value of this metric; None for no such rule.
+      best: Keep the checkpoint with the best value of this metric; None for no such rule.
+      best_mode: Whether the lowest (`min`) or the highest (`max`) value is the best.
     """
 
     newest: int = 3
     every: int | None = None
     best: str | None = None
+    best_mode: Literal["min", "max"] = "min"
+
+    def value(self, metrics: Mapping[str, float]) -> float:
+        """Returns the metric `best`; the worst possible value if it is absent or was not measured at a step."""
+        return metrics.get(self.best, math.inf if self.best_mode == "min" else -math.inf)
 
 
 class Checkpoints:
@@ -82,13 +88,13 @@ class Checkpoints:
         policies = [preservation.LatestN(retention.newest)]
         if retention.every:
             policies.append(preservation.EveryNSteps(retention.every))
-        lowest = None
         if retention.best:
-            lowest = operator.itemgetter(retention.best)
-            policies.append(preservation.BestN(get_metric_fn=lowest, reverse=True, n=1))
+            lowest_last = retention.best_mode == "min"  # the last one in the order is kept
+            policies.append(preservation.BestN(get_metric_fn=retention.value, reverse=lowest_last, n=1))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else preservation.AnyPreservationPolicy(policies),
-            best_fn=lowest, create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1,
+            best_fn=retention.value if retention.best else None, best_mode=retention.best_mode,
+            create=not read_only, read_only=read_only, save_interval_steps=0 if read_only else 1,
         )  # fmt: skip
         handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("params", "ema", "optimizer")}
         handlers["about"] = ocp.JsonCheckpointHandler()
@@ -118,10 +124,10 @@ class Checkpoints:
           state: The train state.
           position: The position in the data, JSON-serializable.
           meta: JSON-serializable; see the module's docstring.
-          metrics: The metrics of the step, for `Retention.best`.
+          metrics: The metrics of the step, for `Retention.best`; without it, the checkpoint counts as the worst.
 
         Raises:
-          InputError: The previous save failed, this one cannot start, or there is no metric `Retention.best`.
+          InputError: The previous save failed, or this one cannot start.
         """
         self.wait()
         if step in self.steps():
@@ -131,15 +137,12 @@ class Checkpoints:
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         items["about"] = ocp.args.JsonSave({**about, "sha256": _hash(about)})
         best = self.retention.best
-        if best and best not in (metrics or {}):
-            known = ", ".join(metrics or {})
-            raise InputError("checkpoint.keep_best", f"the run has no metric {best!r}; choose one of: {known}")
         folder = str(self.manager.directory)
         if not files.is_remote(folder) and not os.path.isdir(folder):  # Orbax would create it again
             raise InputError("workdir", f"{folder} was removed while the run was writing to it")
         args = ocp.args.Composite(**items)
         with self._saving():
-            self.manager.save(step, args=args, metrics={best: metrics[best]} if best else None)
+            self.manager.save(step, args=args, metrics={best: self.retention.value(metrics or {})} if best else None)
 
     def check(self) -> None:
         """Raises the error of the save in progress, if it has failed by now."""

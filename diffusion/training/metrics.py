@@ -30,7 +30,7 @@ class Metrics:
       state: What `state` returned when the run was saved, so that a resumed run logs the same means.
 
     Attributes:
-      last: The last finite value of each metric; infinity if there was none.
+      last: The last finite value of each metric that had one.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None):
@@ -40,7 +40,6 @@ class Metrics:
     def add(self, values: Mapping[str, float]) -> None:
         """Adds the metrics of one step."""
         for name, value in values.items():
-            self.last.setdefault(name, math.inf)
             if math.isfinite(value):
                 self.last[name] = value
                 total, count = (0.0, 0) if name in LAST else self.sums.get(name, (0.0, 0))

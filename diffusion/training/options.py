@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 from diffusion.core.checks import at_least, at_most, positive, rate
 from diffusion.core.types import InputError
@@ -93,7 +94,9 @@ class CheckpointOptions:
       minutes: Also save when this many minutes have passed since the last save; None disables this.
       keep: Number of the newest checkpoints to keep.
       keep_every: Keep the checkpoints of steps divisible by this number for good; None keeps no others.
-      keep_best: Name of a metric; keep the checkpoint at which it was lowest. None keeps no others.
+      keep_best: Name of a metric, of the train step or, as `eval/NAME`, of the evaluation; keep the checkpoint at which
+        it was best. None keeps no others.
+      keep_best_mode: Whether the lowest (`min`) or the highest (`max`) value is the best.
     """
 
     every: int = 1000
@@ -101,6 +104,7 @@ class CheckpointOptions:
     keep: int = 3
     keep_every: int | None = None
     keep_best: str | None = None
+    keep_best_mode: Literal["min", "max"] = "min"
 
     def __post_init__(self):
         positive(**{name: getattr(self, name) for name in ("every", "minutes", "keep", "keep_every")})

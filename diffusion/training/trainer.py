@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +70,7 @@ class Trainer:
         resumes, and neither its state nor its checkpoints contain them.
       autoencoder: A frozen autoencoder, whose latents the network models; its parameters are in no checkpoint. Batches
         are encoded in the step, unless the source has latents already.
-      hooks: What to do at certain steps, after the checkpoint of that step.
+      hooks: What to do at certain steps: before the checkpoint of that step if it returns metrics, otherwise after it.
       writers: Receive the metrics in addition to the workdir's own (`metrics.jsonl`, TensorBoard).
       should_stop: Returns whether to save and stop after this step.
       heartbeat: Called as `heartbeat(activity, limit_factor)` before each activity that may hang; `limit_factor` is how
@@ -137,7 +138,7 @@ class Trainer:
         self.meta = dict(meta) if meta else self._describe(parts)
         self.state: TrainState | None = None
         self.program, self._program_steps, self._position, self.frozen = None, None, {}, {}
-        self.step, self.skipped, self.rollbacks, self.metrics = 0, 0, 0, {}
+        self.step, self.skipped, self.rollbacks, self.metrics, self._measured = 0, 0, 0, {}, {}
 
     def fit(self, steps: int | None = None) -> TrainState:
         """Trains, and returns the last state.
@@ -165,7 +166,7 @@ class Trainer:
                     try:
                         self._report(previous)
                         if save or due:
-                            self._report(self._pending)
+                            self._report(self._pending, [hook for hook in due if hook.metrics])
                             self._pending = None
                     except Diverged:
                         self._roll_back()
@@ -175,9 +176,8 @@ class Trainer:
                     if save:
                         self._save()
                 for hook in due:
-                    self._beat(f"{hook.name} of step {self.step}", 10)
-                    with self._spent("preview"), self._writing():
-                        hook.run(self)
+                    if not hook.metrics:
+                        self._run(hook)
         if self.step < self.options.steps:
             raise Preempted(f"stopped after step {self.step:,} and saved; start it again to resume")
         return self.state
@@ -304,7 +304,7 @@ class Trainer:
                     json.dump(self.meta["config"], file, indent=2)
             with files.replace(os.path.join(workdir, "parameters.txt")) as file:
                 file.write(parameter_overview.get_parameter_overview(self.state.params) + "\n")
-        retention = Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best)
+        retention = Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best, checkpoint.keep_best_mode)
         self.checkpoints = Checkpoints(workdir, retention=retention)
         for step in self._corrupt:
             logger.warning(f"the checkpoint of step {step} was moved to {self.checkpoints.quarantine(step)}")
@@ -333,8 +333,8 @@ class Trainer:
             return self._own_request()
         return int(previous[-1]["request"]) if previous else CONTINUE
 
-    def _report(self, pending: tuple[int, int, Mapping[str, Any]] | None) -> None:
-        """Reads the metrics of a step, and logs their means at the end of a window.
+    def _report(self, pending: tuple[int, int, Mapping[str, Any]] | None, hooks: Sequence[Hook] = ()) -> None:
+        """Reads the metrics of a step, and writes their means at the end of a window, and what hooks measure.
 
         Raises:
           Diverged: `options.patience` consecutive steps were bad.
@@ -352,17 +352,29 @@ class Trainer:
             raise Diverged(self._dump(step, examples, in_row, values, norms))
         self.metrics = values
         self.window.add(values)
-        best = self.checkpoint.keep_best
-        if best is not None and best not in values:
-            raise InputError("checkpoint.keep_best", f"the run has no metric {best!r}; one of: {', '.join(values)}")
+        check_keep_best(self.checkpoint, values, self.hooks)
         self.progress.update(step, loss=values["loss"])
-        if step % self.options.log_every == 0 or step == self.options.steps:
-            means = {**self.window.flush(), "images_per_second": self.progress.rate() * self.options.batch_size}
-            with self._writing():
-                for writer in self.writers:
-                    writer.write(step, means)
-                if self.meter:
-                    self.meter.write(step)
+        self._measured = {}
+        for hook in hooks:
+            found = self._run(hook)
+            logger.info(f"step {step:,}:  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            self._measured |= {name: value for name, value in found.items() if math.isfinite(value)}
+        self.metrics |= self._measured
+        line = dict(self._measured)
+        ends_window = step % self.options.log_every == 0 or step == self.options.steps
+        if ends_window:
+            rate = self.progress.rate() * self.options.batch_size
+            line = {**self.window.flush(), "images_per_second": rate, **line}
+        with self._writing():
+            for writer in self.writers if line else ():
+                writer.write(step, line)
+            if self.meter and ends_window:
+                self.meter.write(step)
+
+    def _run(self, hook: Hook) -> Mapping[str, float]:
+        self._beat(f"{hook.name} of step {self.step}", 10)
+        with self._spent("preview"), self._writing():
+            return hook.run(self)
 
     def _dump(self, step: int, examples: int, in_row: int, values: Mapping[str, float], norms: Any) -> str:
         """Writes what is known of the step that ends the run, and returns a message."""
@@ -392,9 +404,10 @@ class Trainer:
 
     def _save(self) -> None:
         self._beat(f"the save of step {self.step}", 10)
+        metrics = {**self.window.last, **self._measured}
         # Before the next batch is drawn, so that the saved position is the next step's.
         with self._spent("checkpoint"):
-            self.checkpoints.save(self.step, self.state, self.position(), self.meta, self.window.last)
+            self.checkpoints.save(self.step, self.state, self.position(), self.meta, metrics)
         self._saved_at = time.monotonic()
 
     def _beat(self, activity: str, limit_factor: float = 1) -> None:
@@ -423,6 +436,20 @@ class Trainer:
 def is_encoded(source: Source) -> bool:
     """Returns whether the examples of a source are latents that were encoded in advance."""
     return getattr(source, "encoder", None) is not None
+
+
+def check_keep_best(checkpoint: CheckpointOptions, of_step: Iterable[str], hooks: Iterable[Hook]) -> None:
+    """Checks that `checkpoint.keep_best` names a metric of the train step or of a hook.
+
+    Raises:
+      InputError: It does not.
+    """
+    names = [*of_step, *(name for hook in hooks for name in hook.metrics)]
+    if checkpoint.keep_best not in (None, *names):
+        problem = f"the run has no metric {checkpoint.keep_best!r}; one of: {', '.join(names)}"
+        if checkpoint.keep_best.startswith("eval/"):
+            problem += " (eval.every > 0 adds those of the evaluation)"
+        raise InputError("checkpoint.keep_best", problem)
 
 
 def _section(part: Any) -> dict[str, Any]:

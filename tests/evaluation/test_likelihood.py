@@ -4,6 +4,8 @@ import pytest
 
 from diffusion.core.build import build
 from diffusion.core.types import Denoised
+from diffusion.evaluation import held_out_loss
+from diffusion.process.analytic import Mixture
 from tests.refusals import refused
 
 
@@ -18,7 +20,8 @@ def test_likelihood_of_the_optimal_model(toy):
     for bound_steps in (100, 400):
         spec = {"name": "likelihood", "num": 500, "steps": 100, "bound_steps": bound_steps}
         metric = build("evaluation", spec, train=toy, held_out=toy)
-        values = metric(toy.distribution.denoiser(schedule), schedule, jax.random.key(0))
+        values = metric(lambda _: (toy.distribution.denoiser(schedule), schedule), {}, jax.random.key(0))
+        assert tuple(values) == metric.names
         assert abs(values["nll"] - values["entropy"]) < 0.01
         excess.append(values["bound"] - values["entropy"])
     assert 0 < excess[1] < 0.5 * excess[0]
@@ -29,8 +32,14 @@ def test_likelihood_of_images_in_bits(digits, ddpm, tiny_mlp):
     spec = {"name": "likelihood", "num": 4, "steps": 4, "bound_steps": 8, "trace": "hutchinson", "levels": 17}
     metric = build("evaluation", spec, train=digits, held_out=digits)
     params = jax.tree.map(lambda leaf: leaf + 0.1, jax.jit(tiny_mlp.init)(jax.random.key(0)))
-    values = metric(ddpm.denoiser(tiny_mlp.apply, {"net": params}), ddpm.schedule, jax.random.key(0))
-    assert values.keys() == {"nll", "bound"} and np.isfinite(list(values.values())).all() and values["bound"] > 0
+    values = metric(
+        lambda params: (ddpm.denoiser(tiny_mlp.apply, params), ddpm.schedule), {"net": params}, jax.random.key(0)
+    )
+    assert (
+        tuple(values) == metric.names == ("nll", "bound")
+        and np.isfinite(list(values.values())).all()
+        and values["bound"] > 0
+    )
 
 
 def test_straightness(toy):
@@ -40,11 +49,35 @@ def test_straightness(toy):
     def to_a_point(x, t, cond):
         return Denoised(0 * x + 0.3)
 
-    straight = metric(to_a_point, flow, jax.random.key(0))["path_curvature"]
-    bent = metric(toy.distribution.denoiser(flow), flow, jax.random.key(0))["path_curvature"]
-    assert straight < 1e-5 and bent > 0.05
-    trig = metric(to_a_point, build("schedules", "trig"), jax.random.key(0))["path_curvature"]
-    assert trig > 0.05  # straight, but the speed is not constant
+    def curvature(denoise, schedule):
+        return metric(lambda _: (denoise, schedule), {}, jax.random.key(0))["path_curvature"]
+
+    assert curvature(to_a_point, flow) < 1e-5 and curvature(toy.distribution.denoiser(flow), flow) > 0.05
+    assert curvature(to_a_point, build("schedules", "trig")) > 0.05  # straight, but the speed is not constant
+
+
+def test_held_out_loss(toy):
+    """For the optimal denoiser of N(m, s^2 I) on data of that law, the error of eps is SNR / (SNR + 1 / s^2)."""
+    s, levels = 0.5, (4.0, 0.0, -40.0)  # the schedule ends above the last one
+    gaussian = Mixture(means=np.array([[0.3, -0.2]]), stds=np.array([s]), weights=np.ones(1))
+    x = np.asarray(gaussian.sample(jax.random.key(1), 3000))
+    schedule = build("schedules", "vp_sde")
+    held_out = [{"x": row, "cond": {}} for row in x]
+    metric, calls = held_out_loss.make(toy, held_out, num=2900, log_snr=levels, batch_size=800), []
+
+    def model(params):
+        calls.append(params)
+        return gaussian.denoiser(schedule), schedule
+
+    values = metric(model, {}, jax.random.key(0))
+    snr = np.exp([*levels[:2], float(schedule.log_snr(np.float32(1)))])
+    assert tuple(values) == metric.names == ("held_out_loss", *(f"held_out_loss/log_snr_{v:g}" for v in levels))
+    np.testing.assert_allclose(list(values.values())[1:], snr / (snr + 1 / s**2), rtol=0.05)
+    np.testing.assert_allclose(values["held_out_loss"], np.mean(list(values.values())[1:]), rtol=1e-6)
+    other = held_out_loss.make(toy, held_out, num=2900, log_snr=levels, batch_size=5000)(model, {}, jax.random.key(0))
+    np.testing.assert_allclose(list(other.values()), list(values.values()), rtol=1e-5)
+    metric(model, {}, jax.random.key(0))
+    assert len(calls) == 2  # one trace per batch size: another measurement compiles nothing
 
 
 @pytest.mark.parametrize(
@@ -56,6 +89,8 @@ def test_straightness(toy):
         ({"name": "likelihood", "log_snr": (-9.0, 9.0)}, "log_snr"),
         ({"name": "straightness", "steps": 0}, "steps"),
         ({"name": "energy_distance", "num": 0}, "num"),
+        ({"name": "held_out_loss", "num": 0}, "num"),
+        ({"name": "held_out_loss", "log_snr": (1.0, 1.0)}, "log_snr"),
     ],
 )
 def test_bad_options(toy, spec, field):

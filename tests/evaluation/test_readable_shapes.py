@@ -3,8 +3,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from diffusion.core.build import build
-from diffusion.core.types import SampleMetric
 from tests.refusals import refused
+from tests.streams import measured
 
 
 def metric_and_images(name, **keywords):
@@ -25,21 +25,20 @@ def noisy(x, std):
 
 def test_the_data_are_readable(case):
     metric, x = case
-    assert isinstance(metric, SampleMetric)
-    values = metric(x, None)
+    values = measured(metric, x)
     assert values["readable_shapes"] == 1 and values["shapes_off"] == 0
     assert values["shape_count_distance"] < 0.1
-    values = metric(noisy(x, 0.15), None)
+    values = measured(metric, noisy(x, 0.15))
     assert values["readable_shapes"] == 1 and abs(values["shapes_off"] - 0.16) < 0.01
 
 
 def test_images_unlike_the_data_are_not_readable(case):
     metric, x = case
-    assert metric(noisy(x, 0.3), None)["readable_shapes"] == 0
-    assert metric((x + x[::-1]) / 2, None)["readable_shapes"] < 0.1
-    black = metric(np.full_like(x, -1), None)
+    assert measured(metric, noisy(x, 0.3))["readable_shapes"] == 0
+    assert measured(metric, (x + x[::-1]) / 2)["readable_shapes"] < 0.1
+    black = measured(metric, np.full_like(x, -1))
     assert (black["readable_shapes"], black["shape_count_distance"]) == (0, 1)
-    assert metric(np.full_like(x, np.nan), None)["readable_shapes"] == 0
+    assert measured(metric, np.full_like(x, np.nan))["readable_shapes"] == 0
 
 
 def test_one_bad_ninth_is_enough(case):
@@ -49,17 +48,17 @@ def test_one_bad_ninth_is_enough(case):
     last = changed if x.ndim == 4 else changed[:, -1]
     last[:, 22:, 22:] = noisy(last, 0.4)[:, 22:, 22:]
     assert np.sqrt(((changed - x) ** 2).mean()) < 0.15
-    assert metric(changed, None)["readable_shapes"] < 0.05
+    assert measured(metric, changed)["readable_shapes"] < 0.05
 
 
 def test_blurred_and_cut_shapes():
     metric, x = metric_and_images("shapes", max_things=1)
-    assert metric(gaussian_filter(x, (0, 0.5, 0.5, 0)), None)["readable_shapes"] > 0.99
+    assert measured(metric, gaussian_filter(x, (0, 0.5, 0.5, 0)))["readable_shapes"] > 0.99
     cut = x.copy()
     for image in cut:
         rows = np.nonzero((image > -1).any(axis=(1, 2)))[0]
         image[: (rows[0] + rows[-1] + 1) // 2] = -1
-    assert metric(cut, None)["readable_shapes"] < 0.35
+    assert measured(metric, cut)["readable_shapes"] < 0.35
 
 
 def test_more_shapes_than_in_the_data_are_not_readable():
@@ -67,14 +66,15 @@ def test_more_shapes_than_in_the_data_are_not_readable():
     crowd = build("data", {"name": "shapes", "max_things": 9})
     x = np.stack([crowd[index]["x"] for index in range(300)])
     few = np.array([len(crowd.things(index)) <= 3 for index in range(300)])
-    values = metric(x, None)
+    values = measured(metric, x)
     assert values["readable_shapes"] == few.mean() and abs(values["shape_count_distance"] - 2 / 3) < 0.1
 
 
-def test_samples_are_parsed_in_chunks():
+def test_batches_do_not_matter():
     metric, x = metric_and_images("shapes")
-    many = np.concatenate([x, np.full_like(x[:100], -1)])
-    assert metric(many, None)["readable_shapes"] == 0.75
+    x = np.concatenate([noisy(x[:60], 0.3), x[60:], np.full_like(x[:100], -1)])
+    values = measured(metric, x, batch_size=len(x))
+    assert values["readable_shapes"] == 0.6 and values == measured(metric, x, batch_size=7)
 
 
 @pytest.mark.parametrize(("options", "field"), [({"num": 0}, "num"), ({"limit": 0.0}, "limit")])

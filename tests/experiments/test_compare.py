@@ -13,15 +13,17 @@ from PIL import Image
 
 from diffusion.core import images
 from diffusion.core.build import build
-from diffusion.core.types import SampleMetric, Spec, class_labels
+from diffusion.core.types import Spec, class_labels
 from diffusion.pipelines import comparison, tables
 from diffusion.pipelines.build_training import meta_of, training
 from diffusion.pipelines.config import resolve
+from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import model_of
 from diffusion.pipelines.run import Run, open_run
 from diffusion.training.trainer import Trainer
 from tests.jobs import job
 from tests.refusals import refused, refused_field
+from tests.streams import measured
 
 TRAILING, NUM = {"name": "trailing"}, 48
 DDIM = {"name": "ddim", "eta": 0.5, "steps": 3, "grid": TRAILING}
@@ -100,15 +102,16 @@ def test_a_row_identifies_its_samples(written):
 def test_all_runs_are_measured_by_the_first_runs_metrics(workdirs, written):
     """Draws and measures the samples again, without guidance although configs and metrics have it."""
     _, rows = written
-    metrics = [metric for metric in open_run(workdirs[0]).metrics() if isinstance(metric, SampleMetric)]
+    metrics = [metric for metric in open_run(workdirs[0]).metrics() if metric.kind == "samples"]
     labels = np.arange(NUM) % 10
     for index, workdir, sampler in ((0, workdirs[0], {**DDIM, "steps": 5}), (2, workdirs[1], PNDM)):
         run = open_run(workdir)
         x = run.generator(sampler=sampler, guidance={"name": "cfg", "scale": 1.0})(
             run.params, {"label": labels}, NUM, seed=3
         )
+        x = images.from_uint8(images.to_uint8(x))
         for metric in metrics:
-            for name, value in run.measured(metric, x, labels).items():
+            for name, value in measured(metric, x, labels).items():
                 assert float(rows[index][name]) == pytest.approx(value, rel=1e-5), name
 
 
@@ -190,24 +193,39 @@ def test_rows_of_the_contact_sheet(workdirs, tmp_path, monkeypatch, chosen, labe
 def test_an_interrupted_comparison_keeps_its_results(workdirs, tmp_path, monkeypatch):
     """Interrupts the third cell: the table has the first two, and the documentation is unchanged."""
     calls = []
-    real = Run.measured
+    real = comparison.measure_samples
 
-    def interrupted(run, metric, x, labels):
-        calls.append(metric)
-        if len(calls) > 4:  # two metrics per cell
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) > 2:
             raise KeyboardInterrupt
-        return real(run, metric, x, labels)
+        return real(*given)
 
     docs = tmp_path / "few.md"
     docs.write_text(f"{tables.BEGIN}{tables.END}")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "measured", interrupted)
+        patch.setattr(comparison, "measure_samples", interrupted)
         compared(workdirs, "1,2,5", tmp_path / "out", docs=str(docs))
     kept = rows_of(tmp_path / "out")
     assert [(row["run"], row["nfe"]) for row in kept] == [("flow", "1"), ("flow", "2")]
     assert os.listdir(tmp_path / "out") == ["compare.csv"] and docs.read_text() == f"{tables.BEGIN}{tables.END}"
     whole = compared(workdirs, "1,2,5", tmp_path / "out", docs=str(docs))
     assert [row["svc_accuracy"] for row in whole[:2]] == [row["svc_accuracy"] for row in kept] and len(whole) == 4
+
+
+def test_samples_that_are_not_finite(workdirs, tmp_path, monkeypatch, caplog):
+    """Their metrics are NaN, and the other cells are compared."""
+    real = Generator.batches
+
+    def broken(generator, params, *given, **options):
+        scale = np.nan if len(generator.times) == 2 else 1.0
+        yield from ((scale * x, cond) for x, cond in real(generator, params, *given, **options))
+
+    monkeypatch.setattr(Generator, "batches", broken)
+    with caplog.at_level(logging.WARNING, "diffusion"):
+        one, two = compared(workdirs[:1], "1,2", tmp_path, batch_size=16)
+    assert "flow, 1 evaluation: 16 of 16 samples are not finite" in caplog.text
+    assert one["svc_accuracy"] == one["energy_distance_ratio"] == "nan" != two["energy_distance_ratio"]
 
 
 def test_too_few_evaluations_for_a_sampler_are_reported(workdirs, tmp_path, caplog):

@@ -126,7 +126,7 @@ class Job:
                 if cut:
                     patch = stack.enter_context(pytest.MonkeyPatch.context())
                     patch.setattr(files, "make_folder", reached)
-                    patch.setattr(Generator, "__call__", reached)
+                    patch.setattr(Generator, "batches", reached)
                 cli.run(self.main)
         except SystemExit as end:
             code = end.code or 0

@@ -42,6 +42,7 @@ def test_sample_writes(workdir, tmp_path):
     assert done.returncode == 0, done.stderr
     saved = np.load(tmp_path / "samples.npz", allow_pickle=False)
     assert saved["samples"].shape == (7, 8, 8, 1) and saved["samples"].dtype == np.uint8
+    np.testing.assert_array_equal(saved["arr_0"], saved["samples"])  # the entry that ADM's evaluator reads
     assert saved["labels"].tolist() == [3, 1, 3, 1, 3, 1, 3]
     settings = json.loads(str(saved["settings"]))
     assert settings["sampler"].items() >= {"name": "heun", "churn": 2, "steps": 3}.items()
@@ -70,8 +71,9 @@ def test_autoguidance_and_the_analytic_variance(workdir, tmp_path):
     """Autoguidance reads a second model; the analytic variance measures this one on its data."""
     guidance = f"autoguidance:scale=2:worse={{'workdir':'{workdir}','ema':'0.99'}}"
     done = job("sample", f"--workdir={workdir}", "--num=4", f"--guidance={guidance}", "--steps=3",
-               "--sampler=ancestral:variance=analytic", f"--out={tmp_path}")  # fmt: skip
+               "--sampler=ancestral:variance=analytic", f"--out={tmp_path}", "--out_format=png")  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert [Image.open(path).size for path in sorted((tmp_path / "images").iterdir())] == [(8, 8)] * 4
     done = job("sample", f"--workdir={workdir}", f"--guidance={guidance.replace('0.99', '0.5')}")
     assert refused_field(done) == "guidance.worse.ema"
 

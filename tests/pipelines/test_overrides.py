@@ -160,6 +160,17 @@ def test_other_settings_share_what_is_compiled(make_generator, tiny_params):
     assert first.compilations == 2
 
 
+@pytest.mark.parametrize("first", [0, 8, 11])
+def test_batches_may_start_at_any_sample(make_generator, tiny_params, first):
+    """The samples and their conditions are those of the whole, bit for bit."""
+    labels, generator = np.arange(14) % 10, make_generator({"name": "ddim", "steps": 2}, {"name": "cfg", "scale": 1.0})
+    whole = generator(tiny_params, {"label": labels}, 14, seed=0, batch_size=4)
+    found = list(generator.batches(tiny_params, {"label": labels}, 14, seed=0, batch_size=4, first=first))
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in found]), whole[first:])
+    assert np.concatenate([cond["label"] for _, cond in found]).tolist() == labels[first:].tolist()
+    assert all(len(x) <= 4 for x, _ in found) and generator.compilations == 1
+
+
 def test_the_mesh_does_not_change_samples(make_generator, tiny_params):
     """The batch of six is padded to the eight devices. The sampler draws noise and contains a branch."""
     sampler = {"name": "predictor_corrector", "predictor": {"name": "ddim", "eta": 0.5}}

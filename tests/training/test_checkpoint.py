@@ -224,14 +224,14 @@ def test_all_digests_are_read_at_once(monkeypatch):
     assert len(checkpoint._digests(state())) > 10 and len(reads) == 1
 
 
-def test_the_best_and_every_nth_are_kept(tmp_path):
-    checkpoints = Checkpoints(str(tmp_path), retention=Retention(newest=1, every=4, best="loss"))
-    for step, loss in enumerate((5.0, 1.0, 3.0, 4.0, 2.0, 6.0), 1):
-        checkpoints.save(step, state(), {}, META, {"loss": loss})
+@pytest.mark.parametrize(("mode", "kept"), [("min", [2, 4, 6]), ("max", [1, 4, 6])])
+def test_the_best_and_every_nth_are_kept(tmp_path, mode, kept):
+    """A step at which the metric was not measured is never the best."""
+    checkpoints = Checkpoints(str(tmp_path), retention=Retention(newest=1, every=4, best="loss", best_mode=mode))
+    for step, loss in enumerate((5.0, 1.0, None, 4.0, 2.0, None), 1):
+        checkpoints.save(step, state(), {}, META, {"other": 1.0} if loss is None else {"loss": loss})
     checkpoints.wait()
-    assert checkpoints.steps() == [2, 4, 6]
-    with refused("checkpoint.keep_best"):
-        checkpoints.save(7, state(), {}, META, {"other": 1.0})
+    assert checkpoints.steps() == kept
     checkpoints.close()
 
 

@@ -140,7 +140,7 @@ def test_hooks_and_writers(digits, tiny_mlp):
             self.lines = {}
 
         def write(self, step, values):
-            self.lines[step] = values["loss"]
+            self.lines[step] = values
 
         def close(self):
             pass
@@ -150,13 +150,18 @@ def test_hooks_and_writers(digits, tiny_mlp):
         return Trainer(*parts, optimizer=optax.sgd(1e-2), writers=[writer], hooks=more, batch_size=16, log_every=2)
 
     seen, first, second = [], Writer(), Writer()
-    short = trainer(first, hooks.every(2, lambda t: seen.append((t.step, int(t.state.step), t.metrics["loss"]))))
+    measure = hooks.evaluate(2, lambda params: {"a": float(short.step), "b": np.nan}, ["a", "b"])
+    short = trainer(
+        first, hooks.every(2, lambda t: seen.append((t.step, int(t.state.step), t.metrics["loss"]))), measure
+    )
     short.fit(3)
     short.fit(6)
     whole = trainer(second).fit(6)
     assert [step for step, _, _ in seen] == [step for _, step, _ in seen] == [2, 3, 4, 6]
     assert_same(leaves(short.state.params), leaves(whole.params))
-    assert first.lines[6] == second.lines[6]
+    for step in (2, 6):
+        values = {**first.lines[step], "images_per_second": second.lines[step]["images_per_second"]}
+        assert values == {**second.lines[step], "eval/a": step}
 
 
 def test_a_finished_run_is_not_changed(run, whole):

@@ -18,7 +18,7 @@ WARMUP = 100  # good steps before losses are compared with the running mean
 
 
 class Diverged(Exception):
-    """Too many consecutive steps were bad."""
+    """Too many consecutive steps were bad, or samples are not finite."""
 
 
 def counters() -> dict[str, Array]:

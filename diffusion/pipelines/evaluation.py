@@ -1,0 +1,180 @@
+"""Measures models with the metrics of a config's `eval` section. The samples are measured batch by batch."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion.core import images
+from diffusion.core.build import build
+from diffusion.core.types import (
+    Autoencoder,
+    Cond,
+    Denoiser,
+    InputError,
+    ModelMetric,
+    Params,
+    SampleMetric,
+    Schedule,
+    Source,
+    Spec,
+)
+from diffusion.pipelines.generator import Generator
+from diffusion.pipelines.model import Model
+from diffusion.training.trainer import is_encoded
+
+Batches = Iterable[tuple[np.ndarray, Cond]]  # samples `[B, ...]` and their conditions
+
+
+class Evaluation:
+    """Measures the model of a run with its metrics. Further measurements, of other parameters, compile nothing.
+
+    Args:
+      metrics: The metrics.
+      generator: Returns what draws samples with a guidance scale. All generators are made here, so that what the model
+        does not support is reported before anything is drawn.
+      model, spec: The model, and what its samples look like.
+      conditions: Returns the conditions of a number of samples.
+
+    Raises:
+      InputError: A metric does not suit the model.
+    """
+
+    def __init__(
+        self, metrics: Sequence[SampleMetric | ModelMetric], generator: Callable[[float], Generator],
+        model: Model, spec: Spec, conditions: Callable[[int], Cond],
+    ):  # fmt: skip
+        def of_params(params: Params) -> tuple[Denoiser, Schedule]:
+            return model.objective.denoiser(model.network.apply, params), model.objective.schedule_for(params)
+
+        for metric in metrics:
+            if metric.kind == "model" and model.autoencoder is not None:
+                problem = "measures the network on the data, and this network models the latents of an autoencoder"
+                raise InputError(f"eval.metrics.{metric.names[0]}", f"{problem}; remove it")
+        self.metrics, self.spec, self._model, self._conditions = metrics, spec, of_params, conditions
+        scales = {metric.guidance for metric in metrics if metric.kind == "samples"}
+        self._generators = {scale: generator(scale) for scale in scales}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all values."""
+        return tuple(name for metric in self.metrics for name in metric.names)
+
+    def __call__(
+        self, params: Params, *, seed: int = 1, batch_size: int = 250, progress: bool = False
+    ) -> Iterator[tuple[dict[str, float], str]]:
+        """Yields the values of each metric, and a note on what was measured.
+
+        Metrics of the same number of samples at the same guidance scale share the samples. If some of these are not
+        finite, the values are NaN, and the note says how many.
+        """
+        shared = {}
+        for metric in self.metrics:
+            if metric.kind == "model":
+                yield dict(metric(self._model, params, jax.random.key(seed))), ""
+                continue
+            key = metric.guidance, metric.num
+            if key not in shared:
+                group = [m for m in self.metrics if m.kind == "samples" and (m.guidance, m.num) == key]
+                batches = self._generators[metric.guidance].batches(
+                    params, self._conditions(metric.num), metric.num, seed=seed, batch_size=batch_size,
+                    title=f"sample with guidance {metric.guidance:g}" if progress else None,
+                )  # fmt: skip
+                values, problem = measure_samples(group, batches, self.spec)
+                shared[key] = iter(values), f"({problem or f'{metric.num} samples, guidance {metric.guidance:g}'})"
+            values, note = shared[key]
+            yield next(values), note
+
+
+def build_metrics(
+    config: Mapping[str, Any], train: Source, autoencoder: Autoencoder | None = None
+) -> dict[str, SampleMetric | ModelMetric]:
+    """Builds the metrics of a config's `eval` section, by name.
+
+    Args:
+      train: The training data.
+      autoencoder: Decodes data that were encoded in advance, so that metrics see images.
+    """
+    section = config["eval"]
+    real = {
+        "train": Decoded.of(train, autoencoder),
+        "held_out": Decoded.of(build("data", section["data"], field="eval.data"), autoencoder),
+    }
+    return {
+        name: build("evaluation", {"name": name, **options}, field=f"eval.metrics.{name}", **real)
+        for name, options in section["metrics"].items()
+    }
+
+
+def measure_samples(
+    metrics: Sequence[SampleMetric], batches: Batches, spec: Spec
+) -> tuple[list[dict[str, float]], str]:
+    """Returns the values of each metric for batches of samples; images are rounded to 8 bits first, as they are saved.
+
+    Also returns "", or a text that says how many samples are not finite. Then all values are NaN, and the batches after
+    the first such sample are not drawn.
+    """
+    states, seen = [metric.init() for metric in metrics], 0
+    for x, cond in batches:
+        seen += len(x)
+        bad = not_finite(x)
+        if bad:
+            values = [dict.fromkeys(metric.names, np.nan) for metric in metrics]
+            return values, f"{bad} of {seen} samples are not finite"
+        if spec.is_image:
+            x = images.from_uint8(images.to_uint8(x))
+        states = [metric.update(state, x, cond) for metric, state in zip(metrics, states, strict=True)]
+    return [dict(metric.result(state)) for metric, state in zip(metrics, states, strict=True)], ""
+
+
+class Decoded:
+    """A source of latents that were encoded in advance, decoded one by one."""
+
+    def __init__(self, source: Source, autoencoder: Autoencoder):
+        self.source, self.spec = source, source.decoded_spec
+        self._decode = jax.jit(lambda z: autoencoder.decode(autoencoder.params, z[None])[0])
+
+    @classmethod
+    def of(cls, source: Source, autoencoder: Autoencoder | None) -> Source:
+        """Returns the source, decoded if its examples are latents."""
+        return cls(source, autoencoder) if is_encoded(source) else source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.source[index]
+        return {**example, "x": np.asarray(self._decode(example["x"]))}
+
+
+def not_finite(x: np.ndarray) -> int:
+    """Returns how many of the samples `[B, ...]` have a value that is not finite."""
+    return int((~np.isfinite(x).reshape(len(x), -1).all(axis=1)).sum())
+
+
+class Drawn:
+    """Passes batches through, keeps the first samples for a picture, and measures the time that drawing takes.
+
+    Attributes:
+      x: At most `num` samples, `[N, ...]`, of the batches so far.
+      seconds: Time spent waiting for batches.
+    """
+
+    def __init__(self, batches: Batches, num: int):
+        self.batches, self.num, self.seconds, self._kept = batches, num, 0.0, []
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, Cond]]:
+        since = time.perf_counter()
+        for x, cond in self.batches:
+            self.seconds += time.perf_counter() - since
+            room = self.num - sum(map(len, self._kept))
+            if room > 0:
+                self._kept.append(x[:room])
+            yield x, cond
+            since = time.perf_counter()
+
+    @property
+    def x(self) -> np.ndarray:
+        return np.concatenate(self._kept)

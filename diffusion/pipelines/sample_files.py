@@ -1,0 +1,164 @@
+"""Writes samples to files as they are drawn, and resumes where an interrupted job stopped.
+
+The folder holds `samples.png`, a picture of the first samples, and by `out_format`
+  npz: `samples.npz`, or `samples_00000.npz`, `samples_00001.npz`, ... if there are more samples than fit into one file.
+    The entries are `samples`, `labels`, `settings` (JSON), and for images `arr_0`, which is `samples` under the name
+    that ADM's evaluator reads.
+  png: `images/000000.png`, `images/000001.png`, ..., and `labels.csv`.
+"""
+
+import contextlib
+import csv
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from diffusion.core import files, images
+from diffusion.core.types import InputError, Spec
+from diffusion.distributed import multihost
+from diffusion.pipelines.evaluation import Batches, not_finite
+from diffusion.training.resilience.guards import Diverged
+
+FORMATS = ("npz", "png")
+PER_FILE = 10_000  # samples in an .npz file
+SHOWN, SHOWN_POINTS = 400, 10_000  # samples in the picture
+PICTURE, LABELS, IMAGES = "samples.png", "labels.csv", "images"
+UNFINISHED = "unfinished.json"  # the settings, while samples are missing
+WRITTEN = re.compile(rf"samples(_\d{{5,}})?\.npz|{IMAGES}/\d{{6,}}\.png|{LABELS}|{PICTURE}")
+
+
+def write_samples(
+    batches: Callable[[int], Batches], out: str, *, labels: np.ndarray | None, num: int, spec: Spec,
+    settings: Mapping[str, Any], out_format: str = "npz", columns: int | None = None,
+) -> str:  # fmt: skip
+    """Draws samples and writes each file once its samples are drawn.
+
+    A file is complete or absent. If an interrupted job is started again with the same settings, it resumes after the
+    files that exist; otherwise the files of earlier jobs are removed first.
+
+    Args:
+      batches: `batches(first)` draws the samples from index `first` on.
+      out: The folder.
+      labels: The class of each sample, int32 `[num]`, or None.
+      num: Number of samples.
+      spec: What the samples look like.
+      settings: What the samples depend on, JSON-able.
+      out_format: One of `FORMATS`.
+      columns: Number of columns of the picture.
+
+    Returns:
+      Where the samples are: a file, the first and the last of several files, or a folder.
+
+    Raises:
+      InputError: The samples cannot be written in this format, or the folder cannot be written.
+      Diverged: Samples are not finite; the files of those before them are kept.
+    """
+    if out_format == "png" and not spec.is_image:
+        raise InputError("--out_format", f"png is for images, and samples of shape {spec.shape} are none; use npz")
+    files.make_folder(out, "--out")
+    settings = {**settings, "num": num, "out_format": out_format}
+    writer = (_Npz if out_format == "npz" else _Png)(out, labels, num, settings)
+    with _writing(out):
+        first = done = multihost.broadcast_from_first(_prepare(out, settings, writer) if files.writes() else 0)
+        shown, kept = min(num, SHOWN if len(spec.shape) == 3 else SHOWN_POINTS), []
+        for x, _ in batches(first) if first < num else ():
+            bad = not_finite(x)
+            if bad:
+                problem = f"{bad} of the samples {done} to {done + len(x) - 1} are not finite"
+                raise Diverged(f"{problem}; choose another checkpoint, average or sampler")
+            if first == 0 and done < shown:
+                kept.append(x)
+                if done + len(x) >= shown:
+                    picture = images.picture(np.concatenate(kept)[:shown], columns)
+                    images.save_png(picture, os.path.join(out, PICTURE))
+            writer.add(done, images.to_uint8(x) if spec.is_image else x)
+            done += len(x)
+        if files.writes():
+            epath.Path(out, UNFINISHED).unlink()
+    return writer.where
+
+
+class _Npz:
+    def __init__(self, out: str, labels: np.ndarray | None, num: int, settings: Mapping[str, Any]):
+        self.labels = np.zeros(num, np.int32) if labels is None else labels
+        self.num, self.settings, self.rows = num, json.dumps(settings), None
+        name = "samples.npz" if num <= PER_FILE else "samples_{:05d}.npz"
+        self.paths = [os.path.join(out, name.format(index)) for index in range(-(-num // PER_FILE))]
+        self.where = self.paths[0] if num <= PER_FILE else f"{self.paths[0]} to {os.path.basename(self.paths[-1])}"
+
+    def done(self) -> int:
+        """Returns how many of the first samples are in files."""
+        there = itertools.takewhile(lambda path: epath.Path(path).exists(), self.paths)
+        return min(sum(PER_FILE for _ in there), self.num)
+
+    def add(self, start: int, x: np.ndarray) -> None:
+        """Adds samples, of which the first has the index `start`."""
+        while len(x):
+            index, row = divmod(start, PER_FILE)
+            if row == 0:  # one array per file, so that its samples are never held twice
+                self.rows = np.empty((min(PER_FILE, self.num - start), *x.shape[1:]), x.dtype)
+            part, x = np.split(x, [PER_FILE - row])
+            self.rows[row : row + len(part)] = part
+            start += len(part)
+            if row + len(part) == len(self.rows):
+                self._save(index)
+
+    def _save(self, index: int) -> None:
+        labels = self.labels[index * PER_FILE :][: len(self.rows)]
+        more = {"arr_0": self.rows} if self.rows.dtype == np.uint8 else {}
+        if files.writes():
+            with files.replace(self.paths[index], "wb") as file:
+                np.savez(file, samples=self.rows, labels=labels, settings=np.array(self.settings), **more)
+
+
+class _Png:
+    def __init__(self, out: str, labels: np.ndarray | None, num: int, settings: Mapping[str, Any]):
+        self.out, self.labels, self.num, self.where = out, labels, num, os.path.join(out, IMAGES)
+
+    def done(self) -> int:
+        """Returns how many of the first samples are in files."""
+        return next(index for index in range(self.num + 1) if not epath.Path(self._path(index)).exists())
+
+    def add(self, start: int, x: np.ndarray) -> None:
+        """Adds samples, of which the first has the index `start`."""
+        if start == 0:
+            files.make_folder(self.where, "--out")
+            if self.labels is not None:
+                with files.replace(os.path.join(self.out, LABELS)) as file:
+                    rows = ((f"{index:06d}.png", label) for index, label in enumerate(self.labels))
+                    csv.writer(file, lineterminator="\n").writerows([("file", "label"), *rows])
+        if files.writes():
+            for index, image in enumerate(x, start):
+                images.save_png(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), self._path(index))
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.where, f"{index:06d}.png")
+
+
+def _prepare(out: str, settings: Mapping[str, Any], writer: _Npz | _Png) -> int:
+    """Returns how many samples of an interrupted job with these settings exist; removes the files of other jobs."""
+    folder, text = epath.Path(out), json.dumps(settings)
+    marker = folder / UNFINISHED
+    if marker.exists() and marker.read_text() == text and (folder / PICTURE).exists():
+        return writer.done()
+    for path in itertools.chain(folder.glob("*"), folder.glob(f"{IMAGES}/*")):
+        if WRITTEN.fullmatch(path.relative_to(folder).as_posix()):
+            path.unlink()
+    with files.replace(marker) as file:
+        file.write(text)
+    return 0
+
+
+@contextlib.contextmanager
+def _writing(out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError("--out", f"{out} cannot be written: {error.strerror or error}") from error
