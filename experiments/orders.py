@@ -8,7 +8,6 @@ solver that treats uneven steps as even.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -66,14 +65,12 @@ def problem() -> tuple[Schedule, np.ndarray, np.ndarray]:
     first, last = (float(schedule.time(jnp.float64(2 * end))) for end in ENDS)
     start = np.random.default_rng(0).normal(size=(4, 2))
 
-    def slope(r: float, z: np.ndarray) -> np.ndarray:
+    @jax.jit
+    def slope(r: Array, z: Array) -> Array:
         # d(x / sigma) / dr = (alpha / sigma) x0 at r = log(alpha / sigma).
-        alpha, sigma = float(schedule.alpha(at(r))), float(schedule.sigma(at(r)))
-        x0 = MIXTURE.denoise(jnp.asarray(sigma * z.reshape(4, 2)), alpha, sigma)
-        return np.asarray(math.exp(r) * x0).ravel()
-
-    def at(r: float) -> Array:
-        return schedule.time(jnp.float64(2 * r))
+        t = schedule.time(2 * r)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return (jnp.exp(r) * MIXTURE.denoise(sigma * z.reshape(4, 2), alpha, sigma)).ravel()
 
     z = (start / float(schedule.sigma(jnp.float64(first)))).ravel()
     end = solve_ivp(slope, ENDS, z, method="DOP853", rtol=1e-12, atol=1e-12).y[:, -1]

@@ -72,7 +72,17 @@ def tiny_mlp(digits):
 @pytest.fixture(scope="session")
 def tiny_params(tiny_unet):
     """Returns parameters of the U-Net, none of them zero, so that every input matters."""
-    params = jax.jit(tiny_unet.init)(jax.random.key(0))
+    return nonzero(tiny_unet)
+
+
+@pytest.fixture(scope="session")
+def mlp_params(tiny_mlp):
+    """Returns parameters of the MLP, none of them zero, so that every input matters."""
+    return nonzero(tiny_mlp)
+
+
+def nonzero(network):
+    params = jax.jit(network.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     return {"net": jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)}
 

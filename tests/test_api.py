@@ -110,6 +110,7 @@ def build_guidance(scale):
     return lambda denoise: cfg(denoise, scale)
 
 
+@pytest.mark.slow
 def test_a_trainer_without_names_is_loaded_with_its_objects(tmp_path, digits):
     network = df.build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=(8, 8, 1), num_classes=10)
     objective = df.build("objectives", "flow_matching")
@@ -159,6 +160,7 @@ def test_unknown_names():
         df.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path):
     """Runs the code cells of a notebook in order, with fewer steps."""

@@ -3,12 +3,12 @@ trains three steps and samples two on a mesh of devices; an invalid one is rejec
 included automatically; its limits, if any, belong in `refusal`.
 
 A network receives x, a noise label and the condition, independently of the parameterization and the schedule, so their
-combinations alternate between two small networks, and every network is tested with every objective. Few-step methods,
+combinations are tested with the smallest network, and every network is tested with every objective. Few-step methods,
 which have a fixed path and parameterization, or those of their teacher, are tested with a few networks. A sampler
 depends on the denoiser and the schedule alone: `sampling/samplers/test_every.py` tests each on every kind of schedule.
 
-Without `make slow`, an objective is tested with every parameterization on one schedule and every schedule with one
-parameterization, not with their product, and objectives with forward-mode derivatives are not tested with U-Nets.
+Without `make slow`, denoising is tested with three kinds of networks, and the other objectives with the smallest one,
+unless `objectives/test_resume.py` trains them there.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from diffusion.training import ema, optimizer
 from diffusion.training.state import averaged, init_state
 from diffusion.training.step import make_step
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 TINY = {
     "unet": {"width": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "head_dim": 4},
@@ -47,7 +48,8 @@ OPTIONS = {
     "reflow": {"teacher": "velocity", "round_steps": 2, "pool": 8, "every": 1, "ode_steps": 2, "schedule": "flow"},
     "shortcut": {},
 }
-FORWARD = ("continuous_consistency", "mean_flow")  # objectives with forward-mode derivatives of the network
+# Objectives with a state, or with networks that follow the student.
+STATEFUL = ("consistency", "denoising", "progressive_distillation", "reflow")
 SCALAR_CONDITIONS = ("mean_flow", "shortcut", "latent_consistency")  # objectives whose networks need them
 PURE_NOISE = ("flow", "trig")  # schedules whose SNR at t = 1 is 0
 
@@ -69,25 +71,23 @@ def refusal(objective, parameterization, schedule):
 
 SGD = optimizer.make_optimizer(steps=3, name="sgd", learning_rate=1e-4)
 OPTIMIZER = dataclasses.replace(SGD, transform=SGD.transform._replace(update=jax.jit(SGD.transform.update)))
-OBJECTIVES, NETWORKS = names("objectives"), names("networks")
+OBJECTIVES, NETWORKS, SMALLEST = names("objectives"), names("networks"), "mlp"
 
 
 def combinations():
     """Yields tuples of objective, network, parameterization and schedule."""
-    turns = itertools.cycle(("mlp", "dit"))
     paths = [name for name in OBJECTIVES if name not in OPTIONS or name == "consistency"]
     for objective, parameterization, schedule in itertools.product(
         paths, names("parameterization"), names("schedules")
     ):
-        refused = refusal(objective, parameterization, schedule)
         if objective != "consistency" or parameterization == "v" or schedule == "edm":
-            yield objective, NETWORKS[0] if refused else next(turns), parameterization, schedule
+            yield objective, SMALLEST, parameterization, schedule
     all_networks = itertools.cycle(NETWORKS)
     for objective in OBJECTIVES:
-        # Of the few-step methods, mean_flow tests every network in forward mode; the others take two networks in turn.
+        # Of the few-step methods, mean_flow tests every network in forward mode; the others take two more in turn.
         few = objective in OPTIONS and objective != "mean_flow"
         parts = (None, None) if objective in OPTIONS else ("x0", "learned" if objective == "vdm" else "trig")
-        for network in itertools.islice(all_networks, 2) if few else NETWORKS:
+        for network in (SMALLEST, *itertools.islice(all_networks, 2)) if few else NETWORKS:
             yield objective, network, *parts
 
 
@@ -131,23 +131,29 @@ def spec_of(objective, parameterization, schedule, network, data):
     return options
 
 
-def quick(objective, network, parameterization, schedule):
-    if network in ("unet", "edm2") and objective in FORWARD:  # a quarter of a minute to compile
-        return False
-    refused = refusal(objective, parameterization, schedule)
-    of_networks = (parameterization, schedule) in ((None, None), ("x0", "trig"))
-    return bool(refused) or of_networks or parameterization == "v" or schedule in ("vp", "learned")
-
-
-def marked():
-    for combination in sorted(set(combinations()), key=str):
-        marks = () if quick(*combination) else pytest.mark.slow
-        yield pytest.param(combination, marks=marks, id="-".join(filter(None, combination)))
-
-
-@pytest.mark.parametrize("combination", marked())
-def test_trains_and_samples_or_is_rejected(combination, network_of, digits, digits_batch, mesh_of):
+def is_quick(combination):
     objective, network, parameterization, schedule = combination
+    if refusal(objective, parameterization, schedule):
+        return True
+    if not of_networks(parameterization, schedule):
+        return False
+    if objective == "denoising":
+        return network in ("mlp", "dit", "unet")
+    return network == SMALLEST and objective not in STATEFUL
+
+
+def of_networks(parameterization, schedule):
+    """Returns whether a combination is one that tests networks, and not parameterizations and schedules."""
+    return (parameterization, schedule) in ((None, None), ("x0", "trig"), ("x0", "learned"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "network", "parameterization", "schedule"),
+    slow_except(is_quick, sorted(set(combinations()), key=str)),
+)
+def test_trains_and_samples_or_is_rejected(
+    objective, network, parameterization, schedule, network_of, digits, digits_batch, mesh_of
+):
     network = network_of(network, objective in SCALAR_CONDITIONS)
     spec = spec_of(objective, parameterization, schedule, network, digits.spec)
     field = refusal(objective, parameterization, schedule)
@@ -161,11 +167,14 @@ def test_trains_and_samples_or_is_rejected(combination, network_of, digits, digi
     opt, averages = OPTIMIZER, ema.make_ema(decays=(0.5,))
     state = init_state(objective, network, opt, averages, jax.random.key(0))
     batch = jax.tree.map(lambda x: np.asarray(x[:4]), digits_batch)
-    state = jax.device_put(state, sharding.of_state(state, mesh))
+    places = sharding.of_state(state, mesh)
+    state = jax.device_put(state, places)
     batch = sharding.to_global(batch, sharding.by_example(mesh))
     before = jax.device_get(jax.tree.leaves(state.params["net"]))
-    # The step is not jitted: compiling hundreds of combinations would take an hour.
     step = make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.5)
+    if of_networks(parameterization, schedule):
+        # The others are not jitted, because hundreds of combinations would take an hour to compile.
+        step = jax.jit(step, out_shardings=(places, None))
     for _ in range(3):
         state, metrics = step(state, batch)
         assert np.isfinite(metrics["loss"])

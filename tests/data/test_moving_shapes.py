@@ -9,6 +9,7 @@ from diffusion.core.build import build
 from diffusion.data.sources.moving_shapes import LANES, MOTIONS, STILL, Mover, MovingShapes
 from tests.data.shape_sets import digest, examples, parse, share_read
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 GOLDEN = "ec123f717df3e183dc48188a2a314a0b24dd492fe501edc32786ddcc06489f75"
 
@@ -129,7 +130,10 @@ def test_captions():
         assert parse(caption, PHRASES) == frozenset(source.things(index))
 
 
-@pytest.mark.parametrize(("size", "frames", "num"), [(32, 8, 1000), (32, 2, 300), (64, 8, 100)])
+READ = [(32, 8, 1000), (32, 2, 300), (64, 8, 100)]
+
+
+@pytest.mark.parametrize(("size", "frames", "num"), slow_except([(32, 2, 300)], READ))
 def test_videos_are_read_back(size, frames, num):
     """Checks exact videos, videos rounded to 8 bits, and noise with standard deviations of 0.1 and 0.3."""
     source = videos(size=size, frames=frames)

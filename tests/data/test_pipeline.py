@@ -18,8 +18,9 @@ from diffusion.core.build import build, find
 from diffusion.core.types import ArraySpec, InputError, Spec
 from diffusion.data.pipeline import Batches, location_keywords
 from tests.refusals import refused
+from tests.tiers import slow_except
 
-SIZE, BATCH_SIZE, LONG = 50, 6, 200
+SIZE, BATCH_SIZE, LONG = 50, 6, 100
 
 
 @dataclasses.dataclass
@@ -189,7 +190,7 @@ def test_buckets():
     assert np.abs(longest - np.arange(1, 241) / 12).max() <= 1
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", slow_except((0, 1), (0, 1, 2)))
 def test_the_errors_of_a_source_are_raised(workers):
     stream = Batches(Numbers(20, fails=13), batch_size=4, seed=0, workers=workers)
     with refused("data") as caught:
@@ -198,7 +199,7 @@ def test_the_errors_of_a_source_are_raised(workers):
     stream.close()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", slow_except((1,), (1, 2)))
 def test_a_killed_worker_does_not_hang_the_run(workers):
     stream = Batches(Numbers(20, fails=13, kills=True), batch_size=4, seed=0, workers=workers)
     with pytest.raises(RuntimeError, match="exit code -9"):

@@ -11,6 +11,7 @@ from diffusion.data.pipeline import Batches
 from diffusion.data.sources.shapes import PLACES, Shapes, Thing
 from tests.data.shape_sets import digest, examples, parse, share_read
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 SIZES = (32, 64)
 GOLDEN = "bdb0d3fe63ede84ce7f7dda45a04f5dd6c594d11d53b2f3fd923f3d7f5c6365b"
@@ -139,7 +140,7 @@ def test_every_thing_has_a_separate_phrase():
     assert all(parse(Shapes.caption([thing]), PHRASES) == {thing} for thing in THINGS)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", slow_except((32,), SIZES))
 def test_images_are_read_back(size):
     """Checks exact images, images rounded to 8 bits, and noise with standard deviations of 0.1 and 0.3."""
     source = shapes(size=size)

@@ -180,6 +180,7 @@ def test_the_supervised_target_comes_first():
     assert source.spec.num_classes == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "cifar10_ddpm"])
 def test_configs_train(name, tmp_path):
     """Traces the config's network and trains a small one for ten steps. MNIST has levels of 28, 14 and 7 pixels."""

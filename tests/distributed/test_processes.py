@@ -112,6 +112,7 @@ def address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
+@pytest.mark.slow
 def test_processes_missing_at_a_barrier_are_named(address):
     running = [subprocess.Popen([sys.executable, "-c", WAITS, address, str(rank)], cwd=ROOT, stdout=subprocess.PIPE,
                                 stderr=subprocess.DEVNULL, text=True) for rank in range(3)]  # fmt: skip

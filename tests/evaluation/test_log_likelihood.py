@@ -8,13 +8,14 @@ from diffusion.core.build import build
 from diffusion.evaluation.log_likelihood import dequantize, ode_log_likelihood, variational_bound
 from diffusion.process.analytic import Mixture
 from diffusion.process.decoders import discretized_log_likelihood, level_log_likelihood
+from tests.tiers import slow_except
 
 GAUSSIAN = Mixture(means=np.zeros((1, 3)), stds=np.array([0.5]), weights=np.ones(1))
 MIXTURE = Mixture(means=np.array([[0.6, 0.2], [-0.6, 0.0]]), stds=np.array([0.2, 0.3]), weights=np.array([0.3, 0.7]))
 SCHEDULES = ["vp_sde", "flow", "trig", {"name": "edm", "sigma_max": 400.0}, "vp"]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", slow_except(("flow",), SCHEDULES), ids=str)
 def test_ode_finds_the_exact_density(x64, schedule):
     """For a mixture, on every schedule. The error arises because the marginal at the end is not exactly normal."""
     schedule = build("schedules", schedule)
@@ -50,7 +51,7 @@ def test_hutchinson_is_unbiased(x64):
     assert abs(found.mean() - exact[0]) < 4 * found.std() / 20
 
 
-@pytest.mark.parametrize("schedule", ["vp_sde", "flow", "ve"])
+@pytest.mark.parametrize("schedule", slow_except(("flow",), ("vp_sde", "flow", "ve")))
 def test_bound_converges_to_the_entropy(x64, schedule):
     """The gap between the optimal model's bound and the entropy halves as the number of steps doubles."""
     schedule = build("schedules", schedule)
@@ -67,6 +68,7 @@ def test_bound_converges_to_the_entropy(x64, schedule):
     np.testing.assert_allclose(ratios, 2, atol=0.25)
 
 
+@pytest.mark.slow
 def test_bound_of_discrete_data(x64):
     """The entropy of fair coins is log 2 nats each."""
     schedule = build("schedules", "flow")

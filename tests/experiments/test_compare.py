@@ -24,6 +24,7 @@ from diffusion.training.trainer import Trainer
 from tests.jobs import job
 from tests.refusals import refused, refused_field
 from tests.streams import measured
+from tests.tiers import slow_except
 
 TRAILING, NUM = {"name": "trailing"}, 48
 DDIM = {"name": "ddim", "eta": 0.5, "steps": 3, "grid": TRAILING}
@@ -152,6 +153,7 @@ def test_pictures(written):
     assert width > 20 * 50 and height == 2 * (48 + 2 * 2)
 
 
+@pytest.mark.slow
 def test_the_same_noise_for_every_run(workdirs, tmp_path):
     """A copy of a run gives the same figures, as do other batches; another seed gives other figures. Runs whose folders
     have the same name are named by their paths."""
@@ -166,19 +168,20 @@ def test_the_same_noise_for_every_run(workdirs, tmp_path):
     assert other["energy_distance_ratio"] != first["energy_distance_ratio"]
 
 
+@pytest.mark.slow
 def test_raw_parameters(workdirs, tmp_path):
     averaged, raw = (compared(workdirs[:1], "1", tmp_path / str(ema), ema=ema)[0] for ema in (None, "none"))
     assert (averaged["ema"], raw["ema"]) == ("0.5", "none")
     assert averaged["energy_distance_ratio"] != raw["energy_distance_ratio"]
 
 
-@pytest.mark.parametrize(
-    ("chosen", "labels"),
-    [
-        ([0], ["flow, 2 evaluations", "flow, 1 evaluation"]),
-        ([1, 0], ["noise, 6 evaluations", "flow, 2 evaluations"]),
-    ],
-)
+CHOSEN = [
+    ([0], ["flow, 2 evaluations", "flow, 1 evaluation"]),
+    ([1, 0], ["noise, 6 evaluations", "flow, 2 evaluations"]),
+]
+
+
+@pytest.mark.parametrize(("chosen", "labels"), slow_except(CHOSEN[1:], CHOSEN))
 def test_rows_of_the_contact_sheet(workdirs, tmp_path, monkeypatch, chosen, labels):
     """Shows all numbers of evaluations of a single run, or the first that each of several runs can use."""
     seen = []
@@ -382,6 +385,7 @@ def test_the_job(workdirs, tmp_path):
     assert refused_field(job("compare", *flags, "--num=0")) == "--num"
 
 
+@pytest.mark.slow
 def test_the_sampler_table_is_inserted_into_the_docs(workdirs, tmp_path):
     docs = tmp_path / "samplers.md"
     docs.write_text(f"before {tables.BEGIN} {tables.END} after")

@@ -20,6 +20,7 @@ from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import build_model
 from diffusion.training.state import init_state
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 ROOT = pathlib.Path(__file__).parents[2]
 ARGUMENTS = {
@@ -54,6 +55,10 @@ PUBLISHED = {
 }
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
 CASES = [(path, argument) for path in FILES for argument in ARGUMENTS.get(path.stem, ("",))]
+
+
+def stem(value):
+    return getattr(value, "stem", value)
 
 
 def module_of(path):
@@ -96,16 +101,37 @@ def teacher_of(config, spec):
     return Teacher(network, build("objectives", {"name": "denoising", **theirs}), spec, 0.1)
 
 
-@pytest.mark.parametrize(("path", "argument"), CASES, ids=lambda value: getattr(value, "stem", value))
-def test_parts_fit(path, argument, tmp_path):
-    doc = module_of(path).__doc__
+@pytest.mark.parametrize(("path", "argument"), CASES, ids=stem)
+def test_is_documented_and_valid(path, argument):
+    doc, config = read(path, argument)
     for word in ("Command:", "Hardware:", "Expected:", f"configs/{path.name}"):
         assert word in doc
-    config = read_config(f"{path}:{argument}" if argument else str(path))
     check_config(config)
+
+
+def read(path, argument):
+    return module_of(path).__doc__, read_config(f"{path}:{argument}" if argument else str(path))
+
+
+# Tracing large networks and teachers takes seconds.
+TRACED = [
+    ("cifar10_ddpm", ""),
+    ("digits", ""),
+    ("digits_consistency", "ict"),
+    ("imagenet256_dit", "S/2"),
+    ("moons", "exact"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "argument"), slow_except(lambda case: (case[0].stem, case[1]) in TRACED, CASES), ids=stem
+)
+def test_parts_fit(path, argument, tmp_path):
+    doc, config = read(path, argument)
     config = with_data(config, path, doc, tmp_path)
     with tfds.testing.mock_data(num_examples=2):
         source, held_out = build("data", config["data"]), build("data", config["eval"]["data"])
+    assert source.spec == held_out.spec
     network, objective, _ = build_model(config, source.spec, teacher_of(config, source.spec))
     keywords = training(config)
     key = jax.random.key(0)
@@ -123,7 +149,6 @@ def test_parts_fit(path, argument, tmp_path):
     )  # fmt: skip
     for stated in re.findall(r"([\d,]+)\s+evaluations", doc):
         assert int(stated.replace(",", "")) == generator.solver.evaluations(config["sampler"]["steps"])
-    assert source.spec == held_out.spec
 
 
 def test_no_argument_is_forgotten():

@@ -36,7 +36,7 @@ from diffusion.pipelines.generator import Generator
 from experiments import cli
 
 ROOT = pathlib.Path(__file__).parents[2]
-EXAMPLES = int(os.environ.get("FUZZ", 120))
+EXAMPLES = int(os.environ.get("FUZZ", 40))
 SECONDS, MEMORY = 60, 8 * 2**30  # limits of an example, so that endless loops and gigantic arrays fail
 TINY = ("--config.train.steps=1", "--config.train.batch_size=8", "--config.optimizer.warmup=0")
 MLP = ("--config.network.width=4", "--config.network.depth=1")

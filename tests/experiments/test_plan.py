@@ -42,6 +42,7 @@ def test_text_and_json_agree(tmp_path):
     assert sum(array["bytes"] for array in found["arrays"]) >= 4 * found["parameters"]["count"]
 
 
+@pytest.mark.slow
 def test_the_work_per_device_does_not_grow_with_the_number_of_devices(tmp_path):
     """Compares FLOPs and bytes as counted by XLA, at 8,192 examples per device, so that the state's share is small."""
     found = {}
@@ -79,6 +80,7 @@ def test_data_that_are_not_on_this_machine():
     assert refused_field(done) == "data.dataset" and "--shape=H,W,C [--classes=N]" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_training_that_is_too_large_is_refused_with_a_change_that_fits():
     """A state of 40 GiB must be sharded over chips of 16 GiB."""
     done = plan("--mesh_devices=8", *mesh(8, 1), *WIDE, "--chip=v5e")

@@ -73,6 +73,7 @@ def test_a_student_starts_from_its_teachers_average(teacher):
         jax.tree.map(np.testing.assert_array_equal, name, average)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_teacher(teacher, tmp_path):
     """Resumes bit for bit, and samples, after the teacher's workdir has been deleted."""
     uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
@@ -140,22 +141,24 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals(name, teacher, flow, tmp_path):
+def test_refusals(name, request, tmp_path):
     config, options, field = REFUSED[name]
     options = dict(options)
     if "teacher" in options:
-        made = {"teacher": lambda: teacher, "flow": lambda: flow, "ddpm_v": lambda: ddpm_v(tmp_path),
-                "absent": lambda: tmp_path / "absent",
-                "broken": lambda: broken(teacher, tmp_path / "broken")}  # fmt: skip
-        options["teacher"] = made[options["teacher"]]()
+        made = {"absent": lambda: tmp_path / "absent",
+                "broken": lambda: broken(request.getfixturevalue("teacher"), tmp_path / "broken")}  # fmt: skip
+        chosen = options["teacher"]
+        options["teacher"] = made[chosen]() if chosen in made else request.getfixturevalue(chosen)
     with refused(field):
         train(config_of(*config, **options), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def ddpm_v(folder):
-    train(config_of("digits_ddpm_v"), folder / "ddpm_v")
-    return folder / "ddpm_v"
+@pytest.fixture(scope="module")
+def ddpm_v(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "ddpm_v"
+    train(config_of("digits_ddpm_v"), path)
+    return path
 
 
 def test_the_job_reports_a_missing_teacher_in_one_line(tmp_path):

@@ -15,6 +15,7 @@ from diffusion.core.types import ArraySpec, Spec, class_labels
 from diffusion.interop import diffusers_models as models
 from diffusion.interop.diffusers_models import Model
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 UNET = {"name": "unet", "width": 16, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,),
         "head_dim": 8, "groups": 4}  # fmt: skip
@@ -44,12 +45,14 @@ def random_model(network, classes):
     return built, Model(network, spec, jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) / 4, shapes))
 
 
-every = pytest.mark.parametrize(
-    ("network", "classes"), [case[:2] for case in CASES], ids=[case[2].replace(" ", "_") for case in CASES]
-)
+def every(default):
+    """Parametrizes a test with all networks, of which those not named in `default` are slow."""
+    names = {case[2]: case[:2] for case in CASES}
+    marked = slow_except([names[name] for name in default], names.values())
+    return pytest.mark.parametrize(("network", "classes"), marked, ids=[name.replace(" ", "_") for name in names])
 
 
-@every
+@every(default=("adm", "null class", "S/2"))
 def test_written_and_read_back(network, classes, tmp_path):
     _, model = random_model(network, classes)
     models.write(str(tmp_path), model)
@@ -195,7 +198,7 @@ def load_foreign(folder):
 
 @pytest.mark.peers
 @peer
-@every
+@every(default=())
 def test_outputs_and_gradients_agree(network, classes, tmp_path):
     """diffusers loads a model that was written, gives the same output and gradients, and saves the same weights."""
     import torch

@@ -12,6 +12,8 @@ import pytest
 from diffusion.core.arrays import fold, normal, sample_keys
 from diffusion.interop import diffusers_pipeline
 from diffusion.pipelines.run import open_run
+from tests.interop.test_diffusers_models import UNET as TINY
+from tests.interop.test_diffusers_models import random_model
 from tests.jobs import job
 from tests.refusals import refused, refused_field
 
@@ -92,15 +94,18 @@ def test_round_trip(unet, tmp_path):
         ({"name": "denoising", "parameterization": {"name": "edm"}}, "parameterization 'edm'"),
     ],
 )
-def test_an_objective_without_a_scheduler(objective, reason, unet, tmp_path):
+def test_an_objective_without_a_scheduler(objective, reason, tmp_path):
     """Only the model is written, and the reason is returned."""
-    model, _ = diffusers_pipeline.read(str(unet[1]))
+    _, model = random_model(TINY, False)
     assert reason in diffusers_pipeline.write(str(tmp_path), model, objective)
     assert diffusers_pipeline.read(str(tmp_path))[1] is None
 
 
-def test_schedulers_that_cannot_be_read(unet, tmp_path):
-    config = json.loads((unet[1] / "scheduler" / "scheduler_config.json").read_text())
+def test_schedulers_that_cannot_be_read(tmp_path):
+    _, model = random_model(TINY, False)
+    objective = {"name": "denoising", "schedule": "vp", "parameterization": {"name": "eps", "c_noise": "index"}}
+    assert diffusers_pipeline.write(str(tmp_path), model, objective) == "DDPMPipeline"
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     for change in ({"beta_schedule": "exp"}, {"prediction_type": "flow"}, {"trained_betas": [0.1]}):
         with refused(f"scheduler_config.json.{next(iter(change))}"):
             diffusers_pipeline.sections(config | change, 1)

@@ -19,6 +19,7 @@ from tests.launch.fakes import (
     sweep_jobs,
 )
 from tests.launch.machines import cloud, launch, replace_machine
+from tests.tiers import slow_except
 
 __all__ = ["cloud"]  # a fixture
 TEXT = "mig:machine=a2-highgpu-1g:zone=z:image_family=f:bucket=gs://code/x"
@@ -57,7 +58,7 @@ def test_arguments_are_passed_unchanged(cloud):
     assert list((cloud.parent / "bucket" / "code" / "x" / "code").glob("*.tar.gz"))
 
 
-@pytest.mark.parametrize("codes", [[0], [2], [3], [75, 0], [1]])
+@pytest.mark.parametrize("codes", slow_except([[75, 0]], [[0], [2], [3], [75, 0], [1]]))
 def test_group_is_resized_to_zero_at_the_end(cloud, codes):
     make_program(cloud, "job", EXITS)
     set_exit_codes(cloud, *codes)
@@ -69,7 +70,7 @@ def test_group_is_resized_to_zero_at_the_end(cloud, codes):
     assert (cloud / "ended").read_text() == str(codes[-1])
 
 
-@pytest.mark.parametrize("disk_lost", [False, True])
+@pytest.mark.parametrize("disk_lost", slow_except((True,), (False, True)))
 def test_run_resumes_on_the_machine_that_replaces_a_preempted_one(cloud, disk_lost):
     make_program(cloud, "job", f"if (HERE / 'signals').exists():\n    sys.exit(0)\n{WAITS}")
     signaller = signal_when_ready(cloud, "unit.pid")

@@ -27,6 +27,7 @@ from tests.launch.fakes import (
     signal_when_ready,
     sweep_jobs,
 )
+from tests.tiers import slow_except
 
 # Runs the script like Slurm, except that the tasks of an array run one after the other. Requeued tasks run again.
 SBATCH = """
@@ -128,7 +129,7 @@ def test_code_is_exported_once_and_to_a_folder_with_any_name(cluster):
         ([1], 0),
     ],
 )
-@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("others", slow_except((1,), (0, 1)))
 def test_requeue_by_exit_code(cluster, exit_codes, retries, others):
     set_exit_codes(cluster, *exit_codes, *[0] * others)
     launch([job_named(name) for name in "ab"[: 1 + others]], retries)

@@ -18,6 +18,7 @@ import pytest
 from launch import locks
 from launch.results import ResultRow
 from launch.status import table
+from tests.jobs import job
 from tests.launch.runs import logged, write_run, write_sweep
 from tests.refusals import refused_field
 
@@ -91,8 +92,7 @@ def test_job_prints_one_table_without_a_terminal(tmp_path):
 
 @pytest.mark.parametrize(("flag", "field"), [("--every=2", "workdir"), ("--every=0", "every")])
 def test_job_refuses_in_one_line(tmp_path, flag, field):
-    command = [*COMMAND, f"--workdir={tmp_path}", flag]  # the folder has no sweep
-    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=ENVIRONMENT, text=True)
+    done = job("launch.status", f"--workdir={tmp_path}", flag)  # the folder has no sweep
     assert refused_field(done) == field and not done.stdout
 
 
@@ -101,14 +101,16 @@ def test_job_redraws_on_a_terminal_until_all_runs_have_ended(tmp_path):
     lock = locks.hold(str(folder), "workdir")
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    job = subprocess.Popen([*COMMAND, f"--workdir={tmp_path}", "--every=0.1"], stdout=theirs, cwd=ROOT, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [*COMMAND, f"--workdir={tmp_path}", "--every=0.1"], stdout=theirs, cwd=ROOT, env=ENVIRONMENT
+    )
     os.close(theirs)
     seen = read_until(ours, b"1 running")
     with open(folder / "events.jsonl", "a") as file:
         file.write(json.dumps({"time": 2000.0, "event": "ended", "code": 0}) + "\n")
     lock.close()
     seen += read_until(ours, b"1 done")
-    assert job.wait(30) == 0
+    assert process.wait(30) == 0
     assert b"\x1b[3F" in seen, "each redraw must start at the first of the three lines"
     os.close(ours)
 

@@ -23,6 +23,7 @@ from tests.launch.fakes import (
 )
 from tests.launch.machines import cloud, launch
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 __all__ = ["cloud"]  # a fixture
 POD = "tpu_vm:type=v5litepod-16:zone=z:runtime=r"
@@ -81,7 +82,7 @@ def test_each_job_has_a_separate_resource(cloud):
     assert sorted(call[-1] for call in calls(cloud, "job")) == ["--distributed"] * 2
 
 
-@pytest.mark.parametrize("codes", [[0], [2], [3], [75, 75, 0]])
+@pytest.mark.parametrize("codes", slow_except([[75, 75, 0]], [[0], [2], [3], [75, 75, 0]]))
 def test_resource_deletes_itself_on_request(cloud, codes):
     make_program(cloud, "job", EXITS)
     for option, count in (("", 0), (":delete=true", 1)):

@@ -18,6 +18,7 @@ from diffusion.training import ema, optimizer
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 TINY = {
     "name": "edm2",
@@ -132,7 +133,7 @@ def test_normalized_weights_have_orthogonal_gradients(x64):
 # The network.
 
 
-@pytest.mark.parametrize("size", PAPER)
+@pytest.mark.parametrize("size", slow_except(("S",), PAPER))
 def test_the_papers_parameter_counts(size):
     width, millions = PAPER[size]
     network = build("networks", {"name": "edm2", "width": width}, shape=(64, 64, 4), num_classes=1000)
@@ -194,7 +195,7 @@ def test_the_length_of_weights_has_no_effect():
 OPTIONS = [{}, {"dtype": "bfloat16"}, {**SMALLER, "outputs": 2}]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", slow_except(OPTIONS[2:], OPTIONS), ids=str)
 def test_every_input_matters(options):
     apply, params = tiny(**options)
     out = apply(params, X, C_NOISE, COND)
@@ -267,6 +268,7 @@ def test_bfloat16_is_close_to_float32():
     assert 1e-6 < gap < 0.05 * abs(outs[0]).max()
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_loss_nor_gradients():
     """The gradients are those of the gains and of the noise label."""
 

@@ -11,38 +11,41 @@ from diffusion.layers.residual import BlockConfig, ResidualBlock
 from tests.refusals import refused
 
 
-def test_shape_and_zero_output_at_initialisation(tiny_unet, digits_batch):
+@pytest.fixture(scope="module")
+def apply(tiny_unet):
+    return jax.jit(tiny_unet.apply)
+
+
+def test_shape_and_zero_output_at_initialisation(tiny_unet, apply, digits_batch):
     params = jax.jit(tiny_unet.init)(jax.random.key(0))
     assert all(isinstance(key.key, str) for path, _ in jax.tree.leaves_with_path(params) for key in path)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    out = tiny_unet.apply(params, digits_batch["x"], jnp.ones(16), digits_batch["cond"])
+    out = apply(params, digits_batch["x"], jnp.ones(16), digits_batch["cond"])
     assert out.shape == (16, 8, 8, 1) and out.dtype == jnp.float32
     assert not out.any()
 
 
-def test_keep_selects_the_null_class(tiny_unet, tiny_params, digits_batch):
+def test_keep_selects_the_null_class(apply, tiny_params, digits_batch):
     """The label has an effect where `keep` is True and none where it is False."""
-    x = jnp.broadcast_to(digits_batch["x"][:1], (4, 8, 8, 1))
-    cond = {"label": jnp.array([3, 7, 3, 7]), "keep": jnp.array([True, True, False, False])}
-    out = jax.jit(tiny_unet.apply)(tiny_params["net"], x, jnp.full(4, 500.0), cond)
+    x = jnp.broadcast_to(digits_batch["x"][:1], (16, 8, 8, 1))
+    cond = {"label": jnp.tile(jnp.array([3, 7, 3, 7]), 4), "keep": jnp.arange(16) % 4 < 2}
+    out = apply(tiny_params["net"], x, jnp.full(16, 500.0), cond)
     assert abs(out[0] - out[1]).max() > 1e-3
     assert abs(out[0] - out[2]).max() > 1e-3
     np.testing.assert_allclose(out[2], out[3], atol=1e-6)
-    without = jax.jit(tiny_unet.apply)(tiny_params["net"], x, jnp.full(4, 500.0), {"label": cond["label"]})
+    without = apply(tiny_params["net"], x, jnp.full(16, 500.0), {"label": cond["label"]})
     np.testing.assert_allclose(without[:2], out[:2], atol=1e-6)
 
 
-def test_noise_label_matters(tiny_unet, tiny_params, digits_batch):
-    out = [
-        tiny_unet.apply(tiny_params["net"], digits_batch["x"], jnp.full(16, c), digits_batch["cond"]) for c in (1, 9)
-    ]
+def test_noise_label_matters(apply, tiny_params, digits_batch):
+    x, cond = digits_batch["x"], digits_batch["cond"]
+    out = [apply(tiny_params["net"], x, jnp.full(16, c), cond) for c in (1.0, 9.0)]
     assert abs(out[0] - out[1]).max() > 1e-3
 
 
-def test_examples_do_not_mix(tiny_unet, tiny_params, digits_batch):
+def test_examples_do_not_mix(apply, tiny_params, digits_batch):
     x, cond = digits_batch["x"], digits_batch["cond"]
     changed = x.at[3].set(0.5)
-    apply = jax.jit(tiny_unet.apply)
     difference = abs(apply(tiny_params["net"], changed, jnp.ones(16), cond)
                      - apply(tiny_params["net"], x, jnp.ones(16), cond)).max(axis=(1, 2, 3))  # fmt: skip
     assert difference[3] > 1e-3 and np.delete(difference, 3).max() < 1e-6
@@ -67,7 +70,7 @@ def test_dropout_needs_a_key(digits, digits_batch):
     assert abs(first - second).max() > 1e-3 and abs(first - apply(*args)).max() > 1e-3
 
 
-def test_bfloat16_is_close_to_float32(digits, tiny_params, digits_batch):
+def test_bfloat16_is_close_to_float32(apply, digits, tiny_params, digits_batch):
     spec = {
         "name": "unet",
         "width": 8,
@@ -75,13 +78,13 @@ def test_bfloat16_is_close_to_float32(digits, tiny_params, digits_batch):
         "num_res_blocks": 1,
         "attention_resolutions": (4,),
         "head_dim": 8,
+        "dtype": "bfloat16",
     }
-    outs = []
-    for dtype in ("float32", "bfloat16"):
-        network = build("networks", {**spec, "dtype": dtype}, shape=digits.spec.shape, num_classes=10)
-        params = jax.jit(network.init)(jax.random.key(0))
-        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-        outs.append(network.apply(tiny_params["net"], digits_batch["x"], jnp.ones(16), digits_batch["cond"]))
+    network = build("networks", spec, shape=digits.spec.shape, num_classes=10)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    args = tiny_params["net"], digits_batch["x"], jnp.ones(16), digits_batch["cond"]
+    outs = [compiled(*args) for compiled in (apply, jax.jit(network.apply))]
     assert outs[1].dtype == jnp.float32
     gap = abs(outs[0] - outs[1]).max()
     assert 1e-6 < gap < 0.05 * abs(outs[0]).max()
@@ -132,9 +135,10 @@ def test_without_a_null_class_nothing_is_added():
     network, params = random_net(spec, num_classes=3)
     assert params["embed"]["label"]["embedding"].shape == (3, 32)
     x, c_noise, label = np.ones((3, 8, 8, 1), np.float32), np.ones(3, np.float32), np.array([0, 1, 2])
-    out = network.apply(params, x, c_noise, {"label": label, "keep": np.array([True, False, False])})
+    apply = jax.jit(network.apply)
+    out = apply(params, x, c_noise, {"label": label, "keep": np.array([True, False, False])})
     params["embed"]["label"]["embedding"] *= 0
-    none = network.apply(params, x, c_noise, {"label": label})
+    none = apply(params, x, c_noise, {"label": label, "keep": np.array([True, True, True])})
     np.testing.assert_allclose(out[1:], none[1:], atol=1e-5)
     assert abs(out[0] - none[0]).max() > 1e-3
 

@@ -10,6 +10,7 @@ import pytest
 
 from diffusion.core.build import build
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 TINY = {"name": "uvit", "patch_size": 2, "width": 16, "depth": 7, "num_heads": 2}
 PAPER = {
@@ -36,7 +37,7 @@ def tiny(num_classes=10, **options):
     return jax.jit(network.apply), params
 
 
-@pytest.mark.parametrize("size", PAPER)
+@pytest.mark.parametrize("size", slow_except(("CIFAR-10",), PAPER))
 def test_the_papers_parameter_counts(size):
     side, channels, num_classes, options, millions = PAPER[size]
     network = build("networks", {"name": "uvit", **options}, shape=(side, side, channels), num_classes=num_classes)
@@ -69,7 +70,7 @@ def test_options_add_parameters():
 OPTIONS = [{}, MORE, {"outputs": 2, "patch_size": 4}, {"kernel": "chunked"}, {"dtype": "bfloat16", "conv": False}]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", slow_except(OPTIONS[4:], OPTIONS), ids=str)
 def test_every_input_matters(options):
     apply, params = tiny(**options)
     out = apply(params, X, C_NOISE, {**COND, "keep": np.full(3, True)})
@@ -93,7 +94,10 @@ def test_keep_selects_the_null_class():
     np.testing.assert_array_equal(other, dropped)
 
 
-@pytest.mark.parametrize("options", [{}, {**MORE, "num_classes": 0, "patch_size": 4}], ids=str)
+UNCONDITIONAL = {**MORE, "num_classes": 0, "patch_size": 4}
+
+
+@pytest.mark.parametrize("options", slow_except([{}], [{}, UNCONDITIONAL]), ids=str)
 def test_agrees_with_a_loop_over_blocks(options):
     """The reference is the paper's network in float64, without a scan."""
     apply, params = tiny(**options)
@@ -202,6 +206,7 @@ def test_positions_matter():
     assert abs(back - out).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     def gradient(remat):
         apply, params = tiny(remat=remat, depth=5)

@@ -17,6 +17,7 @@ from diffusion.training.step import make_step
 from tests.objectives.drawing import with_draws
 from tests.process.gaussian_ode import gaussian_ode_map
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 MEAN, STD = 0.3, 0.6
 DATA = Mixture([[MEAN, MEAN]], [STD], [1.0])
@@ -60,7 +61,7 @@ def points():
     return jax.random.normal(jax.random.key(0), (8, 2), float), t, r
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", slow_except(SCHEDULES[:1], SCHEDULES), ids=str)
 def test_step_arrives_on_the_path(x64, points, schedule):
     objective, (x, t, r) = objective_of(schedule=schedule), points
     path = objective.schedule
@@ -75,7 +76,7 @@ def test_step_arrives_on_the_path(x64, points, schedule):
     np.testing.assert_allclose(arrived(x, t, r), flow(path, x, t, r), atol=1e-9)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", slow_except(SCHEDULES[:1], SCHEDULES), ids=str)
 def test_without_target_time_it_is_the_posterior_mean(x64, points, schedule):
     """With a target time close to t it is nearly the posterior mean."""
     objective, (x, t, _) = objective_of(schedule=schedule), points
@@ -159,6 +160,7 @@ def test_network_without_a_step_size_is_rejected(name):
         objective.init(network, jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean_flow", "shortcut"])
 def test_accumulation_gives_the_same_training(name):
     """All random numbers are drawn for the whole batch, and each micro-batch has its share of the step examples."""

@@ -16,6 +16,7 @@ from diffusion.process import time_sampling
 from diffusion.process.analytic import Mixture
 from tests.objectives.drawing import with_draws
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 MEAN, STD, LOWEST = 0.3, 0.6, 0.002
 EDM = {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0}
@@ -94,17 +95,25 @@ def test_exact_map_agrees_at_both_ends_of_a_step(x64):
     assert exact < 5e-4 < 0.02 < mean
 
 
-@pytest.mark.parametrize(("solver", "least", "most"), [("euler", 0.8, 1.2), ("ddim", 0.8, 1.2), ("heun", 1.8, 2.3)])
+ORDERS = [("euler", 0.8, 1.2), ("ddim", 0.8, 1.2), ("heun", 1.8, 2.3)]
+
+
+@pytest.mark.parametrize(("solver", "least", "most"), slow_except(ORDERS[2:], ORDERS))
 def test_order_of_the_solvers(x64, solver, least, most):
     """The error at the end of the whole path from 80 to 0.002, in N steps of the karras grid."""
     errors = []
     for points in (41, 81):
         objective = objective_of(discretization={"name": "fixed", "points": points}, solver=solver, teacher=TEACHER)
         denoise = objective.teacher_denoiser(None, PARAMS, PARAMS)
+
+        @jax.jit
+        def step(x, t, objective=objective, denoise=denoise):
+            t, r = objective.discretization.pair(objective.schedule, 0.999 * t, objective.t_min, jnp.int32(0))
+            return objective.solver_step(denoise, x, t, r, {}), r
+
         x, t = jnp.array([[50.0]]), jnp.ones(1)
         for _ in range(points - 1):
-            t, r = objective.discretization.pair(objective.schedule, 0.999 * t, objective.t_min, jnp.int32(0))
-            x, t = objective.solver_step(denoise, x, t, r, {}), r
+            x, t = step(x, t)
         errors.append(float(abs(x - path_end(50.0, 80.0))[0, 0]))
     assert least < np.log2(errors[0] / errors[1]) < most
 
@@ -131,7 +140,9 @@ BOUNDARIES = [
 ]
 
 
-@pytest.mark.parametrize(("schedule", "parameterization", "sigma_min"), BOUNDARIES, ids=str)
+@pytest.mark.parametrize(
+    ("schedule", "parameterization", "sigma_min"), slow_except(BOUNDARIES[1:4], BOUNDARIES), ids=str
+)
 def test_boundary_is_exact_bit_for_bit(schedule, parameterization, sigma_min, mlp, mlp_params, digits_batch):
     objective = objective_of(
         schedule=schedule, parameterization=parameterization, sigma_min=sigma_min, discretization=RATIO
@@ -144,12 +155,18 @@ def test_boundary_is_exact_bit_for_bit(schedule, parameterization, sigma_min, ml
     assert (np.asarray(denoise(x, t + 1e-3).x0) != np.asarray(x)).any()
 
 
-@pytest.mark.parametrize("spec", [
-    {"discretization": {"name": "doubling", "steps": 600, "start": 10, "end": 80}, "sigma_min": LOWEST},
-    {"discretization": {"name": "ratio", "every": 100}, "parameterization": {"name": "edm"}, "sigma_min": 0.0},
-], ids=["ict", "ect"])  # fmt: skip
-def test_training_on_a_gaussian_learns_the_closed_form(spec):
-    objective = objective_of(**spec, time_sampler={"name": "log_normal", "mean": -0.5, "std": 1.5, "sigma_min": 0.002})
+TRAINED = {
+    "ict": {"discretization": {"name": "doubling", "steps": 600, "start": 10, "end": 80}, "sigma_min": LOWEST},
+    "ect": {"discretization": {"name": "ratio", "every": 100}, "parameterization": {"name": "edm"}, "sigma_min": 0.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_on_a_gaussian_learns_the_closed_form(name):
+    objective = objective_of(
+        **TRAINED[name], time_sampler={"name": "log_normal", "mean": -0.5, "std": 1.5, "sigma_min": 0.002}
+    )
     network = build("networks", {"name": "mlp", "width": 32, "depth": 2}, shape=(1,))
     params = objective.init(network, jax.random.key(0))
     rate = optax.cosine_decay_schedule(5e-3, 700)

@@ -1,5 +1,7 @@
 """Every objective, interrupted and resumed from a checkpoint, gives the same train state bit for bit: parameters,
-targets, teachers, averages, moments and objective state, across steps at which a discretization or a round changes."""
+targets, teachers, averages, moments and objective state, across steps at which a discretization or a round changes.
+
+Without `make slow`, only the objectives with a state, or with networks that follow the student."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ from diffusion.training import ema, optimizer
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
-from tests.test_coverage import SCALAR_CONDITIONS, spec_of
+from tests.test_coverage import SCALAR_CONDITIONS, STATEFUL, spec_of
+from tests.tiers import slow_except
 
 DISCRETIZATION = {"name": "square_root", "steps": 4, "start": 2, "end": 9}
 CASES = {name: {} for name in names("objectives")} | {
@@ -31,7 +34,7 @@ def network(digits):
     return build("networks", spec, shape=digits.spec.shape, num_classes=10)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except(STATEFUL, CASES))
 def test_resumed_is_uninterrupted(name, network, digits, digits_batch, tmp_path):
     plain = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=digits.spec.shape, num_classes=10)
     spec = spec_of(name, None, None, plain, digits.spec) | CASES[name]

@@ -10,13 +10,14 @@ from diffusion.core.build import build
 from tests.objectives.drawing import with_draws
 from tests.objectives.test_average_velocity import exact, flow, velocity
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 
 def objective_of(**options):
     return build("objectives", {"name": "shortcut", **options}, field="objective")
 
 
-@pytest.mark.parametrize("schedule", ["flow", "trig", "edm"])
+@pytest.mark.parametrize("schedule", slow_except(("flow",), ("flow", "trig", "edm")))
 def test_two_half_steps_equal_one_step(x64, schedule):
     """This holds for the exact average velocity. The halves of the shortest steps are Euler steps of the ODE."""
     objective = objective_of(schedule=schedule, base_steps=8)

@@ -10,13 +10,13 @@ from diffusion.sampling.loop import bind, in_batches, noised, prior, sample
 
 
 @pytest.fixture(scope="module")
-def drawing(ddpm, tiny_unet, tiny_params):
+def drawing(ddpm, tiny_mlp, mlp_params):
     """Returns `draw(keys, cond, times, scale)`, jitted, and the list of its traces."""
     traces = []
 
     def draw(keys, cond, times, scale):
         traces.append(keys.shape)
-        denoise = bind(cfg(ddpm.denoiser(tiny_unet.apply, tiny_params), scale), cond)
+        denoise = bind(cfg(ddpm.denoiser(tiny_mlp.apply, mlp_params), scale), cond)
         x = prior(ddpm.schedule, times[0], keys, (8, 8, 1))
         return sample(denoise, ddpm.schedule, build("samplers", {"name": "ddim", "eta": 1.0}), x, times, keys)
 

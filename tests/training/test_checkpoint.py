@@ -15,6 +15,7 @@ from diffusion.training.checkpoint import Checkpoints, Corrupt, Retention
 from diffusion.training.resilience import guards
 from diffusion.training.state import TrainState
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 META = {"config": {"seed": 0}, "spec": {"shape": [8]}}
 
@@ -95,15 +96,22 @@ CORRUPTIONS = {
 }
 
 
-@pytest.mark.parametrize("how", CORRUPTIONS)
-def test_corruption_is_detected_or_harmless(tmp_path, how, caplog):
-    """Corrupts each file of the newest checkpoint in turn: what is read is the newest checkpoint or the one before."""
-    caplog.set_level(logging.WARNING, logger="diffusion")
-    checkpoints = Checkpoints(str(tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A workdir with checkpoints of two steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    checkpoints = Checkpoints(str(folder))
     for step in (3, 4):
         checkpoints.save(step, state(value=float(step)), {"examples": step}, META)
     checkpoints.close()
-    newest = tmp_path / "whole/checkpoints/4"
+    return folder
+
+
+@pytest.mark.parametrize("how", slow_except(("flipped",), CORRUPTIONS))
+def test_corruption_is_detected_or_harmless(two_steps, tmp_path, how, caplog):
+    """Corrupts each file of the newest checkpoint in turn: what is read is the newest checkpoint or the one before."""
+    caplog.set_level(logging.WARNING, logger="diffusion")
+    newest = two_steps / "checkpoints/4"
     names = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
     assert len(names) > 10
     harmless = []
@@ -111,7 +119,7 @@ def test_corruption_is_detected_or_harmless(tmp_path, how, caplog):
         if how == "other JSON" and name.name == "_CHECKPOINT_METADATA":
             continue  # see test_invalid_metadata_of_a_checkpoint
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        shutil.copytree(two_steps, tmp_path / "run")
         CORRUPTIONS[how](tmp_path / "run/checkpoints/4" / name)
         found = Checkpoints(str(tmp_path / "run"), read_only=True)
         caplog.clear()

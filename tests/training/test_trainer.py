@@ -108,6 +108,7 @@ def test_restart_ends_bit_for_bit_the_same(run, whole, tmp_path):
     assert losses(whole.workdir) == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == STEPS
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_is_quarantined(run, whole, tmp_path, caplog):
     run(tmp_path / "run", steps=6)
     about = tmp_path / "run/checkpoints/6/about/metadata"
@@ -119,6 +120,7 @@ def test_a_corrupt_checkpoint_is_quarantined(run, whole, tmp_path, caplog):
     assert losses(tmp_path / "run") == losses(whole.workdir)
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_the_logging_window(run, whole, tmp_path):
     """A restart within a window, here after step 3, changes nothing: its sums are saved with the checkpoint."""
     run(tmp_path, steps=6, log_every=4)
@@ -202,9 +204,8 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize(
-    "move", [key if key == "8 to 1" else pytest.param(key, marks=pytest.mark.slow) for key in MOVES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("move", MOVES)
 def test_restores_onto_another_mesh(move, run, whole, tmp_path):
     rules = ((r"blocks/kernel1$", (None, "fsdp", "model")),)
     for number, mesh in enumerate(MOVES[move], start=1):
@@ -222,6 +223,7 @@ def test_a_batch_that_the_mesh_does_not_divide(run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_async_save_of_a_donated_state(run, tmp_path):
     """Every checkpoint of a run is the state of its step, although the next step reuses its memory."""
     run(tmp_path / "all", every=1)

@@ -49,6 +49,7 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_skipped_examples_are_counted(run, tmp_path, folder):
     """Two of the ten in every epoch, over the whole run, whatever the restarts, devices and workers."""
     run(tmp_path / "whole", 10, folder)
@@ -58,6 +59,7 @@ def test_skipped_examples_are_counted(run, tmp_path, folder):
     assert whole == cut == sorted(whole) and whole[4] == 4 and whole[9] == 8  # two epochs, four epochs
 
 
+@pytest.mark.slow
 def test_a_folder_may_move_and_errors_may_be_handled_differently(run, tmp_path, folder):
     run(tmp_path / "run", 1, folder)
     with refused("data"):

@@ -8,6 +8,7 @@ import pytest
 from diffusion.core.arrays import derivative
 from diffusion.core.build import build, names
 from tests.refusals import refused
+from tests.tiers import first_of_each, slow_except
 
 VARIANTS = [
     *({"name": "vp", "betas": betas, "num_steps": 40} for betas in ("linear", "scaled_linear", "cosine", "sigmoid")),
@@ -26,7 +27,10 @@ VARIANTS = [
 INFINITE_AT_DATA = ("vp_sde", "ve")  # schedules whose derivative of sigma is infinite at t = 0
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda spec: "-".join(map(str, spec.values())))
+@pytest.fixture(
+    params=slow_except(first_of_each(lambda spec: spec["name"], VARIANTS), VARIANTS),
+    ids=lambda spec: "-".join(map(str, spec.values())),
+)
 def schedule(request, x64):
     built = build("schedules", request.param)
     if request.param["name"] == "learned":

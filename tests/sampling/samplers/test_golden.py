@@ -1,6 +1,7 @@
 """Compares our samplers with stored results of diffusers' schedulers (`tests/golden/schedulers.py`).
 
-Both have the same initial x, times, noise and closed-form model. `make parity` also runs the installed peers.
+Both have the same initial x, times, noise and closed-form model. Without `make slow`, one case of each sampler.
+`make parity` also runs the installed peers.
 """
 
 import jax
@@ -13,15 +14,20 @@ from diffusion.core.build import build
 from diffusion.core.types import Denoised
 from diffusion.sampling.loop import sample
 from tests.golden.schedulers import CASES, ORACLE, lcm_scalings
+from tests.tiers import first_of_each, slow_except
 
 # In float64 the peers agree to about 1e-12; 1e-9 allows for differences between machines.
 TOLERANCE = 1e-9
 
 
 def is_selected(case):
-    """Returns whether the case is one of the fifth that run here; `make parity` runs all of them."""
+    """Returns whether the case is one of the fifth that `make slow` runs; `make parity` runs all of them."""
     last = case.name.endswith("-cosine-10") or case.name.endswith(("-linear-11", "-scaled_linear-12", "-cosine-8"))
     return case.schedule["name"] != "vp" or last or case.name == "dpm_solver_pp-3m-scaled_linear-25"
+
+
+SELECTED = list(filter(is_selected, CASES))
+DEFAULT = first_of_each(lambda case: case.sampler["name"], SELECTED)
 
 
 def denoiser_of(case, schedule):
@@ -43,7 +49,7 @@ def ours(case, times, start):
     return np.asarray(jax.jit(lambda: sample(denoiser_of(case, schedule), *args))())
 
 
-@pytest.mark.parametrize("case", filter(is_selected, CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", slow_except(DEFAULT, SELECTED), ids=lambda case: case.name)
 def test_agrees_with_the_peer(case, golden, x64):
     times, start, x = (golden[f"{case.name}/{key}"] for key in ("times", "start", "x"))
     found = ours(case, times, start)

@@ -152,6 +152,7 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_bad_steps_are_counted(run, tmp_path, digits):
     """One step of four in every epoch is bad, and a restart continues the count."""
     run(tmp_path, source=WithNaN(digits), steps=6, every=1, keep_best="loss")  # a bad step has no finite loss
@@ -183,6 +184,7 @@ def test_too_many_consecutive_bad_steps_end_the_run(run, tmp_path, diverging):
     assert newest and newest < found["step"]
 
 
+@pytest.mark.slow
 def test_a_rollback_restores_the_checkpoint_and_continues_with_other_data(run, tmp_path, diverging, caplog):
     caplog.set_level(logging.WARNING, logger="diffusion")
     with pytest.raises(Diverged):

@@ -10,6 +10,7 @@ import pytest
 
 from diffusion.training.resilience.watchdog import Watchdog
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 ROOT = pathlib.Path(__file__).parents[3]
 # The wall clock of all these processes runs backwards. PyDLL holds the GIL during a call.
@@ -87,10 +88,22 @@ with Watchdog(0, path) as dog:
 }
 
 
+DEFAULT = ("sleep", "gil", "worker", "limit", "beats")
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """Runs all cases in parallel, since they mostly wait: `{name: (result, text of the report or None)}`."""
-    folder = tmp_path_factory.mktemp("watchdog")
+    """Returns the result of each case and the text of its report or None: `{name: (result, report)}`."""
+    return run_all(DEFAULT, tmp_path_factory.mktemp("watchdog"))
+
+
+@pytest.fixture(scope="module")
+def others_ended(tmp_path_factory):
+    return run_all(CASES.keys() - set(DEFAULT), tmp_path_factory.mktemp("watchdog"))
+
+
+def run_all(names, folder):
+    """Runs cases in parallel, since they mostly wait."""
 
     def run(name):
         path = folder / name
@@ -102,15 +115,19 @@ def ended(tmp_path_factory):
         return name, (done, path.read_text() if path.exists() else None)
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        return dict(pool.map(run, CASES))
+        return dict(pool.map(run, names))
 
 
-@pytest.mark.parametrize("name", ["sleep", "lock"])
-def test_reports_where_and_ends_the_process(ended, name):
-    done, report = ended[name]
+@pytest.mark.parametrize("name", slow_except(DEFAULT, ("sleep", "lock")))
+def test_reports_where_and_ends_the_process(name, request):
+    done, report = result(request, name)
     assert done.returncode == 70, done.stderr
     for text in (done.stderr, report):
         assert "s (limit 0.4 s), since: step 7\n" in text and "in hang_here" in text
+
+
+def result(request, name):
+    return request.getfixturevalue("ended" if name in DEFAULT else "others_ended")[name]
 
 
 def test_ends_while_the_gil_is_held(ended):
@@ -118,11 +135,12 @@ def test_ends_while_the_gil_is_held(ended):
     assert done.returncode == 1 and "in hang_here" in done.stderr, done.stderr
 
 
-def test_a_report_that_cannot_be_written_does_not_delay_the_end(ended):
-    done, report = ended["no folder"]
+@pytest.mark.slow
+def test_a_report_that_cannot_be_written_does_not_delay_the_end(others_ended):
+    done, report = others_ended["no folder"]
     assert done.returncode == 70 and report is None and "in hang_here" in done.stderr
     assert "Traceback" not in done.stderr
-    done, report = ended["full pipe"]
+    done, report = others_ended["full pipe"]
     assert done.returncode == 70 and "in hang_here" in report
 
 
@@ -136,9 +154,9 @@ def test_an_activity_has_its_own_limit(ended):
     assert done.stdout == "compiled\n" and done.returncode == 70 and "since: step 8\n" in report, done.stderr
 
 
-@pytest.mark.parametrize("name", ["beats", "over", "stopped", "off"])
-def test_does_not_end_a_run_that_is_alive(ended, name):
-    done, report = ended[name]
+@pytest.mark.parametrize("name", slow_except(DEFAULT, ("beats", "over", "stopped", "off")))
+def test_does_not_end_a_run_that_is_alive(name, request):
+    done, report = result(request, name)
     assert done.returncode == 0 and not done.stderr and report is None, done.stderr
     assert name != "off" or done.stdout == "1\n"
 
