@@ -17,7 +17,7 @@ from diffusion.core.build import defaults, find
 from diffusion.core.checks import at_most
 from diffusion.core.types import InputError, SampleMetric
 from diffusion.pipelines import tables
-from diffusion.pipelines.evaluation import Drawn, build_metrics, measure_samples
+from diffusion.pipelines.evaluation import Drawn, measure_samples
 from diffusion.pipelines.generator import MOST_STEPS, PLACING, Generator
 from diffusion.pipelines.overrides import is_whole, sections, spell
 from diffusion.pipelines.run import Run, open_run
@@ -181,8 +181,8 @@ def shared_metrics(runs: Mapping[str, Run]) -> list[SampleMetric]:
         the runs solve different tasks.
     """
     first, *others = runs
-    metrics = build_metrics(runs[first].config)
-    metrics = {name: metric for name, metric in metrics.items() if metric.kind == "samples"}
+    named = zip(runs[first].config["eval"]["metrics"], runs[first].metrics(), strict=True)
+    metrics = {name: metric for name, metric in named if metric.kind == "samples"}
     if not metrics:
         raise InputError("--runs", f"{first} has no sample metric in its eval section; list a run that has one first")
     for name in others:

@@ -5,6 +5,7 @@ from scipy.ndimage import gaussian_filter
 from diffusion.core.build import build
 from tests.refusals import refused
 from tests.streams import measured
+from tests.tiers import slow_except
 
 
 def metric_and_images(name, **keywords):
@@ -14,7 +15,7 @@ def metric_and_images(name, **keywords):
     return build("evaluation", "readable_shapes", **real), x
 
 
-@pytest.fixture(scope="module", params=["shapes", "moving_shapes"])
+@pytest.fixture(scope="module", params=slow_except(("shapes",), ("shapes", "moving_shapes")))
 def case(request):
     return metric_and_images(request.param)
 

@@ -24,7 +24,6 @@ from diffusion.training.trainer import Trainer
 from tests.jobs import job
 from tests.refusals import refused, refused_field
 from tests.streams import measured
-from tests.tiers import slow_except
 
 TRAILING, NUM = {"name": "trailing"}, 48
 DDIM = {"name": "ddim", "eta": 0.5, "steps": 3, "grid": TRAILING}
@@ -181,7 +180,8 @@ CHOSEN = [
 ]
 
 
-@pytest.mark.parametrize(("chosen", "labels"), slow_except(CHOSEN[1:], CHOSEN))
+@pytest.mark.slow
+@pytest.mark.parametrize(("chosen", "labels"), CHOSEN)
 def test_rows_of_the_contact_sheet(workdirs, tmp_path, monkeypatch, chosen, labels):
     """Shows all numbers of evaluations of a single run, or the first that each of several runs can use."""
     seen = []

@@ -184,6 +184,7 @@ def test_sample_refuses_a_workdir_without_a_checkpoint(workdir, tmp_path, kind):
         assert refused_field(done) == "workdir" and sorted(path for path in run.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_points_in_the_plane(tmp_path):
     """The same jobs on points instead of images, with an objective that trains two networks."""
     run = tmp_path / "run"

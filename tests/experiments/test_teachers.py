@@ -91,6 +91,7 @@ def test_a_run_keeps_its_teacher(teacher, tmp_path):
         train(config_of("digits_consistency", "cd", steps=4, teacher=tmp_path / "elsewhere"), resumed)
 
 
+@pytest.mark.slow
 def test_a_few_step_model_is_refused_as_a_teacher(student, tmp_path):
     """It does not predict the posterior mean. Reading it also builds its own teacher."""
     with refused("objective.teacher"):
