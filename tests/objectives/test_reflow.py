@@ -195,8 +195,11 @@ def test_round_straightens_the_paths():
     state = init_state(objective, network, opt, averages, jax.random.key(0))
     metric = build("evaluation", {"name": "straightness", "num": 500, "steps": 50}, train=data, held_out=data)
 
+    def model(params):
+        return objective.denoiser(network.apply, params), FLOW.schedule
+
     def curvature_of(params):
-        return metric(objective.denoiser(network.apply, params), FLOW.schedule, jax.random.key(1))["path_curvature"]
+        return metric(model, params, jax.random.key(1))["path_curvature"]
 
     before = curvature_of(state.params)
     step = make_step(objective, network, opt, averages, seed=0)
