@@ -17,42 +17,20 @@ import jax.numpy as jnp
 
 from diffusion.core import checks
 from diffusion.core.arrays import flat_mean
-from diffusion.core.build import build
-from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, Network, Params, Player, Schedule
-from diffusion.objectives.base.gaussian import ParameterizationSpec, ScheduleSpec, apply_network, check_defined
-from diffusion.process.parameterization import Parameterization
+from diffusion.core.types import Apply, Array, Batch, Cond, Denoiser, Network, Params, Player
+from diffusion.objectives.base.gaussian import ParameterizationSpec, Predictor, ScheduleSpec, apply_network, build_path
 
 
 @dataclasses.dataclass(frozen=True)
-class GAN:
+class GAN(Predictor):
     """A generative adversarial network; see `make`. The dict of networks has `net`, the generator, and `critic`."""
 
-    schedule: Schedule
-    parameterization: Parameterization
     players: Mapping[str, Player]
     r1: float
-    frozen: tuple[str, ...] = ()
 
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
         key_net, key_critic = jax.random.split(key)
-        return {"net": network.init(key_net), "critic": network.init(key_critic)}
-
-    def schedule_for(self, params: Mapping) -> Schedule:
-        return self.schedule
-
-    def initial_state(self) -> Mapping[str, Array]:
-        return {}
-
-    def before_step(
-        self,
-        params: Mapping,
-        ema_params: Mapping,
-        batch: Batch,
-        objective_state: Mapping[str, Array],
-        key: Array,
-        step: Array,
-    ) -> tuple[dict[str, Params], Mapping[str, Array]]:
-        return dict(params), objective_state
+        return {**super().init(network, key_net), "critic": network.init(key_critic)}
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         """Draws `eps [B, ...]`."""
@@ -76,7 +54,8 @@ class GAN:
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         x, cond = batch["x"], batch["cond"]
-        fake = self.generate(net, params["net"], self._noise(batch), cond, key)
+        noise = self.schedule.sigma(jnp.float32(1)) * batch["draws"]["eps"]
+        fake = self.generate(net, params["net"], noise, cond, key)
         real_logit, fake_logit = (self.critic(net, params["critic"], images, cond, key) for images in (x, fake))
         critic = jax.nn.softplus(-real_logit) + jax.nn.softplus(fake_logit)
         metrics = {"real_logit": jnp.mean(real_logit), "fake_logit": jnp.mean(fake_logit)}
@@ -89,17 +68,8 @@ class GAN:
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
         """Returns a denoiser whose x0 is a sample; it is meant for t = 1, the only time that is trained."""
-
-        def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
-            coefficients = self.parameterization(self.schedule, jnp.broadcast_to(t, x.shape[:1]))
-            return Denoised(
-                coefficients.to_x0(apply_network(net, params["net"], x, coefficients, cond), x), kind="consistency"
-            )
-
-        return denoise
-
-    def _noise(self, batch: Batch) -> Array:
-        return self.schedule.sigma(jnp.float32(1)) * batch["draws"]["eps"]
+        predict = super().denoiser(net, params)
+        return lambda x, t, cond: dataclasses.replace(predict(x, t, cond), kind="consistency")
 
 
 def make(
@@ -114,7 +84,7 @@ def make(
       schedule: A schedule that is pure noise at t = 1.
       parameterization: What the generator's network predicts at t = 1. With `velocity` an untrained generator returns
         its noise.
-      generator_every: The critic makes a step at every step, and the generator at every such step.
+      generator_every: The generator is updated at one of this many steps, the critic at all of them.
       r1: The weight of the gradient penalty on data (Mescheder et al. 2018, arXiv 1801.04406, eq. 9); 0 for none.
     """
     checks.at_least(1, generator_every=generator_every)
@@ -123,7 +93,4 @@ def make(
         "critic": Player(("critic",), averaged=False),
         "generator": Player(("net",), every=generator_every),
     }
-    path = build("schedules", schedule, field="schedule")
-    prediction = build("parameterization", parameterization, field="parameterization")
-    check_defined(parameterization, prediction, schedule, path)
-    return GAN(path, prediction, players, r1)
+    return GAN(**build_path(schedule, parameterization), players=players, r1=r1)

@@ -1,6 +1,7 @@
 """Objectives with several losses: whose gradients go where, and when each player makes a step."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -57,6 +58,7 @@ def test_each_loss_moves_the_networks_of_its_player_alone():
     key_draw = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 3)[1]
     batch["draws"] = objective.draw(batch, key_draw, 0, {})
 
+    @functools.partial(jax.jit, static_argnums=1)
     def loss(params, player):
         losses, _ = objective.losses(NETWORK.apply, params, {}, batch, None, 0)
         return jnp.mean(losses[player])
@@ -105,11 +107,17 @@ def test_a_bad_step_changes_no_player():
         ({"generator_every": 0}, "objectives.generator_every"),
         ({"r1": -1.0}, "objectives.r1"),
         ({"parameterization": "eps"}, "objectives.parameterization"),
+        ({"schedule": "learned"}, "objectives.schedule.name"),
     ],
 )
 def test_invalid_options(options, field):
     with refused(field):
         gan(**options)
+
+
+def test_a_second_head_is_refused():
+    with refused("network.outputs"):
+        gan().init(dataclasses.replace(NETWORK, outputs=2), jax.random.key(0))
 
 
 @pytest.mark.slow

@@ -34,26 +34,23 @@ LOG_SNR_EDGES = (-4, -2, 0, 2, 4)  # edges of the bins for which the loss is log
 
 
 @dataclasses.dataclass(frozen=True)
-class Gaussian:
-    """An `Objective` with the loss E[w(t) mean((F - target)^2)], the expectation over t and eps.
+class Predictor:
+    """What objectives share whose network predicts a combination of x0 and eps from x_t.
 
-    Three attributes extend the protocol. `init` checks the network against `outputs` and `scalar_conditions`, and
-    `teacher.check_coefficients` compares the `parameterization` of student and teacher. An objective that does not
-    derive from this class needs `parameterization` if its models serve as teachers, and neither of the others.
+    Three attributes extend the protocol `Objective`. `init` checks the network against `outputs` and
+    `scalar_conditions`, and `teacher.check_coefficients` compares the `parameterization` of student and teacher. An
+    objective that does not derive from this class needs `parameterization` if its models serve as teachers, and neither
+    of the others.
 
     Attributes:
       schedule: The noise schedule.
       parameterization: What the output F of the network stands for.
-      time_sampler: The distribution of t in training.
-      weighting: The weight w(t) of the squared error of F.
       frozen: Names of the networks that receive no gradient; see `Objective`.
     """
 
     schedule: Schedule
     parameterization: Parameterization
-    time_sampler: TimeSampler
-    weighting: Weighting
-    frozen: tuple[str, ...] = ()
+    frozen = ()
 
     @property
     def outputs(self) -> int:
@@ -79,7 +76,7 @@ class Gaussian:
         return self.schedule
 
     def initial_state(self) -> Mapping[str, Array]:
-        return self.time_sampler.initial_state()
+        return {}
 
     def before_step(
         self,
@@ -91,6 +88,32 @@ class Gaussian:
         step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
         return dict(params), objective_state
+
+    def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
+        schedule = self.schedule_for(params)
+
+        def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
+            coefficients = self.parameterization(schedule, per_example(t, x))
+            return Denoised(coefficients.to_x0(apply_network(net, params["net"], x, coefficients, cond), x))
+
+        return denoise
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(Predictor):
+    """An `Objective` with the loss E[w(t) mean((F - target)^2)], the expectation over t and eps.
+
+    Attributes:
+      time_sampler: The distribution of t in training.
+      weighting: The weight w(t) of the squared error of F.
+    """
+
+    time_sampler: TimeSampler
+    weighting: Weighting
+    frozen: tuple[str, ...] = ()
+
+    def initial_state(self) -> Mapping[str, Array]:
+        return self.time_sampler.initial_state()
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         """Draws `t [B]`, its importance weight `weight [B]` and `eps [B, ...]`."""
@@ -133,15 +156,6 @@ class Gaussian:
         error = jnp.square(output - coefficients.target(batch["x"], batch["draws"]["eps"]))
         return flat_mean(self.weighting(self.schedule, coefficients, t) * flat_mean(error, keep=t.ndim))
 
-    def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
-        schedule = self.schedule_for(params)
-
-        def denoise(x: Array, t: Array, cond: Cond) -> Denoised:
-            coefficients = self.parameterization(schedule, per_example(t, x))
-            return Denoised(coefficients.to_x0(apply_network(net, params["net"], x, coefficients, cond), x))
-
-        return denoise
-
 
 def build_parts(
     schedule: ScheduleSpec,
@@ -160,17 +174,10 @@ def build_parts(
       InputError: The parameterization is undefined on the schedule, or the time sampler lacks information.
     """
     parts = {
-        "schedule": build("schedules", schedule, field="schedule"),
-        "parameterization": build("parameterization", parameterization, field="parameterization"),
+        **build_path(schedule, parameterization, learned=learned),
         "time_sampler": build("time_sampling", time_sampler, field="time_sampler"),
         "weighting": build("weighting", weighting, field="weighting"),
     }
-    if learned != hasattr(parts["schedule"], "at"):
-        problem = (
-            "must be learned for this objective" if learned else "must not be learned, except for the vdm objective"
-        )
-        raise InputError("schedule.name", problem)
-    check_defined(parameterization, parts["parameterization"], schedule, parts["schedule"])
     # Trace a draw, so that a time sampler that needs a table of steps is rejected here.
     jax.eval_shape(
         lambda key: parts["time_sampler"].draw(parts["schedule"], key, 1, parts["time_sampler"].initial_state()),
@@ -179,22 +186,25 @@ def build_parts(
     return parts
 
 
-def check_defined(
-    parameterization_spec: ParameterizationSpec, parameterization: Parameterization, schedule_spec: ScheduleSpec,
-    schedule: Schedule,
-) -> None:  # fmt: skip
-    """Checks that the coefficients of a parameterization exist at t = 1.
-
-    Raises:
-      InputError: One is infinite, and x0 cannot be computed from pure noise.
-    """
-    for name, value in vars(parameterization(schedule, jnp.float32(1))).items():
+def build_path(
+    schedule: ScheduleSpec, parameterization: ParameterizationSpec, *, learned: bool = False
+) -> dict[str, Any]:
+    """Builds the parts of a `Predictor`; the arguments and errors are those of `build_parts`."""
+    path = build("schedules", schedule, field="schedule")
+    prediction = build("parameterization", parameterization, field="parameterization")
+    if learned != hasattr(path, "at"):
+        problem = (
+            "must be learned for this objective" if learned else "must not be learned, except for the vdm objective"
+        )
+        raise InputError("schedule.name", problem)
+    for name, value in vars(prediction(path, jnp.float32(1))).items():
         if not np.isfinite(value):
             raise InputError(
                 "parameterization",
-                f"{parameterization_spec!r} is undefined at t = 1 of schedule {schedule_spec!r}: {name} is {value}; "
+                f"{parameterization!r} is undefined at t = 1 of schedule {schedule!r}: {name} is {value}; "
                 + ("use c_noise = 'time'" if name == "c_noise" else "use v, x0 or velocity"),
             )
+    return {"schedule": path, "parameterization": prediction}
 
 
 def corrupt(schedule: Schedule, x0: Array, eps: Array, t: Array) -> Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.core import trees
 from diffusion.core.types import (
     SCALAR_CONDITIONS,
     Array,
@@ -99,7 +100,7 @@ def init_from_teacher(student: Params, teacher: Params) -> Params:
     Raises:
       InputError: The two networks differ.
     """
-    ours, theirs = _by_path(student), _by_path(teacher)
+    ours, theirs = trees.by_path(student), trees.by_path(teacher)
     for path in sorted(ours.keys() | theirs.keys()):
         here, there = (_spell(arrays.get(path)) for arrays in (ours, theirs))
         is_extra = path not in theirs and any(part in SCALAR_CONDITIONS for part in path.split("/"))
@@ -109,15 +110,7 @@ def init_from_teacher(student: Params, teacher: Params) -> Params:
                 "student; copy the network section of the teacher's config"
             )
             raise InputError("objective.teacher", problem)
-    return jax.tree.map_with_path(lambda path, leaf: jnp.array(theirs.get(_name(path), leaf)), student)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _by_path(params: Params) -> dict[str, Array]:
-    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    return jax.tree.map_with_path(lambda path, leaf: jnp.array(theirs.get(trees.path_name(path), leaf)), student)
 
 
 def _spell(array: Array | None) -> str:
