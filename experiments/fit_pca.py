@@ -20,7 +20,7 @@ CONFIG = cli.define_config()
 OUT = flags.DEFINE_string("out", None, "The file to write, .safetensors.")
 PATCH_SIZE = flags.DEFINE_integer("patch_size", 2, "The side of a patch, in pixels; a patch becomes a latent pixel.")
 CHANNELS = flags.DEFINE_integer("channels", 3, "The number of components, the channels of the latents.")
-NUM = flags.DEFINE_integer("num", 10_000, "The number of images to fit to; fewer if there are fewer.")
+NUM = flags.DEFINE_integer("num", 10_000, "Number of images to fit to; all if there are fewer.", lower_bound=1)
 flags.mark_flags_as_required(["config", "out"])
 
 

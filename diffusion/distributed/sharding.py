@@ -4,7 +4,6 @@ import collections
 import itertools
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion.core.trees import path_name
+from diffusion.core.trees import matcher, path_name
 from diffusion.core.types import InputError
 from diffusion.distributed.mesh import REST
 
@@ -62,12 +61,14 @@ def of_state(state: Any, mesh: Mesh, rules: Sequence[Rule] = (), fsdp_min_size: 
       InputError: A rule is not a regular expression, or has an unknown axis, the same axis twice, more axes than the
         array has dimensions, or an axis that does not divide its dimension.
     """
-    compiled = [(_expression(pattern, index), spec, index) for index, (pattern, spec) in enumerate(rules)]
+    compiled = [
+        (matcher([pattern], f"sharding.rules[{index}]"), spec, index) for index, (pattern, spec) in enumerate(rules)
+    ]
     unused = {index: pattern for index, (pattern, _) in enumerate(rules)}
 
     def place(path, leaf) -> NamedSharding:
         name = path_name(path)
-        found = ((spec, index) for pattern, spec, index in compiled if leaf.ndim and pattern.search(name))
+        found = ((spec, index) for matches, spec, index in compiled if leaf.ndim and matches(name))
         spec, index = next(found, ((), None))
         unused.pop(index, None)
         if spec is None:
@@ -127,14 +128,6 @@ def spread(tree: Any, sharding: NamedSharding) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
 
     return jax.tree.map(place, tree)
-
-
-def _expression(pattern: str, index: int) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        problem = f"{pattern!r} is not a valid regular expression: {error}"
-        raise InputError(f"sharding.rules[{index}]", problem) from None
 
 
 def _fsdp_axes(mesh: Mesh) -> tuple[str, ...]:

@@ -91,10 +91,10 @@ def sample(
       key: one key, or one key per sample `[B]`, typed or raw. One key stands for `sample_keys(key, arange(B))`.
       after_step: changes x after each step of the sampler (see `AfterStep`), which continues from the result: for
         inpainting or guidance by a measurement, for example.
-      renoise: whether times may rise. A pair (t, s) with s > t then adds the noise of the forward process from t to s
-        (`renoised`) in place of a step, without `after_step`, and solvers with a history start anew (RePaint, Lugmayr
-        et al. 2022, arXiv 2201.09865; Restart, Xu et al. 2023, arXiv 2306.14878). Otherwise rising times mean steps
-        towards noise, as in `invert`.
+      renoise: whether times may rise. At a pair (t, s) with s > t the loop adds the noise of the forward process from t
+        to s (`renoised`) instead of calling the sampler and `after_step`, and the sampler restarts without its history
+        (RePaint: Lugmayr et al. 2022, arXiv 2201.09865; Restart: Xu et al. 2023, arXiv 2306.14878). If it is False,
+        rising times mean steps of the solver towards noise, as in `invert`.
       unroll: steps per iteration of the compiled loop. Higher values may be faster for small networks on a GPU, but
         take longer to compile.
       trajectory: whether to return x at all times.

@@ -5,6 +5,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -18,6 +19,7 @@ from diffusion.training.resilience.guards import select_if_ok
 
 # The last names of the paths of parameters that weight decay leaves alone: biases, scales of norms, and embeddings.
 NO_DECAY = re.compile(r"(^|_)(bias|scale|gain|embedding)s?\d*$")
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +85,8 @@ def make_optimizer(
     warmup: int = 0,
     cycles: int = 1,
     clip: float | None = 1.0,
-    groups: Mapping[str, Mapping[str, Any] | None] = {},
-    players: Mapping[str, Mapping[str, Any]] = {},
+    groups: Mapping[str, Mapping[str, Any] | None] = NONE,
+    players: Mapping[str, Mapping[str, Any]] = NONE,
     **options: Any,
 ) -> Optimizer:
     """Returns clipping by global norm, followed by any optimizer of optax.
