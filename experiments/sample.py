@@ -16,8 +16,9 @@ from absl import flags
 
 from diffusion.core.types import InputError
 from diffusion.pipelines import overrides
+from diffusion.pipelines.conditions import labels_for
 from diffusion.pipelines.generator import check_numbers
-from diffusion.pipelines.run import labels_for, open_run
+from diffusion.pipelines.run import open_run
 from diffusion.pipelines.sample_files import FORMATS, PICTURE, write_samples
 from diffusion.pipelines.sampling_sweep import sweep
 from experiments import cli, sampling_flags

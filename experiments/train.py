@@ -29,13 +29,15 @@ def main() -> None:
     limit = 60 * training["options"].hang_timeout
     watchdog = Watchdog(limit, os.path.join(WORKDIR.value, "hang_stacks.txt"), end_process=os._exit)
     preemption = Preemption(end_process=os._exit)
-    Trainer(
+    trainer = Trainer(
         **training,
         workdir=WORKDIR.value,
         should_stop=lambda: preemption.requested,
         heartbeat=lambda activity, limit_factor: watchdog.beat(activity, limit_factor * limit),
         during_steps=_both(watchdog, preemption),
-    ).fit()
+    )
+    del training  # with the arrays of a warm start, which the state takes over
+    trainer.fit()
 
 
 @contextlib.contextmanager

@@ -197,6 +197,8 @@ class Source(Protocol):
       class_names: A tuple of `spec.num_classes` strings.
       buckets: Integers `[len]`. Examples with the same number have the same shape of `x`, and a batch has one number.
       stages: Pairs of a name and a function. Composed in order, the functions map `index` to `source[index]`.
+      encoder, decoded_spec: For latents that were encoded in advance, the digest of the autoencoder and the spec of
+        what it decodes them to.
     """
 
     spec: Spec
@@ -444,7 +446,8 @@ class Sampler(Protocol):
         Args:
           x: The initial x `[B, ...]`, at `times[index]`.
           times: All times.
-          index: The number of the next step. It is not 0 if noise was added to x, after which the solver starts anew.
+          index: The number of the next step. It is greater than 0 where noise has been added to x, and the solver
+            restarts without its history.
         """
         ...
 

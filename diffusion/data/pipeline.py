@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from diffusion.core.build import find, is_external
-from diffusion.core.types import InputError, Source
+from diffusion.core.types import InputError, Source, Spec
 
 THREADS = 4  # number of reading threads when there are no worker processes
 
@@ -112,6 +112,16 @@ def in_order(
             yield from stream
     finally:
         stream.close()
+
+
+def is_encoded(source: Source) -> bool:
+    """Returns whether the examples of a source are latents that were encoded in advance."""
+    return getattr(source, "encoder", None) is not None
+
+
+def decoded_spec(source: Source) -> Spec:
+    """Returns the spec of what an autoencoder decodes a source to; `source.spec` if its examples are no latents."""
+    return getattr(source, "decoded_spec", source.spec)
 
 
 def location_keywords(section: Mapping[str, Any]) -> tuple[str, ...]:

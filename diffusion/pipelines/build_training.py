@@ -8,19 +8,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from diffusion.core import images
 from diffusion.core.build import build, call
 from diffusion.core.types import InputError, Params, Source, Spec
+from diffusion.data.pipeline import decoded_spec, is_encoded
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import warm_start
+from diffusion.pipelines.conditions import conditions_of
 from diffusion.pipelines.config import check_config, external_names, sharding_options
 from diffusion.pipelines.encoding import check_source
 from diffusion.pipelines.evaluation import Evaluation, build_metrics
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import Model, model_of
-from diffusion.pipelines.run import conditions_of, examples_of, open_run, open_source
+from diffusion.pipelines.run import open_run, open_source
 from diffusion.training import hooks
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
@@ -29,7 +32,7 @@ from diffusion.training.options import CheckpointOptions, Options
 from diffusion.training.program import Program, make_program
 from diffusion.training.resilience.guards import Guard
 from diffusion.training.state import initial_params, trainable
-from diffusion.training.trainer import check_keep_best, is_encoded
+from diffusion.training.trainer import check_keep_best
 
 PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
 
@@ -44,15 +47,13 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     """
     check_config(config)
     source = build("data", config["data"], field="data")
-    spec = getattr(source, "decoded_spec", source.spec)
+    spec = decoded_spec(source)
     meta, teacher = meta_of(config, spec, workdir)
     model = model_of(meta)
     check_source(source, model.autoencoder)
-    if model.autoencoder:
-        meta["autoencoder"] = {"sha256": model.autoencoder.digest}
     keywords = training(config)
     options = keywords["options"]
-    start = start_of(config, meta, model, teacher)
+    start = start_of(config, meta, model, teacher, keywords["mesh"])
     generator = Generator(
         model.network, model.objective, spec, keywords["mesh"], autoencoder=model.autoencoder,
         sampler=config["sampler"], guidance=config["guidance"],
@@ -93,7 +94,7 @@ def evaluation_hook(
         )  # fmt: skip
 
     metrics = list(build_metrics(config, source, model.autoencoder).values())
-    evaluation = Evaluation(metrics, generator, model, spec, lambda num: conditions_of(source, spec, num))
+    evaluation = Evaluation(metrics, generator, model, spec, lambda num: conditions_of(spec, num, lambda: source))
 
     def measure(params: Params) -> dict[str, float]:
         results = {}
@@ -145,12 +146,10 @@ def preview(generator: Generator, params: Params, source: Source) -> Image.Image
 
     Other conditions are those of the first examples.
     """
-    spec = getattr(source, "decoded_spec", source.spec)
+    spec = decoded_spec(source)
     num = PREVIEW_ROWS * PREVIEW_COLUMNS if len(spec.shape) == 3 else PREVIEW_POINTS
-    others = spec.conditions.keys() - {"label"}
-    cond = examples_of(source, others, num) if others else {}
-    if spec.num_classes:
-        cond["label"] = np.arange(num) % PREVIEW_COLUMNS % spec.num_classes
+    labels = np.arange(num) % PREVIEW_COLUMNS % spec.num_classes if spec.num_classes else None
+    cond = conditions_of(spec, num, lambda: source, labels)
     return images.picture(generator(params, cond, num, seed=PREVIEW_SEED, batch_size=num), PREVIEW_COLUMNS)
 
 
@@ -182,9 +181,9 @@ def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[s
 
 
 def start_of(
-    config: Mapping[str, Any], meta: dict[str, Any], model: Model, teacher: Mapping | None
+    config: Mapping[str, Any], meta: dict[str, Any], model: Model, teacher: Mapping | None, mesh: Mesh
 ) -> dict[str, Params]:
-    """Returns the arrays that `init_from` provides, in nested dicts, and records in `meta` where they come from.
+    """Returns the arrays that `init_from` provides, on the mesh, and records in `meta` where they come from.
 
     A run that resumes needs those that it does not train, and no others.
 
@@ -196,7 +195,7 @@ def start_of(
     record, network = meta.get("origin"), model.network
     if record and config["train"]["trainable"] is None and network.trainable is None:
         return {}
-    run, expression = open_source(config, record)
+    run, expression = open_source(config, record, mesh)
     params = jax.eval_shape(lambda: initial_params(model.objective, network, jax.random.key(0), teacher))
     found, missing = warm_start.matching(trainable(params, model.objective), run.params, expression, network.base)
     if not record:

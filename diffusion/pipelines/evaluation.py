@@ -21,9 +21,9 @@ from diffusion.core.types import (
     Source,
     Spec,
 )
+from diffusion.data.pipeline import is_encoded
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import Model
-from diffusion.training.trainer import is_encoded
 
 Batches = Iterable[tuple[np.ndarray, Cond]]  # samples `[B, ...]` and their conditions
 
@@ -37,9 +37,6 @@ class Evaluation:
         does not support is reported before anything is drawn.
       model, spec: The model, and what its samples look like.
       conditions: Returns the conditions of a number of samples.
-
-    Raises:
-      InputError: A metric does not suit the model.
     """
 
     def __init__(
@@ -49,10 +46,6 @@ class Evaluation:
         def of_params(params: Params) -> tuple[Denoiser, Schedule]:
             return model.objective.denoiser(model.network.apply, params), model.objective.schedule_for(params)
 
-        for metric in metrics:
-            if metric.kind == "model" and model.autoencoder is not None:
-                problem = "measures the network on the data, and this network models the latents of an autoencoder"
-                raise InputError(f"eval.metrics.{metric.names[0]}", f"{problem}; remove it")
         self.metrics, self.spec, self._model, self._conditions = metrics, spec, of_params, conditions
         scales = {metric.guidance for metric in metrics if metric.kind == "samples"}
         self._generators = {scale: generator(scale) for scale in scales}
@@ -95,17 +88,25 @@ def build_metrics(
 
     Args:
       train: The training data.
-      autoencoder: Decodes data that were encoded in advance, so that metrics see images.
+      autoencoder: The model's autoencoder. It decodes data that were encoded in advance, so that metrics see images.
+
+    Raises:
+      InputError: A metric is invalid, or measures the network itself, and the network models latents.
     """
     section = config["eval"]
     real = {
         "train": Decoded.of(train, autoencoder),
         "held_out": Decoded.of(build("data", section["data"], field="eval.data"), autoencoder),
     }
-    return {
+    metrics = {
         name: build("evaluation", {"name": name, **options}, field=f"eval.metrics.{name}", **real)
         for name, options in section["metrics"].items()
     }
+    for name, metric in metrics.items():
+        if metric.kind == "model" and autoencoder is not None:
+            problem = "measures the network on the data, and this network models the latents of an autoencoder"
+            raise InputError(f"eval.metrics.{name}", f"{problem}; remove it")
+    return metrics
 
 
 def measure_samples(

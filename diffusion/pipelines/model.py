@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from diffusion.core.build import build, build_network
 from diffusion.core.types import Autoencoder, InputError, Network, Objective, Spec
 from diffusion.objectives.base.teacher import Teacher
-from diffusion.pipelines.config import cond_drop_rate, config_and_spec
+from diffusion.pipelines.config import cond_drop_rate
+from diffusion.pipelines.stored import config_and_spec
 
 
 class Model(NamedTuple):
@@ -60,12 +61,26 @@ def model_of(meta: Mapping[str, Any]) -> Model:
       InputError: A part cannot be built, or the autoencoder's file is not the one that the model was trained with.
     """
     model = build_model(*config_and_spec(meta), teacher_of(meta))
+    check_autoencoder(meta, model.autoencoder)
+    return model
+
+
+def check_autoencoder(meta: Mapping[str, Any], autoencoder: Autoencoder | None) -> None:
+    """Checks that an autoencoder is the one that the run of a checkpoint's `meta` was trained with.
+
+    Raises:
+      InputError: It is missing, or it has other parameters.
+    """
     recorded = meta.get("autoencoder", {}).get("sha256")
-    if model.autoencoder and recorded not in (None, model.autoencoder.digest):
+    if recorded is None:
+        return
+    if autoencoder is None:
+        problem = "is missing, and the run models the latents of one; pass it: load(workdir, autoencoder=...)"
+        raise InputError("autoencoder", problem)
+    if recorded != autoencoder.digest:
         problem = "is not the file that the model was trained with; restore it"
         raise InputError("autoencoder.path", f"{problem} (SHA-256 {recorded[:12]}..., "
-                         f"got {model.autoencoder.digest[:12]}...)")  # fmt: skip
-    return model
+                         f"got {autoencoder.digest[:12]}...)")  # fmt: skip
 
 
 def teacher_of(meta: Mapping[str, Any]) -> Teacher | None:

@@ -28,28 +28,30 @@ from diffusion.core.types import (
     Source,
     Spec,
 )
+from diffusion.data.pipeline import is_encoded
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import warm_start
+from diffusion.pipelines.conditions import conditions_of, examples_of
 from diffusion.pipelines.config import (
     GUIDANCE,
     SAMPLER,
     cond_drop_rate,
-    config_and_spec,
     external_names,
     sharding_options,
 )
 from diffusion.pipelines.evaluation import Evaluation, build_metrics
 from diffusion.pipelines.generator import Generator, check_numbers, is_neutral, structure
-from diffusion.pipelines.model import Model, model_of
+from diffusion.pipelines.model import Model, check_autoencoder, model_of
 from diffusion.pipelines.overrides import with_options
+from diffusion.pipelines.stored import config_and_spec
 from diffusion.process.posterior import x0_errors
 from diffusion.sampling.loop import AfterStep, bind
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.ema import make_ema
 from diffusion.training.resilience.guards import Diverged
 from diffusion.training.state import averages, trainable
-from diffusion.training.trainer import Trainer, is_encoded
+from diffusion.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ class Run:
 
     @property
     def source(self) -> Source:
+        """The training data."""
         if self._source is None:
             self._source = build("data", self.config["data"], field="data")
         return self._source
@@ -162,26 +165,8 @@ class Run:
         )  # fmt: skip
 
     def conditions(self, num: int, labels: Sequence[int] | None = None, cond: Cond | None = None) -> dict[str, Any]:
-        """Returns the conditions of `num` samples, `[num, ...]` each.
-
-        Args:
-          labels: Classes, repeated in turn; all classes by default.
-          cond: Other conditions by name, arrays or a `Text` with any number of values, repeated in turn. Those that are
-            not given are taken from the examples of the run's data, in turn.
-
-        Raises:
-          InputError: The data has no such class or condition.
-        """
-        given = dict(cond or {})
-        for name in given:
-            if name not in self.spec.conditions or name == "label":
-                known = ", ".join(self.spec.conditions.keys() - {"label"}) or "there are none; use labels"
-                raise InputError("cond", f"the model has no condition {name!r} besides labels; one of: {known}")
-        missing = self.spec.conditions.keys() - {"label", *given}
-        found = examples_of(self.source, missing, num) if missing else {}
-        found |= {name: _in_turn(value, num) for name, value in given.items()}
-        labels = labels_for(self.spec.num_classes, num, labels)
-        return found if labels is None else {**found, "label": labels}
+        """Returns the conditions of `num` samples, `[num, ...]` each; see `conditions.conditions_of`."""
+        return conditions_of(self.spec, num, lambda: self.source, labels, cond)
 
     def evaluate(
         self, *, steps: int | None = None, seed: int = 1, batch_size: int = 250, progress: bool = False
@@ -296,6 +281,7 @@ def open_run(
     objective: Objective | None = None,
     allow_imports: bool | Collection[str] = False,
     start: Mapping[str, Params] | None = None,
+    autoencoder: Autoencoder | None = None,
     mesh: Mesh | None = None,
 ) -> Run:
     """Reads a checkpoint of a workdir onto all devices.
@@ -311,6 +297,7 @@ def open_run(
       network, objective: For a run that was trained with objects instead of names.
       allow_imports: Whether such parts may be imported, or the names of those that may be.
       start: The arrays that a run does not train, if they were given to the `Trainer` and not by `init_from`.
+      autoencoder: The autoencoder of a run that was trained with one as an object.
       mesh: The devices. By default all, in the mesh of the run's config as far as it fits their number.
 
     Raises:
@@ -332,12 +319,16 @@ def open_run(
                 problem = f"its config imports {', '.join(imported)}; if you trust it, pass allow_imports"
                 raise InputError("workdir", problem)
         config, spec = config_and_spec(meta)
-        averages = call(make_ema, config["ema"], field="ema")
-        name = ema or averages.main
-        if name not in (*averages.names, "none"):
-            raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(averages.names)}, none")
+        kept = call(make_ema, config["ema"], field="ema")
+        name = ema or kept.main
+        if name not in (*kept.names, "none"):
+            raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(kept.names)}, none")
         name = None if name == "none" else name
-        model = Model(network, objective) if network and objective else model_of(meta)
+        if network and objective:
+            model = Model(network, objective, autoencoder)
+            check_autoencoder(meta, autoencoder)
+        else:
+            model = model_of(meta)
         devices = _mesh(config["mesh"]) if mesh is None else mesh
         shapes = jax.eval_shape(lambda: model.objective.init(model.network, jax.random.key(0)))
         patterns = config["train"]["trainable"]
@@ -348,7 +339,7 @@ def open_run(
             learned, fixed = trees.split(learned, trees.matcher(patterns, "train.trainable"))
         params = restored(step, learned, model.objective, name)
         if fixed:
-            params = trees.merge(params, fixed_params(config, meta, fixed, model.network.base, start))
+            params = trees.merge(params, fixed_params(config, meta, fixed, model.network.base, start, devices))
         return Run(
             config=config, spec=spec, **model._asdict(), params=params, mesh=devices, step=step, ema=name, meta=meta,
             digest=checkpoints.digest(step),
@@ -366,11 +357,13 @@ def open_run(
     return run
 
 
-def open_source(config: Mapping[str, Any], record: Mapping[str, Any] | None) -> tuple[Run, str]:
+def open_source(config: Mapping[str, Any], record: Mapping[str, Any] | None, mesh: Mesh) -> tuple[Run, str]:
     """Reads the run that a config's `init_from` names.
 
     Args:
+      config: The config.
       record: `Run.origin` from when the run started, to read the same arrays again; None for a run that starts.
+      mesh: The devices that its arrays are read onto.
 
     Returns:
       The run, and the expression that selects its arrays; see `warm_start.parse`.
@@ -381,7 +374,8 @@ def open_source(config: Mapping[str, Any], record: Mapping[str, Any] | None) -> 
     workdir, ema, expression = warm_start.parse(config["init_from"])
     try:
         # The run that starts imports the same parts, if any.
-        run = open_run(workdir, ema, record["step"] if record else None, allow_imports=external_names(config))
+        imports = external_names(config)
+        run = open_run(workdir, ema, record["step"] if record else None, allow_imports=imports, mesh=mesh)
     except InputError as error:
         raise error.within("init_from") from None
     if record and record != run.origin:
@@ -392,7 +386,7 @@ def open_source(config: Mapping[str, Any], record: Mapping[str, Any] | None) -> 
 
 def fixed_params(
     config: Mapping[str, Any], meta: Mapping[str, Any], fixed: Mapping[str, Params], base: str | None,
-    start: Mapping[str, Params] | None,
+    start: Mapping[str, Params] | None, mesh: Mesh,
 ) -> dict[str, Params]:  # fmt: skip
     """Returns the arrays that a run does not train, and therefore does not save.
 
@@ -401,6 +395,7 @@ def fixed_params(
       fixed: The arrays, abstract, with the shardings that they will have.
       base: See `Network.base`.
       start: The arrays, if they were given to the trainer.
+      mesh: The devices that they are read onto.
 
     Raises:
       InputError: They are nowhere, or are not those that the run started with.
@@ -410,7 +405,7 @@ def fixed_params(
         if config["init_from"] is None:
             problem = "was trained from arrays that its checkpoints leave out; pass them: load(workdir, start=...)"
             raise InputError("workdir", problem)
-        run, expression = open_source(config, meta.get("origin"))
+        run, expression = open_source(config, meta.get("origin"), mesh)
         start = run.params
     found, missing = warm_start.matching(fixed, start, expression, base)
     for path, reason in missing.items():
@@ -437,26 +432,6 @@ def sample(
     return run.sample(num, labels, **options)
 
 
-def conditions_of(source: Source, spec: Spec, num: int) -> dict[str, Any]:
-    """Returns the conditions of `num` samples, `[num, ...]` each: all classes, and others of the source's examples."""
-    others = spec.conditions.keys() - {"label"}
-    found = examples_of(source, others, num) if others else {}
-    labels = labels_for(spec.num_classes, num, None)
-    return found if labels is None else {**found, "label": labels}
-
-
-def examples_of(source: Source, names: Collection[str], num: int) -> dict[str, Any]:
-    """Returns the named conditions of a source's first `num` examples, `[num, ...]` each, in turn if it has fewer."""
-    each = [source[index]["cond"] for index in range(min(num, len(source)))]
-    found = jax.tree.map(lambda *values: np.stack(values), *({name: cond[name] for name in names} for cond in each))
-    return _in_turn(found, num)
-
-
-def _in_turn(values: Any, num: int) -> Any:
-    """Repeats the rows of arrays `[n, ...]` in turn up to `num`."""
-    return jax.tree.map(lambda value: np.take(value, np.arange(num) % len(value), axis=0), values)
-
-
 def _mesh(section: Mapping[str, Any]) -> Mesh:
     """Returns the mesh of a config's section over the devices of this machine, with smaller axes if there are fewer."""
     try:
@@ -477,23 +452,3 @@ def _sharded(learned: Mapping[str, Params], ema: str | None, mesh: Mesh, section
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     placed = jax.tree.map(place, state, shardings)
     return placed["params"] if ema is None else placed["ema"][ema]
-
-
-def labels_for(num_classes: int, num: int, labels: Sequence[int] | None) -> np.ndarray | None:
-    """Returns the label of each of `num` samples, int32 `[num]`; None where the data has no classes.
-
-    Args:
-      labels: Classes, repeated in turn; all classes if None.
-
-    Raises:
-      InputError: The data has no classes, or no such class.
-    """
-    if not num_classes:
-        if labels is not None and len(labels):
-            raise InputError("labels", "the run's data has no classes; leave them out")
-        return None
-    if labels is None:
-        return np.arange(num, dtype=np.int32) % num_classes
-    if not len(labels) or any(not 0 <= label < num_classes for label in labels):
-        raise InputError("labels", f"must be numbers from 0 to {num_classes - 1}, got {list(labels)}")
-    return np.resize(np.asarray(labels, np.int32), num)

@@ -115,7 +115,7 @@ class Trainer:
         **train_options: Any,
     ):
         self.source = source if hasattr(source, "__getitem__") and hasattr(source, "spec") else build("data", source)
-        spec = self.spec = getattr(self.source, "decoded_spec", self.source.spec)
+        spec = self.spec = pipeline.decoded_spec(self.source)
         if spec.captions:
             raise InputError("data.captions", "no network reads captions yet; set it False to train without")
         self.network = network
@@ -136,6 +136,8 @@ class Trainer:
         self.during_steps = during_steps or contextlib.nullcontext()
         parts = {"data": source, "network": network, "objective": objective}
         self.meta = dict(meta) if meta else self._describe(parts)
+        if autoencoder:
+            self.meta["autoencoder"] = {"sha256": autoencoder.digest}
         self.state: TrainState | None = None
         self.program, self._program_steps, self._position, self.frozen = None, None, {}, {}
         self.step, self.skipped, self.rollbacks, self.metrics, self._measured = 0, 0, 0, {}, {}
@@ -205,15 +207,19 @@ class Trainer:
             network=self.network, objective=self.objective, optimizer=optimizer, ema=self.ema, mesh=self.mesh,
             **self.sharding, seed=self.seed, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate,
             accumulate=options.accumulate, guard=Guard(options.spike), teacher=self.teacher,
-            trainable=options.trainable, autoencoder=None if is_encoded(self.source) else self.autoencoder,
+            trainable=options.trainable, autoencoder=None if pipeline.is_encoded(self.source) else self.autoencoder,
         ), steps  # fmt: skip
-        self.frozen = self.program.place_frozen(self.start, self.autoencoder)
+        if not self.frozen:
+            self.frozen = self.program.place_frozen(self.start, self.autoencoder)
 
     def _describe(self, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the `meta` of a run whose parts were given from Python."""
         config = {name: _section(part) for name, part in parts.items()}
         config |= {"version": CONFIG_VERSION, "seed": self.seed, "train": dataclasses.asdict(self.options)}
         config |= {"ema": dataclasses.asdict(self.ema), "checkpoint": dataclasses.asdict(self.checkpoint)}
+        model = self.mesh.shape["model"]
+        fsdp = self.mesh.size // self.mesh.shape["data"] // model
+        config |= {"mesh": {"fsdp": fsdp, "model": model}, "sharding": self.sharding}
         return {"config": config, "spec": dataclasses.asdict(self.spec)}
 
     @property
@@ -237,6 +243,7 @@ class Trainer:
         )  # fmt: skip
         if self.state is None:
             self.state = self.program.init(self.teacher, self.start)
+        self.start = {}  # the state and `frozen` have what is needed of it
         self._warn_of_replicated_arrays()
         self.window = Metrics(position.get("window"))
         self.meter = self.checkpoints = None
@@ -431,11 +438,6 @@ class Trainer:
             size = f"{sum(whole.values()) / 2**20:,.0f} MiB"
             logger.warning(f"every device holds all {size} of {', '.join(whole)}: no dimension divides; choose another "
                            "mesh.fsdp, or split them by sharding.rules")  # fmt: skip
-
-
-def is_encoded(source: Source) -> bool:
-    """Returns whether the examples of a source are latents that were encoded in advance."""
-    return getattr(source, "encoder", None) is not None
 
 
 def check_keep_best(checkpoint: CheckpointOptions, of_step: Iterable[str], hooks: Iterable[Hook]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from diffusion.core.build import build_network
 from diffusion.core.types import ArraySpec, ConditionSpec, InputError, Spec, Text, class_labels
-from diffusion.pipelines.config import spec_from_json
+from diffusion.pipelines.stored import spec_from_json
 from tests.refusals import refused
 
 TEXT = {

@@ -13,6 +13,7 @@ from diffusion.core.build import build
 from diffusion.core.types import Autoencoder, InputError
 from diffusion.encoders.autoencoders import pca
 from diffusion.pipelines.encoding import check_source, encode
+from diffusion.pipelines.run import open_run
 from diffusion.training.hooks import every
 from diffusion.training.trainer import Trainer
 from tests.jobs import job
@@ -85,7 +86,9 @@ def test_invalid_fits(options, field, digits):
 def test_a_step_does_not_copy_the_parameters(tmp_path, digits, tiny_mlp, mesh_of):
     """They are in memory once and in no checkpoint, however large they are."""
     params = {"weights": jnp.ones(2**20)}
-    large = Autoencoder(params, lambda params, x, key: x * params["weights"][:1], lambda params, z: z, (8, 8, 1))
+    large = Autoencoder(
+        params, lambda params, x, key: x * params["weights"][:1], lambda params, z: z + 7, (8, 8, 1), "a"
+    )
     seen = []
 
     def large_buffers():
@@ -100,6 +103,14 @@ def test_a_step_does_not_copy_the_parameters(tmp_path, digits, tiny_mlp, mesh_of
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves((trainer.state.params, trainer.state.ema)))
     saved = sum(path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
     assert saved < 2**20 < params["weights"].nbytes and arrays < 2**20
+
+    # A run whose parts were objects is loaded with them, the autoencoder included.
+    parts = {"network": tiny_mlp, "objective": trainer.objective}
+    assert open_run(str(tmp_path), **parts, autoencoder=large).sample(num=2, steps=1).mean() > 5
+    with refused("autoencoder"):
+        open_run(str(tmp_path), **parts)
+    with refused("autoencoder.path"):
+        open_run(str(tmp_path), **parts, autoencoder=dataclasses.replace(large, digest="b"))
 
 
 def test_encoding_in_advance(fitted, digits, tmp_path):

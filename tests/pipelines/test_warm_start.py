@@ -97,6 +97,7 @@ def test_a_partial_run_saves_and_resumes_what_it_trains(source, tmp_path):
     assert any("/base/" in path for path in found) and any("/lora/" in path for path in found)
 
 
+@pytest.mark.slow
 def test_a_changed_origin_is_refused(source, tmp_path):
     copy, lora = tmp_path / "source", tmp_path / "lora"
     shutil.copytree(source, copy)
@@ -124,6 +125,7 @@ def test_layers_that_are_not_trained(source, tmp_path):
         train(tmp_path / "none", ("init_from", str(source)), ("train.trainable", ("nothing",)))
 
 
+@pytest.mark.slow
 def test_players_without_an_average(tmp_path):
     """They are read as they were trained."""
     state = train(tmp_path, ("objective", {"name": "gan"}))
@@ -157,6 +159,9 @@ def test_latents(source, tmp_path, digits):
     about = json.loads(json.dumps(run.meta))
     assert about["autoencoder"] == {"sha256": run.autoencoder.digest}
     jax.tree.map(np.testing.assert_array_equal, train(tmp_path / "run", *overrides, ("train.steps", 2)), state)
+    metrics = ("eval", {"metrics": {"held_out_loss": {}}, "every": 1})
+    with refused("eval.metrics.held_out_loss"):
+        train(tmp_path / "other", *overrides, metrics)
     pca.save(file, {**params, "mean": params["mean"] + 1}, (8, 8, 1), 2)
     for action in (lambda: open_run(str(tmp_path / "run")), lambda: train(tmp_path / "run", *overrides)):
         with refused("autoencoder.path"):
