@@ -127,6 +127,7 @@ def linear(shape, scale: float = 1.0):
     return df.Network(lambda key: {"w": jax.numpy.full(shape, scale)}, lambda params, x, *_, key=None: params["w"] * x)
 
 
+@pytest.mark.slow
 def test_parts_of_other_packages_are_imported_only_if_allowed(tmp_path, digits):
     trainer = df.Trainer(digits, {"name": linear, "scale": 0.5}, "flow_matching", workdir=str(tmp_path), batch_size=16)
     trainer.fit(1)

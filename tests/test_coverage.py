@@ -138,7 +138,7 @@ def is_quick(combination):
     if not of_networks(parameterization, schedule):
         return False
     if objective == "denoising":
-        return network in ("mlp", "dit", "unet")
+        return network in ("mlp", "dit")
     return network == SMALLEST and objective not in STATEFUL
 
 

@@ -32,6 +32,7 @@ def test_texts_are_encoded():
             DigitsText.encode([wrong])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [DIT, pytest.param(UNET, marks=pytest.mark.slow)], ids=["dit", "unet"])
 def test_text_is_learned_and_sampled(network, tmp_path):
     rates = {"text": 0.1, "joint": 0.1}

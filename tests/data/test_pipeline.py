@@ -253,6 +253,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_in_a_program_that_does_not_parse_flags(tmp_path):
     """Checks that the flags of the program remain unparsed, and that the workers of a killed process exit."""
     (tmp_path / "program.py").write_text(PROGRAM)

@@ -130,6 +130,7 @@ except multihost.Missing as error:
 """
 
 
+@pytest.mark.slow
 def test_processes_missing_from_a_slurm_job_are_named(address):
     host, port = address.split(":")
     job = {"JOB_ID": "7", "STEP_NODELIST": host, "NTASKS": "3", "PROCID": "0", "LOCALID": "0"}

@@ -27,6 +27,7 @@ def test_likelihood_of_the_optimal_model(toy):
     assert 0 < excess[1] < 0.5 * excess[0]
 
 
+@pytest.mark.slow
 def test_likelihood_of_images_in_bits(digits, ddpm, tiny_mlp):
     """With labels, Hutchinson's trace and data of 17 levels, where no model can have less than 0 bits."""
     spec = {"name": "likelihood", "num": 4, "steps": 4, "bound_steps": 8, "trace": "hutchinson", "levels": 17}

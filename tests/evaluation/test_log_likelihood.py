@@ -27,6 +27,7 @@ def test_ode_finds_the_exact_density(x64, schedule):
     np.testing.assert_allclose(found, MIXTURE.log_density(x), atol=5e-3)
 
 
+@pytest.mark.slow
 def test_ode_solver_is_of_fourth_order(x64):
     """For a Gaussian, whose marginal at the end is exactly normal, halving the step divides the error by 16."""
     schedule = build("schedules", "flow")
@@ -51,6 +52,7 @@ def test_hutchinson_is_unbiased(x64):
     assert abs(found.mean() - exact[0]) < 4 * found.std() / 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", slow_except(("flow",), ("vp_sde", "flow", "ve")))
 def test_bound_converges_to_the_entropy(x64, schedule):
     """The gap between the optimal model's bound and the entropy halves as the number of steps doubles."""

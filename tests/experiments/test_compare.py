@@ -193,6 +193,7 @@ def test_rows_of_the_contact_sheet(workdirs, tmp_path, monkeypatch, chosen, labe
     assert [x.shape for x in rows] == [(20, 8, 8, 1)] * 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_keeps_its_results(workdirs, tmp_path, monkeypatch):
     """Interrupts the third cell: the table has the first two, and the documentation is unchanged."""
     calls = []
@@ -375,6 +376,7 @@ def test_the_legend_of_many_runs_fits():
     assert len(styles) == 40
 
 
+@pytest.mark.slow
 def test_the_job(workdirs, tmp_path):
     flags = f"--runs={','.join(workdirs)} --nfe=1 --num=20 --seed=2 --ema=none --out={tmp_path}".split()
     done = job("compare", *flags)

@@ -353,6 +353,7 @@ def wrong(*given, base="digits.py", check=True):
     return example(given=(base, [f"--config.{flag}" for flag in given], check))
 
 
+@pytest.mark.slow
 # Absurd numbers, faults that were found earlier, and names that lead out of the workdir.
 @wrong("sampler.eta=nan")
 @wrong("guidance.scale=inf")

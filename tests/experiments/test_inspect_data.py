@@ -42,6 +42,7 @@ def config(folder, tmp_path):
     return f"--config={path}"
 
 
+@pytest.mark.slow
 def test_it_describes_and_draws_the_examples(config, tmp_path):
     done = job("inspect_data", config, "--all", "--num=5", f"--out={tmp_path}/sheet.png")
     assert done.returncode == 0, done.stderr

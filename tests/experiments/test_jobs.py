@@ -54,6 +54,7 @@ def test_sample_writes(workdir, tmp_path):
     assert str(tmp_path / "samples.png") in done.stdout
 
 
+@pytest.mark.slow
 def test_sweep_writes(workdir, tmp_path):
     """Six combinations with two numbers of steps compile twice; each has a row of pictures and of metrics."""
     done = job("sample", f"--workdir={workdir}", "--num=20", "--sweep=steps=2,3;guidance=1,2,4", "--metrics",
@@ -67,6 +68,7 @@ def test_sweep_writes(workdir, tmp_path):
     assert Image.open(tmp_path / "sweep.png").size[1] > 6 * 48
 
 
+@pytest.mark.slow
 def test_autoguidance_and_the_analytic_variance(workdir, tmp_path):
     """Autoguidance reads a second model; the analytic variance measures this one on its data."""
     guidance = f"autoguidance:scale=2:worse={{'workdir':'{workdir}','ema':'0.99'}}"

@@ -27,6 +27,7 @@ def mesh(data, fsdp):
     return f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"
 
 
+@pytest.mark.slow
 def test_text_and_json_agree(tmp_path):
     file = tmp_path / "plan.json"
     done = plan("--mesh_devices=8", *mesh(2, 4), "--config.sharding.fsdp_min_size=0", "--chip=H100", f"--json={file}")

@@ -303,6 +303,7 @@ def test_dropout_needs_a_key():
 # Training.
 
 
+@pytest.mark.slow
 def test_training_keeps_weights_normalised():
     """Without `project` they do not stay normalised. An EMA of decay 0 shows that averages follow the projection."""
     network = build("networks", {**TINY, **SMALLER}, shape=(8, 8, 1), num_classes=10)

@@ -21,6 +21,7 @@ DEEP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(("dit",), DEEP))
 def test_less_memory_and_the_same_gradient(name):
     rng = np.random.default_rng(0)

@@ -103,6 +103,7 @@ def random_net(spec, num_classes=0):
     return network, jax.tree.map(lambda s: 0.2 * rng.normal(size=s.shape).astype(np.float32), shapes)
 
 
+@pytest.mark.slow
 def test_parts_of_ncsnpp():
     network, params = random_net(NCSNPP)
     assert [name for name in params["up"] if "attention" in params["up"][name]] == ["0_2"]
@@ -118,6 +119,7 @@ def test_parts_of_ncsnpp():
         assert abs(apply(changed, np.float32(x), c_noise, {}) - out).max() > 1e-3, path
 
 
+@pytest.mark.slow
 def test_rescaled_sums():
     """At initialisation the output of a block is its input, divided by sqrt(2) with `rescale`."""
     x, emb = np.random.default_rng(0).normal(size=(2, 8, 8, 8)).astype(np.float32), jnp.ones((2, 4))

@@ -75,6 +75,7 @@ def posterior_mean(x, level):
     return (STD**2 * x + level**2 * MEAN) / (STD**2 + level**2)
 
 
+@pytest.mark.slow
 def test_exact_map_agrees_at_both_ends_of_a_step(x64):
     """It does along the teacher's ODE, up to the error of Heun steps; the posterior mean does not."""
     objective = objective_of(
@@ -194,6 +195,7 @@ def test_training_on_a_gaussian_learns_the_closed_form(name):
     assert float(jnp.sqrt(jnp.mean((got - path_end(x, level)) ** 2))) < 0.06
 
 
+@pytest.mark.slow
 def test_target_teacher_and_average_receive_no_gradient(mlp, mlp_params, digits_batch):
     teacher = Teacher(mlp, build("objectives", {"name": "denoising", "schedule": EDM, "parameterization": "edm"}),
                       Spec(ArraySpec((8, 8, 1)), class_labels(10)), 0.1)  # fmt: skip

@@ -149,6 +149,7 @@ def test_tangent_is_the_derivative_along_the_path(name, mlp, tiny_unet, tiny_par
     np.testing.assert_allclose(value, output(x, t), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ramp_scales_the_unstable_term(x64):
     t = jnp.linspace(0.01, 1, 7)
     x, along = jax.random.normal(jax.random.key(0), (2, 7, 2))

@@ -145,6 +145,7 @@ def test_loss_is_zero_for_a_consistent_student(x64):
     np.testing.assert_allclose(loss, 0, atol=1e-8)  # c_out is slightly below 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", slow_except(("pseudo_huber",), ("l2", "pseudo_huber")))
 def test_metric(metric):
     objective = objective_of(metric=metric, huber=0.03)
@@ -217,6 +218,7 @@ def test_only_the_student_receives_a_gradient(trained):
     assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradient["net"])) > 1e-3
 
 
+@pytest.mark.slow
 def test_target_follows_the_student_through_training(trained):
     """Student and target start from the teacher. Each step updates the target with the student of the previous step.
     The train step's state is donated."""

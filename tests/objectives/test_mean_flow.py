@@ -138,6 +138,7 @@ def test_all_examples_are_guided_without_keep(x64):
     np.testing.assert_allclose(loss, ((3 - (2 * v + 2)) ** 2).sum(axis=1), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_guidance_scale_is_drawn_per_example_and_given_to_the_network(x64):
     objective = objective_of(ratio_r_neq_t=0.5, norm_p=0.0, guidance=(1.0, 5.0))
     assert objective.scalar_conditions == ("step_size", "guidance_scale") and objective_of(

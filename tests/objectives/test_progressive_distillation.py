@@ -151,6 +151,7 @@ def test_student_starts_from_its_teacher():
         objective.init(conditioned, jax.random.key(0), given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "parameterization"), slow_except(DEFAULT, PATHS[:3]))
 def test_gradients_are_finite_and_zero_for_the_teacher(schedule, parameterization):
     objective = objective_of(schedule, parameterization, continuous=True)

@@ -44,6 +44,7 @@ def batch(n):
     return {"x": STD * jax.random.normal(jax.random.key(1), (n, 3)), "cond": {}}
 
 
+@pytest.mark.slow
 def test_bound_of_the_optimal_model_is_the_entropy(vdm):
     """In nats per dimension. The bound is tight for continuous time and a nearly complete path, for every gamma between
     the ends."""

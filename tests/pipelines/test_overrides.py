@@ -172,6 +172,7 @@ def test_batches_may_start_at_any_sample(make_generator, mlp_params, first):
     assert all(len(x) <= 4 for x, _ in found) and generator.compilations == 1
 
 
+@pytest.mark.slow
 def test_the_mesh_does_not_change_samples(make_generator, mlp_params):
     """The batch of six is padded to the eight devices. The sampler draws noise and contains a branch."""
     sampler = {"name": "predictor_corrector", "predictor": {"name": "ddim", "eta": 0.5}}

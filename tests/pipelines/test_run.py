@@ -44,6 +44,7 @@ def as_is(run, place, mesh=None):
                params=jax.device_put(run.params, place))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_parameters_are_sharded_as_in_training(run):
     """Their shardings are those of the average in the train state, and the samples those of replicated parameters."""
     assert dict(run.mesh.shape) == {"data": 2, "fsdp": 4, "model": 1}

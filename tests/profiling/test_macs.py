@@ -249,7 +249,7 @@ ADM = {
     [
         # Attention blocks as (pixels, channels, count), and GMACs without their products of queries, keys and values.
         (DDPM, 32, 0, [(256, 256, 5), (16, 256, 1)], 6.06),
-        (ADM, 64, 1000, [(1024, 384, 7), (256, 576, 7), (64, 768, 8)], 103.9),
+        pytest.param(ADM, 64, 1000, [(1024, 384, 7), (256, 576, 7), (64, 768, 8)], 103.9, marks=pytest.mark.slow),
     ],
     ids=["ddpm", "adm"],
 )

@@ -163,6 +163,7 @@ def test_restart_keeps_the_law_of_the_data():
     np.testing.assert_allclose(np.cov(out.T), COVARIANCE, atol=0.05 * COVARIANCE.max())
 
 
+@pytest.mark.slow
 def test_inpainting():
     """RePaint: the known coordinate is exact, and resampling brings the other one to its conditional law."""
     known, keys = 1.2, jax.random.split(jax.random.key(0), 4000)

@@ -17,7 +17,7 @@ STEPS = 96, 192
 MARGIN = 0.4
 
 
-DEFAULT = ("euler", "rk4", "dpm_solver_pp order=3 singlestep=True", "lms order=4", "unipc order=3")
+DEFAULT = ("euler", "dpm_solver_pp order=3 singlestep=True", "lms order=4", "unipc order=3")
 
 
 @pytest.mark.parametrize(
