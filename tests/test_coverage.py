@@ -7,7 +7,7 @@ combinations are tested with the smallest network, and every network is tested w
 which have a fixed path and parameterization, or those of their teacher, are tested with a few networks. A sampler
 depends on the denoiser and the schedule alone: `sampling/samplers/test_every.py` tests each on every kind of schedule.
 
-Without `make slow`, denoising is tested with three kinds of networks, and the other objectives with the smallest one,
+Without `make slow`, denoising is tested with two kinds of networks, and the other objectives with the smallest one,
 unless `objectives/test_resume.py` trains them there.
 """
 
