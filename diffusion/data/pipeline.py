@@ -1,5 +1,6 @@
 """The input pipeline: an endless, shuffled, sharded stream of batches from a source, with a position to resume from."""
 
+import collections
 import contextlib
 import inspect
 import multiprocessing
@@ -18,6 +19,7 @@ from diffusion.core.build import find, is_external
 from diffusion.core.types import InputError, Source, Spec
 
 THREADS = 4  # number of reading threads when there are no worker processes
+UNGUARDED = 64  # exit code of a worker process that runs the whole program again
 
 
 class Batches:
@@ -45,6 +47,10 @@ class Batches:
         enough if an example takes little work.
       prefetch: Number of batches to read ahead, per worker.
       position: A result of `position()` to resume from.
+      foresight: Number of batches that are known to be readable when one is returned; see `error`.
+
+    Attributes:
+      error: The error of the source that ends the stream after at most `foresight` more batches, or None.
 
     Raises:
       InputError: The position belongs to other data. Iteration raises the errors of the source.
@@ -52,11 +58,12 @@ class Batches:
 
     def __init__(
         self, source: Source, *, batch_size: int, seed: int, process: int = 0, processes: int = 1, workers: int = 0,
-        prefetch: int = 8, position: Mapping[str, int] | None = None,
+        prefetch: int = 8, position: Mapping[str, int] | None = None, foresight: int = 0,
     ):  # fmt: skip
         if not 0 <= seed < 2**32:
             raise InputError("seed", f"must be in [0, 2^32), got {seed}")
-        self.size, self.batch_size = len(source), batch_size
+        self.size, self.batch_size, self.foresight = len(source), batch_size, foresight
+        self.error, self._ahead = None, collections.deque()
         buckets = getattr(source, "buckets", None)
         self.examples = 0 if position is None else self._resume(position, bucketed=buckets is not None)
         part = batch_size // processes
@@ -78,10 +85,16 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        with _original_errors():
-            batch = next(self.iterator)
+        while self.error is None and len(self._ahead) <= self.foresight:
+            try:
+                with _original_errors():
+                    self._ahead.append(next(self.iterator))
+            except Exception as error:
+                self.error = error
+        if not self._ahead:
+            raise self.error
         self.examples += self.batch_size
-        return batch
+        return self._ahead.popleft()
 
     def position(self) -> dict[str, int]:
         """Returns where the next batch begins. The result is JSON-able and the same in all processes."""
@@ -144,16 +157,34 @@ def _original_errors() -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(error.field, error.problem) from error
+    except RuntimeError as error:
+        if f"exit code {UNGUARDED}." in str(error):
+            problem = "the data workers import this program, which must train under `if __name__ == '__main__':` only"
+            raise InputError("train.workers", f"{problem}; add that line, or set workers to 0") from error
+        raise
 
 
 def _read_ahead(dataset: grain.MapDataset, workers: int, prefetch: int) -> grain.DatasetIterator:
     threads = 1 if workers else THREADS
     read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
     if workers:
+        _end_if_imported()
         _make_grain_flags_readable()
         _start_tracker()
         read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
     return iter(read)
+
+
+def _end_if_imported() -> None:
+    """Ends this process if it is a worker that runs the program's main module because nothing guards it.
+
+    An exception could be caught by the program, and the process that waits for this one would wait forever.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "__mp_main__":  # the name that multiprocessing gives the main module
+            os._exit(UNGUARDED)
+        frame = frame.f_back
 
 
 def _make_grain_flags_readable() -> None:

@@ -38,6 +38,7 @@ from diffusion.training.resilience.preemption import Preempted
 from diffusion.training.state import TrainState, averaged
 
 CONTINUE, SAVE, STOP = 0, 1, 2  # requests that a process sends to all others
+FORESIGHT = 2  # batches that a process has read when it sends a request, which takes two steps to be followed
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,9 @@ class Trainer:
         self._make_program(self.options.steps if steps is None else steps)
         with self._running():
             while self.step < self.options.steps and self._request < STOP:
-                batch = self._next_batch()
+                with self._saved_on_error():
+                    batch = self._next_batch()
+                self.step += 1
                 self._beat(f"step {self.step}", 10 if self._is_first else 1)
                 with self._spent("compile" if self._is_first else "step"):
                     self.state, metrics = self.program.step(self.state, batch, self.frozen)
@@ -168,8 +171,8 @@ class Trainer:
                     try:
                         self._report(previous)
                         if save or due:
-                            self._report(self._pending, [hook for hook in due if hook.metrics])
-                            self._pending = None
+                            last, self._pending = self._pending, None
+                            self._report(last, [hook for hook in due if hook.metrics])
                     except Diverged:
                         self._roll_back()
                         continue
@@ -181,6 +184,8 @@ class Trainer:
                     if not hook.metrics:
                         self._run(hook)
         if self.step < self.options.steps:
+            if self.data.error:
+                raise self._with_save(self.data.error)
             raise Preempted(f"stopped after step {self.step:,} and saved; start it again to resume")
         return self.state
 
@@ -240,6 +245,7 @@ class Trainer:
         self.data = pipeline.Batches(
             self.source, batch_size=self.options.batch_size, seed=self.seed, process=part, processes=parts,
             workers=self.options.workers, prefetch=self.options.prefetch, position=position or None,
+            foresight=FORESIGHT if jax.process_count() > 1 else 0,
         )  # fmt: skip
         if self.state is None:
             self.state = self.program.init(self.teacher, self.start)
@@ -320,8 +326,7 @@ class Trainer:
             self.meter = Goodput(workdir, self.step, since=began)
 
     def _next_batch(self) -> Any:
-        self.step += 1
-        self._beat(f"the data of step {self.step}")
+        self._beat(f"the data of step {self.step + 1}")
         with self._spent("data"):
             batch = next(self.data)
             if self.meter and self._pending and not self._pending[-1]["loss"].is_ready():
@@ -333,7 +338,7 @@ class Trainer:
     def _own_request(self) -> int:
         minutes = self.checkpoint.minutes
         late = minutes and time.monotonic() - self._saved_at > 60 * minutes
-        return STOP if self.should_stop() else SAVE if late else CONTINUE
+        return STOP if self.should_stop() or self.data.error else SAVE if late else CONTINUE
 
     def _agreed_request(self, previous: tuple | None) -> int:
         if jax.process_count() == 1:
@@ -380,7 +385,7 @@ class Trainer:
 
     def _run(self, hook: Hook) -> Mapping[str, float]:
         self._beat(f"{hook.name} of step {self.step}", 10)
-        with self._spent("preview"), self._writing():
+        with self._saved_on_error(), self._spent("preview"), self._writing():
             return hook.run(self)
 
     def _dump(self, step: int, examples: int, in_row: int, values: Mapping[str, float], norms: Any) -> str:
@@ -419,6 +424,35 @@ class Trainer:
 
     def _beat(self, activity: str, limit_factor: float = 1) -> None:
         self.heartbeat(activity, limit_factor)
+    @contextlib.contextmanager
+    def _saved_on_error(self) -> Iterator[None]:
+        """Saves the state if data cannot be read or a hook fails between two steps, since that may happen at any step.
+
+        Several processes save together, so none can do this alone; they learn of the errors of data in advance, by
+        `Batches.error`.
+        """
+        try:
+            yield
+        except Exception as error:
+            is_new = self.checkpoints is not None and self.step >= self._first
+            if not is_new or isinstance(error, Diverged) or jax.process_count() > 1:
+                raise
+            pending, self._pending = self._pending, None
+            self._report(pending)
+            try:
+                self._save()
+                self.checkpoints.wait()
+            except InputError:  # the disk is full, for example
+                raise error from None
+            raise self._with_save(error) from error.__cause__
+
+    def _with_save(self, error: Exception) -> Exception:
+        """Returns an error that ends the run, after saying which step is saved."""
+        if isinstance(error, InputError):
+            return InputError(error.field, f"{error.problem}; step {self.step:,} is saved")
+        logger.warning(f"step {self.step:,} is saved before an error ends the run")
+        return error
+
 
     def _spent(self, kind: str) -> contextlib.AbstractContextManager:
         return self.meter.spent(kind) if self.meter else contextlib.nullcontext()

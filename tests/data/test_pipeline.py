@@ -199,6 +199,21 @@ def test_the_errors_of_a_source_are_raised(workers):
     stream.close()
 
 
+def test_errors_are_foreseen(source):
+    """The position is that of the batches that were returned."""
+    stream = Batches(Numbers(20, fails=13), batch_size=4, seed=0, foresight=2)
+    known = Batches(Numbers(20), batch_size=4, seed=0)
+    batches = take(known, 5)
+    bad = next(number for number, batch in enumerate(batches) if 13 in batch)
+    for number in range(bad):
+        assert take(stream, 1) == [batches[number]] and stream.position()["examples"] == 4 * (number + 1)
+        assert (stream.error is None) == (number + 2 < bad)
+    with refused("data"):
+        next(stream)
+    ahead = Batches(source, batch_size=BATCH_SIZE, seed=3, foresight=2)
+    assert hashes(ahead, 20) == hashes(Batches(source, batch_size=BATCH_SIZE, seed=3), 20)
+
+
 @pytest.mark.parametrize("workers", slow_except((1,), (1, 2)))
 def test_a_killed_worker_does_not_hang_the_run(workers):
     stream = Batches(Numbers(20, fails=13, kills=True), batch_size=4, seed=0, workers=workers)
@@ -251,6 +266,17 @@ if __name__ == "__main__":
     print(flags.FLAGS.is_parsed(), *(worker.pid for worker in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_a_program_without_a_main_guard(tmp_path):
+    """Its workers run it again, and the error says so, even if the program catches errors."""
+    body = PROGRAM.partition("if __name__")[2].splitlines()[1:3]
+    caught = ["try:", *body, "except RuntimeError:", "    pass"]
+    (tmp_path / "program.py").write_text("\n".join([PROGRAM.partition("if __name__")[0], *caught]))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, tmp_path / "program.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 1 and "train.workers" in done.stderr and "__main__" in done.stderr, done.stderr
 
 
 @pytest.mark.slow

@@ -11,16 +11,22 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from diffusion.data.pipeline import Batches
 from diffusion.distributed import multihost
 from diffusion.training.resilience.watchdog import HUNG
 from tests.chaos.training import ROOT, Training, committed
+from tests.data.test_pipeline import Numbers, take
 from tests.jobs import job
 from tests.refusals import refused_field
 
 
-def together(processes, *command, slurm=False):
-    """Runs a job in several processes, and returns the stdout of each."""
+def together(processes, *command, slurm=False, codes=(0,)):
+    """Runs a job in several processes, and returns the stdout of each.
+
+    The processes end with one of the codes each, and all of the codes occur. If they are not 0, stderr is returned.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,7 +45,9 @@ def together(processes, *command, slurm=False):
             stderr=subprocess.PIPE, text=True,
         ))  # fmt: skip
     outputs = [process.communicate(timeout=180) for process in running]
-    assert [process.returncode for process in running] == [0] * processes, outputs
+    assert {process.returncode for process in running} == set(codes), outputs
+    if codes != (0,):
+        return [stderr for _, stderr in outputs]
     noise = re.compile(r"\[Gloo\]|^process \d+ of \d+ waits")
     return ["".join(line for line in stdout.splitlines(True) if not noise.search(line)) for stdout, _ in outputs]
 
@@ -61,6 +69,31 @@ def test_one_process_trains_the_same(workdir, tmp_path):
                 for folder in (tmp_path / "one", workdir))  # fmt: skip
     assert len(one) == len(two) > 10
     np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-4)
+
+
+BAD_IMAGE = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({"data": {"name": "folder", "path": "PATH", "size": 8, "labels": False}, "objective": "denoising",
+                       "network": {"name": "mlp", "width": 8, "depth": 1}, "train": {"steps": 20, "batch_size": 4}})
+"""
+
+
+@pytest.mark.slow
+def test_an_image_that_one_process_cannot_read_costs_no_step(tmp_path):
+    """All processes save the same step, up to the batch of the image; one names it and the other can resume."""
+    rng, images = np.random.default_rng(0), tmp_path / "images"
+    images.mkdir()
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(images / f"{number:02d}.png")
+    order = [number for batch in take(Batches(Numbers(40), batch_size=4, seed=0), 10) for number in batch]
+    (images / f"{order[26]:02d}.png").write_bytes(b"")  # in the seventh batch, in the part of the second process
+    (tmp_path / "config.py").write_text(BAD_IMAGE.replace("PATH", str(images)))
+    first, second = together(2, "experiments.train", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run",
+                             codes=(2, 75))  # fmt: skip
+    assert f"{order[26]:02d}.png is empty" in second and "step 6 is saved" in second
+    assert "stopped after step 6 and saved" in first and committed(tmp_path / "run") == 6
 
 
 @pytest.mark.slow
@@ -149,7 +182,7 @@ def test_samples_and_metrics_do_not_depend_on_the_processes(workdir, tmp_path, p
             count, "experiments.sample", f"--workdir={workdir}", "--num=30", "--steps=5", f"--out={out}"
         )
         assert "30 samples" in first
-        samples.append(np.load(out / "samples.npz")["samples"].astype(int))
+        samples.append(np.load(out / "samples.npz")["arr_0"].astype(int))
         first, *others = together(count, "experiments.evaluate", f"--workdir={workdir}", "--steps=3")
         assert "energy_distance" in first and not any(others)
         metrics.append(json.loads((workdir / "evaluation.json").read_text()))
