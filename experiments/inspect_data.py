@@ -44,6 +44,8 @@ def main() -> None:
 
     print_line("data", f"{config['data']['name']}: {inspection.describe(source)}")
     print_line("epoch", f"{len(source) / options.batch_size:,.1f} steps of {options.batch_size} examples")
+    if source.spec.class_names:
+        print_line("classes", source.spec.classes())
     if ALL.value:
         read_all(source)
     reading = {"batch_size": options.batch_size, "seed": config["seed"], "workers": options.workers,
@@ -57,7 +59,7 @@ def main() -> None:
         print_line("labels", f"{np.count_nonzero(counts)} of {len(counts)} in {len(examples)} examples, "
                    f"{counts.min()} to {counts.max()} each")  # fmt: skip
     shown = examples[: NUM.value]
-    captions = [inspection.caption_of(example, source) for example in shown]
+    captions = [inspection.caption_of(example, source.spec) for example in shown]
     images.save_png(images.captioned([example["x"] for example in shown], captions), OUT.value)
     for name, rate in example_rates(source, SECONDS).items():
         print_line("images/s", f"{rate:10,.0f}  {name}, one thread")

@@ -10,7 +10,7 @@ Conventions used throughout:
 
 import dataclasses
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 
 Array = jax.Array
 Params = Any  # nested dicts with string keys and array leaves
+Label = int | str  # a class, by its number or its name
 Cond = Mapping[str, Any]  # arrays or `Text`, each [B, ...], and `keep`
 
 # Conditions that objectives and guidance add to those of the data; see `Network.scalar_conditions`.
@@ -108,6 +109,7 @@ class ConditionSpec:
       shape: Shape of one value: `()` for labels and scalars, `(D,)`, `(H, W, C)`; for a text, that of its tokens, `(L,
         D)`, or `(L,)` for integers.
       num_classes: Labels are `0 .. num_classes - 1`.
+      class_names: The names of the classes by label, or none. Specs that differ in them alone are equal.
       vocabulary: Integer tokens are `0 .. vocabulary - 1`; 0 if the tokens of a text are vectors.
       pooled: Width of the pooled embedding of a text; 0 if it has none.
     """
@@ -117,6 +119,7 @@ class ConditionSpec:
     num_classes: int = 0
     vocabulary: int = 0
     pooled: int = 0
+    class_names: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self):
         axes = {"vector": 1, "image": 3, "text": 1 if self.vocabulary else 2}.get(self.kind, 0)
@@ -124,6 +127,8 @@ class ConditionSpec:
             raise InputError("shape", f"must be {axes} positive sizes for a {self.kind}, got {self.shape}")
         if min(self.vocabulary, self.pooled) < 0 or (self.num_classes < 1) == (self.kind == "label"):
             raise InputError("num_classes", f"must be positive for labels, and 0 otherwise, got {self.num_classes}")
+        if len(self.class_names) not in (0, self.num_classes):
+            raise InputError("class_names", f"must be {self.num_classes} names, got {len(self.class_names)}")
 
     def zeros(self, num: int) -> Any:
         """Returns `num` values as NumPy arrays; a text has no padding."""
@@ -139,9 +144,11 @@ class ConditionSpec:
 NO_CONDITIONS: Mapping[str, ConditionSpec] = types.MappingProxyType({})
 
 
-def class_labels(num_classes: int) -> dict[str, ConditionSpec]:
+def class_labels(num_classes: int, class_names: Sequence[str] = ()) -> dict[str, ConditionSpec]:
     """Returns the conditions of data with `num_classes` classes: `label`, or none for 0."""
-    return {"label": ConditionSpec("label", num_classes=num_classes)} if num_classes else {}
+    if not num_classes:
+        return {}
+    return {"label": ConditionSpec("label", num_classes=num_classes, class_names=tuple(class_names))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +185,16 @@ class Spec:
         return self.conditions["label"].num_classes if "label" in self.conditions else 0
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes by label; empty if there are none."""
+        return self.conditions["label"].class_names if "label" in self.conditions else ()
+
+    def classes(self, most: int = 20) -> str:
+        """Returns the labels and names of the first classes, as in `0 cat, 1 dog`; empty if they have no names."""
+        more = f", ... ({self.num_classes - most:,} more)" if len(self.class_names) > most else ""
+        return ", ".join(f"{label} {name}" for label, name in enumerate(self.class_names[:most])) + more
+
+    @property
     def is_image(self) -> bool:
         """Whether an example is an image of 8 bits per channel, as opposed to points or an autoencoder's latents."""
         return self.x.kind == "image"
@@ -194,7 +211,6 @@ class Source(Protocol):
     An example is a dict of numpy arrays without a batch axis, `{"x": ..., "cond": {...}}`, with x of `spec.x.dtype`. It
     has a string `caption` if `spec.captions` is True. `source[index]` is deterministic. A source may also define:
       draw(index, rng: np.random.Generator): Returns the example for training, with a random crop and flip.
-      class_names: A tuple of `spec.num_classes` strings.
       buckets: Integers `[len]`. Examples with the same number have the same shape of `x`, and a batch has one number.
       stages: Pairs of a name and a function. Composed in order, the functions map `index` to `source[index]`.
       encoder, decoded_spec: For latents that were encoded in advance, the digest of the autoencoder and the spec of

@@ -3,23 +3,31 @@
 It takes a few tens of bytes of memory per image.
 """
 
+import csv
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator
+import posixpath
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from diffusion.core import files
 from diffusion.core.types import InputError
+from diffusion.data import image_ops
 
 FOLDER = ".index"  # inside the folder that is indexed
 HEADER = "index.json"
-FORMAT = 1
-METADATA = "metadata.jsonl"
+FORMAT = 2
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the last one is refused by name
+CAPTION_EXTENSIONS = (".txt", ".caption")  # of files next to the images
 THREADS = 8  # reading the sizes of images mostly waits for the disk
+
+logger = logging.getLogger(__name__)
 
 
 class PackedStrings:
@@ -51,8 +59,11 @@ class FileIndex:
       folder: The folder in which the index is stored.
       paths: `PackedStrings`, relative to `root`, as bytes of the file system.
       labels: `[N]` int32, the number of the top-level directory of each image; -1 for images directly in `root`.
-      class_names: The names of the top-level directories, sorted.
-      captions: `PackedStrings` from `metadata.jsonl`, empty for images it does not list; None if there is no such file.
+      class_names: The names of the top-level directories with images, sorted, in Unicode's composed form (NFC).
+      empty: The names of the top-level directories without images.
+      captions: `PackedStrings` from the files of METADATA, empty for images that they do not list; None if there are no
+        such files, or before `read_captions`.
+      without_text: How many images have no caption file next to them, and the first of them.
       ignored: The number of other files by their extension.
     """
 
@@ -62,7 +73,8 @@ class FileIndex:
         if header is None or not _is_current(root, header):
             header = _build(root, self.folder)
         self.class_names, self.ignored = tuple(header["class_names"]), header["ignored"]
-        self._has_captions = header["captions"]
+        self.empty, self.without_text = tuple(header["empty"]), tuple(header["without_text"])
+        self._metadata, self._has_captions = header["metadata"], False
         self._map()
         if len(self.labels) != len(self.paths) or (self.labels >= len(self.class_names)).any():
             problem = "has labels that do not match its images"
@@ -92,6 +104,25 @@ class FileIndex:
                 _save(self.folder, "sizes", np.array(list(pool.map(_size, paths, chunksize=256)), np.int32))
         return _load(self.folder, "sizes")
 
+    def read_captions(self) -> None:
+        """Reads `captions` from the files of METADATA, if there are any; they are then stored in the index.
+
+        Raises:
+          InputError: A file cannot be read.
+        """
+        if not self._metadata:
+            return
+        if not os.path.exists(os.path.join(self.folder, "captions.npy")):
+            captions = _captions(self.root, self._metadata)
+            keys = [_normal(os.fsdecode(self.paths[index])) for index in range(len(self))]
+            unknown = captions.keys() - set(keys)
+            if unknown:
+                first, files_ = min(unknown), " and ".join(self._metadata)
+                logger.warning("%s: %d lines are of no image here, such as %r", files_, len(unknown), first)
+            _save_strings(self.folder, "captions", [captions.get(key, b"") for key in keys])
+        self._has_captions = True
+        self._map()
+
     def __getstate__(self) -> dict[str, Any]:
         # Leave out the arrays, which would be copied to every data worker; a worker maps the files itself.
         mapped = ("paths", "labels", "captions")
@@ -116,7 +147,8 @@ def _read_header(folder: str) -> dict[str, Any] | None:
         return None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         return None
-    kinds = {"class_names": list, "ignored": dict, "captions": bool, "changed": dict}
+    kinds = {"class_names": list, "empty": list, "ignored": dict, "metadata": list, "without_text": list,
+             "changed": dict}  # fmt: skip
     return header if all(isinstance(header.get(name), kind) for name, kind in kinds.items()) else None
 
 
@@ -136,34 +168,41 @@ def _build(root: str, folder: str) -> dict[str, Any]:
         files.make_folder(folder, "index")  # before the walk, because it may change the modification time of `root`
     except InputError as error:
         raise InputError("index", f"{error.problem}; choose another folder for the index") from None
-    extensions = Image.registered_extensions()
-    found, changed, ignored = [], {}, {}
+    extensions, _ = image_ops.extensions()
+    found, changed, ignored, metadata, without_text = [], {}, {}, [], []
     for path, time, names in _walk(root):
         changed[path] = time
+        there = set(names)
         for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if extension in extensions:
-                found.append(os.fsencode(os.path.join(path, name)))
-            elif name != METADATA and extension != ".txt":
-                ignored[extension] = ignored.get(extension, 0) + 1
+            stem, extension = os.path.splitext(name)
+            relative = os.path.join(path, name)
+            if extension.lower() in extensions:
+                found.append(os.fsencode(relative))
+                if there.isdisjoint(stem + ending for ending in CAPTION_EXTENSIONS):
+                    without_text.append(relative)
+            elif name in METADATA:
+                metadata.append(relative)
+                changed[relative] = os.stat(os.path.join(root, relative)).st_mtime_ns
+            elif extension.lower() not in CAPTION_EXTENSIONS:
+                ignored[extension.lower()] = ignored.get(extension.lower(), 0) + 1
     found.sort()
-    tops = [path.partition(b"/")[0] if b"/" in path else None for path in found]
-    names = sorted({top for top in tops if top is not None})
+    tops = [_normal(os.fsdecode(path.partition(b"/")[0])) if b"/" in path else None for path in found]
+    names = sorted({top for top in tops if top is not None}, key=os.fsencode)
     numbers = {name: number for number, name in enumerate(names)} | {None: -1}
-    metadata = os.path.join(root, METADATA)
-    if os.path.exists(metadata):
-        changed[METADATA] = os.stat(metadata).st_mtime_ns
-        _save_strings(folder, "captions", _captions(metadata, found))
     _save_strings(folder, "paths", found)
     _save(folder, "labels", np.array([numbers[top] for top in tops], np.int32))
-    sizes = os.path.join(folder, "sizes.npy")
-    if os.path.exists(sizes):
-        os.remove(sizes)
+    for name in ("sizes", "captions"):
+        stale = os.path.join(folder, f"{name}.npy")
+        if os.path.exists(stale):
+            os.remove(stale)
+    directories = {_normal(path) for path in changed if path and "/" not in path} - set(map(_normal, metadata))
     header = {
         "format": FORMAT,
-        "class_names": [os.fsdecode(name).encode("utf-8", "replace").decode() for name in names],
+        "class_names": [_printable(name) for name in names],
+        "empty": sorted(_printable(name) for name in directories.difference(names)),
         "ignored": ignored,
-        "captions": os.path.exists(metadata),
+        "metadata": metadata,
+        "without_text": [len(without_text), _printable(min(without_text, default=""))],
         "changed": changed,
     }
     with files.replace(os.path.join(folder, HEADER)) as file:
@@ -177,44 +216,86 @@ def _walk(root: str, path: str = "", above: frozenset = frozenset()) -> Iterator
     A link to a directory that contains it is not followed.
     """
     here = os.path.join(root, path)
-    status = os.stat(here)
-    if (status.st_dev, status.st_ino) in above:
-        return
     names, directories = [], []
-    with os.scandir(here) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                directories.append(entry.name)
-            # Leave out pipes and sockets. Broken links are listed, so that reading them reports an error.
-            elif entry.is_file() or not os.path.exists(entry.path):
-                names.append(entry.name)
+    try:
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in above:
+            return
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is(entry, "dir"):
+                    directories.append(entry.name)
+                # Leave out pipes and sockets. Broken links are listed, so that reading them reports an error.
+                elif _is(entry, "file") or not os.path.exists(entry.path):
+                    names.append(entry.name)
+    except OSError as error:
+        raise InputError("path", f"{here} cannot be read: {error.strerror}; make it readable or remove it") from None
     yield path, status.st_mtime_ns, names
     for name in directories:
         yield from _walk(root, os.path.join(path, name), above | {(status.st_dev, status.st_ino)})
 
 
-def _captions(metadata: str, paths: list[bytes]) -> list[bytes]:
-    """Reads lines `{"file_name": ..., "text": ...}` from a file. Returns the captions in the order of `paths`."""
-    captions = {}
-    with open(metadata, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                captions[os.fsencode(entry["file_name"])] = entry["text"].encode()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                problem = f'{metadata}, line {number}: {error}; expects {{"file_name": ..., "text": ...}} in UTF-8'
-                raise InputError("path", problem) from None
-    return [captions.get(path, b"") for path in paths]
+def _is(entry: os.DirEntry, kind: Literal["dir", "file"]) -> bool:
+    """Returns whether an entry is a directory or a file; neither, if it is a link to itself."""
+    try:
+        return entry.is_dir() if kind == "dir" else entry.is_file()
+    except OSError:
+        return False
+
+
+def _captions(root: str, metadata: Sequence[str]) -> dict[str, bytes]:
+    """Returns the captions of METADATA files by the path of the image, which is relative to the file's folder."""
+    found = {}
+    for name in metadata:
+        path, number = os.path.join(root, name), 1
+        if name.endswith(".parquet"):
+            raise InputError("captions", f"{path} is not read; write it as metadata.jsonl or metadata.csv")
+        try:
+            for number, line in (_rows if name.endswith(".csv") else _lines)(path):  # noqa: B007, for the error
+                entry = json.loads(line) if isinstance(line, bytes) else line
+                image = os.path.join(os.path.dirname(name), entry["file_name"].replace("\\", "/"))
+                text = entry["text"] if "text" in entry else entry["caption"]
+                if os.path.isabs(image):
+                    image = os.path.relpath(image, os.path.abspath(root))
+                found[_normal(image)] = text.strip().encode()
+        except OSError as error:
+            raise InputError("path", f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+            expected = "columns file_name and text" if name.endswith(".csv") else '{"file_name": ..., "text": ...}'
+            reason = error if isinstance(error, (ValueError, csv.Error)) else "there is no file_name or text"
+            raise InputError("path", f"{path}, line {number}: {reason}; expects {expected} in UTF-8") from None
+    return found
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb") as file:
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _rows(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        for row in reader:
+            yield reader.line_num, row
+
+
+def _normal(path: str) -> str:
+    """Returns a relative path in one spelling: without `./`, and in Unicode's composed form, as macOS uses another."""
+    return unicodedata.normalize("NFC", posixpath.normpath(path))
+
+
+def _printable(name: str) -> str:
+    """Returns a name without the surrogates that stand for bytes that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _size(path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
-            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            # Pillow applies the orientation of TIFF files itself.
+            rotated = image.format != "TIFF" and image_ops.orientation(image) >= 5
             return (image.width, image.height) if rotated else (image.height, image.width)
     except Exception:  # reading the image itself later reports what is wrong
         return 0, 0

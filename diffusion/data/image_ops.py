@@ -10,7 +10,10 @@ from PIL import ExifTags, Image, ImageOps
 
 from diffusion.core.types import InputError
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO is a JPEG file with further pictures
+READ = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+# Extensions of image formats that Pillow may not know.
+OTHER_EXTENSIONS = (".heic", ".heif", ".avif", ".jxl", ".svg", ".dng", ".cr2", ".nef", ".arw")
 MAX_PIXELS = 89_478_485  # limit for an image both before and after resizing; Pillow's default
 ZOOM = 1.25  # a random crop is taken from an image of up to this many times its size, as in guided-diffusion
 
@@ -21,27 +24,47 @@ class Unreadable(Exception):
     """Raised for an example that cannot be read. The message is a predicate, such as "is empty"."""
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decodes an image file to 8-bit `RGB` or `L`.
+def extensions() -> tuple[frozenset[str], frozenset[str]]:
+    """Returns the file name extensions of the formats that are read, and those of other image formats."""
+    kinds = Image.registered_extensions()
+    read = frozenset(extension for extension, kind in kinds.items() if kind in FORMATS)
+    return read, frozenset((*kinds, *OTHER_EXTENSIONS)) - read
+
+
+def orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation of an image, from 1 to 8; 1 for files whose EXIF data cannot be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+
+
+def decode(data: bytes, bits: int = 16) -> Image.Image:
+    """Decodes the first picture of an image file to 8-bit `RGB` or `L`.
 
     The EXIF orientation is applied, and transparent images are placed on white.
 
+    Args:
+      data: The content of the file.
+      bits: Significant bits of grey images with more than 8 bits; their values are at most `2**bits - 1`, which is
+        white.
+
     Raises:
-      Unreadable: The file is not JPEG, PNG or WebP, or it is corrupt, animated or too large.
+      Unreadable: The file has none of the formats that are read, or it is corrupt or too large, or has larger values.
     """
     if not data:
         raise Unreadable("is empty")
     try:
         image = Image.open(io.BytesIO(data))
         if image.format not in FORMATS:
-            raise Unreadable(f"is a {image.format} file; must be JPEG, PNG or WebP")
-        if getattr(image, "is_animated", False):
-            raise Unreadable(f"is animated, with {image.n_frames} frames")
+            raise Unreadable(f"is a {image.format} file; must be {READ}")
         _check_pixels(image.size, "is")
+        if bits < 16 and not image.mode.startswith("I") and any(";16" in str(tile.args) for tile in image.tile):
+            raise Unreadable("has 16 bits in several channels, of which the first 8 are read; set bits to 16")
         image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        if orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
-        return _plain(image)
+        return _plain(image, bits)
     except Unreadable:
         raise
     except Image.UnidentifiedImageError:
@@ -102,10 +125,26 @@ def check_size(name: str, value: int | Size) -> Size:
     return size
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def significant_bits(data: bytes) -> int | None:
+    """Returns the number of bits that the largest value of a grey image of 16 bits takes; None for other files."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        if not image.mode.startswith("I") or image.width * image.height > MAX_PIXELS:
+            return None
+        return int(np.asarray(image).max()).bit_length()
+    except Exception:  # decoding the image reports what is wrong
+        return None
+
+
+def _plain(image: Image.Image, bits: int) -> Image.Image:
     """Converts an image of any mode to 8-bit `RGB` or `L`."""
+    if image.mode == "F":
+        raise Unreadable("has floating-point pixels; must have integers of 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scaling
-        return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
+        values, white = np.asarray(image), (1 << bits) - 1
+        if values.min() < 0 or values.max() > white:
+            raise Unreadable(f"has values from {values.min()} to {values.max():,}; must be from 0 to {white:,}")
+        return Image.fromarray(np.round(values.astype(np.float32) / (white / 255)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

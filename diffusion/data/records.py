@@ -71,7 +71,7 @@ def describe(source: Source, x: ArraySpec) -> dict[str, Any]:
     spec = source.spec
     return {
         "format": FORMAT,
-        "class_names": list(getattr(source, "class_names", ())),
+        "class_names": list(spec.class_names),
         "num_classes": spec.num_classes,
         "captions": spec.captions,
         **dataclasses.asdict(x),

@@ -8,7 +8,7 @@ import numpy as np
 
 from diffusion.core.arrays import scaled
 from diffusion.core.progress import Progress
-from diffusion.core.types import InputError, Source
+from diffusion.core.types import InputError, Source, Spec
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -33,17 +33,21 @@ def describe(source: Source) -> str:
 
 
 def unreadable_examples(source: Source) -> Iterator[str | None]:
-    """Reads all examples and yields, for each that cannot be read, the reason, or None if the source skips it."""
+    """Reads all examples and yields, for each that cannot be used, the reason, or None if the source skips it."""
     progress, count = Progress("read", len(source)), 0
     try:
         for index in range(len(source)):
             try:
-                if source[index].get("skipped", False):
-                    count += 1
-                    yield None
-            except InputError as error:
+                example = source[index]
+                problem = None if np.isfinite(example["x"]).all() else f"example {index} is not finite"
+                is_bad = problem is not None or example.get("skipped", False)
+            except Exception as error:  # a source from elsewhere may raise anything
+                known = isinstance(error, InputError)
+                problem = error.problem if known else f"example {index}: {type(error).__name__}: {error}"
+                is_bad = True
+            if is_bad:
                 count += 1
-                yield error.problem
+                yield problem
             progress.update(index + 1, bad=count)
     finally:
         progress.close()
@@ -65,11 +69,11 @@ def histogram(values: np.ndarray, bins: int = 20) -> str:
             f"standard deviation {values.std():.3f}")  # fmt: skip
 
 
-def caption_of(example: Mapping[str, Any], source: Source) -> str:
+def caption_of(example: Mapping[str, Any], spec: Spec) -> str:
     """Returns the caption of an example, or else the name or number of its class, or an empty text."""
     if "caption" in example:
         return str(example["caption"])
     if "label" not in example["cond"]:
         return ""
-    label, names = int(example["cond"]["label"]), getattr(source, "class_names", ())
-    return names[label] if names else str(label)
+    label = int(example["cond"]["label"])
+    return spec.class_names[label] if spec.class_names else str(label)

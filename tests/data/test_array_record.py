@@ -19,8 +19,7 @@ RNG = np.random.default_rng(0)
 class Examples:
     """8-bit images with labels, class names, captions and skipped examples."""
 
-    spec = Spec(ArraySpec((4, 6, 3), dtype="uint8"), class_labels(3), captions=True)
-    class_names = ("a", "b", "ç")
+    spec = Spec(ArraySpec((4, 6, 3), dtype="uint8"), class_labels(3, ("a", "b", "ç")), captions=True)
 
     def __init__(self, size=7, skipped=()):
         self.pixels, self.skipped = RNG.integers(0, 256, (size, 4, 6, 3), np.uint8), skipped
@@ -49,7 +48,7 @@ def test_read_back_as_written(tmp_path):
     source = Examples()
     assert write(source, tmp_path / "set") == 7
     found = read(tmp_path / "set", captions=True)
-    assert found.spec == source.spec and len(found) == 7 and found.class_names == source.class_names
+    assert found.spec == source.spec and len(found) == 7 and found.spec.class_names == source.spec.class_names
     for index in range(7):
         example, expected = found[index], source[index]
         np.testing.assert_array_equal(example["x"], expected["x"])
@@ -155,6 +154,34 @@ def test_bad_data_sets(tmp_path):
     info.write_text(json.dumps({**stored, "captions": False}))
     with refused("data.captions"):
         read(tmp_path / "set", captions=True)
+
+
+def test_damaged_files(tmp_path):
+    """Files that are not records are reported when the data set is opened, and a flipped bit by its example."""
+    source = Examples()
+    write(source, tmp_path / "set")
+    file, info = tmp_path / "set" / "00000.array_record", tmp_path / "set" / "info.json"
+    whole, stored = file.read_bytes(), json.loads(info.read_text())
+    for data in (b"", whole[: len(whole) // 2], b"x" * len(whole), whole[:-10]):
+        file.write_bytes(data)
+        with refused("data.path") as caught:
+            read(tmp_path / "set")
+        assert str(tmp_path / "set") in caught.value.problem
+    flipped = bytearray(whole)
+    flipped[whole.index(source.pixels[3].tobytes())] ^= 255
+    file.write_bytes(flipped)
+    damaged = read(tmp_path / "set")
+    with refused("data") as caught:
+        damaged[3]
+    assert "example 3" in caught.value.problem
+    file.write_bytes(whole)
+    for change in ({"shape": [4, 7, 3]}, {"shape": [4, 5, 3]}, {"num_classes": 2, "class_names": []}):
+        info.write_text(json.dumps({**stored, **change}))
+        with refused("data"):
+            read(tmp_path / "set")[2]
+    info.write_text(json.dumps({**stored, "class_names": ["a"]}))
+    with refused("data.path"):
+        read(tmp_path / "set")
 
 
 def test_several_sizes_are_refused(tmp_path):

@@ -1,10 +1,12 @@
 """Folders of images: labels, captions, unreadable files, buckets, and the stored index of the files."""
 
+import csv
 import json
 import logging
 import os
 import pickle
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -45,7 +47,7 @@ def test_images_labels_and_names(tree):
     source = make(tree)
     assert reds(source) == [0, 1, 2] and source.spec.shape == (8, 8, 3)
     assert [int(source[index]["cond"]["label"]) for index in range(3)] == [0, 0, 1]
-    assert source.class_names == ("bird", "cät") and source.spec.num_classes == 2
+    assert source.spec.class_names == ("bird", "cät") and source.spec.num_classes == 2
     assert source[0]["x"].dtype == source.spec.x.dtype == "uint8" and source[0]["cond"]["label"].dtype == np.int32
 
 
@@ -71,13 +73,18 @@ def test_file_names_that_are_not_utf8(tree):
     assert 7 in reds(make(tree))
 
 
-def test_captions_next_to_the_images(tree):
+def test_captions_next_to_the_images(tree, caplog):
     (tree / "bird" / "1 a.txt").write_text(" a bird, a naïve one\n")
+    (tree / "cät" / "ü.caption").write_text("a cat")
+    with refused("data.captions") as caught:
+        make(tree, captions=True)
+    assert "1 of the 3" in caught.value.problem and "x.webp" in caught.value.problem
+    source = make(tree, captions=True, on_error="skip")
+    assert "x.webp" in caplog.text
+    assert [source[index]["caption"] for index in range(3)] == ["a bird, a naïve one", "a cat", "a cat"]
+    (tree / "bird" / "deep" / "x.txt").write_text("a photo")
     source = make(tree, captions=True)
-    assert source[0]["caption"] == "a bird, a naïve one" and source.spec.captions
-    with refused("data") as caught:
-        source[1]
-    assert "x.webp" in caught.value.problem and "x.txt" in caught.value.problem
+    assert source[1]["caption"] == "a photo" and source.spec.captions
     (tree / "bird" / "deep" / "x.txt").write_bytes(b"caf\xe9")
     with refused("data") as caught:
         source[1]
@@ -88,28 +95,66 @@ def test_captions_next_to_the_images(tree):
 def test_captions_in_one_file(tree):
     lines = [{"file_name": "cät/ü.png", "text": "ein Kätzchen"}, {"file_name": "bird/1 a.png", "text": "a bird"}]
     (tree / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with refused("data.captions") as caught:
+        make(tree, captions=True)
+    assert "1 of the 3" in caught.value.problem and "x.webp" in caught.value.problem
+    source = make(tree, captions=True, on_error="skip")
+    assert source[0]["caption"] == "a bird" and source[1]["skipped"] and source[2]["caption"] == "ein Kätzchen"
+
+
+SPELLINGS = ("./bird/1 a.png", "bird\\deep/../deep/x.webp", unicodedata.normalize("NFD", "cät/ü.png"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "nested"])
+def test_paths_and_files_of_captions(tree, kind, caplog):
+    """Paths are compared in one spelling; a file may lie in any folder, and list further images."""
+    rows = [(name, f"text {number}, {kind}") for number, name in enumerate((*SPELLINGS, "gone.png"))]
+    if kind == "csv":
+        with open(tree / "metadata.csv", "w", encoding="utf-8-sig", newline="") as file:
+            csv.writer(file).writerows([("text", "file_name"), *((text, name) for name, text in rows)])
+    if kind == "jsonl":
+        lines = [json.dumps({"file_name": name, "caption": text}) for name, text in rows]
+        (tree / "metadata.jsonl").write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
+    if kind == "nested":
+        (tree / "bird" / "metadata.csv").write_text('file_name,text\n1 a.png,"text 0, nested"\n')
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows[1:]]
+        (tree / "metadata.jsonl").write_text("\n".join(lines))
     source = make(tree, captions=True)
-    assert source[0]["caption"] == "a bird" and source[2]["caption"] == "ein Kätzchen"
-    with refused("data") as caught:
-        source[1]
-    assert "x.webp" in caught.value.problem
+    assert [source[index]["caption"] for index in range(3)] == [f"text {number}, {kind}" for number in range(3)]
+    assert "gone.png" in caplog.text
+    assert pickle.loads(pickle.dumps(source))[2]["caption"] == f"text 2, {kind}"  # in a worker
 
 
-@pytest.mark.parametrize("line", [b"no json", b'{"file_name": "a"}', b'{"file_name": "a", "text": "caf\xe9"}', b"[1]"])
-def test_a_bad_line_is_reported_by_number(tree, line):
-    (tree / "metadata.jsonl").write_bytes(b'{"file_name": "a", "text": "b"}\n' + line)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("jsonl", b"no json"), ("jsonl", b'{"file_name": "a"}'), ("jsonl", b'{"file_name": "a", "text": "caf\xe9"}'),
+     ("jsonl", b"[1]"), ("jsonl", b'{"file_name": "a", "text": null}'), ("csv", b"a"), ("csv", b"a,caf\xe9"),
+     ("csv", b'a,"b')],
+)  # fmt: skip
+def test_a_bad_line_is_reported_by_number(tree, name, content):
+    """It is if captions are requested: files of this name may also describe something else."""
+    first = {"jsonl": b'{"file_name": "a", "text": "b"}', "csv": b"file_name,text"}[name]
+    (tree / f"metadata.{name}").write_bytes(first + b"\n" + content)
+    make(tree)
     with refused("data.path") as caught:
-        make(tree)
-    assert "metadata.jsonl, line 2" in caught.value.problem
+        make(tree, captions=True)
+    assert f"metadata.{name}, line " in caught.value.problem
+
+
+def test_captions_in_parquet_are_refused_by_name(tree):
+    (tree / "metadata.parquet").touch()
+    make(tree)
+    with refused("data.captions") as caught:
+        make(tree, captions=True)
+    assert "metadata.parquet" in caught.value.problem and "metadata.jsonl" in caught.value.problem
 
 
 def test_a_changed_metadata_file_is_read_again(tree):
     path = tree / "metadata.jsonl"
-    path.write_text('{"file_name": "bird/1 a.png", "text": "old"}')
-    assert make(tree, captions=True)[0]["caption"] == "old"
-    path.write_text('{"file_name": "bird/1 a.png", "text": "new"}')
-    os.utime(path, ns=(1, 1))
-    assert make(tree, captions=True)[0]["caption"] == "new"
+    for text in ("old", "new"):
+        path.write_text(json.dumps({"file_name": "bird/1 a.png", "text": text}))
+        os.utime(path, ns=(len(text), 1 if text == "old" else 2))
+        assert make(tree, captions=True, on_error="skip")[0]["caption"] == text
 
 
 def test_links(tree, tmp_path):
@@ -119,11 +164,15 @@ def test_links(tree, tmp_path):
     (tree / "dog").symlink_to(outside.parent)
     (tree / "bird" / "again").symlink_to(tree)
     source = make(tree)
-    assert source.class_names == ("bird", "cät", "dog") and reds(source).count(3) == 2
+    assert source.spec.class_names == ("bird", "cät", "dog") and reds(source).count(3) == 2
     (tree / "bird" / "0.png").symlink_to(tmp_path / "nowhere.png")
-    with refused("data") as caught:
-        make(tree)[0]
-    assert "bird/0.png" in caught.value.problem
+    (tree / "loop").symlink_to("loop")
+    (tree / "bird" / "loop.png").symlink_to("loop.png")
+    source = make(tree)
+    for name, index in (("bird/0.png", 0), ("bird/loop.png", 3)):
+        with refused("data") as caught:
+            source[index]
+        assert name in caught.value.problem
 
 
 def test_pipes_and_hidden_files_are_ignored(tree):
@@ -140,11 +189,86 @@ def test_other_files_are_counted(tree):
     assert make(tree).index.ignored == {".md": 1, "": 1}
 
 
-def test_other_image_formats_are_reported(tree):
-    save(tree / "bird" / "2.gif")
+def test_other_image_formats_are_reported(tree, caplog):
+    """Those with another extension are left out with a warning, when the folder is opened."""
+    save(tree / "bird" / "2.ico")
+    (tree / "bird" / "3.HEIC").touch()
+    assert reds(make(tree)) == [0, 1, 2] and "1 .ico" in caplog.text and "1 .heic" in caplog.text
+    (tree / "bird" / "2.ico").rename(tree / "bird" / "2.png")
     with refused("data") as caught:
         make(tree)[1]
-    assert "2.gif" in caught.value.problem and "GIF" in caught.value.problem
+    assert "2.png" in caught.value.problem and "ICO" in caught.value.problem
+
+
+def test_the_first_picture_of_any_format_is_read(tree):
+    """A phone's JPEG with a second picture, and formats that may hold several."""
+    formats = ["mpo.jpg", "gif.gif", "tiff.tif", "bmp.bmp", "apng.png", "webp.webp"]
+    for number, name in enumerate(formats):
+        several = {} if name == "bmp.bmp" else {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "white")]}
+        kind = "MPO" if name == "mpo.jpg" else None
+        save(tree / "other" / name, (10 * number, 0, 0), format=kind, **several)
+    source = make(tree)
+    found = {source.index.path(index).rpartition("/")[2]: red for index, red in enumerate(reds(source))}
+    for number, name in enumerate(formats):
+        assert abs(found[name] - 10 * number) < 5, name
+
+
+def test_data_of_twelve_bits(tree, caplog):
+    """They are dark unless the number of bits is given, which a warning says when the folder is opened."""
+    values = np.full((8, 8), 4095, np.uint16)
+    for path in (tree / "bird" / "1 a.png", tree / "bird" / "deep" / "x.tif", tree / "cät" / "ü.png"):
+        Image.fromarray(values).save(path)
+    (tree / "bird" / "deep" / "x.webp").unlink()
+    assert reds(make(tree)) == [16, 16, 16] and "data.bits, such as 12" in caplog.text
+    caplog.clear()
+    assert reds(make(tree, bits=12)) == [255, 255, 255] and not caplog.text
+    with refused("data") as caught:
+        make(tree, bits=8)[0]
+    assert "255" in caught.value.problem and "4,095" in caught.value.problem
+    with refused("data.bits"):
+        make(tree, bits=17)
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train",), ("Test", "valid", "train")])
+def test_splits_are_not_classes(tmp_path, names, caplog):
+    for name in names:
+        save(tmp_path / name / "cat" / "1.png")
+    with refused("data.path") as caught:
+        make(tmp_path)
+    assert all(name in caught.value.problem for name in (*names, "labels=False"))
+    assert make(tmp_path / names[0]).spec.class_names == ("cat",)
+    caplog.clear()
+    assert make(tmp_path, labels=False).spec.num_classes == 0
+    assert bool(caplog.text) == (len(names) > 1)
+
+
+def test_numbers_are_ordered_by_value(tmp_path):
+    for number in (10, 2, 0, 1):
+        save(tmp_path / str(number) / "1.png", (number, 0, 0))
+    source = make(tmp_path)
+    assert source.spec.class_names == ("0", "1", "2", "10")
+    for example in (source[index] for index in range(4)):
+        assert source.spec.class_names[example["cond"]["label"]] == str(example["x"][0, 0, 0])
+        assert example["cond"]["label"].dtype == np.int32
+    assert make(tmp_path, class_order="name").spec.class_names == ("0", "1", "10", "2")
+    save(tmp_path / "a10" / "1.png")  # with other names, the order of names
+    assert make(tmp_path).spec.class_names == ("0", "1", "10", "2", "a10")
+
+
+def test_class_names_have_one_spelling(tree, caplog):
+    """It is that of Linux, for a folder from macOS; a directory without images is no class, which a warning says."""
+    (tree / "cät").rename(tree / unicodedata.normalize("NFD", "cät"))
+    save(tree / "dog" / ".hidden.png")
+    assert make(tree).spec.class_names == ("bird", unicodedata.normalize("NFC", "cät"))
+    assert "dog" in caplog.text
+    with open(os.fsencode(tree) + b"/\xff.png", "wb") as file:
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+    for name in (b"\xfe", b"\xff"):
+        os.mkdir(os.path.join(os.fsencode(tree), name))
+        os.link(os.fsencode(tree) + b"/\xff.png", os.path.join(os.fsencode(tree), name, b"a.png"))
+    os.remove(os.fsencode(tree) + b"/\xff.png")
+    assert len(make(tree).spec.class_names) == 4
+    json.dumps(make(tree).spec.class_names).encode()
 
 
 def test_folders_without_images(tmp_path):

@@ -101,10 +101,32 @@ def test_colour_and_grey():
     np.testing.assert_array_equal(Transform(channels=1)(colour), expected)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF"])
 def test_lossless_formats(kind):
-    image = noise(9, 7)
-    np.testing.assert_array_equal(np.asarray(decode(encoded(image, kind, lossless=True))), np.asarray(image))
+    image, options = noise(9, 7), {"lossless": True} if kind == "WEBP" else {}
+    np.testing.assert_array_equal(np.asarray(decode(encoded(image, kind, **options))), np.asarray(image))
+
+
+@pytest.mark.parametrize("kind", ["MPO", "GIF", "TIFF", "PNG", "WEBP"])
+def test_the_first_of_several_pictures_is_read(kind):
+    first, options = noise(8, 8).quantize(16).convert("RGB"), {"lossless": True} if kind == "WEBP" else {}
+    found = decode(encoded(first, kind, save_all=True, append_images=[noise(8, 8, seed=1)], **options))
+    alone = decode(encoded(first, "JPEG" if kind == "MPO" else kind, **options))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(alone))
+
+
+def test_sixteen_bits_of_several_channels():
+    """Pillow reads the first 8, which are the image unless fewer bits are significant."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 0, 40_000, 65_535))
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
+    np.testing.assert_array_equal(np.asarray(decode(data)), [[[0, 40_000 // 256, 255]]])
+    with pytest.raises(Unreadable, match="several channels"):
+        decode(data, bits=12)
 
 
 def test_sixteen_bits_are_scaled():
@@ -147,15 +169,16 @@ def test_transparent_pixels_become_white(kind):
     np.testing.assert_allclose(seen[:, 2:], np.broadcast_to((200, 30, 40), (4, 2, 3)), atol=2)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation):
+def test_exif_orientation(orientation, kind):
     shown = np.arange(15, dtype=np.uint8).reshape(3, 5) * 16
     inverse = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: np.transpose,
             6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).T, 8: lambda a: np.rot90(a, -1)}  # fmt: skip
     stored = Image.fromarray(np.ascontiguousarray(inverse[orientation](shown)))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(np.asarray(decode(encoded(stored, exif=exif))), shown)
+    np.testing.assert_array_equal(np.asarray(decode(encoded(stored, kind, exif=exif))), shown)
 
 
 def header_of(width, height):
@@ -170,10 +193,6 @@ def header_of(width, height):
     )
 
 
-GIF = encoded(noise(4, 4), "GIF")
-FRAMES = {"save_all": True, "append_images": [noise(4, 4, seed=1)]}
-
-
 @pytest.mark.parametrize(
     ("data", "word"),
     [
@@ -182,10 +201,12 @@ FRAMES = {"save_all": True, "append_images": [noise(4, 4, seed=1)]}
         (encoded(noise(64, 64), "JPEG")[:900], "truncated"),
         (encoded(noise(64, 64))[:900], "."),
         (encoded(noise(64, 64), "WEBP")[:200], "."),
-        (GIF, "GIF"),
-        (encoded(noise(4, 4), "GIF", **FRAMES), "GIF"),
-        (encoded(noise(4, 4), "PNG", **FRAMES), "2 frames"),
-        (encoded(noise(4, 4), "WEBP", **FRAMES), "2 frames"),
+        (encoded(noise(32, 32), "ICO"), "ICO"),
+        (encoded(noise(64, 64), "GIF")[:200], "."),
+        (encoded(noise(64, 64), "TIFF")[:900], "."),
+        (encoded(noise(64, 64), "BMP")[:900], "."),
+        (encoded(Image.new("F", (4, 4)), "TIFF"), "floating-point"),
+        (encoded(Image.new("I", (4, 4), 70_000), "TIFF"), "70,000"),
         (header_of(20_000, 20_000), "400000000 pixels"),  # above Pillow's hard limit
         (header_of(10_000, 9_000), "10,000 x 9,000 pixels"),
     ],

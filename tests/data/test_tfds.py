@@ -38,7 +38,7 @@ def tiny(folder, **keywords):
 def test_examples_are_those_of_the_builder(folder):
     source = tiny(folder, captions=True, caption="caption")
     assert source.spec.shape == (6, 4, 3) and source.spec.num_classes == 3 and source.spec.captions
-    assert (source.spec.x.low, source.spec.x.high) == (0, 255) and source.class_names == tfds_sets.NAMES
+    assert (source.spec.x.low, source.spec.x.high) == (0, 255) and source.spec.class_names == tfds_sets.NAMES
     expected, labels = tfds_sets.expected("train"), {}
     assert len(source) == len(expected) == 14
     for example in (source[index] for index in range(14)):
@@ -51,12 +51,12 @@ def test_examples_are_those_of_the_builder(folder):
 def test_labels_and_captions_are_optional(folder):
     example = tiny(folder, labels=False)[0]
     assert example.keys() == {"x", "cond"} and not example["cond"]
-    assert tiny(folder, labels=False).spec.num_classes == 0 and tiny(folder, labels=False).class_names == ()
+    assert tiny(folder, labels=False).spec.num_classes == 0 and tiny(folder, labels=False).spec.class_names == ()
 
 
 def test_features_by_name(folder):
     source = tiny(folder, image="wild", size=4, channels=1, label="attributes/Big", captions=True, caption="texts/text")
-    assert source.spec.shape == (4, 4, 1) and source.class_names == ("not Big", "Big")
+    assert source.spec.shape == (4, 4, 1) and source.spec.class_names == ("not Big", "Big")
     for example in (source[index] for index in range(14)):
         word, number = example["caption"].split()
         assert word == "one" and example["cond"]["label"] == int(number) % 2
@@ -163,9 +163,9 @@ def mocked(dataset, **keywords):
 def test_known_data_sets(dataset):
     keywords, shape, num_classes, first_name = MOCKED[dataset]
     source, theirs = mocked(dataset, **keywords)
-    assert source.spec.shape == shape and source.spec.num_classes == num_classes == len(source.class_names)
+    assert source.spec.shape == shape and source.spec.num_classes == num_classes == len(source.spec.class_names)
     if dataset != "cifar10":  # its class names are stored in its files
-        assert source.class_names[0] == first_name
+        assert source.spec.class_names[0] == first_name
     assert len(source) == 5
     for index in range(2):
         label = theirs[index]["attributes"]["Male"] if dataset == "celeb_a" else theirs[index]["label"]

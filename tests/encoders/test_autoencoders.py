@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
-from diffusion.core.types import Autoencoder, InputError
+from diffusion.core.types import Autoencoder, InputError, Spec, class_labels
 from diffusion.encoders.autoencoders import pca
 from diffusion.pipelines.encoding import check_source, encode
 from diffusion.pipelines.run import open_run
@@ -118,7 +118,7 @@ def test_encoding_in_advance(fitted, digits, tmp_path):
     autoencoder, out = encoder(fitted), str(tmp_path / "latents")
 
     class Breaks:
-        spec, class_names = digits.spec, ("a", "b")
+        spec = Spec(digits.spec.x, class_labels(10, tuple("abcdefghij")))
 
         def __len__(self):
             return 250
@@ -145,7 +145,7 @@ def test_encoding_in_advance(fitted, digits, tmp_path):
 
     cache = build("data", {"name": "array_record", "path": out})
     assert cache.spec.x.kind == "latent" and cache.decoded_spec.x == digits.spec.x and len(cache) == 250
-    assert cache.encoder == autoencoder.digest and cache.class_names == ("a", "b")
+    assert cache.encoder == autoencoder.digest and cache.spec.class_names == tuple("abcdefghij")
     for index in (0, 59, 60, 249):
         z = autoencoder.encode(autoencoder.params, jnp.asarray(digits.images[index : index + 1]), None)[0]
         np.testing.assert_allclose(cache[index]["x"], z, atol=1e-5)
@@ -186,4 +186,4 @@ def test_jobs(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     done = job("sample", f"{workdir}1", "--num=4", "--steps=2", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert np.load(tmp_path / "samples.npz")["samples"].shape == (4, 8, 8, 1)
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 8, 8, 1)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion.core import images
+from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 from diffusion.pipelines import inspection
 from tests.jobs import job
 from tests.refusals import refused_field
@@ -47,6 +48,7 @@ def test_it_describes_and_draws_the_examples(config, tmp_path):
     done = job("inspect_data", config, "--all", "--num=5", f"--out={tmp_path}/sheet.png")
     assert done.returncode == 0, done.stderr
     assert "folder: 12 examples of 8 x 8 x 3, 2 classes, no captions" in done.stdout
+    assert "classes  0 class 0, 1 class 1" in done.stdout
     assert "ignored files: 1 .md" in done.stdout and "3.0 steps of 4 examples" in done.stdout
     assert re.search(r"values +-1.00 .+ \+1.00  mean [+-]0.0\d+, standard deviation 0.\d+", done.stdout)
     stages = ["read, one thread", "decode, one thread", "transform, one thread", "an example, one thread",
@@ -67,20 +69,34 @@ def test_it_names_unreadable_files(config, folder, tmp_path):
     assert not (tmp_path / "sheet.png").exists()
 
 
+def test_all_finds_what_training_would_meet():
+    """Errors of any type, numbers that are not finite, and examples that the source replaces."""
+
+    class Source:
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            if index < 2:
+                raise InputError("data", "no image") if index else KeyError("lost")
+            return {"x": np.float32([np.nan if index == 2 else 0]), "cond": {}, "skipped": np.bool_(index == 3)}
+
+    found = list(inspection.unreadable_examples(Source()))
+    assert found == ["example 0: KeyError: 'lost'", "no image", "example 2 is not finite", None]
+
+
 @pytest.mark.parametrize("flag", ["--num=0", "--out=/proc/nothing/sheet.png"])
 def test_invalid_flags_are_named(flag):
     assert refused_field(job("inspect_data", "--config=configs/digits.py", flag)) == flag.partition("=")[0]
 
 
 def test_captions_are_the_examples_own_or_their_classes(digits):
-    class Named:
-        class_names = ("zero", "one")
-
+    named = Spec(ArraySpec((2,), "points"), class_labels(2, ("zero", "one")))
     example = {"x": None, "cond": {"label": np.int32(1)}}
-    assert inspection.caption_of({**example, "caption": "a digit"}, Named()) == "a digit"
-    assert inspection.caption_of(example, Named()) == "one"
-    assert inspection.caption_of(example, digits) == "1"
-    assert inspection.caption_of({"x": None, "cond": {}}, digits) == ""
+    assert inspection.caption_of({**example, "caption": "a digit"}, named) == "a digit"
+    assert inspection.caption_of(example, named) == "one"
+    assert inspection.caption_of(example, digits.spec) == "1"
+    assert inspection.caption_of({"x": None, "cond": {}}, digits.spec) == ""
 
 
 def test_sheets_of_images_videos_and_points():

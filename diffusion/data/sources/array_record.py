@@ -47,12 +47,13 @@ class ArrayRecord:
     """
 
     def __init__(self, path: str, info: Mapping[str, Any], flip: bool, labels: bool, captions: bool):
+        self.path = path
         self.records = ArrayRecordDataSource(sorted(glob.glob(os.path.join(glob.escape(path), "*.array_record"))))
         self.flip, self.labels, self.captions = flip, labels, captions
-        self.dtype, self.labelled = np.dtype(info["dtype"]), bool(info["num_classes"])
-        self.class_names = tuple(info["class_names"]) if labels else ()
+        self.dtype, self.labelled, self.captioned = np.dtype(info["dtype"]), bool(info["num_classes"]), info["captions"]
         x = ArraySpec(tuple(info["shape"]), info["kind"], info["low"], info["high"], info["dtype"])
-        self.spec = self.decoded_spec = Spec(x, class_labels(info["num_classes"] if labels else 0), captions)
+        labelled = class_labels(info["num_classes"], info["class_names"]) if labels else {}
+        self.spec = self.decoded_spec = Spec(x, labelled, captions)
         self.encoder = info.get("encoder")
         if self.encoder is not None:
             decoded = info["decoded"]
@@ -66,10 +67,22 @@ class ArrayRecord:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} examples")
-        record, count = self.records[index], math.prod(self.spec.shape)
+        try:
+            return self._decoded(self.records[index])
+        except Exception as error:  # the reader raises errors of many types
+            problem = f"example {index} of {self.path} cannot be read: {error}"
+            raise InputError("data", f"{problem}; copy its files again, or prepare it again") from None
+
+    def _decoded(self, record: bytes) -> dict[str, Any]:
+        count = math.prod(self.spec.shape)
+        size = count * self.dtype.itemsize + 4 * self.labelled
+        if len(record) < size or (len(record) > size and not self.captioned):
+            raise ValueError(f"it has {len(record):,} bytes instead of {size:,}")
         x = np.frombuffer(record, self.dtype, count).reshape(self.spec.shape).copy()
         rest = count * self.dtype.itemsize
         cond = {"label": np.frombuffer(record, "<i4", 1, rest)[0]} if self.labels else {}
+        if self.labels and not 0 <= cond["label"] < self.spec.num_classes:
+            raise ValueError(f"it has the label {cond['label']}, of {self.spec.num_classes} classes")
         example = {"x": x, "cond": cond}
         return {**example, "caption": record[rest + 4 * self.labelled :].decode()} if self.captions else example
 
@@ -101,6 +114,9 @@ def make(path: str, flip: bool = False, labels: bool = True, captions: bool = Fa
     if invalid:
         raise InputError("path", f"{os.path.join(path, INFO)} has no valid {invalid[0]!r}; prepare the data set again")
     info.setdefault("kind", earlier_kind(info["shape"], info["low"], info["high"]))
+    if len(info["class_names"]) not in (0, info["num_classes"]):
+        problem = f"has {len(info['class_names'])} names of {info['num_classes']} classes"
+        raise InputError("path", f"{os.path.join(path, INFO)} {problem}; prepare the data set again")
     if captions and not info["captions"]:
         raise InputError("captions", f"{path} has no captions; prepare it again with data.captions=True")
     try:
@@ -109,6 +125,8 @@ def make(path: str, flip: bool = False, labels: bool = True, captions: bool = Fa
         raise InputError(
             "path", f"{os.path.join(path, INFO)} does not describe its latents; encode them again"
         ) from None
+    except Exception as error:  # the reader raises errors of many types
+        raise InputError("path", f"{path} has a file that cannot be read: {error}; copy all files again") from None
     if len(found) != info["count"]:
         raise InputError("path", f"{path} must have {info['count']:,} examples, got {len(found):,}; copy all files")
     return found

@@ -42,8 +42,8 @@ class Tfds:
         self.decoders = tfds.decode.SkipDecoding()  # this class decodes images itself
         for key in reversed(self.keys["image"]):
             self.decoders = {key: self.decoders}
-        self.class_names = _class_names(*chosen["label"]) if "label" in chosen else ()
-        self.spec = Spec(ArraySpec(shape, dtype="uint8"), class_labels(len(self.class_names)), "caption" in chosen)
+        names = _class_names(*chosen["label"]) if "label" in chosen else ()
+        self.spec = Spec(ArraySpec(shape, dtype="uint8"), class_labels(len(names), names), "caption" in chosen)
 
     def __len__(self) -> int:
         return len(self.records)
