@@ -82,7 +82,7 @@ def test_a_run_is_what_the_job_trained(workdir, tmp_path):
     done = job("sample", f"--workdir={workdir}", "--num=7", "--steps=3", "--labels=3,1", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     x = run.sample(num=7, steps=3, labels=[3, 1])
-    np.testing.assert_array_equal(df.images.to_uint8(x), np.load(tmp_path / "samples.npz")["samples"])
+    np.testing.assert_array_equal(df.images.to_uint8(x), np.load(tmp_path / "samples.npz")["arr_0"])
     assert run.step == 2 and run.ema == "0.998" and run.config["network"]["width"] == 32
     denoised = run.denoiser(label=np.array([3, 1]))(x[:2], np.float32(0.5))
     assert denoised.x0.shape == (2, 8, 8, 1) and run.network.apply and run.params["net"]

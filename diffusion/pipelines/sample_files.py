@@ -2,9 +2,8 @@
 
 The folder holds `samples.png`, a picture of the first samples, and by `out_format`
   npz: `samples.npz`, or `samples_00000.npz`, `samples_00001.npz`, ... if there are more samples than fit into one file.
-    The entries are `samples`, `labels`, `settings` (JSON), and for images `arr_0`, which is `samples` under the name
-    that ADM's evaluator reads.
-  png: `images/000000.png`, `images/000001.png`, ..., and `labels.csv`.
+    The entries are `arr_0`, the samples under the name that ADM's evaluator reads, `labels` and `settings` (JSON).
+  png: `images/000000.png`, `images/000001.png`, ..., and `labels.csv`, also with the names of the classes.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ def write_samples(
         raise InputError("--out_format", f"png is for images, and samples of shape {spec.shape} are none; use npz")
     files.make_folder(out, "--out")
     settings = {**settings, "num": num, "out_format": out_format}
-    writer = (_Npz if out_format == "npz" else _Png)(out, labels, num, settings)
+    writer = _Npz(out, labels, num, settings) if out_format == "npz" else _Png(out, labels, num, spec.class_names)
     with _writing(out):
         first = done = multihost.broadcast_from_first(_prepare(out, settings, writer) if files.writes() else 0)
         shown, kept = min(num, SHOWN if len(spec.shape) == 3 else SHOWN_POINTS), []
@@ -112,15 +111,15 @@ class _Npz:
 
     def _save(self, index: int) -> None:
         labels = self.labels[index * PER_FILE :][: len(self.rows)]
-        more = {"arr_0": self.rows} if self.rows.dtype == np.uint8 else {}
         if files.writes():
             with files.replace(self.paths[index], "wb") as file:
-                np.savez(file, samples=self.rows, labels=labels, settings=np.array(self.settings), **more)
+                np.savez(file, arr_0=self.rows, labels=labels, settings=np.array(self.settings))
 
 
 class _Png:
-    def __init__(self, out: str, labels: np.ndarray | None, num: int, settings: Mapping[str, Any]):
+    def __init__(self, out: str, labels: np.ndarray | None, num: int, class_names: Sequence[str]):
         self.out, self.labels, self.num, self.where = out, labels, num, os.path.join(out, IMAGES)
+        self.class_names = class_names
 
     def done(self) -> int:
         """Returns how many of the first samples are in files."""
@@ -131,9 +130,11 @@ class _Png:
         if start == 0:
             files.make_folder(self.where, "--out")
             if self.labels is not None:
+                rows = [("file", "label", "class")[: 3 if self.class_names else 2]]
+                for index, label in enumerate(self.labels):
+                    rows.append((f"{index:06d}.png", label, *self.class_names[label : label + 1]))
                 with files.replace(os.path.join(self.out, LABELS)) as file:
-                    rows = ((f"{index:06d}.png", label) for index, label in enumerate(self.labels))
-                    csv.writer(file, lineterminator="\n").writerows([("file", "label"), *rows])
+                    csv.writer(file, lineterminator="\n").writerows(rows)
         if files.writes():
             for index, image in enumerate(x, start):
                 images.save_png(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), self._path(index))

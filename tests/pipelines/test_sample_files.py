@@ -1,5 +1,6 @@
 """Samples are written as they are drawn: formats, interruptions, and memory that does not grow."""
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -40,8 +41,8 @@ class Drawing:
             yield images.from_uint8(PIXELS[first : first + BATCH]), {}
 
 
-def write(out, drawing, out_format="npz", settings=None, **options):
-    return write_samples(drawing, str(out), labels=LABELS, num=NUM, spec=SPEC, settings=settings or {"seed": 1},
+def write(out, drawing, out_format="npz", settings=None, spec=SPEC, **options):
+    return write_samples(drawing, str(out), labels=LABELS, num=NUM, spec=spec, settings=settings or {"seed": 1},
                          out_format=out_format, columns=3, **options)  # fmt: skip
 
 
@@ -54,8 +55,9 @@ def test_npz_files(tmp_path):
     assert where == f"{tmp_path}/samples_00000.npz to samples_00002.npz"
     assert sorted(contents(tmp_path)) == ["samples.png", *(f"samples_{index:05d}.npz" for index in range(3))]
     found = [np.load(tmp_path / f"samples_{index:05d}.npz") for index in range(3)]
-    for name, expected in (("samples", PIXELS), ("arr_0", PIXELS), ("labels", LABELS)):
+    for name, expected in (("arr_0", PIXELS), ("labels", LABELS)):
         np.testing.assert_array_equal(np.concatenate([file[name] for file in found]), expected)
+    assert all(set(file) == {"arr_0", "labels", "settings"} for file in found)  # no array twice
     assert all(json.loads(str(file["settings"])) == {"seed": 1, "num": NUM, "out_format": "npz"} for file in found)
     assert Image.open(tmp_path / "samples.png").tobytes() == images.grid(PIXELS[:6], 3).tobytes()
 
@@ -67,6 +69,9 @@ def test_png_files(tmp_path):
     lines = (tmp_path / "labels.csv").read_text().splitlines()
     assert lines[:3] == ["file,label", "000000.png,0", "000001.png,1"] and len(lines) == NUM + 1
     assert len(contents(tmp_path)) == NUM + 2
+    named = dataclasses.replace(SPEC, conditions=class_labels(10, ["a,b", *"cdefghijk"]))
+    write(tmp_path, Drawing(), "png", {"seed": 2}, spec=named)
+    assert (tmp_path / "labels.csv").read_text().startswith('file,label,class\n000000.png,0,"a,b"\n000001.png,1,c\n')
 
 
 @pytest.mark.parametrize(("out_format", "done"), [("npz", 10), ("png", 16)])
