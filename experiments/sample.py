@@ -10,15 +10,14 @@ than labels are those of the data's examples, in turn; `Run.sample` takes others
 """
 
 import os
+from typing import Any
 
-import numpy as np
 from absl import flags
 
 from diffusion.core.types import InputError
 from diffusion.pipelines import overrides
-from diffusion.pipelines.conditions import labels_for
 from diffusion.pipelines.generator import check_numbers
-from diffusion.pipelines.run import open_run
+from diffusion.pipelines.run import Run, open_run
 from diffusion.pipelines.sample_files import FORMATS, PICTURE, write_samples
 from diffusion.pipelines.sampling_sweep import sweep
 from experiments import cli, sampling_flags
@@ -26,7 +25,7 @@ from experiments.sampling_flags import ALLOW_IMPORTS, BATCH_SIZE, EMA
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 NUM = flags.DEFINE_integer("num", 100, "Number of samples.")
-LABELS = flags.DEFINE_list("labels", None, "Classes, repeated in turn up to --num. Default: all.")
+LABELS = flags.DEFINE_list("labels", None, "Classes, numbers or names, repeated in turn up to --num. Default: all.")
 SWEEP = flags.DEFINE_string(
     "sweep", None, f"Every combination of NAME=value,value;NAME=...: {overrides.AXES}; or those of @FILE.json."
 )
@@ -44,7 +43,7 @@ MOST_COLUMNS = 50  # of a sheet with one column per class
 def main() -> None:
     check_numbers(seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
     run = open_run(WORKDIR.value, EMA.value, allow_imports=ALLOW_IMPORTS.value)
-    cond = run.conditions(NUM.value, _labels(LABELS.value, run.spec.num_classes))
+    cond = _conditions(run)
     labels = cond.get("label")
     chosen, out = sampling_flags.chosen(), OUT.value or os.path.join(WORKDIR.value, "samples")
     if SWEEP.value is not None:
@@ -69,14 +68,17 @@ def main() -> None:
     print(f"{NUM.value} samples: {os.path.join(out, PICTURE)} and {where}")
 
 
-def _labels(given: list[str] | None, num_classes: int) -> np.ndarray | None:
-    for label in given or ():
-        if not overrides.is_whole(label):
-            raise InputError("--labels", f"must be whole numbers, such as 0,1,2; got {label!r}")
+def _conditions(run: Run) -> dict[str, Any]:
+    """Returns the conditions of the samples, and prints which classes their labels are."""
+    given = LABELS.value
+    labels = None if given is None else [int(label) if overrides.is_whole(label) else label for label in given]
     try:
-        return labels_for(num_classes, NUM.value, None if given is None else [int(label) for label in given])
+        cond = run.conditions(NUM.value, labels)
     except InputError as error:
-        raise InputError("--labels", error.problem) from None
+        raise InputError("--labels", error.problem) if error.field == "labels" else error from None
+    if run.spec.class_names:
+        print(f"classes: {run.spec.classes()}")
+    return cond
 
 
 if __name__ == "__main__":

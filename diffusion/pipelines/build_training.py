@@ -32,7 +32,7 @@ from diffusion.training.options import CheckpointOptions, Options
 from diffusion.training.program import Program, make_program
 from diffusion.training.resilience.guards import Guard
 from diffusion.training.state import initial_params, trainable
-from diffusion.training.trainer import check_keep_best
+from diffusion.training.trainer import Trainer, check_keep_best, check_same
 
 PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
 
@@ -43,7 +43,7 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     """Returns the keyword arguments of `training.trainer.Trainer` for a resolved config.
 
     Raises:
-      InputError: Parts of the config are invalid or do not fit together.
+      InputError: Parts of the config are invalid or do not fit together, or the workdir has another run.
     """
     check_config(config)
     source = build("data", config["data"], field="data")
@@ -123,6 +123,7 @@ def check_training(keywords: Mapping[str, Any]) -> str:
     Raises:
       InputError: The step cannot be traced, the mesh does not fit, or `checkpoint.keep_best` names no metric.
     """
+    Trainer(**keywords)  # for the checks that it makes itself
     source, options, mesh = keywords["source"], keywords["options"], keywords["mesh"]
     model = Model(**{name: keywords[name] for name in Model._fields})
     others = {*Model._fields, "source", "meta", "hooks", "start"}
@@ -157,12 +158,17 @@ def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[s
     """Returns what a run saves with its checkpoints, and the parameters of the teacher that its objective names.
 
     The parameters are None if there is no teacher, or if the run has started: then its checkpoint contains them.
+
+    Raises:
+      InputError: The teacher cannot be read, or the run has started with other data or another model.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
     latest, stored, _ = checkpoints.newest_valid(checkpoints.meta)
     stored = stored if latest else {}  # converted weights, at step 0, are not yet a run of this config
     kept = {name: stored[name] for name in ("origin", "autoencoder") if name in stored}
     meta = {"config": config, "spec": dataclasses.asdict(spec), **kept}
+    if latest:
+        check_same(stored, meta)
     where = config["objective"].get("teacher")
     if where is None:
         return meta, None

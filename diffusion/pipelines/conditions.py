@@ -1,16 +1,18 @@
 """What samples are conditioned on: labels and other conditions, given or taken from the data."""
 
+import difflib
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from diffusion.core.types import Cond, InputError, Source, Spec
+from diffusion.core.types import Cond, InputError, Label, Source, Spec
 
 
 def conditions_of(
-    spec: Spec, num: int, source: Callable[[], Source], labels: Sequence[int] | None = None, cond: Cond | None = None
+    spec: Spec, num: int, source: Callable[[], Source], labels: Sequence[Label] | None = None, cond: Cond | None = None
 ) -> dict[str, Any]:
     """Returns the conditions of `num` samples, `[num, ...]` each.
 
@@ -18,7 +20,7 @@ def conditions_of(
       spec: What the samples look like.
       num: Number of samples.
       source: Returns the data, from whose examples, in turn, come the conditions that are not given.
-      labels: Classes, repeated in turn; all classes by default.
+      labels: Classes, numbers or names, repeated in turn; all classes by default.
       cond: Other conditions by name, arrays or a `Text` with any number of values, repeated in turn.
 
     Raises:
@@ -32,7 +34,7 @@ def conditions_of(
     missing = spec.conditions.keys() - {"label", *given}
     found = examples_of(source(), missing, num) if missing else {}
     found |= {name: _in_turn(value, num) for name, value in given.items()}
-    labels = labels_for(spec.num_classes, num, labels)
+    labels = labels_for(spec.num_classes, num, numbers_of(labels, spec.class_names))
     return found if labels is None else {**found, "label": labels}
 
 
@@ -41,6 +43,31 @@ def examples_of(source: Source, names: Collection[str], num: int) -> dict[str, A
     each = [source[index]["cond"] for index in range(min(num, len(source)))]
     found = jax.tree.map(lambda *values: np.stack(values), *({name: cond[name] for name in names} for cond in each))
     return _in_turn(found, num)
+
+
+def numbers_of(labels: Sequence[Label] | str | None, class_names: Sequence[str]) -> Sequence[int] | None:
+    """Returns classes as numbers; those that are given as texts are names.
+
+    Raises:
+      InputError: There is no class of a name.
+    """
+    if labels is None:
+        return None
+    numbers = {name: number for number, name in enumerate(class_names)}
+
+    def number_of(label: Label) -> int:
+        if not isinstance(label, str):
+            return label
+        name = unicodedata.normalize("NFC", label)
+        if not numbers:
+            raise InputError("labels", f"must be numbers, as the run stores no names of its classes; got {label!r}")
+        if name not in numbers:
+            near = difflib.get_close_matches(name, numbers, n=1)
+            known = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(list(numbers)[:20])}"
+            raise InputError("labels", f"there is no class {label!r}; {known}")
+        return numbers[name]
+
+    return [number_of(label) for label in ([labels] if isinstance(labels, str) else labels)]
 
 
 def labels_for(num_classes: int, num: int, labels: Sequence[int] | None) -> np.ndarray | None:

@@ -19,6 +19,7 @@ from diffusion.core.types import (
     Cond,
     Denoiser,
     InputError,
+    Label,
     ModelMetric,
     Network,
     Objective,
@@ -99,7 +100,7 @@ class Run:
     def sample(
         self,
         num: int | None = None,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[Label] | None = None,
         *,
         cond: Cond | None = None,
         start: np.ndarray | None = None,
@@ -117,7 +118,7 @@ class Run:
 
         Args:
           num: Number of samples; 16 by default, or that of `start`.
-          labels, cond: The conditions; see `conditions`.
+          labels, cond: The conditions; see `conditions`. Labels are numbers or, as texts, the names of classes.
           start: Clean examples `[n, ...]` to vary (image-to-image; SDEdit, Meng et al. 2022, arXiv 2108.01073),
             repeated in turn up to `num`. Sampling starts from them with noise added instead of from pure noise.
           strength: How much of `start` is replaced: the share of the steps that runs, the last ones, in (0, 1].
@@ -144,7 +145,7 @@ class Run:
         return np.concatenate([x for x, _ in batches])
 
     def sample_batches(
-        self, num: int, labels: Sequence[int] | None = None, *, cond: Cond | None = None,
+        self, num: int, labels: Sequence[Label] | None = None, *, cond: Cond | None = None,
         start: np.ndarray | None = None, strength: float = 0.8, after_step: AfterStep | None = None, seed: int = 0,
         batch_size: int = 250, progress: bool = False, **options: Any,
     ) -> Iterator[tuple[np.ndarray, Cond]]:  # fmt: skip
@@ -164,7 +165,7 @@ class Run:
             title="sample" if progress else None, start=start, strength=strength,
         )  # fmt: skip
 
-    def conditions(self, num: int, labels: Sequence[int] | None = None, cond: Cond | None = None) -> dict[str, Any]:
+    def conditions(self, num: int, labels: Sequence[Label] | None = None, cond: Cond | None = None) -> dict[str, Any]:
         """Returns the conditions of `num` samples, `[num, ...]` each; see `conditions.conditions_of`."""
         return conditions_of(self.spec, num, lambda: self.source, labels, cond)
 
@@ -425,7 +426,7 @@ def run_of(trainer: Trainer) -> Run:
 
 
 def sample(
-    model: Trainer | Run | str, num: int | None = None, labels: Sequence[int] | None = None, **options: Any
+    model: Trainer | Run | str, num: int | None = None, labels: Sequence[Label] | None = None, **options: Any
 ) -> Array:
     """Draws samples from a trainer, a run or a workdir; see `Run.sample`."""
     run = open_run(model) if isinstance(model, str) else run_of(model) if isinstance(model, Trainer) else model

@@ -23,7 +23,12 @@ def config_and_spec(meta: Any) -> tuple[dict[str, Any], Spec]:
         raise InputError("config", f"must be a section, got {config!r}")
     config = resolve({"version": 1, **config})  # configs had no version at first
     check_config(config)
-    return config, spec_from_json(meta["spec"])
+    spec = spec_from_json(meta["spec"])
+    if not spec.class_names:  # earlier runs stored no names and had only one order
+        for section in (config["data"], config["eval"]["data"]):
+            if section.get("name") == "folder":
+                section["class_order"] = "name"
+    return config, spec
 
 
 def spec_from_json(stored: Any) -> Spec:

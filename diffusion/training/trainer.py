@@ -263,6 +263,8 @@ class Trainer:
             f"{len(self.source):,} examples, "
             + (f"resuming from step {self.step:,}" if self.step else "starting from step 0")
         )
+        if self.spec.class_names:
+            logger.info(f"{self.spec.num_classes:,} classes: {self.spec.classes()}")
         self.progress = Progress("train", self.options.steps, done=self.step, weight=self.options.batch_size)
         with self.during_steps:
             try:
@@ -298,7 +300,7 @@ class Trainer:
                 problem = f"is {self.options.steps}, but {self.workdir} is at step {step} already"
                 raise InputError("train.steps", problem)
             if step:
-                _check_same(found.meta(step), self.meta)
+                check_same(found.meta(step), self.meta)
             return found.restore(step, self.program.state)
 
         found = Checkpoints(self.workdir, read_only=True)
@@ -422,8 +424,6 @@ class Trainer:
             self.checkpoints.save(self.step, self.state, self.position(), self.meta, metrics)
         self._saved_at = time.monotonic()
 
-    def _beat(self, activity: str, limit_factor: float = 1) -> None:
-        self.heartbeat(activity, limit_factor)
     @contextlib.contextmanager
     def _saved_on_error(self) -> Iterator[None]:
         """Saves the state if data cannot be read or a hook fails between two steps, since that may happen at any step.
@@ -453,6 +453,8 @@ class Trainer:
         logger.warning(f"step {self.step:,} is saved before an error ends the run")
         return error
 
+    def _beat(self, activity: str, limit_factor: float = 1) -> None:
+        self.heartbeat(activity, limit_factor)
 
     def _spent(self, kind: str) -> contextlib.AbstractContextManager:
         return self.meter.spent(kind) if self.meter else contextlib.nullcontext()
@@ -499,7 +501,7 @@ def _section(part: Any) -> dict[str, Any]:
     return section
 
 
-def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """Checks that a run resumes with the model and the data that it started with.
 
     The rest of a config may change, and so may the options that say where the data lie or that suit the machine.
@@ -518,6 +520,33 @@ def _check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
                     f"is {ours.get(key)!r}, but the workdir was trained with {theirs.get(key)!r}; "
                     "restore it or give another --workdir",
                 )
+    _check_classes(stored, meta)
+
+
+def _check_classes(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Checks that the labels stand for the classes that a run started with."""
+    specs = [m.get("spec", {}) for m in (stored, meta)]
+    # The first checkpoints had no conditions but only a number of classes.
+    theirs, ours = (spec.get("conditions", {"label": spec}).get("label", {}) for spec in specs)
+    before, now = (list(label.get("class_names", ())) for label in (theirs, ours))
+    fix = "restore them, or train another --workdir, from this one if init_from names it"
+    if before and now and before != now:
+        changes = [f"{sign}{name}" for sign, names, others in (("-", before, now), ("+", now, before))
+                   for name in names if name not in others]  # fmt: skip
+        problem = (
+            f"has other classes than the run: {', '.join(changes[:10])}"
+            if changes
+            else "has its classes in another order"
+        )
+        raise InputError("data", f"{problem}; {fix}")
+    counts = [label.get("num_classes", 0) for label in (theirs, ours)]
+    if all(counts) and counts[0] != counts[1]:
+        problem = f"has {counts[1]:,} classes, but the run started with {counts[0]:,}"
+        raise InputError("data", f"{problem}; {fix}")
+    by_name = meta.get("config", {}).get("data", {}).get("class_order") != "number" or now == sorted(now)
+    if counts[0] and not before and not by_name:
+        problem = "is 'number', and the run, which is older than this option, has its classes in the order of names"
+        raise InputError("data.class_order", f"{problem}; set it to 'name'")
 
 
 def _is_same(theirs: Any, ours: Any) -> bool:

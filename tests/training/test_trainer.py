@@ -17,7 +17,7 @@ from diffusion.distributed import sharding
 from diffusion.training import ema, hooks, optimizer
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.options import CheckpointOptions, Options
-from diffusion.training.trainer import Trainer, _check_same
+from diffusion.training.trainer import Trainer, check_same
 from tests.refusals import refused
 
 STEPS = 10
@@ -238,17 +238,17 @@ def test_async_save_of_a_donated_state(run, tmp_path):
 def test_a_run_resumes_with_options_that_suit_another_machine():
     stored = {"config": {"network": {"name": "dit", "width": 8, "kernel": "cudnn", "dtype": "bfloat16"}}}
     for change in ({"kernel": "auto"}, {"dtype": "float32"}, {"remat": "none"}, {"unroll": 2}):
-        _check_same(stored, {"config": {"network": {**stored["config"]["network"], **change}}})
+        check_same(stored, {"config": {"network": {**stored["config"]["network"], **change}}})
     with refused("network.width"):
-        _check_same(stored, {"config": {"network": {**stored["config"]["network"], "width": 16}}})
+        check_same(stored, {"config": {"network": {**stored["config"]["network"], "width": 16}}})
 
 
 def test_a_run_resumes_with_options_that_were_added_since():
     stored = {"config": {"objective": {"name": "denoising", "schedule": {"name": "vp"}}}}
     new = {"name": "denoising", "schedule": {"name": "vp", "shift": 1.0}, "huber": None}
-    _check_same(stored, {"config": {"objective": new, "adapters": {}, "autoencoder": None}})
+    check_same(stored, {"config": {"objective": new, "adapters": {}, "autoencoder": None}})
     for change in ({"schedule": {"name": "ve"}}, {"schedule": {}}, {"name": "vdm"}):
         with refused(f"objective.{next(iter(change))}"):
-            _check_same(stored, {"config": {"objective": {**new, **change}}})
+            check_same(stored, {"config": {"objective": {**new, **change}}})
     with refused("adapters.lora"):
-        _check_same(stored, {"config": {"objective": new, "adapters": {"lora": {"rank": 8}}}})
+        check_same(stored, {"config": {"objective": new, "adapters": {"lora": {"rank": 8}}}})
