@@ -3,6 +3,7 @@
 It takes a few tens of bytes of memory per image.
 """
 
+import contextlib
 import csv
 import json
 import logging
@@ -112,7 +113,7 @@ class FileIndex:
         """
         if not self._metadata:
             return
-        if not os.path.exists(os.path.join(self.folder, "captions.npy")):
+        if not os.path.exists(os.path.join(self.folder, "captions_ends.npy")):
             captions = _captions(self.root, self._metadata)
             keys = [_normal(os.fsdecode(self.paths[index])) for index in range(len(self))]
             unknown = captions.keys() - set(keys)
@@ -191,7 +192,7 @@ def _build(root: str, folder: str) -> dict[str, Any]:
     numbers = {name: number for number, name in enumerate(names)} | {None: -1}
     _save_strings(folder, "paths", found)
     _save(folder, "labels", np.array([numbers[top] for top in tops], np.int32))
-    for name in ("sizes", "captions"):
+    for name in ("sizes", "captions_ends"):
         stale = os.path.join(folder, f"{name}.npy")
         if os.path.exists(stale):
             os.remove(stale)
@@ -205,7 +206,7 @@ def _build(root: str, folder: str) -> dict[str, Any]:
         "without_text": [len(without_text), _printable(min(without_text, default=""))],
         "changed": changed,
     }
-    with files.replace(os.path.join(folder, HEADER)) as file:
+    with _writing(folder), files.replace(os.path.join(folder, HEADER)) as file:
         json.dump(header, file)
     return header
 
@@ -301,8 +302,17 @@ def _size(path: str) -> tuple[int, int]:
         return 0, 0
 
 
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = f"{folder} cannot be written: {error.strerror}; choose another folder for the index"
+        raise InputError("index", problem) from error
+
+
 def _save(folder: str, name: str, array: np.ndarray) -> None:
-    with files.replace(os.path.join(folder, f"{name}.npy"), "wb") as file:
+    with _writing(folder), files.replace(os.path.join(folder, f"{name}.npy"), "wb") as file:
         np.save(file, array)
 
 

@@ -342,6 +342,21 @@ def test_the_index_may_be_stored_elsewhere(tree, tmp_path):
         make(tree, index=str(tmp_path / "file" / "x"))
 
 
+@pytest.mark.parametrize("options", [{"captions": True}, {"size": ((8, 8), (8, 16))}])
+def test_an_index_that_cannot_be_written_is_named(tree, monkeypatch, options):
+    """Captions and sizes are added to an index when they are first needed."""
+    (tree / "metadata.csv").write_text("file_name,text\n")
+    make(tree)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fail)
+    with refused("data.index") as caught:
+        make(tree, **options)
+    assert "No space left" in caught.value.problem and ".index" in caught.value.problem
+
+
 def test_a_worker_maps_the_index_itself(tree):
     """Checks that the data sent to a worker process do not grow with the folder."""
     few = len(pickle.dumps(make(tree)))

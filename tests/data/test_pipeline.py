@@ -88,6 +88,12 @@ def test_batches_run_across_epochs():
         assert sorted(epoch) == list(range(10))
 
 
+def test_fewer_examples_than_a_batch():
+    seen = np.ravel(take(Batches(Numbers(3), batch_size=7, seed=0), 6))
+    for epoch in seen.reshape(14, 3):
+        assert sorted(epoch) == list(range(3))
+
+
 def test_the_order_depends_on_the_seed():
     first, again, other = (take(Batches(Numbers(50), batch_size=7, seed=s), 20) for s in (1, 1, 2))
     assert first == again and first != other
@@ -268,6 +274,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_program_without_a_main_guard(tmp_path):
     """Its workers run it again, and the error says so, even if the program catches errors."""
     body = PROGRAM.partition("if __name__")[2].splitlines()[1:3]

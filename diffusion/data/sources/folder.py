@@ -225,7 +225,7 @@ def _warn_of_bits(index: FileIndex) -> None:
     """Warns of 16-bit images whose values use fewer bits, which would be dark."""
     found = []
     for number in np.linspace(0, len(index) - 1, min(LOOKED_AT, len(index)), dtype=int):
-        with contextlib.suppress(OSError), open(index.path(int(number)), "rb") as file:
+        with contextlib.suppress(OSError, InputError), open(index.path(int(number)), "rb") as file:
             found.append(image_ops.significant_bits(file.read()))
     used = max((bits for bits in found if bits is not None), default=16)
     if used <= 14:

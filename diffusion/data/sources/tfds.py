@@ -77,11 +77,11 @@ class Tfds:
             raise IndexError(f"index {index} is out of range for {len(self)} examples")
         try:
             record = self.records[index]
+            if not isinstance(record, Mapping):  # tfds.testing.mock_data provides parsed examples instead of records
+                record = self.features.deserialize_example_np(record, decoders=self.decoders)
         except Exception as error:
             problem = f"example {index} of {self.name} cannot be read: {error}"
             raise InputError("data", f"{problem}; remove the data set and prepare it again") from None
-        if not isinstance(record, Mapping):  # tfds.testing.mock_data provides parsed examples instead of records
-            record = self.features.deserialize_example_np(record, decoders=self.decoders)
         return {kind: functools.reduce(operator.getitem, keys, record) for kind, keys in self.keys.items()}
 
     def _transformed(self, read: Mapping[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
