@@ -24,7 +24,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
     training = build_training(CONFIG.value, WORKDIR.value)
     if CHECK.value:
-        print(f"{WORKDIR.value}: {check_training(training)}; nothing written")
+        print(f"{WORKDIR.value}: {check_training(training, WORKDIR.value)}; nothing written")
         return
     limit = 60 * training["options"].hang_timeout
     watchdog = Watchdog(limit, os.path.join(WORKDIR.value, "hang_stacks.txt"), end_process=os._exit)

@@ -124,7 +124,8 @@ def check(points: Iterable[SweepPoint], workdir: str, *, data_here: bool) -> Non
         config = {**point.config, "mesh": {}}
         try:
             if data_here:
-                check_training(build_training(config, os.path.join(workdir, point.name)))
+                folder = os.path.join(workdir, point.name)
+                check_training(build_training(config, folder), folder)
             else:
                 check_config(config)
                 training(config)

@@ -65,7 +65,7 @@ class Batches:
         self.size, self.batch_size, self.foresight = len(source), batch_size, foresight
         self.error, self._ahead = None, collections.deque()
         buckets = getattr(source, "buckets", None)
-        self.examples = 0 if position is None else self._resume(position, bucketed=buckets is not None)
+        self.examples = 0 if position is None else check_position(source, position, batch_size)
         part = batch_size // processes
         if buckets is None:
             order = _examples(source, grain.MapDataset.range(self.size), seed)
@@ -104,15 +104,21 @@ class Batches:
         """Ends the threads and worker processes."""
         self._finalize()
 
-    def _resume(self, position: Mapping[str, int], bucketed: bool) -> int:
-        size = position.get("size", 0)
-        if size != self.size:
-            raise InputError("data", f"has {self.size:,} examples, but the run started with {size:,}; provide the "
-                             "same data, or start a new run in another --workdir")  # fmt: skip
-        if bucketed and position["examples"] % self.batch_size:
-            raise InputError("train.batch_size", f"must divide the {position['examples']:,} examples consumed so far, "
-                             f"got {self.batch_size}; with several image sizes, keep the batch size")  # fmt: skip
-        return position["examples"]
+
+def check_position(source: Source, position: Mapping[str, int], batch_size: int) -> int:
+    """Returns the number of examples consumed at a position, after checking that it belongs to a source.
+
+    Raises:
+      InputError: The source has another size, or buckets and another batch size.
+    """
+    size, examples = position.get("size", 0), position["examples"]
+    if size != len(source):
+        raise InputError("data", f"has {len(source):,} examples, but the run started with {size:,}; provide the "
+                         "same data, or start a new run in another --workdir")  # fmt: skip
+    if hasattr(source, "buckets") and examples % batch_size:
+        raise InputError("train.batch_size", f"must divide the {examples:,} examples consumed so far, "
+                         f"got {batch_size}; with several image sizes, keep the batch size")  # fmt: skip
+    return examples
 
 
 def in_order(

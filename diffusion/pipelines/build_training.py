@@ -14,7 +14,7 @@ from PIL import Image
 from diffusion.core import images
 from diffusion.core.build import build, call
 from diffusion.core.types import InputError, Params, Source, Spec
-from diffusion.data.pipeline import decoded_spec, is_encoded
+from diffusion.data.pipeline import check_position, decoded_spec, is_encoded
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import warm_start
 from diffusion.pipelines.conditions import conditions_of
@@ -32,7 +32,7 @@ from diffusion.training.options import CheckpointOptions, Options
 from diffusion.training.program import Program, make_program
 from diffusion.training.resilience.guards import Guard
 from diffusion.training.state import initial_params, trainable
-from diffusion.training.trainer import Trainer, check_keep_best, check_same
+from diffusion.training.trainer import Trainer, check_keep_best, check_same, check_steps
 
 PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
 
@@ -112,16 +112,18 @@ def evaluation_hook(
     return hook
 
 
-def check_training(keywords: Mapping[str, Any]) -> str:
+def check_training(keywords: Mapping[str, Any], workdir: str) -> str:
     """Traces a whole train step and returns a line that says what would be trained.
 
-    Nothing is compiled or computed, no array of the model is allocated, and the workdir is not read.
+    Nothing is compiled or computed, and no array of the model is allocated or read.
 
     Args:
       keywords: As `build_training` returns them.
+      workdir: The run's folder.
 
     Raises:
-      InputError: The step cannot be traced, the mesh does not fit, or `checkpoint.keep_best` names no metric.
+      InputError: The step cannot be traced, the mesh does not fit, `checkpoint.keep_best` names no metric, or the
+        workdir has a run that cannot resume so.
     """
     Trainer(**keywords)  # for the checks that it makes itself
     source, options, mesh = keywords["source"], keywords["options"], keywords["mesh"]
@@ -131,10 +133,13 @@ def check_training(keywords: Mapping[str, Any]) -> str:
         model = model._replace(autoencoder=None)
     program = program_of(model, **{name: keywords[name] for name in keywords.keys() - others})
     program.check_frozen(keywords["start"])
-    batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((options.batch_size, *np.shape(leaf)), np.asarray(leaf).dtype), source[0]
-    )
-    _, metrics = jax.eval_shape(program.step, program.state, batch, program.frozen)
+    metrics = program.trace(source, options.batch_size)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step, position, _ = checkpoints.newest_valid(lambda step: checkpoints.check_fits(step, program.state))
+    checkpoints.close()
+    check_steps(step or 0, options.steps, workdir)
+    if position:  # converted weights have none
+        check_position(source, position, options.batch_size)
     check_keep_best(keywords["checkpoint"], sorted(metrics.keys() - {"norms", "in_row"}), keywords["hooks"])
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
     devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"

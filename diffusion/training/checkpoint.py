@@ -167,6 +167,18 @@ class Checkpoints:
         """Returns a SHA-256 that changes with any array of a checkpoint, or of its `meta`."""
         return _hash(self._about(step))
 
+    def check_fits(self, step: int, abstract: TrainState) -> dict[str, Any]:
+        """Returns the position in the data, after checking that a checkpoint has arrays as in `abstract`.
+
+        No array is read.
+
+        Raises:
+          Corrupt, InputError: As `restore`.
+        """
+        about = self._about(step)
+        self._compare(step, about, _split(abstract), partial=False)
+        return about["position"]
+
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state with the shapes, dtypes and shardings of `abstract`, and the position in the data.
 
@@ -264,9 +276,22 @@ class Checkpoints:
         return about
 
     def _read(self, step: int, about: Mapping, trees: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
-        """Returns the arrays that `trees` describes, after comparing them with the description.
+        """Returns the arrays that `trees` describes, after comparing them with the description."""
+        expected = self._compare(step, about, trees, partial)
+        read = self._restored(step, {name: _restore_args(tree) for name, tree in trees.items()})
+        # Where its own metadata is corrupt, Orbax leaves arrays abstract or returns others.
+        kinds = {name: _kind(leaf) if isinstance(leaf, jax.Array) else None for name, leaf in _leaves(read)}
+        if kinds != expected:
+            raise self._corrupt(step, "its arrays are not those that were saved")
+        for name, digest in _digests(read).items():
+            if digest != about["arrays"][name][2]:
+                raise self._corrupt(step, f"{name} is not what was saved")
+        return read
 
-        Orbax would cast and crop arrays of another dtype or shape silently, so these are compared first.
+    def _compare(self, step: int, about: Mapping, trees: Mapping[str, Any], partial: bool) -> dict[str, tuple]:
+        """Compares the shapes and dtypes of arrays with the description, and returns them by name.
+
+        Orbax would cast and crop arrays of another dtype or shape silently.
         """
         expected = {name: _kind(leaf) for name, leaf in _leaves(trees)}
         stored = {name: (tuple(shape), dtype) for name, (shape, dtype, _) in about["arrays"].items()}
@@ -278,15 +303,7 @@ class Checkpoints:
                     f"{self._path(step)} was trained with another network or optimizer: {name} is {_spell(theirs)} "
                     f"there and {_spell(ours)} in the config; use the run's config, or another workdir",
                 )
-        read = self._restored(step, {name: _restore_args(tree) for name, tree in trees.items()})
-        # Where its own metadata is corrupt, Orbax leaves arrays abstract or returns others.
-        kinds = {name: _kind(leaf) if isinstance(leaf, jax.Array) else None for name, leaf in _leaves(read)}
-        if kinds != expected:
-            raise self._corrupt(step, "its arrays are not those that were saved")
-        for name, digest in _digests(read).items():
-            if digest != about["arrays"][name][2]:
-                raise self._corrupt(step, f"{name} is not what was saved")
-        return read
+        return expected
 
     def _restored(self, step: int, args: Mapping[str, ocp.args.CheckpointArgs]) -> dict[str, Any]:
         """Returns items of a checkpoint as Orbax reads them; only its errors count as a corrupt checkpoint."""

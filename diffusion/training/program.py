@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from diffusion.core import trees
-from diffusion.core.types import Autoencoder, Batch, InputError, Network, Objective, Spec
+from diffusion.core.types import Autoencoder, Batch, InputError, Network, Objective, Source, Spec
 from diffusion.distributed import activation_sharding, sharding
 from diffusion.training.ema import EMA
 from diffusion.training.optimizer import Optimizer
@@ -36,6 +37,28 @@ class Program:
     state: TrainState
     frozen: dict[str, Any]
     batch: NamedSharding
+
+    def trace(self, source: Source, batch_size: int) -> dict[str, Any]:
+        """Traces a step with examples of each size that a source has, and returns its metrics as shapes.
+
+        Raises:
+          InputError: The step does not fit the examples.
+        """
+        buckets = getattr(source, "buckets", None)
+        firsts = [0] if buckets is None else np.unique(buckets, return_index=True)[1]
+        for index in map(int, firsts):
+            batch = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((batch_size, *np.shape(leaf)), np.asarray(leaf).dtype), source[index]
+            )
+            try:
+                _, metrics = jax.eval_shape(self.step, self.state, batch, self.frozen)
+            except (TypeError, ValueError) as error:
+                if isinstance(error, InputError) or buckets is None:
+                    raise
+                size = " x ".join(map(str, batch["x"].shape[1:3]))
+                problem = f"the network cannot be trained on images of {size}; choose sizes that its levels divide"
+                raise InputError("data.size", problem) from error
+        return metrics
 
     def check_frozen(self, start: Mapping[str, Any]) -> None:
         """Checks that a warm start provides the leaves that are not trained.

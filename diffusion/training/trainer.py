@@ -214,6 +214,8 @@ class Trainer:
             accumulate=options.accumulate, guard=Guard(options.spike), teacher=self.teacher,
             trainable=options.trainable, autoencoder=None if pipeline.is_encoded(self.source) else self.autoencoder,
         ), steps  # fmt: skip
+        if hasattr(self.source, "buckets"):  # a size that comes late must not end the run
+            self.program.trace(self.source, options.batch_size)
         if not self.frozen:
             self.frozen = self.program.place_frozen(self.start, self.autoencoder)
 
@@ -296,9 +298,7 @@ class Trainer:
             return self._position
 
         def restore(step: int) -> tuple[TrainState, dict]:
-            if step > self.options.steps:
-                problem = f"is {self.options.steps}, but {self.workdir} is at step {step} already"
-                raise InputError("train.steps", problem)
+            check_steps(step, self.options.steps, self.workdir)
             if step:
                 check_same(found.meta(step), self.meta)
             return found.restore(step, self.program.state)
@@ -488,6 +488,12 @@ def check_keep_best(checkpoint: CheckpointOptions, of_step: Iterable[str], hooks
         if checkpoint.keep_best.startswith("eval/"):
             problem += " (eval.every > 0 adds those of the evaluation)"
         raise InputError("checkpoint.keep_best", problem)
+
+
+def check_steps(step: int, steps: int, workdir: str) -> None:
+    """Checks that a run of `steps` steps resumes at a step that it reaches."""
+    if step > steps:
+        raise InputError("train.steps", f"is {steps}, but {workdir} is at step {step} already")
 
 
 def _section(part: Any) -> dict[str, Any]:

@@ -139,6 +139,16 @@ def test_batches_of_several_sizes(run, tmp_path, folder):
     assert len(metrics(tmp_path / "run")) == 10
 
 
+@pytest.mark.parametrize("size", [((8, 8), (8, 10)), ((8, 10), (8, 8))])
+def test_sizes_that_the_network_cannot_take_are_refused(run, tmp_path, folder, size):
+    """Before the first step, whichever batch would meet one."""
+    unet = {"name": "unet", "width": 8, "channel_mult": (1, 1, 1), "num_res_blocks": 1, "attention_resolutions": (),
+            "head_dim": 8}  # fmt: skip
+    with refused("") as caught:
+        run(tmp_path / "run", 5, folder, network=unet, size=size)
+    assert "10" in caught.value.problem and not (tmp_path / "run").exists()
+
+
 def test_captions_without_a_reader_are_refused(run, tmp_path, folder):
     with refused("data.captions"):
         run(tmp_path / "run", 1, folder, captions=True)
