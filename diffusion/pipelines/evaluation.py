@@ -98,6 +98,11 @@ def build_metrics(
         "train": Decoded.of(train, autoencoder),
         "held_out": Decoded.of(build("data", section["data"], field="eval.data"), autoencoder),
     }
+    names = [source.spec.class_names for source in real.values()]
+    if all(names) and names[0] != names[1]:
+        other = ", ".join(sorted(set(names[0]) ^ set(names[1]))[:10]) or "the same ones in another order"
+        problem = f"has other classes than the training data ({other}), so that its labels mean others"
+        raise InputError("eval.data", f"{problem}; give it the same directories")
     metrics = {
         name: build("evaluation", {"name": name, **options}, field=f"eval.metrics.{name}", **real)
         for name, options in section["metrics"].items()

@@ -1,5 +1,6 @@
 """The names of classes: stored with a run, compared when it resumes, and used to draw samples."""
 
+import contextlib
 import dataclasses
 import json
 import unicodedata
@@ -9,10 +10,12 @@ import pytest
 from PIL import Image
 
 import diffusion as df
+from diffusion.core.build import build
 from diffusion.core.types import ArraySpec, ConditionSpec, Spec, class_labels
 from diffusion.pipelines.build_training import build_training, check_training
 from diffusion.pipelines.conditions import numbers_of
 from diffusion.pipelines.config import resolve
+from diffusion.pipelines.evaluation import build_metrics
 from diffusion.pipelines.run import open_run
 from diffusion.pipelines.stored import config_and_spec
 from diffusion.training import trainer
@@ -34,19 +37,19 @@ def config(tmp_path_factory):
         "data": {"name": "folder", "path": str(root), "size": 4},
         "objective": "denoising",
         "network": {"name": "mlp", "width": 8, "depth": 1},
-        "train": {"steps": 1, "batch_size": 8},
+        "train": {"steps": 2, "batch_size": 8},
         "sampler": {"name": "ddim", "steps": 1},
     })  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def workdir(config, tmp_path_factory):
+def workdir(config, tmp_path_factory, mesh_of):
     """A run, which has said what its classes are."""
     path = str(tmp_path_factory.mktemp("runs") / "named")
     with pytest.MonkeyPatch.context() as patch:
         said = []
         patch.setattr(trainer.logger, "info", said.append)
-        df.Trainer(**build_training(config, path), workdir=path).fit()
+        df.Trainer(**{**build_training(config, path), "mesh": mesh_of(1, 1, 1)}, workdir=path).fit()
     assert "3 classes: 0 bird, 1 cät, black, 2 dog" in said
     return path
 
@@ -68,7 +71,7 @@ def test_samples_are_drawn_by_name(workdir):
 
 def test_other_classes_are_refused(config, workdir, tmp_path):
     """By `--check` and by the run, before anything is written."""
-    check_training(build_training(config, workdir))
+    check_training(build_training(config, workdir), workdir)
     for name in ("ant", "bird", "dog"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
@@ -92,6 +95,42 @@ def test_names_are_listed_and_counted():
     assert many.classes(2) == "0 c0, 1 c1, ... (998 more)"
     with refused("class_names"):
         ConditionSpec("label", num_classes=2, class_names=("a",))
+
+
+def test_held_out_data_have_the_same_classes(config, tmp_path):
+    """A class that is missing there would give the others its label."""
+    (tmp_path / "dog").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "dog" / "1.png")
+    source = build("data", config["data"])
+    for path, fails in ((config["data"]["path"], False), (str(tmp_path), True)):
+        section = {"data": {**config["data"], "path": path}, "metrics": {}}
+        with refused("eval.data") if fails else contextlib.nullcontext() as caught:
+            build_metrics({"eval": section}, source)
+    assert "bird" in caught.value.problem
+
+
+def test_check_refuses_what_resuming_refuses(config, workdir, tmp_path):
+    """Fewer steps than done, other arrays, more examples; captions, which a trainer refuses itself."""
+
+    def check(section, **options):
+        changed = {**config, section: {**config[section], **options}}
+        return check_training(build_training(changed, workdir), workdir)
+
+    assert "2 steps" in check("train")
+    with refused("train.steps"):
+        check("train", steps=1)
+    with refused("workdir"):
+        check("ema", decays=(0.5, 0.9))
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (4, 4)).save(tmp_path / name / f"{number}.png")
+            (tmp_path / name / f"{number}.txt").write_text("text")
+    with refused("data"):
+        check("data", path=str(tmp_path))
+    with refused("data.captions"):
+        captioned = {**config, "data": {**config["data"], "path": str(tmp_path), "captions": True}}
+        check_training(build_training(captioned, str(tmp_path / "new")), str(tmp_path / "new"))
 
 
 def meta(*names, order="number", **label):

@@ -112,9 +112,13 @@ def test_samples_that_are_not_finite(workdir, monkeypatch, caplog):
 )  # fmt: skip
 def test_what_a_check_refuses(tmp_path, sections, field):
     with refused(field):
-        check_training(build_training(config_of(**sections), str(tmp_path)))
+        check(tmp_path, **sections)
 
 
 def test_what_a_check_accepts(tmp_path):
-    check_training(build_training(config_of(), str(tmp_path)))
-    check_training(build_training(config_of(checkpoint={"keep_best": "loss"}, eval={"every": 0}), str(tmp_path)))
+    check(tmp_path)
+    check(tmp_path, checkpoint={"keep_best": "loss"}, eval={"every": 0})
+
+
+def check(workdir, **sections):
+    return check_training(build_training(config_of(**sections), str(workdir)), str(workdir))
