@@ -20,9 +20,12 @@ BETAS = {
 
 @pytest.mark.parametrize("num_steps", [1, 10, 1000])
 @pytest.mark.parametrize("betas", BETAS)
-def test_table(x64, betas, num_steps):
-    schedule = build("schedules", {"name": "vp", "betas": betas, "num_steps": num_steps})
-    alpha_bar = np.cumprod(1 - BETAS[betas](num_steps))
+@pytest.mark.parametrize("is_given", [False, True])
+def test_table(x64, betas, num_steps, is_given):
+    table = BETAS[betas](num_steps)
+    given = {"trained_betas": tuple(table.tolist())} if is_given else {"betas": betas}
+    schedule = build("schedules", {"name": "vp", "num_steps": num_steps, **given})
+    alpha_bar = np.cumprod(1 - table)
     t = jnp.arange(1, num_steps + 1) / num_steps
     np.testing.assert_allclose(schedule.alpha(t) ** 2, alpha_bar, rtol=1e-11)
     np.testing.assert_allclose(schedule.sigma(t) ** 2, 1 - alpha_bar, rtol=1e-11)
