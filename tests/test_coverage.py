@@ -51,7 +51,7 @@ OPTIONS = {
 # Objectives with a state, or with networks that follow the student.
 STATEFUL = ("consistency", "denoising", "progressive_distillation", "reflow")
 SCALAR_CONDITIONS = ("mean_flow", "shortcut", "latent_consistency")  # objectives whose networks need them
-PURE_NOISE = ("flow", "trig")  # schedules whose SNR at t = 1 is 0
+PURE_NOISE = ("flow", "trig", "laplace", "shifted")  # schedules whose SNR at t = 1 is 0
 
 
 def refusal(objective, parameterization, schedule):

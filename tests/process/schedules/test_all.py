@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from diffusion.core.arrays import derivative
 from diffusion.core.build import build, names
@@ -14,6 +15,15 @@ VARIANTS = [
     *({"name": "vp", "betas": betas, "num_steps": 40} for betas in ("linear", "scaled_linear", "cosine", "sigmoid")),
     {"name": "vp", "zero_terminal_snr": True},
     {"name": "vp", "betas": "scaled_linear", "zero_terminal_snr": True, "num_steps": 2},
+    {"name": "vp", "trained_betas": (0.01, 0.3, 0.2, 0.6), "num_steps": 4},
+    {"name": "vp", "trained_betas": (0.1, 0.1, 1.0), "num_steps": 3},
+    {"name": "laplace"},
+    {"name": "laplace", "mean": 1.0, "scale": 1.5, "num_steps": 7},
+    {"name": "shifted", "schedule": {"name": "trig", "sigma_data": 0.7}, "shift": 49.0},
+    {"name": "shifted", "schedule": {"name": "vp", "num_steps": 40}, "shift": 0.3},
+    {"name": "shifted", "schedule": "flow", "shift": 3.0},
+    {"name": "shifted", "schedule": "edm", "shift": 2.0},
+    {"name": "shifted", "schedule": "vp_sde", "shift": 2.0},
     {"name": "vp_sde"},
     {"name": "vp_sde", "beta_min": 2.0, "beta_max": 2.0},
     {"name": "ve"},
@@ -24,7 +34,7 @@ VARIANTS = [
     {"name": "trig", "sigma_data": 0.7},
     {"name": "learned"},
 ]
-INFINITE_AT_DATA = ("vp_sde", "ve")  # schedules whose derivative of sigma is infinite at t = 0
+INFINITE_AT_DATA = ("VPSDE", "VE")  # schedules whose derivative of sigma is infinite at t = 0
 
 
 @pytest.fixture(
@@ -37,6 +47,10 @@ def schedule(request, x64):
         params = built.init(jax.random.key(0))
         return built.at({**params, "height": params["height"] + 9})  # far from the straight line
     return built
+
+
+def base_of(schedule):
+    return getattr(schedule, "base", schedule)
 
 
 def test_every_schedule_is_tested():
@@ -53,7 +67,7 @@ def test_ends(schedule):
         assert np.isfinite([schedule.alpha(one), schedule.sigma(one)]).all()
         pure = schedule.alpha(jnp.float64(1)) < 1e-12
         if pure:
-            noise = dtype(getattr(schedule, "sigma_data", 1))
+            noise = dtype(getattr(base_of(schedule), "sigma_data", 1))
             assert schedule.alpha(one) == 0 and schedule.sigma(one) == noise and schedule.log_snr(one) == -jnp.inf
 
 
@@ -80,7 +94,7 @@ def test_derivatives(schedule):
         difference = (coefficient(t + step) - coefficient(t - step)) / (2 * step)
         np.testing.assert_allclose(derivative(coefficient, t), difference, rtol=1e-6, atol=1e-6)
         ends = derivative(coefficient, jnp.array([0.0, 1.0]))
-        skip_first = type(schedule).__name__.lower().replace("vpsde", "vp_sde") in INFINITE_AT_DATA
+        skip_first = type(base_of(schedule)).__name__ in INFINITE_AT_DATA
         assert np.isfinite(ends[1 if skip_first else 0 :]).all()
 
 
@@ -109,6 +123,43 @@ def test_formulas(x64):
     np.testing.assert_allclose(wide, (np.cos(0.15 * np.pi), 0.7 * np.sin(0.15 * np.pi)), rtol=1e-12)
 
 
+@pytest.mark.parametrize("base", ["trig", "flow", "edm", "vp", "vp_sde"])
+def test_shifted_is_the_path_at_another_noise_level(x64, base):
+    """sigma / alpha is `shift` times as large, and x_t has the scale that it has on this kind of path."""
+    plain, same, shifted = (
+        build("schedules", base),
+        *(build("schedules", {"name": "shifted", "schedule": base, "shift": shift}) for shift in (1.0, 3.0)),
+    )
+    t = jnp.linspace(0, 1, 41)[1:-1]
+    for name in ("alpha", "sigma", "log_snr"):
+        np.testing.assert_array_equal(getattr(same, name)(t), getattr(plain, name)(t))
+    alpha, sigma = shifted.alpha(t), shifted.sigma(t)
+    np.testing.assert_allclose(sigma / alpha, 3 * plain.sigma(t) / plain.alpha(t), rtol=1e-12)
+    size = {"flow": alpha + sigma, "edm": alpha}.get(base, jnp.hypot(alpha, sigma))
+    np.testing.assert_allclose(size, 1, rtol=1e-12)
+    assert getattr(shifted, "num_steps", None) == getattr(plain, "num_steps", None)
+    assert getattr(shifted, "sigma_min", 0) == 3 * getattr(plain, "sigma_min", 0)
+
+
+def test_one_shift_is_that_of_the_papers(x64):
+    """Simple diffusion's shifted cosine schedule (section 3.1), and the time shift of Stable Diffusion 3 (eq. 23)."""
+    t = jnp.linspace(0, 1, 41)[1:-1]
+    cosine = build("schedules", {"name": "shifted", "schedule": "trig", "shift": 256 / 64})
+    np.testing.assert_allclose(cosine.log_snr(t), -2 * jnp.log(jnp.tan(jnp.pi * t / 2)) + 2 * np.log(64 / 256))
+    ours = build("schedules", {"name": "shifted", "schedule": "flow", "shift": 3.0})
+    flow = build("schedules", {"name": "flow", "shift": 3.0})
+    for name in ("alpha", "sigma", "log_snr"):
+        np.testing.assert_allclose(getattr(ours, name)(t), getattr(flow, name)(t), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(0.0, 0.5), (1.0, 2.0)])
+def test_laplace(x64, mean, scale):
+    """Its log-SNR at uniform times, the table's, has the quantiles of a Laplace distribution (2407.03297, eq. 10)."""
+    schedule = build("schedules", {"name": "laplace", "mean": mean, "scale": scale})
+    t = np.arange(1, 1000) / 1000
+    np.testing.assert_allclose(schedule.log_snr(jnp.asarray(t)), scipy.stats.laplace.isf(t, mean, scale), rtol=1e-9)
+
+
 def test_zero_terminal_snr_keeps_the_first_point(x64):
     """Lin et al. 2024, algorithm 1: sqrt(alpha_bar) is shifted to end at 0 and scaled to keep its first value."""
     plain, rescaled = (build("schedules", {"name": "vp", "zero_terminal_snr": flag}) for flag in (False, True))
@@ -126,6 +177,17 @@ def test_zero_terminal_snr_keeps_the_first_point(x64):
         ({"name": "vp", "num_steps": 0}, "num_steps"),
         ({"name": "vp", "num_steps": 1, "zero_terminal_snr": True}, "num_steps"),
         ({"name": "vp", "betas": "quadratic"}, "betas"),
+        ({"name": "vp", "trained_betas": (0.1, 0.2)}, "num_steps"),
+        ({"name": "vp", "trained_betas": (0.1, 0.2), "num_steps": 2, "beta_start": 0.1}, "beta_start"),
+        *(
+            ({"name": "vp", "trained_betas": betas, "num_steps": len(betas)}, "trained_betas")
+            for betas in [(0.1, 0.0), (1.0, 0.1), (1.0,), (0.1, 1.5), (-0.1, 0.1)]
+        ),
+        ({"name": "laplace", "scale": 0.0}, "scale"),
+        ({"name": "laplace", "num_steps": 1}, "num_steps"),
+        ({"name": "shifted", "shift": 0.0}, "shift"),
+        ({"name": "shifted", "schedule": "learned"}, "schedule"),
+        ({"name": "shifted", "schedule": {"name": "flow", "shift": -1.0}}, "schedule.shift"),
         ({"name": "vp_sde", "beta_min": 0.0}, "beta_min"),
         ({"name": "vp_sde", "beta_max": 0.01}, "beta_max"),
         ({"name": "ve", "sigma_min": 0.0}, "sigma_min"),
