@@ -19,14 +19,12 @@ from diffusion.core import checks
 from diffusion.core.arrays import expand, flat_mean
 from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, Network, Params, Schedule
 from diffusion.layers.attention import jvp
-from diffusion.layers.embeddings import fourier
+from diffusion.objectives.base import uncertainty
 from diffusion.objectives.base.gaussian import Gaussian, apply_network, build_parts, corrupt
 from diffusion.objectives.base.teacher import Teacher, check_coefficients, check_teacher, init_from_teacher
 from diffusion.process.parameterization import Coefficients, Parameterization
 
 SOFTENING = 0.1  # c of the tangent normalisation g / (|g| + c)
-FEATURES = 128  # Fourier features of the noise level, in which the learned log-weight is linear
-MIN_LOG_SNR = -50.0  # the features clip the log-SNR here, because it is -inf at t = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ class ContinuousConsistency(Gaussian):
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
         params = super().init(network, key)
         if self.adaptive:
-            params["weight"] = {"kernel": jnp.zeros(FEATURES)}
+            params["weight"] = uncertainty.init()
         if self.teacher is not None:
             teacher = self.teacher.init(key) if teacher is None else teacher
             params["net"] = init_from_teacher(params["net"], teacher["net"])
@@ -79,15 +77,8 @@ class ContinuousConsistency(Gaussian):
         error = flat_mean(jnp.square(network(params["net"])(x_t, t) - frozen + target))
         metrics = {"tangent_rms": jnp.mean(jnp.sqrt(flat_mean(jnp.square(cos * slope))))}
         if self.adaptive:
-            log_weight = self.log_weight(params["weight"], t)
-            return draws["weight"] * (jnp.exp(log_weight) * error - log_weight), metrics
+            error = uncertainty.weighted(params["weight"], self.schedule, t, error)
         return draws["weight"] * error, metrics
-
-    def log_weight(self, params: Params, t: Array) -> Array:
-        """Returns the learned w(t) `[B]` of the loss e^w error - w, which equalises the errors of all noise levels
-        (Karras et al. 2023, arXiv 2312.02696, appendix B.2)."""
-        label = -jnp.maximum(self.schedule.log_snr(t), MIN_LOG_SNR) / 8  # log(sigma / alpha) / 4
-        return fourier(label, FEATURES, scale=1.0) @ params["kernel"]
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser:
         """Returns f as a denoiser, which is the identity bit for bit at t = 0."""
