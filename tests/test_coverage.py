@@ -48,6 +48,12 @@ OPTIONS = {
     "reflow": {"teacher": "velocity", "round_steps": 2, "pool": 8, "every": 1, "ode_steps": 2, "schedule": "flow"},
     "shortcut": {},
 }
+# Objectives with options that are off by default.
+VARIANTS = {
+    "denoising with options": {"name": "denoising", "learned_weight": True, "offset_noise": 0.1, "pyramid_noise": 0.5,
+                               "input_perturbation": 0.1},
+    "contrastive flow_matching": {"name": "flow_matching", "contrastive": 0.05},
+}  # fmt: skip
 # Objectives with a state, or with networks that follow the student.
 STATEFUL = ("consistency", "denoising", "progressive_distillation", "reflow")
 SCALAR_CONDITIONS = ("mean_flow", "shortcut", "latent_consistency")  # objectives whose networks need them
@@ -82,6 +88,7 @@ def combinations():
     ):
         if objective != "consistency" or parameterization == "v" or schedule == "edm":
             yield objective, SMALLEST, parameterization, schedule
+    yield from ((variant, SMALLEST, "x0", "trig") for variant in VARIANTS)
     all_networks = itertools.cycle(NETWORKS)
     for objective in OBJECTIVES:
         # Of the few-step methods, mean_flow tests every network in forward mode; the others take two more in turn.
@@ -120,7 +127,7 @@ def network_of(digits, mesh_of):
 
 def spec_of(objective, parameterization, schedule, network, data):
     """Returns the spec of an objective, with a teacher if it needs one."""
-    options = {"name": objective, **OPTIONS.get(objective, {})}
+    options = {"name": objective, **OPTIONS.get(objective, {}), **VARIANTS.get(objective, {})}
     if parameterization is not None:
         options |= {"schedule": schedule, "parameterization": {"name": parameterization, "c_noise": "time"}}
         options["time_sampler"] = "uniform"

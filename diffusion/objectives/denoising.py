@@ -51,7 +51,7 @@ class Denoising(Gaussian):
             return super().loss(net, params, ema_params, batch, key, step)
         output, x_t, coefficients = self.forward(net, params["net"], batch, key)
         mean, variance = jnp.split(output, 2, axis=-1)
-        loss = self.weighted_error(mean, batch, coefficients)
+        loss = self.weighted_error(mean, batch, coefficients, params)
         x0_hat = jax.lax.stop_gradient(coefficients.to_x0(mean, x_t))
         loss += self.variance_loss(variance, x0_hat, batch["x"], batch["draws"]["t"])
         return batch["draws"]["weight"] * loss, {}
@@ -102,6 +102,10 @@ def make(
     learned_variance: bool = False,
     bound_weight: float = 0.001,
     levels: int = 256,
+    learned_weight: bool = False,
+    offset_noise: float = 0.0,
+    pyramid_noise: float = 0.0,
+    input_perturbation: float = 0.0,
 ) -> Denoising:
     """Builds denoising diffusion from the specs of its parts, each a name or `{"name": ..., **keywords}`.
 
@@ -115,6 +119,12 @@ def make(
         with `outputs = 2`.
       bound_weight: The weight of that bound, for each of the T steps.
       levels: The number of values of a data channel, for the last step of the bound.
+      learned_weight: Whether a weight of each noise level is learned in addition to the weighting, as EDM2 does; see
+        `base.uncertainty`.
+      offset_noise: The strength of noise that all pixels share, such as 0.1, for images and videos; see `base.noise`.
+      pyramid_noise: The discount per level of noise at lower resolutions, such as 0.8; see `base.noise`.
+      input_perturbation: The scale of noise on the network's input that the target does not contain, such as 0.1, which
+        imitates the errors of sampling (Ning et al. 2023, arXiv 2301.11706).
     """
     parts = build_parts(schedule, parameterization, time_sampler, weighting)
     if learned_variance and not hasattr(parts["schedule"], "num_steps"):
@@ -123,4 +133,8 @@ def make(
         raise InputError("learned_variance", "must be False for a schedule of a single step; or increase num_steps")
     checks.positive(bound_weight=bound_weight)
     checks.at_least(2, levels=levels)
-    return Denoising(**parts, learned_variance=learned_variance, bound_weight=bound_weight, levels=levels)
+    return Denoising(
+        **parts, learned_variance=learned_variance, bound_weight=bound_weight, levels=levels,
+        learned_weight=learned_weight, offset_noise=offset_noise, pyramid_noise=pyramid_noise,
+        input_perturbation=input_perturbation,
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """Flow matching and rectified flow: regression of the velocity of a path from data to noise (Lipman et al. 2023, arXiv
 2210.02747; Liu et al. 2023, arXiv 2209.03003). Data and noise are coupled at random or by optimal transport within the
-batch (Tong et al. 2024, arXiv 2302.00482; Pooladian et al. 2023, arXiv 2304.14772)."""
+batch (Tong et al. 2024, arXiv 2302.00482; Pooladian et al. 2023, arXiv 2304.14772). The contrastive loss pushes the
+velocity away from those of other examples (Stoica et al. 2025, arXiv 2506.05350)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from diffusion.core import checks
-from diffusion.core.types import Array, Batch
+from diffusion.core.arrays import flat_mean
+from diffusion.core.types import Array, Batch, InputError
 from diffusion.objectives.base.gaussian import (
     Gaussian,
     ParameterizationSpec,
@@ -20,6 +22,7 @@ from diffusion.objectives.base.gaussian import (
     WeightingSpec,
     build_parts,
 )
+from diffusion.process.parameterization import Coefficients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,7 @@ class FlowMatching(Gaussian):
 
     coupling: Literal["independent", "exact", "sinkhorn"] = "independent"
     entropy: float = 0.05
+    contrastive: float = 0.0
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         key, key_pairs = jax.random.split(key)
@@ -41,7 +45,25 @@ class FlowMatching(Gaussian):
                 log_plan = sinkhorn(cost / jnp.mean(cost), self.entropy)
                 partners = jax.random.categorical(key_pairs, log_plan, axis=1)
             draws["eps"] = draws["eps"][partners]
+        if self.contrastive:
+            others = random_others(jax.random.fold_in(key_pairs, 0), len(batch["x"]))
+            draws |= {"other_x": batch["x"][others], "other_eps": draws["eps"][others]}
         return draws
+
+    def error(self, output: Array, batch: Batch, coefficients: Coefficients) -> Array:
+        """Returns mean((F - target)^2) less `contrastive` times the same of another example's target at the same t."""
+        error, draws = super().error(output, batch, coefficients), batch["draws"]
+        if self.contrastive:
+            other = coefficients.target(draws["other_x"], draws["other_eps"])
+            error -= self.contrastive * flat_mean(jnp.square(output - other), keep=draws["t"].ndim)
+        return error
+
+
+def random_others(key: Array, n: int) -> Array:
+    """Draws for each of n examples the index of another one, uniform among these, `[n]`."""
+    if n < 2:
+        raise InputError("train.batch_size", f"must be at least 2 for objective.contrastive, got {n}")
+    return (jnp.arange(n) + jax.random.randint(key, (n,), 1, n)) % n
 
 
 def squared_distances(x: Array, y: Array) -> Array:
@@ -70,6 +92,11 @@ def make(
     weighting: WeightingSpec = "simple",
     coupling: Literal["independent", "exact", "sinkhorn"] = "independent",
     entropy: float = 0.05,
+    contrastive: float = 0.0,
+    learned_weight: bool = False,
+    offset_noise: float = 0.0,
+    pyramid_noise: float = 0.0,
+    input_perturbation: float = 0.0,
 ) -> FlowMatching:
     """Builds flow matching from the specs of its parts, each a name or `{"name": ..., **keywords}`.
 
@@ -82,8 +109,22 @@ def make(
       coupling: How noise is assigned to the examples of a batch: `independent`; `exact`, the assignment of least
         squared distance; or `sinkhorn`, a draw from the entropic plan, which is cheaper for large batches.
       entropy: The entropic regularisation of the plan, in units of the mean cost.
+      contrastive: The weight c in [0, 1) of the contrastive term, such as 0.05, which subtracts the squared error
+        against the target of another example of the batch. The best F is (F* - c mean(F*)) / (1 - c) for the best F*
+        without it; the denoiser does not undo this, as in the paper.
+      learned_weight: Whether a weight of each noise level is learned in addition to the weighting, as EDM2 does; see
+        `base.uncertainty`.
+      offset_noise: The strength of noise that all pixels share, such as 0.1, for images and videos; see `base.noise`.
+      pyramid_noise: The discount per level of noise at lower resolutions, such as 0.8; see `base.noise`.
+      input_perturbation: The scale of noise on the network's input that the target does not contain, such as 0.1, which
+        imitates the errors of sampling (Ning et al. 2023, arXiv 2301.11706).
     """
     checks.positive(entropy=entropy)
+    checks.rate(contrastive=contrastive)
+    if contrastive and learned_weight:
+        raise InputError("contrastive", "must be 0 with learned_weight, which needs an error that is not negative")
     return FlowMatching(
-        **build_parts(schedule, parameterization, time_sampler, weighting), coupling=coupling, entropy=entropy
-    )
+        **build_parts(schedule, parameterization, time_sampler, weighting), coupling=coupling, entropy=entropy,
+        contrastive=contrastive, learned_weight=learned_weight, offset_noise=offset_noise,
+        pyramid_noise=pyramid_noise, input_perturbation=input_perturbation,
+    )  # fmt: skip

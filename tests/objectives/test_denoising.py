@@ -162,6 +162,9 @@ def test_network_and_sampler_must_match_the_outputs(learned, ddpm, tiny_unet):
         ({"schedule": "edm", "time_sampler": "discrete"}, "objectives.time_sampler.num_steps"),
         ({"schedule": "edm", "parameterization": {"name": "eps", "c_noise": "index"}}, "objectives.c_noise"),
         ({"bound_weight": 0.0}, "objectives.bound_weight"),
+        ({"offset_noise": -0.1}, "objectives.offset_noise"),
+        ({"pyramid_noise": 1.0}, "objectives.pyramid_noise"),
+        ({"input_perturbation": -0.1}, "objectives.input_perturbation"),
         ({"levels": 1}, "objectives.levels"),
     ],
 )

@@ -9,7 +9,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from diffusion.core.build import build
-from diffusion.objectives.flow_matching import sinkhorn, squared_distances
+from diffusion.objectives.flow_matching import random_others, sinkhorn, squared_distances
+from tests.objectives.drawing import with_draws
 from tests.refusals import refused
 
 
@@ -68,6 +69,34 @@ def test_target_is_the_velocity_of_the_path(batch):
     np.testing.assert_allclose(seen["c_noise"], 1000 * draws["t"], rtol=1e-6)
 
 
+def test_contrastive_gradient(x64, batch):
+    """The gradient in F is 2 / D ((F - u) - c (F - u')), where u' is the velocity of another pair (2506.05350, eq. 5).
+    The pairs are drawn for the whole batch, so that the loss of an example does not depend on micro-batches."""
+    objective = build("objectives", {"name": "flow_matching", "contrastive": 0.05, "coupling": "exact"})
+    batch = with_draws(objective, batch, jax.random.key(1))
+    draws, output = batch["draws"], jax.random.normal(jax.random.key(2), (6, 2))
+
+    def losses(output, batch):
+        return objective.loss(lambda *args, key=None: output, {"net": None}, {}, batch, None, 0)[0]
+
+    found = jax.grad(lambda output: losses(output, batch).sum())(output)
+    own, other = draws["eps"] - batch["x"], draws["other_eps"] - draws["other_x"]
+    np.testing.assert_allclose(found, (output - own) - 0.05 * (output - other), rtol=1e-12)
+    half = jax.tree.map(lambda leaf: leaf[::2], batch)
+    np.testing.assert_array_equal(losses(output[::2], half), losses(output, batch)[::2])
+    pairs = jnp.concatenate([batch["x"], draws["eps"]], axis=1).tolist()
+    assert all(pair in pairs for pair in jnp.concatenate([draws["other_x"], draws["other_eps"]], axis=1).tolist())
+
+
+def test_others_are_uniform_among_the_other_examples():
+    drawn = np.array(jax.vmap(random_others, (0, None))(jax.random.split(jax.random.key(0), 3000), 4))
+    for index in range(4):
+        counts = np.bincount(drawn[:, index], minlength=4)
+        assert counts[index] == 0 and abs(np.delete(counts, index) - 1000).max() < 120
+    with refused("train.batch_size"):
+        random_others(jax.random.key(0), 1)
+
+
 def test_loss_is_logged_by_noise_level():
     objective = build("objectives", "flow_matching")
     log_snr = jnp.array([-9.0, -1.0, -1.5, 1.0, 7.0])
@@ -87,6 +116,9 @@ def test_loss_is_logged_by_noise_level():
         ({"time_sampler": "discrete"}, "objectives.time_sampler.num_steps"),
         ({"coupling": "best"}, "objectives.coupling"),
         ({"entropy": 0.0}, "objectives.entropy"),
+        ({"contrastive": 1.0}, "objectives.contrastive"),
+        ({"contrastive": 0.05, "learned_weight": True}, "objectives.contrastive"),
+        ({"offset_noise": -0.1}, "objectives.offset_noise"),
         ({"weighting": {"name": "min_snr", "gamma": -5.0}}, "objectives.weighting.gamma"),
     ],
 )

@@ -21,10 +21,14 @@ DISCRETIZATION = {"name": "square_root", "steps": 4, "start": 2, "end": 9}
 CASES = {name: {} for name in names("objectives")} | {
     "consistency": {"discretization": DISCRETIZATION, "target": "average", "sigma_min": 0.002},
     "continuous_consistency": {"warmup": 4},
-    "denoising": {"time_sampler": {"name": "importance", "bins": 2, "history": 2}},
+    "denoising": {
+        "time_sampler": {"name": "importance", "bins": 2, "history": 2}, "learned_weight": True, "offset_noise": 0.1,
+        "pyramid_noise": 0.5, "input_perturbation": 0.1,
+    },
+    "flow_matching": {"contrastive": 0.05},
     "progressive_distillation": {"round_steps": 2},
     "reflow": {"round_steps": 2, "rounds": 2},
-}
+}  # fmt: skip
 SAVED, STEPS = 3, 5
 
 

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.core import checks
 from diffusion.core.arrays import expand, flat_mean, per_example
 from diffusion.core.build import build
 from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Params, Schedule
+from diffusion.objectives.base import noise, uncertainty
 from diffusion.process.parameterization import Coefficients, Parameterization
 from diffusion.process.time_sampling import TimeSampler
 from diffusion.process.weighting import Weighting
@@ -106,20 +108,47 @@ class Gaussian(Predictor):
     Attributes:
       time_sampler: The distribution of t in training.
       weighting: The weight w(t) of the squared error of F.
+      learned_weight: Whether the weight of each noise level is learned in addition, by the network `weight`; see
+        `uncertainty`.
+      offset_noise: The strength of the noise that is common to all pixels; see `noise.offset`.
+      pyramid_noise: The discount of noise at lower resolutions, in [0, 1); see `noise.pyramid`.
+      input_perturbation: The scale of the noise that is added to eps in the network's input, but not in its target
+        (Ning et al. 2023, arXiv 2301.11706, algorithm 1).
     """
 
     time_sampler: TimeSampler
     weighting: Weighting
     frozen: tuple[str, ...] = ()
+    learned_weight: bool = False
+    offset_noise: float = 0.0
+    pyramid_noise: float = 0.0
+    input_perturbation: float = 0.0
+
+    def __post_init__(self):
+        checks.at_least(0, offset_noise=self.offset_noise, input_perturbation=self.input_perturbation)
+        checks.rate(pyramid_noise=self.pyramid_noise)
+
+    def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
+        params = super().init(network, key)
+        return {**params, "weight": uncertainty.init()} if self.learned_weight else params
 
     def initial_state(self) -> Mapping[str, Array]:
         return self.time_sampler.initial_state()
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
-        """Draws `t [B]`, its importance weight `weight [B]` and `eps [B, ...]`."""
+        """Draws `t [B]`, its importance weight `weight [B]`, `eps [B, ...]` and its `perturbation [B, ...]`, if any."""
         key_t, key_eps = jax.random.split(key)
         t, weight = self.time_sampler.draw(self.schedule, key_t, batch["x"].shape[0], objective_state)
-        return {"t": t, "weight": weight, "eps": jax.random.normal(key_eps, batch["x"].shape, batch["x"].dtype)}
+        eps = jax.random.normal(key_eps, batch["x"].shape, batch["x"].dtype)
+        if self.pyramid_noise:
+            eps = noise.pyramid(eps, jax.random.fold_in(key_eps, 0), self.pyramid_noise)
+        if self.offset_noise:
+            eps = noise.offset(eps, jax.random.fold_in(key_eps, 1), self.offset_noise)
+        draws = {"t": t, "weight": weight, "eps": eps}
+        if self.input_perturbation:
+            more = jax.random.normal(jax.random.fold_in(key_eps, 2), eps.shape, eps.dtype)
+            draws["perturbation"] = self.input_perturbation * more
+        return draws
 
     def update_state(
         self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Array
@@ -141,20 +170,28 @@ class Gaussian(Predictor):
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         output, _, coefficients = self.forward(net, params["net"], batch, key)
-        return batch["draws"]["weight"] * self.weighted_error(output, batch, coefficients), {}
+        return batch["draws"]["weight"] * self.weighted_error(output, batch, coefficients, params), {}
 
     def forward(self, net: Apply, params: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Coefficients]:
         """Returns the network's output at x_t, x_t `[B, ...]` and the coefficients at t; `params` are the network's."""
         draws = batch["draws"]
-        x_t = corrupt(self.schedule, batch["x"], draws["eps"], draws["t"])
+        eps = draws["eps"] + draws["perturbation"] if self.input_perturbation else draws["eps"]
+        x_t = corrupt(self.schedule, batch["x"], eps, draws["t"])
         coefficients = self.parameterization(self.schedule, draws["t"])
         return apply_network(net, params, x_t, coefficients, batch["cond"], key), x_t, coefficients
 
-    def weighted_error(self, output: Array, batch: Batch, coefficients: Coefficients) -> Array:
-        """Returns w(t) mean((F - target)^2), `[B]`; for t `[B, T]`, the mean of this over the frames."""
+    def weighted_error(self, output: Array, batch: Batch, coefficients: Coefficients, params: Mapping) -> Array:
+        """Returns w(t) times the error of F, `[B]`; for t `[B, T]`, the mean of this over the frames."""
         t = batch["draws"]["t"]
-        error = jnp.square(output - coefficients.target(batch["x"], batch["draws"]["eps"]))
-        return flat_mean(self.weighting(self.schedule, coefficients, t) * flat_mean(error, keep=t.ndim))
+        error = self.weighting(self.schedule, coefficients, t) * self.error(output, batch, coefficients)
+        if self.learned_weight:
+            error = uncertainty.weighted(params["weight"], self.schedule, t, error)
+        return flat_mean(error)
+
+    def error(self, output: Array, batch: Batch, coefficients: Coefficients) -> Array:
+        """Returns mean((F - target)^2), with the shape of t."""
+        draws = batch["draws"]
+        return flat_mean(jnp.square(output - coefficients.target(batch["x"], draws["eps"])), keep=draws["t"].ndim)
 
 
 def build_parts(
