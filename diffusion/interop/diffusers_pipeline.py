@@ -102,6 +102,7 @@ def _scheduler(objective: Mapping[str, Any]) -> dict[str, Any]:
         "beta_start": schedule.get("beta_start") or start,
         "beta_end": schedule.get("beta_end") or end,
         "rescale_betas_zero_snr": schedule.get("zero_terminal_snr", False),
+        "trained_betas": schedule.get("trained_betas"),
         "prediction_type": PREDICTIONS[parameterization.get("name", "eps")],
         "clip_sample": False,
         "timestep_spacing": "leading",

@@ -111,6 +111,15 @@ def test_schedulers_that_cannot_be_read(tmp_path):
             diffusers_pipeline.sections(config | change, 1)
 
 
+def test_a_given_table_of_betas_is_written(tmp_path):
+    _, model = random_model(TINY, False)
+    schedule = {"name": "vp", "trained_betas": (0.1, 0.2), "num_steps": 2}
+    objective = {"name": "denoising", "schedule": schedule, "parameterization": {"name": "eps", "c_noise": "index"}}
+    diffusers_pipeline.write(str(tmp_path), model, objective)
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert config["trained_betas"] == [0.1, 0.2] and config["num_train_timesteps"] == 2
+
+
 # Comparison with diffusers.
 
 needs_peer = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")

@@ -6,6 +6,7 @@ in their schedule, parameterization, time sampler and weighting.
 
 import dataclasses
 import itertools
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -238,7 +239,7 @@ def build_path(
         if not np.isfinite(value):
             raise InputError(
                 "parameterization",
-                f"{parameterization!r} is undefined at t = 1 of schedule {schedule!r}: {name} is {value}; "
+                f"{parameterization!r} is undefined at t = 1 of schedule {reprlib.repr(schedule)}: {name} is {value}; "
                 + ("use c_noise = 'time'" if name == "c_noise" else "use v, x0 or velocity"),
             )
     return {"schedule": path, "parameterization": prediction}
