@@ -7,11 +7,15 @@ import contextlib
 import errno
 import hashlib
 import io
+import json
+import math
 import os
+import re
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from typing import IO
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
 
 import jax
 from etils import epath
@@ -20,6 +24,7 @@ from diffusion.core.types import InputError
 
 Path = str | os.PathLike[str]
 
+UNWRITABLE = re.compile("No space left on device|Disk quota exceeded|Read-only file system|Permission denied")
 REWRITE = 60.0  # minimum time in seconds between two uploads of a remote file that grows by lines
 
 
@@ -33,22 +38,80 @@ def is_remote(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def make_folder(path: Path, field: str) -> str:
+def make_folder(path: Path, field: str, size: int = 0) -> str:
     """Creates an output folder and returns its path.
 
+    Args:
+      size: Number of bytes that are known to be written there.
+
     Raises:
-      InputError: Nothing can be written there; the error names `field`.
+      InputError: Nothing can be written there, or not as much; the error names `field`.
     """
     path = os.fspath(path)
-    try:
+    is_new = not is_remote(path) and not os.path.exists(path)
+    with writing(path, field):
         if is_remote(path):
             epath.Path(path).mkdir(parents=True, exist_ok=True)
             return path
         os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise InputError(field, f"{path} cannot be written: {error.strerror or error}") from error
+        try:
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(b"0")
+        except OSError:
+            if is_new:
+                os.rmdir(path)
+            raise
+    free = shutil.disk_usage(path).free
+    if size > free:
+        if is_new:
+            os.rmdir(path)
+        problem = f"{path} needs {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
+        raise InputError(field, f"{problem}; free some, or write less")
+    return path
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, field: str, size: int = 0) -> Iterator[str]:
+    """Yields a temporary folder that becomes `path` when the context ends; after an exception it is removed.
+
+    Args:
+      path: A folder that does not exist or is empty. A remote one is written in place.
+      size: See `make_folder`.
+
+    Raises:
+      InputError: It cannot be written; the error names `field`.
+    """
+    path = os.fspath(path)
+    if is_remote(path):
+        yield make_folder(path, field)
+        return
+    path = os.path.abspath(path)
+    parent = make_folder(os.path.dirname(path), field, size)
+    with writing(path, field), tempfile.TemporaryDirectory(dir=parent, prefix=".partial-") as folder:
+        partial = os.path.join(folder, os.path.basename(path))
+        os.mkdir(partial)
+        try:
+            yield partial
+        except InputError as error:
+            if partial not in error.problem:
+                raise
+            raise InputError(field, error.problem.replace(partial, path)) from error
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path, field: str) -> Iterator[None]:
+    """Turns an error of writing to `path` into an InputError that names `field`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        known = UNWRITABLE.search(str(error))  # libraries raise their own errors
+        if not known and not isinstance(error, OSError):
+            raise
+        reason = known[0] if known else error.strerror or error
+        raise InputError(field, f"{os.fspath(path)} cannot be written: {reason}") from error
 
 
 def is_folder(path: Path, field: str) -> bool:
@@ -68,25 +131,58 @@ def is_folder(path: Path, field: str) -> bool:
 def replace(path: Path, mode: str = "w") -> Iterator[IO]:
     """Opens a temporary file that replaces `path` when the context ends without an exception."""
     path = os.fspath(path)
-    encoding = None if "b" in mode else "utf-8"
+    # Names of files have escapes where the locale is not UTF-8; they are written as the bytes that they stand for.
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "surrogateescape")
     if not writes():
         yield io.BytesIO() if "b" in mode else io.StringIO()  # not os.devnull, in which zipfile cannot seek
         return
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             local = os.path.join(folder, "file")
-            with open(local, mode, encoding=encoding) as file:
+            with open(local, mode, encoding=encoding, errors=errors) as file:
                 yield file
             epath.Path(local).copy(path, overwrite=True)
         return
     partial = f"{path}.partial"
     try:
-        with open(partial, mode, encoding=encoding) as file:
+        with open(partial, mode, encoding=encoding, errors=errors) as file:
             yield file
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or path  # a full disk is reported without it
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically; see `json_text`."""
+    with replace(path) as file:
+        file.write(json_text(value, indent=2))
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """Returns a value as JSON; `options` are those of `json.dumps`."""
+    return json.dumps(plain(value), allow_nan=False, **options)
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as JSON can hold it, with arrays as lists and the numbers that JSON lacks as texts.
+
+    These are "NaN", "Infinity" and "-Infinity", as in the JSON of protocol buffers. `pipelines.config.from_json` reads
+    them.
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list):
+        return plain(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def sha256(path: Path) -> str:
@@ -131,8 +227,12 @@ class Lines:
         if self._file is not None:
             if not os.fstat(self._file.fileno()).st_nlink:  # without this, the lines would go to an unlinked file
                 raise FileNotFoundError(errno.ENOENT, "was removed", self.path)
-            self._file.write(line + "\n")
-            self._file.flush()
+            try:
+                self._file.write(line + "\n")
+                self._file.flush()
+            except OSError as error:
+                error.filename = self.path
+                raise
             return
         self._lines.append(line + "\n")
         if time.monotonic() - self._written > REWRITE:

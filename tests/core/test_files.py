@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from diffusion.core import files, images
+from diffusion.core.types import InputError
 from diffusion.training.metrics import JsonLines, TensorBoard
 from diffusion.training.resilience.goodput import Goodput, summary
 from tests.refusals import refused
@@ -156,3 +157,53 @@ def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with refused("--out"):
         files.make_folder(str(tmp_path / "file/x"), "--out")
+
+
+def test_json_has_no_numbers_that_json_lacks(tmp_path):
+    value = {"a": float("nan"), "b": (np.float32("inf"), -np.inf), "c": np.array([1.0, np.nan]), "d": {"e": 1}}
+    files.write_json(tmp_path / "a.json", value)
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": "NaN", "b": ["Infinity", "-Infinity"], "c": [1.0, "NaN"], "d": {"e": 1}}
+
+
+def test_a_new_folder_is_complete_or_absent(tmp_path):
+    path = tmp_path / "new"
+    with pytest.raises(KeyError), files.new_folder(path, "--to") as folder:
+        pathlib.Path(folder, "a").write_text("1")
+        raise KeyError
+    with refused("--to") as caught, files.new_folder(path, "--to") as folder:
+        raise InputError("workdir", f"{folder}/a cannot be written")
+    assert caught.value.problem == f"{path}/a cannot be written"
+    assert not list(tmp_path.iterdir())
+    path.mkdir()
+    with files.new_folder(path, "--to") as folder:
+        pathlib.Path(folder, "a").write_text("1")
+    assert (path / "a").read_text() == "1" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("write() failed: No space left on device; at 3")]
+)
+def test_errors_of_writing_name_the_field(error):
+    with refused("--out") as caught, files.writing("x", "--out"):
+        raise error
+    assert caught.value.problem == "x cannot be written: No space left on device"
+    with pytest.raises(KeyError), files.writing("x", "--out"):
+        raise KeyError
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, files.replace(tmp_path / "a"):
+        raise OSError(28, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a")
+
+
+def test_what_does_not_fit_is_refused_in_advance(tmp_path):
+    with refused("--out"):
+        files.make_folder(tmp_path / "a", "--out", size=2**60)
+
+
+def test_escaped_names_are_written_as_their_bytes(tmp_path):
+    with files.replace(tmp_path / "a") as file:
+        file.write("caf\udcc3\udca9")
+    assert (tmp_path / "a").read_bytes() == "caf\u00e9".encode()
