@@ -1,8 +1,10 @@
 """Small array helpers that many parts share."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,24 @@ def per_example(t: Array, x: Array) -> Array:
 def flat_mean(x: Array, keep: int = 1) -> Array:
     """Returns the mean over all axes but the first `keep`."""
     return jnp.mean(x, axis=tuple(range(keep, x.ndim)))
+
+
+class PartialMean(NamedTuple):
+    """A metric of a part of a batch, which may be empty; `float(...)` is NaN then.
+
+    The device returns the two sums, so that it computes no NaN, and so that micro-batches are averaged correctly.
+    """
+
+    total: Array
+    count: Array
+
+    def __float__(self) -> float:
+        return float(self.total) / float(self.count) if self.count else math.nan
+
+
+def mean_where(x: Array, where: Array) -> PartialMean:
+    """Returns the mean of `x [B]` where a condition `[B]` holds."""
+    return PartialMean(jnp.sum(x, where=where), jnp.sum(where, dtype=x.dtype))
 
 
 def sample_keys(key: Array, indices: Array) -> Array:

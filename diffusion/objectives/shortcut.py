@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core import checks
-from diffusion.core.arrays import expand, flat_mean
+from diffusion.core.arrays import expand, flat_mean, mean_where
 from diffusion.core.types import Apply, Array, Batch, Cond, InputError, Params
 from diffusion.objectives.base.average_velocity import (
     AverageVelocity,
@@ -73,7 +73,7 @@ class Shortcut(AverageVelocity):
             target = target.at[:steps].set(jnp.where(expand(is_step[:steps], x0), two_steps, target[:steps]))
         output = self.average_velocity(net, params["net"], x_t, t, r, cond, key)
         error = flat_mean(jnp.square(output - jax.lax.stop_gradient(target)))
-        metrics = {f"{name}_loss": jnp.mean(error, where=of) for name, of in (("step", is_step), ("flow", ~is_step))}
+        metrics = {f"{name}_loss": mean_where(error, of) for name, of in (("step", is_step), ("flow", ~is_step))}
         return draws["weight"] * error, metrics
 
     def two_half_steps(self, net: Apply, params: Params, x: Array, t: Array, r: Array, cond: Cond) -> Array:

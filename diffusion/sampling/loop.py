@@ -39,10 +39,21 @@ def bind(denoise: Denoiser, cond: Cond) -> Denoiser:
     return lambda x, t, **more: denoise(x, t, {**cond, **more})
 
 
-def prior(schedule: Schedule, t: Array, keys: Array, shape: tuple[int, ...]) -> Array:
-    """Draws the initial x_t, sigma(t) times standard normal noise, `[B, *shape]`, each sample from its own key."""
+def prior(
+    schedule: Schedule, t: Array, keys: Array, shape: tuple[int, ...], moments: tuple[Array, Array] | None = None
+) -> Array:
+    """Draws the initial x_t, sigma(t) times standard normal noise, `[B, *shape]`, each sample from its own key.
+
+    Args:
+      moments: The mean and the variance of the data, `[*shape]` each, for a schedule that does not end in pure noise:
+        x_t is then drawn from N(alpha mean, alpha^2 variance + sigma^2), which has the moments of noised data.
+    """
     noise = normal(fold(keys, 0), shape)
-    return expand(schedule.sigma(t), noise) * noise
+    alpha, sigma = expand(schedule.alpha(t), noise), expand(schedule.sigma(t), noise)
+    if moments is None:
+        return sigma * noise
+    mean, variance = moments
+    return alpha * mean + jnp.sqrt(alpha**2 * variance + sigma**2) * noise
 
 
 def noised(schedule: Schedule, x0: Array, t: Array, keys: Array) -> Array:

@@ -30,13 +30,13 @@ class Optimizer:
 
     Attributes:
       transform: The transformation.
-      learning_rate: The learning rate at a step, counted from 0.
+      learning_rate: The learning rate at a step, counted from 0; None if it is unknown, as that of other code.
       players: Other optimizers for some of the players of an objective, by name.
       groups: The expressions of the groups of parameters.
     """
 
     transform: optax.GradientTransformation
-    learning_rate: optax.Schedule
+    learning_rate: optax.Schedule | None
     players: Mapping[str, "Optimizer"] = dataclasses.field(default_factory=dict)
     groups: tuple[str, ...] = ()
 

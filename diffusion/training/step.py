@@ -110,7 +110,8 @@ def make_step(
 
         norms = _norms(grads)
         metrics["grad_norm"] = optax.global_norm(norms)
-        metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step - state.guard["bad"]))
+        if optimizer.learning_rate is not None:
+            metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step - state.guard["bad"]))
         ok, counters = guard.check_step(state.guard, metrics["loss"], metrics["grad_norm"])
         metrics |= {"bad_steps": counters["bad"], "in_row": counters["in_row"], "norms": norms}
 

@@ -1,10 +1,10 @@
-"""Scaling of 8-bit data."""
+"""Scaling of 8-bit data, and metrics of a part of a batch."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core.arrays import scaled
+from diffusion.core.arrays import mean_where, scaled
 from diffusion.core.images import to_uint8
 
 PIXELS = np.arange(256, dtype=np.uint8)
@@ -25,3 +25,13 @@ def test_scaling_is_numpys_in_every_bit():
 def test_other_data_are_unchanged():
     for x in (np.float32([-1.5, 2]), jnp.float32([0.3])):
         assert scaled(x) is x
+
+
+def test_the_mean_of_a_part_of_a_batch():
+    """It is exact over micro-batches, and that of an empty part computes no NaN on the device."""
+    x, where = jnp.arange(6.0), jnp.array([True, False, False, False, True, True])
+    with jax.debug_nans(True):
+        parts = [jax.jit(mean_where)(x[rows], where[rows]) for rows in (slice(0, 3), slice(3, 6))]
+        empty = jax.jit(mean_where)(x, x < 0)
+    whole = jax.tree.map(lambda *leaves: sum(leaves) / 2, *parts)
+    assert float(whole) == 3.0 and np.isnan(float(empty))

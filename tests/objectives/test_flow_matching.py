@@ -103,7 +103,7 @@ def test_loss_is_logged_by_noise_level():
     draws = {"t": objective.schedule.time(log_snr), "weight": jnp.array([1.0, 1, 2, 1, 1])}
     _, metrics = objective.update_state({}, draws, jnp.array([1.0, 2, 8, 5, 6]))
     expected = {"-inf_-4": 1, "-4_-2": np.nan, "-2_0": 3, "0_2": 5, "2_4": np.nan, "4_inf": 6}
-    np.testing.assert_allclose([metrics[f"loss_log_snr_{name}"] for name in expected], list(expected.values()))
+    np.testing.assert_allclose([float(metrics[f"loss_log_snr_{name}"]) for name in expected], list(expected.values()))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,12 @@ def test_resumed_is_uninterrupted(name, network, digits, digits_batch, tmp_path)
     spec = spec_of(name, None, None, plain, digits.spec) | CASES[name]
     objective, network = build("objectives", spec), network if name in SCALAR_CONDITIONS else plain
     opt, averages = optimizer.make_optimizer(steps=STEPS, learning_rate=1e-2, cycles=1), ema.make_ema(decays=(0.5, 0.9))
-    step = jax.jit(make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.3))
+    compiled = jax.jit(make_step(objective, network, opt, averages, seed=0, cond_drop_rate=0.3))
+
+    def step(*args):
+        with jax.debug_nans(True):  # a healthy step computes no NaN
+            return compiled(*args)
+
     state = init_state(objective, network, opt, averages, jax.random.key(0))
 
     def batch(number):

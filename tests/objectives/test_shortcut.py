@@ -36,7 +36,7 @@ def test_two_half_steps_equal_one_step(x64, schedule):
     params = {"net": None}
     key = jax.random.key(0)
     metrics = jax.jit(lambda: fine.loss(net, params, params, with_draws(fine, batch, key), key, 0))()[1]
-    assert metrics["step_loss"] < 1e-3 * metrics["flow_loss"]
+    assert float(metrics["step_loss"]) < 1e-3 * float(metrics["flow_loss"])
 
 
 def linear(params, x, c_noise, cond, *, key=None):
@@ -65,7 +65,9 @@ def test_loss_and_gradient_match_a_manual_computation(x64):
     params, ema = {"net": {"w": w}}, {"net": {"w": average}}
     found, metrics = jax.jit(loss)(params, ema)
     np.testing.assert_allclose(found, error, rtol=1e-12)
-    np.testing.assert_allclose([metrics["step_loss"], metrics["flow_loss"]], [error[:24].mean(), error[24:].mean()])
+    np.testing.assert_allclose(
+        [float(metrics["step_loss"]), float(metrics["flow_loss"])], [error[:24].mean(), error[24:].mean()]
+    )
     own, of_average = jax.jit(jax.jacobian(lambda *p: loss(*p)[0], argnums=(0, 1)))(params, ema)
     np.testing.assert_allclose(own["net"]["w"], (2 * (w * feature - target) * feature).mean(axis=1), rtol=1e-12)
     assert (of_average["net"]["w"] == 0).all()

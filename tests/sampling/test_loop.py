@@ -37,6 +37,21 @@ def drawn(drawing, ddpm, batch_size, *, num=10, seed=0, scale=2.0, labels=None, 
     return np.concatenate(list(batches))
 
 
+@pytest.mark.parametrize("steps", [50, 1000])
+def test_the_start_has_the_moments_of_noised_data(steps):
+    """A table of 50 linear betas ends at alpha = 0.78."""
+    schedule, t = build("schedules", {"name": "vp", "num_steps": steps}), jnp.float32(1)
+    rng = np.random.default_rng(0)
+    data = jnp.asarray(rng.normal([0.5, -1.0], [0.3, 0.9], (20_000, 2)), jnp.float32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(len(data)))
+    x = prior(schedule, t, keys, (2,), (data.mean(axis=0), data.var(axis=0)))
+    expected = noised(schedule, data, t, keys)
+    np.testing.assert_allclose(x.mean(axis=0), expected.mean(axis=0), atol=0.02)
+    np.testing.assert_allclose(x.std(axis=0), expected.std(axis=0), atol=0.02)
+    if steps == 50:  # noise alone is another law
+        assert abs(prior(schedule, t, keys, (2,)).std(axis=0) - expected.std(axis=0)).max() > 0.1
+
+
 def test_batch_size_does_not_change_samples(drawing, ddpm):
     whole = drawn(drawing, ddpm, 10)
     assert whole.shape == (10, 8, 8, 1)

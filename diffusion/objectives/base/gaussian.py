@@ -6,6 +6,7 @@ in their schedule, parameterization, time sampler and weighting.
 
 import dataclasses
 import itertools
+import logging
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core import checks
-from diffusion.core.arrays import expand, flat_mean, per_example
+from diffusion.core.arrays import expand, flat_mean, mean_where, per_example
 from diffusion.core.build import build
 from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Params, Schedule
 from diffusion.objectives.base import noise, uncertainty
@@ -33,7 +34,10 @@ WeightingSpec = Annotated[PartSpec, "weighting"]
 DiscretizationSpec = Annotated[PartSpec, "discretization"]
 ObjectiveSpec = Annotated[PartSpec, "objectives", ("schedule",)]
 
+MOST_TERMINAL_SNR = 0.01  # above it, noise alone is not what the network has seen at t = 1
 LOG_SNR_EDGES = (-4, -2, 0, 2, 4)  # edges of the bins for which the loss is logged separately
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +160,13 @@ class Gaussian(Predictor):
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
         """Updates the time sampler's state.
 
-        The metrics are the mean losses between consecutive LOG_SNR_EDGES, NaN for a bin without examples.
+        The metrics are the mean losses between consecutive LOG_SNR_EDGES.
         """
         t, loss = draws["t"], loss / draws["weight"]
         edges = np.array([-np.inf, *LOG_SNR_EDGES, np.inf])
         bins = jnp.digitize(self.schedule.log_snr(t), edges[1:-1])
         metrics = {
-            f"loss_log_snr_{low:g}_{high:g}": jnp.mean(loss, where=bins == index)
+            f"loss_log_snr_{low:g}_{high:g}": mean_where(loss, bins == index)
             for index, (low, high) in enumerate(itertools.pairwise(edges))
         }
         return self.time_sampler.update_state(objective_state, t, loss), metrics
@@ -242,7 +246,16 @@ def build_path(
                 f"{parameterization!r} is undefined at t = 1 of schedule {reprlib.repr(schedule)}: {name} is {value}; "
                 + ("use c_noise = 'time'" if name == "c_noise" else "use v, x0 or velocity"),
             )
+    snr = terminal_snr(path)
+    if snr > MOST_TERMINAL_SNR:
+        logger.warning("the noise schedule ends at a signal-to-noise ratio of %.3g, not near 0: samples start from a "
+                       "normal law with the moments of noised data; set zero_terminal_snr", snr)  # fmt: skip
     return {"schedule": path, "parameterization": prediction}
+
+
+def terminal_snr(schedule: Schedule) -> float:
+    """Returns alpha^2 / sigma^2 at t = 1, where sampling starts; 0 for a learned schedule, which is not known yet."""
+    return 0.0 if hasattr(schedule, "at") else float(jnp.exp(schedule.log_snr(jnp.float32(1))))
 
 
 def corrupt(schedule: Schedule, x0: Array, eps: Array, t: Array) -> Array:
