@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import pkgutil
 import types
 import typing
@@ -144,7 +145,9 @@ def defaults(make: Callable[..., Any], *, later: Collection[str] = ()) -> dict[s
 
 
 def call(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str) -> Any:
-    """Returns `make(**keywords)` after `check`, with integers converted to floats where `make` expects floats.
+    """Returns `make(**keywords)` after `check`.
+
+    Integers become floats where `make` expects floats, and `~` at the start of a text becomes the home folder.
 
     Raises:
       InputError: See `check`; errors that `make` itself raises get `field` as a prefix.
@@ -156,8 +159,13 @@ def call(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str) -
         for key, value in keywords.items()
         if type(value) is int and key in parameters and _expects_float(parameters[key].annotation)
     }
+    paths = {
+        key: os.path.expanduser(value)
+        for key, value in keywords.items()
+        if isinstance(value, str) and value.startswith("~")
+    }
     try:
-        return make(**{**keywords, **floats})
+        return make(**{**keywords, **floats, **paths})
     except InputError as error:
         raise error.within(field) from None
 
@@ -185,7 +193,7 @@ def check(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str, 
         expected = parameters[key].annotation
         if expected is inspect.Parameter.empty or isinstance(expected, str):
             continue
-        if not _is_a(value, expected):
+        if not is_a(value, expected):
             raise InputError(f"{field}.{key}", f"{where} expects {_spell(expected)}, got {value!r}")
     for key in named:
         if key not in keywords and parameters[key].default is inspect.Parameter.empty:
@@ -199,19 +207,19 @@ def _keywords_of(make: Callable[..., Any]) -> tuple[list[str], bool]:
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _is_a(value: Any, expected: Any) -> bool:
+def is_a(value: Any, expected: Any) -> bool:
     """Returns whether a value matches a type. Checks every item of a tuple; beartype checks only a random one."""
     kinds = typing.get_args(expected)
     if typing.get_origin(expected) is typing.Annotated:
-        return _is_a(value, kinds[0])
+        return is_a(value, kinds[0])
     if getattr(expected, "_is_protocol", False) and not getattr(expected, "_is_runtime_protocol", False):
         return True  # a protocol that cannot be checked
     if typing.get_origin(expected) in (typing.Union, types.UnionType):
-        return any(_is_a(value, kind) for kind in kinds)
+        return any(is_a(value, kind) for kind in kinds)
     if typing.get_origin(expected) is tuple and kinds[-1] is ...:
-        return isinstance(value, tuple) and all(_is_a(item, kinds[0]) for item in value)
+        return isinstance(value, tuple) and all(is_a(item, kinds[0]) for item in value)
     if typing.get_origin(expected) is tuple and kinds:
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(is_a, value, kinds))
     return is_bearable(value, expected, conf=_NUMBERS) and not (isinstance(value, bool) and expected in (int, float))
 
 

@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from glob import glob
 from typing import Any, Literal
 
+import numpy as np
 import optax
 
-from diffusion.core.build import call, check, defaults, find, is_external, names
+from diffusion.core.build import call, check, defaults, find, is_a, is_external, names
 from diffusion.core.checks import at_least, at_most
 from diffusion.core.types import InputError, Spec
 from diffusion.distributed.mesh import make_mesh
@@ -98,30 +99,50 @@ def read_config(path: str, overrides: Iterable[tuple[str, Any]] = ()) -> dict[st
     Raises:
       InputError: the file does not exist or raises, or an override or option is unknown.
     """
-    file, _, argument = path.partition(":")
+    path = os.path.expanduser(path)
+    file, _, argument = (path, "", "") if os.path.isfile(path) else path.partition(":")
     if not os.path.isfile(file):
-        raise InputError("--config", f"no file {file!r}; there are: {', '.join(sorted(glob('configs/*.py')))}")
+        nearest = difflib.get_close_matches(file, glob(os.path.join(os.path.dirname(file) or "configs", "*.py")), n=1)
+        raise InputError("--config", f"no file {file!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
     try:
-        with _importable(os.path.dirname(os.path.dirname(os.path.abspath(file)))):
+        with _importable(os.path.abspath(file)):
             get_config = runpy.run_path(file).get("get_config")
-            found = None if get_config is None else get_config(argument) if argument else get_config()
-    except Exception as error:  # a config file may raise anything
+            if not callable(get_config):
+                raise InputError("--config", f"{file} has no get_config()")
+            _check_arguments(get_config, file, argument)
+            found = get_config(argument) if argument else get_config()
+            config = from_config_dict(found)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # a config file may raise anything
         raise InputError(f"--config={path}", f"raised {type(error).__name__}: {error}") from error
-    if found is None:
-        raise InputError("--config", f"{file} has no get_config()")
-    return resolve(override(from_config_dict(found), overrides))
+    if not isinstance(config, Mapping):
+        problem = f"{file}: get_config() must return a ConfigDict or a dict, got {type(found).__name__}"
+        raise InputError("--config", problem)
+    _check_values(config, "config")
+    return resolve(override(config, overrides))
 
 
 def from_config_dict(config: Any) -> dict[str, Any]:
-    """Returns a `ConfigDict`, or a mapping, as nested dicts with tuples for lists."""
-    return from_json(config.to_dict() if hasattr(config, "to_dict") else config)
+    """Returns a `ConfigDict`, or a mapping, as nested dicts with tuples for lists and Python's own numbers."""
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    if isinstance(config, Mapping):
+        return {key: from_config_dict(value) for key, value in config.items()}
+    if isinstance(config, (np.generic, np.ndarray)):
+        config = config.tolist()
+    return tuple(map(from_config_dict, config)) if isinstance(config, (list, tuple)) else config
 
 
 def from_json(value: Any) -> Any:
-    """Returns a value with mappings as dicts and lists as tuples, which is how configs are written."""
+    """Returns a value with mappings as dicts and lists as tuples, which is how configs are written.
+
+    The texts that `core.files.plain` writes for infinity and NaN become these numbers.
+    """
     if isinstance(value, Mapping):
         return {key: from_json(item) for key, item in value.items()}
-    return tuple(from_json(item) for item in value) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(from_json(item) for item in value)
+    return float(value) if isinstance(value, str) and value in ("Infinity", "-Infinity", "NaN") else value
 
 
 def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +229,7 @@ def override(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) ->
                 raise InputError(f"config.{path}", f"the config has no {key!r}{_nearest(key, list(known))}")
             known = None if known is None else known.get(key)
         if isinstance(value, str):
-            value = value if isinstance(known, str) and value[:1] not in ("{", "(", "'", '"') else parse_value(value)
+            value = _value(value, known, _annotation(config, keys))
         if isinstance(value, str) and _family_at(config, keys):
             keys.append("name")
         _set(config, keys, value, resolved)
@@ -225,6 +246,22 @@ def parse_value(text: str) -> Any:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
     return text
+
+
+def _value(text: str, known: Any, annotation: Any) -> Any:
+    """Returns what a text stands for at an option: the first reading that has the type that the option takes.
+
+    Args:
+      known: The present value.
+      annotation: The type; None if it is unknown, and then text stays text where the present value is one.
+    """
+    parsed = parse_value(text)
+    if annotation is not None:
+        whole = [int(parsed)] if isinstance(parsed, float) and parsed.is_integer() else []
+        for reading in (parsed, *whole, text, (parsed,)):  # a single item of a tuple needs no comma
+            if is_a(reading, annotation):
+                return reading
+    return text if isinstance(known, str) and text[:1] not in ("{", "(", "'", '"') else parsed
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -256,13 +293,46 @@ def cond_drop_rate(config: Mapping[str, Any], spec: Spec) -> float:
 
 
 @contextlib.contextmanager
-def _importable(folder: str) -> Iterator[None]:
-    """Lets a config import the modules next to its folder: `from configs import common`."""
-    sys.path.insert(0, folder)
+def _importable(file: str) -> Iterator[None]:
+    """Lets a config import the modules next to its folder (`from configs import common`), and those in it."""
+    inner = os.path.dirname(file)
+    outer, is_new = os.path.dirname(inner), inner not in sys.path
+    sys.path.insert(0, outer)
+    if is_new:
+        sys.path.append(inner)
     try:
         yield
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(outer)
+        if is_new and inner in sys.path:
+            sys.path.remove(inner)
+
+
+def _check_arguments(get_config: Callable[..., Any], file: str, argument: str) -> None:
+    """Checks that `get_config` can be called with the argument of `--config=FILE:ARGUMENT`, or without one."""
+    try:
+        signature = inspect.signature(get_config)
+    except ValueError:  # of some callables of C extensions
+        return
+    try:
+        signature.bind(*([argument] if argument else []))
+    except TypeError:
+        problem = f"takes no argument, got {argument!r}" if argument else f"needs an argument: --config={file}:ARGUMENT"
+        raise InputError("--config", f"get_config{signature} of {file} {problem}") from None
+
+
+def _check_values(value: Any, field: str) -> None:
+    """Checks that a config holds nothing but what JSON can."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise InputError(field, f"must have names as keys, got {key!r}")
+            _check_values(item, f"{field}.{key}")
+    elif isinstance(value, tuple):
+        for item in value:
+            _check_values(item, field)
+    elif not isinstance(value, bool | int | float | str | None):
+        raise InputError(field, f"must be a number, a text, a tuple, a dict or None, got {value!r}")
 
 
 def _part(family: str, spec: Any, field: str, later: tuple[str, ...] = ()) -> Any:
@@ -362,11 +432,27 @@ def _maker(config: Mapping[str, Any], keys: Sequence[str]) -> Callable[..., Any]
     """Returns the function whose keywords are the options at a path, or None."""
     if len(keys) == 1 and keys[0] in SECTIONS:
         return SECTIONS[keys[0]][0]
+    if tuple(keys) == ("eval",):
+        return eval_options
+    for above, family in ((("eval", "metrics"), "evaluation"), (("adapters",), "adapters")):
+        if tuple(keys[:-1]) == above:
+            return find(family, keys[-1], field=".".join(above))
     node, family = config, _family_at(config, keys)
     for key in keys:
         node = node.get(key) if isinstance(node, Mapping) else None
     name = node.get("name") if isinstance(node, Mapping) else node
     return None if family is None or name is None else find(family, name, field=f"{'.'.join(keys)}.name")
+
+
+def _annotation(config: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """Returns the type of the option at a path; None if it is unknown, or if the option is a part."""
+    if _family_at(config, keys):
+        return None
+    maker = _maker(config, keys[:-1]) if len(keys) > 1 else None
+    parameter = inspect.signature(maker).parameters.get(keys[-1]) if maker else None
+    if parameter is None or parameter.annotation is inspect.Parameter.empty or isinstance(parameter.annotation, str):
+        return None
+    return parameter.annotation
 
 
 def _is_option(config: Mapping[str, Any], keys: Sequence[str]) -> bool:

@@ -6,10 +6,12 @@ import inspect
 import json
 import pathlib
 import runpy
+import sys
 
 import ml_collections
 import pytest
 
+from diffusion.core import files
 from diffusion.core.build import find, names
 from diffusion.pipelines import config as configs
 from diffusion.pipelines.config import override, read_config, resolve
@@ -152,11 +154,96 @@ def test_a_section_may_be_left_out_but_not_the_model():
         resolve({key: value for key, value in SPARSE.items() if key != "network"})
 
 
-@pytest.mark.parametrize("content", ["", "raise ValueError('x')", "def get_config(): return 1 / 0", "x = ("])
-def test_files_that_define_no_config(content, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("optimizer.clip=None", None),
+        ("train.steps=1e3", 1000),
+        ("eval.metrics.svc_accuracy.num=2e2", 200),
+        ("eval.every=2.0", 2),
+        ("network.dropout=0", 0),
+        ("ema.decays=0.9,0.99", (0.9, 0.99)),
+        ("ema.decays=0.9", (0.9,)),
+        ("train.trainable=net/a", ("net/a",)),
+        ("train.trainable=('net/a', 'net/b')", ("net/a", "net/b")),
+        ("train.cond_drop_rate={'label': 0.2}", {"label": 0.2}),
+        ("data.split=123", "123"),
+        ("checkpoint.keep_best=1.5", "1.5"),
+        ("ema.warmup=True", True),
+        ("guidance.name=apg", "apg"),
+    ],
+)
+def test_a_flag_has_the_type_of_its_option(option, value):
+    path, _, text = option.partition("=")
+    node = functools.reduce(dict.__getitem__, path.split("."), read_config(DIGITS, [(path, text)]))
+    assert node == value and type(node) is type(value)
+
+
+def test_a_text_option_can_be_set_back_to_none():
+    config = {**SPARSE, "checkpoint": {"keep_best": "loss"}, "train": {**SPARSE["train"], "trainable": ("net",)}}
+    changed = resolve(override(config, [("checkpoint.keep_best", "None"), ("train.trainable", "None")]))
+    assert changed["checkpoint"]["keep_best"] is None and changed["train"]["trainable"] is None
+
+
+TINY_CONFIG = "dict(data='digits', objective='flow_matching', network='mlp', train=dict(steps={}))"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"def get_config():\n    return {TINY_CONFIG.format(7)}",
+        f"import ml_collections as c\nget_config = lambda: c.ConfigDict({TINY_CONFIG.format(7)})",
+        f"import ml_collections as c\nget_config = lambda: c.FrozenConfigDict({TINY_CONFIG.format(7)})",
+        "import ml_collections as c\nget_config = lambda: "
+        f"{{**{TINY_CONFIG.format(1)}, 'train': c.ConfigDict({{'steps': 7}})}}",
+        f"import numpy as np\nget_config = lambda: {TINY_CONFIG.format('np.int64(7)')}",
+        f"def get_config(steps=7):\n    return {TINY_CONFIG.format('steps')}",
+        "from neighbor import get_config",
+    ],
+)  # fmt: skip
+def test_forms_of_a_config(content, tmp_path):
+    (tmp_path / "neighbor.py").write_text(f"def get_config():\n    return {TINY_CONFIG.format(7)}")
+    path, before = tmp_path / "config.py", list(sys.path)
+    path.write_text(content)
+    assert read_config(str(path))["train"]["steps"] == 7 and sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ("", "--config"),
+        ("get_config = 3", "--config"),
+        ("def get_config(): pass", "--config"),
+        ("def get_config(): return [1]", "--config"),
+        ("def get_config(name): return {}", "--config"),
+        ("def get_config(*, name): return {}", "--config"),
+        ("def get_config(): return {'train': {'steps': len}}", "config.train.steps"),
+        ("def get_config(): return {'train': {3: 4}}", "config.train"),
+        ("raise ValueError('x')", "--config={path}"),
+        ("def get_config(): return 1 / 0", "--config={path}"),
+        ("import sys\ndef get_config(): sys.exit(0)", "--config={path}"),
+        ("from ml_collections import config_dict as c\n"
+         "get_config = lambda: c.ConfigDict({'seed': c.required_placeholder(int)})", "--config={path}"),
+        ("x = (", "--config={path}"),
+    ],
+)  # fmt: skip
+def test_files_that_define_no_config(content, field, tmp_path):
     path = tmp_path / "config.py"
     path.write_text(content)
-    with refused("--config" if not content else f"--config={path}"):
+    with refused(field.format(path=path)):
         read_config(str(path))
+
+
+def test_a_missing_file_names_its_nearest_neighbor_alone():
+    with refused("--config") as caught:
+        read_config(DIGITS.replace("digits", "digit"))
+    assert caught.value.problem.endswith("digits.py'?") and caught.value.problem.count(".py") == 2
     with refused("--config"):
-        read_config(str(tmp_path / "missing.py"))
+        read_config(f"{DIGITS}:argument")
+
+
+def test_infinity_is_stored_as_json():
+    config = resolve({**SPARSE, "guidance": {"name": "apg"}})
+    assert config["guidance"]["norm"] == float("inf")
+    stored = json.loads(files.json_text(config), parse_constant=pytest.fail)
+    assert stored["guidance"]["norm"] == "Infinity" and resolve(configs.from_json(stored)) == config
