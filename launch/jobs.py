@@ -60,7 +60,7 @@ class Checkout:
 
     Attributes:
       root: Its folder. Relative paths refer to it.
-      commit: The full hash of the checked-out commit.
+      commit: The full hash of the checked-out commit; "" for a folder that is in no checkout.
       clean: Whether there are no uncommitted changes.
     """
 
@@ -125,12 +125,27 @@ def dns_label(name: str, unique: str, longest: int = MAX_LABEL_LENGTH) -> str:
     return f"{readable[: longest - HASH_LENGTH - 1].strip('-')}-{digest}"
 
 
+def current_code(folder: str = ".") -> Checkout:
+    """Returns the git checkout that contains a folder, or the folder itself, without a commit, if it is in none.
+
+    Raises:
+      InputError: See `current_checkout`.
+    """
+    try:
+        return current_checkout(folder)
+    except InputError as error:
+        if "not a git repository" not in error.problem:
+            raise
+        return Checkout(os.path.abspath(folder), "", clean=False)
+
+
 def current_checkout(folder: str = ".") -> Checkout:
     """Returns the git checkout that contains a folder. Raises InputError if there is none, or it has no commit."""
 
     def git(*arguments: str) -> str:
         try:
-            done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True)
+            done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True,
+                                  env={**os.environ, "LC_ALL": "C"})  # fmt: skip
         except FileNotFoundError:
             raise InputError("git", f"is not installed; {TOOLS['git']}") from None
         except subprocess.CalledProcessError as error:
@@ -143,7 +158,9 @@ def current_checkout(folder: str = ".") -> Checkout:
 
 
 def check_clean(code: Checkout) -> None:
-    """Raises InputError if there are uncommitted changes, since a cluster receives the code of the commit."""
+    """Raises InputError if there is no commit, whose code a cluster receives, or if there are uncommitted changes."""
+    if not code.commit:
+        raise InputError(code.root, "is in no git checkout, whose code the jobs receive; launch from a checkout")
     if not code.clean:
         raise InputError(code.root, "has uncommitted changes, which the jobs would not contain; commit them first")
 

@@ -24,6 +24,7 @@ LAUNCHER = flags.DEFINE_string(
 )
 RETRIES = flags.DEFINE_integer("retries", 3, "How often the job is restarted after a crash.")
 NAME = flags.DEFINE_string("name", None, "Name of the job. Default: the last folder of its workdir.")
+EXPERIMENTS = os.path.dirname(os.path.abspath(cli.__file__))
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print what would be written and run.")
 
 
@@ -35,7 +36,7 @@ def main(command: list[str]) -> None:
     launcher = jobs.build_launcher(LAUNCHER.value)
     if not isinstance(launcher, Local):
         parent = os.path.dirname(job.workdir) or "."
-        submission = launcher.submission([job], jobs.current_checkout(), parent, RETRIES.value)
+        submission = launcher.submission([job], jobs.current_code(), parent, RETRIES.value)
         jobs.submit(submission, launcher.tools, DRY_RUN.value)
     elif DRY_RUN.value:
         print(launcher.format_command(job))
@@ -55,13 +56,14 @@ def parse_job(command: list[str], name: str | None) -> jobs.Job:
     """
     if not command:
         raise InputError("--", "must precede the job and its flags, as in: -- train --config=... --workdir=...")
-    known = sorted(file.removesuffix(".py") for file in os.listdir("experiments") if _is_job(file))
+    known = sorted(file.removesuffix(".py") for file in os.listdir(EXPERIMENTS) if _is_job(file))
     if command[0] not in known:
         raise InputError("--", f"the job must be one of {', '.join(known)}; got {command[0]!r}")
     workdirs = [word.partition("=")[2] for word in command if word.startswith("--workdir=")]
     if not workdirs:
         raise InputError("--workdir", "is missing in the flags of the job")
-    workdir = workdirs[-1]
+    workdir = os.path.expanduser(workdirs[-1])
+    command = [f"--workdir={workdir}" if word == f"--workdir={workdirs[-1]}" else word for word in command]
     name = jobs.check_name(name or os.path.basename(workdir.rstrip("/")), "--name")
     return jobs.Job(name, (f"experiments.{command[0]}", *command[1:]), workdir)
 
@@ -69,7 +71,7 @@ def parse_job(command: list[str], name: str | None) -> jobs.Job:
 def _is_job(file: str) -> bool:
     if not file.endswith(".py"):
         return False
-    with open(os.path.join("experiments", file), encoding="utf-8") as source:
+    with open(os.path.join(EXPERIMENTS, file), encoding="utf-8") as source:
         return '__name__ == "__main__"' in source.read()
 
 

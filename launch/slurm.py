@@ -117,9 +117,12 @@ class Slurm:
     tools: tuple[str, ...] = ("git", "tar", "sbatch")
 
     def submission(self, jobs: Sequence[Job], code: Checkout, workdir: str, retries: int) -> JobSubmission:
-        check_clean(code)
         folder = launch_folder(workdir, code)
-        staged = os.path.join(folder, "code", code.commit)
+        where, staging = code.root, ()  # without a checkout, the installed code runs in the current folder
+        if code.commit:
+            check_clean(code)
+            where = os.path.join(folder, "code", code.commit)
+            staging = (staging_command(code, where),)
         jobs = [with_absolute_workdir(job, code) for job in jobs]
         name = dns_label(
             jobs[0].name if len(jobs) == 1 else os.path.basename(workdir.rstrip("/")),
@@ -142,10 +145,10 @@ class Slurm:
             f"  {i}) run={quote(job.workdir)} command=({quote_command(job.command)}) ;;" for i, job in enumerate(jobs)
         ]
         text = fill_template(
-            _SCRIPT, setup=self.setup, code=quote(staged), arms="\n".join(arms), folder=quote(folder),
+            _SCRIPT, setup=self.setup, code=quote(where), arms="\n".join(arms), folder=quote(folder),
             step=quote_command(self.step), retries=str(retries),
         )  # fmt: skip
-        return JobSubmission({script: text}, (staging_command(code, staged), ("sbatch", *options, script)))
+        return JobSubmission({script: text}, (*staging, ("sbatch", *options, script)))
 
 
 def make(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 
+import jax
 import pytest
 
 import diffusion
@@ -24,12 +25,15 @@ IMPORTED = [module.name for module in pkgutil.walk_packages(diffusion.__path__, 
 IMPORTED += ["diffusion.pipelines.comparison", "diffusion.pipelines.generator", "tests.jobs"]
 
 
-def job(name, *flags):
+def job(name, *flags, read=True, **variables):
     """Runs `python -m experiments.NAME FLAGS` on one device, in the root of the repository.
 
-    A name with dots is that of a module outside `experiments`.
+    Args:
+      name: The job; one with dots is that of a module outside `experiments`.
+      read: Whether the standard output is read; otherwise it is a pipe that nobody reads.
+      **variables: Environment variables.
     """
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT), **variables}
     context = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch:  # JAX reads its environment on import, which happens in the fork server
         for key in ("JAX_NUM_CPU_DEVICES", "PYTHONPATH"):
@@ -40,7 +44,7 @@ def job(name, *flags):
         streams = [pathlib.Path(folder) / stream for stream in ("stdout", "stderr")]
         for path in streams:
             path.touch()
-        process = context.Process(target=_run, args=(name, flags, environment, streams))
+        process = context.Process(target=_run, args=(name, flags, environment, streams, read))
         process.start()
         process.join()
         stdout, stderr = (path.read_text() for path in streams)
@@ -64,11 +68,16 @@ def children(pid):
     return sorted(found)
 
 
-def _run(name, flags, environment, streams):
+def _run(name, flags, environment, streams, read):
     for number, path in enumerate(streams, start=1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    if not read:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+    jax.config.update("jax_platforms", environment["JAX_PLATFORMS"])  # JAX has been imported already
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

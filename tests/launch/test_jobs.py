@@ -16,6 +16,7 @@ from launch.jobs import (
     build_launcher,
     check_name,
     current_checkout,
+    current_code,
     dns_label,
     quote,
     retry_loop,
@@ -76,6 +77,21 @@ def test_current_checkout(tmp_path):
     assert current_checkout(str(folder)).clean
     (folder / "new").touch()
     assert not current_checkout(str(folder)).clean
+
+
+def test_jobs_run_in_a_folder_without_a_checkout_on_slurm_alone(tmp_path, monkeypatch):
+    """There the installed project runs, since the nodes share the file system."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    code = current_code(str(tmp_path))
+    assert code == Checkout(str(tmp_path), "", clean=False)
+    job = Job("a", ("experiments.train", "--workdir=runs/a"), "runs/a")
+    submission = build_launcher("slurm").submission([job], code, "runs", 0)
+    assert [command[0] for command in submission.commands] == ["sbatch"]
+    (script,) = submission.files.values()
+    assert f"\ncd {tmp_path} || exit 2\n" in script and f"--workdir={tmp_path}/runs/a" in script
+    remote = Job("a", ("experiments.train", "--workdir=gs://b/a"), "gs://b/a")
+    with refused(str(tmp_path)):
+        build_launcher("gke:image=r/i:v1:gpu=g").submission([remote], code, "gs://b", 0)
 
 
 def test_folder_without_a_commit_is_refused(tmp_path, monkeypatch):

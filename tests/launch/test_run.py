@@ -65,6 +65,12 @@ def test_dry_run_prints_the_command():
     ), done.stderr
 
 
+def test_the_workdir_may_begin_with_the_home_folder():
+    words = ["--dry_run", "--", *MOONS, "--workdir=~/runs/a"]
+    done = job("launch.run", *words, HOME="/home/user")
+    assert done.stdout == "$ python -m experiments.train --config=configs/moons.py --workdir=/home/user/runs/a\n"
+
+
 @pytest.mark.slow
 def test_exit_codes_of_real_trainings(tmp_path):
     impatient, hung = tmp_path / "impatient.py", tmp_path / "hung.py"
