@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad config or input, 3 diverged, 70 hung or lost a process
 same command again to resume), 130 interrupted with nothing to save. `--debug` shows the traceback of an error.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -25,6 +26,7 @@ from diffusion.pipelines.config import read_config
 from diffusion.training.resilience.guards import Diverged
 from diffusion.training.resilience.preemption import PREEMPTED, SIGNALS, Preempted
 from diffusion.training.resilience.watchdog import HUNG
+from experiments import environment
 
 BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
 
@@ -38,7 +40,40 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard's writer impor
 # Atomic additions in any order, and algorithms chosen by measuring them, make a GPU's sums differ between runs.
 DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
 
-COMPILED = flags.DEFINE_string(
+
+class _Path(flags.ArgumentParser):
+    """Parses a path; `~` at its start is the home folder."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def parse(self, argument: str) -> str:
+        if not argument:
+            raise InputError(f"--{self.name}", "is empty; give a path")
+        return os.path.expanduser(argument)
+
+
+class _Paths(flags.ListParser):
+    def parse(self, argument: str | list[str]) -> list[str]:
+        return [os.path.expanduser(path) for path in super().parse(argument)]
+
+
+def define_path(name: str, default: str | None, text: str, values: flags.FlagValues = flags.FLAGS) -> Any:
+    """Defines a flag that is the path of a file or folder; jobs define all such flags in this way.
+
+    Args:
+      name, default, text: The name, the default and the help of the flag.
+      values: The flags that it belongs to.
+    """
+    return flags.DEFINE(_Path(name), name, default, text, values)
+
+
+def define_paths(name: str, text: str) -> Any:
+    """Defines a flag that is a list of paths."""
+    return flags.DEFINE(_Paths(), name, None, text)
+
+
+COMPILED = define_path(
     "compiled", None, "Folder for compiled programs, so that the next start does not compile them again."
 )
 COORDINATOR = flags.DEFINE_string(
@@ -61,7 +96,7 @@ class Config:
 
     def __init__(self, values: flags.FlagValues = flags.FLAGS):
         self.overrides: list[tuple[str, str]] = []
-        self.path = flags.DEFINE_string("config", None, "The experiment: a file with get_config().", flag_values=values)
+        self.path = define_path("config", None, "The experiment: a file with get_config().", values)
 
     @functools.cached_property
     def value(self) -> dict[str, Any]:
@@ -125,6 +160,7 @@ def run(main: Callable[..., None], *, together: bool = True, takes_rest: bool = 
     # Where one array of a checkpoint cannot be read, the pending reads of the others fail unobserved.
     sys.unraisablehook = lambda what: sys.__unraisablehook__(what) if "--debug" in sys.argv else None
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    environment.open_streams()
     _show_library_log()
     try:
         app.run(
@@ -138,7 +174,8 @@ def run(main: Callable[..., None], *, together: bool = True, takes_rest: bool = 
         if not isinstance(error, SystemExit):
             traceback.print_exc()
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(OSError):  # a full disk
+                stream.flush()
         # Any other exit waits: for threads of Orbax, ten minutes after a save that failed; for the other processes of
         # the job, which wait for this one.
         os._exit(code)
@@ -191,7 +228,9 @@ def _parse(argv: list[str], takes_rest: bool) -> list[str]:
     except (InputError, flags.Error) as error:
         if "--debug" in argv:
             raise
-        _fail(error, BAD_INPUT)
+        # absl wraps what the parser of a flag raises.
+        cause = error.__context__ if isinstance(error, flags.Error) else None
+        _fail(cause if isinstance(cause, InputError) else error, BAD_INPUT)
 
 
 def _as_flags(read: Callable[[], Any]) -> Any:
@@ -213,6 +252,7 @@ def _guard(main: Callable[[], None], together: bool) -> None:
         if together:
             _join()
         main()
+        sys.stdout.flush()
     except Preempted as error:
         print(error, file=sys.stderr)
         sys.exit(PREEMPTED)
@@ -230,6 +270,9 @@ def _guard(main: Callable[[], None], together: bool) -> None:
             _fail(f"{error}; start all processes again", HUNG)
         if multihost.is_loss(error):
             _fail(f"lost another process ({error}); start all processes again", HUNG)
+        problem = environment.problem_of(error)
+        if problem:
+            _fail(problem, BAD_INPUT)
         raise
 
 

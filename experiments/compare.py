@@ -15,10 +15,10 @@ from diffusion.pipelines.comparison import compare
 from diffusion.pipelines.generator import check_numbers
 from experiments import cli
 
-RUNS = flags.DEFINE_list("runs", None, "Workdirs of the runs; their data must have the same spec.")
+RUNS = cli.define_paths("runs", "Workdirs of the runs; their data must have the same spec.")
 NFE = flags.DEFINE_list("nfe", ["1", "2", "4", "8", "50"], "Evaluations of the model per sample.")
-OUT = flags.DEFINE_string("out", "runs/compare", "Folder for the table and the pictures.")
-DOCS = flags.DEFINE_string("docs", None, "A Markdown file that the table is also inserted into.")
+OUT = cli.define_path("out", "runs/compare", "Folder for the table and the pictures.")
+DOCS = cli.define_path("docs", None, "A Markdown file that the table is also inserted into.")
 NUM = flags.DEFINE_integer("num", 1000, "Samples per measurement.")
 SEED = flags.DEFINE_integer("seed", 1, "Seed of the noise, which is the same for every run.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 250, "Samples per batch; the samples do not depend on it.")

@@ -18,8 +18,8 @@ from diffusion.pipelines.config import read_config
 from diffusion.pipelines.conversion import export_run, import_folder
 from experiments import cli
 
-FROM = flags.DEFINE_string("from", None, "The workdir of a run, or a folder of diffusers.")
-TO = flags.DEFINE_string("to", None, "The folder to write; it must be empty or not exist.")
+FROM = cli.define_path("from", None, "The workdir of a run, or a folder of diffusers.")
+TO = cli.define_path("to", None, "The folder to write; it must be empty or not exist.")
 CONFIG = cli.define_config()
 NULL_CLASS = flags.DEFINE_bool(
     "null_class", False, "To a run: the last class of a U-Net is the one for unconditional samples."

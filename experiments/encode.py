@@ -20,7 +20,7 @@ from diffusion.pipelines.model import build_autoencoder
 from experiments import cli
 
 CONFIG = cli.define_config()
-OUT = flags.DEFINE_string("out", None, "The folder to write, an array_record data set.")
+OUT = cli.define_path("out", None, "The folder to write, an array_record data set.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Number of examples that are encoded at once.", lower_bound=1)
 flags.mark_flags_as_required(["config", "out"])
 

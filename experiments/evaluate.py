@@ -2,11 +2,10 @@
 
 python -m experiments.evaluate --workdir=runs/digits [--steps=50] [--sampler=heun] [--seed=0]
 
-Writes `evaluation.json` to the workdir, and appends the same to `evaluations.jsonl`. Each metric sets its own guidance
-scale; --guidance may name another guidance.
+Writes `evaluation.json` to the workdir or to --out, and appends the same to `evaluations.jsonl`. Each metric sets its
+own guidance scale; --guidance may name another guidance.
 """
 
-import json
 import os
 
 from absl import flags
@@ -16,16 +15,18 @@ from diffusion.pipelines import overrides
 from diffusion.pipelines.generator import check_numbers
 from diffusion.pipelines.run import open_run
 from experiments import cli, sampling_flags
-from experiments.sampling_flags import ALLOW_IMPORTS, BATCH_SIZE, EMA
+from experiments.sampling_flags import ALLOW_IMPORTS, BATCH_SIZE, EMA, STEP
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
 SEED = flags.DEFINE_integer("seed", 1, "Seed of the noise.")
+OUT = cli.define_path("out", None, "Folder for evaluation.json and evaluations.jsonl. Default: WORKDIR.")
 flags.mark_flags_as_required(["workdir"])
 
 
 def main() -> None:
     check_numbers(seed=SEED.value, batch_size=BATCH_SIZE.value)
-    run = open_run(WORKDIR.value, EMA.value, allow_imports=ALLOW_IMPORTS.value)
+    run = open_run(WORKDIR.value, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value)
+    out = files.make_folder(OUT.value or WORKDIR.value, "--out" if OUT.value else "--workdir")
     sampler, guidance = overrides.sections(run.config, sampling_flags.chosen())
     results = {}
     for values, note in run.measure(sampler, guidance, seed=SEED.value, batch_size=BATCH_SIZE.value, progress=True):
@@ -34,10 +35,9 @@ def main() -> None:
             print(f"{name} {value:.4f}  {note}".rstrip())
     settings = {"step": run.step, "ema": run.ema, "sampler": sampler, "guidance": guidance, "seed": SEED.value}
     found = {**results, "settings": settings}
-    with files.replace(os.path.join(WORKDIR.value, "evaluation.json")) as file:
-        json.dump(found, file, indent=2)
-    lines = files.Lines(os.path.join(WORKDIR.value, "evaluations.jsonl"))
-    lines.add(json.dumps(found))
+    files.write_json(os.path.join(out, "evaluation.json"), found)
+    lines = files.Lines(os.path.join(out, "evaluations.jsonl"))
+    lines.add(files.json_text(found))
     lines.close()
 
 

@@ -17,7 +17,7 @@ from diffusion.encoders.autoencoders import pca
 from experiments import cli
 
 CONFIG = cli.define_config()
-OUT = flags.DEFINE_string("out", None, "The file to write, .safetensors.")
+OUT = cli.define_path("out", None, "The file to write, .safetensors.")
 PATCH_SIZE = flags.DEFINE_integer("patch_size", 2, "The side of a patch, in pixels; a patch becomes a latent pixel.")
 CHANNELS = flags.DEFINE_integer("channels", 3, "The number of components, the channels of the latents.")
 NUM = flags.DEFINE_integer("num", 10_000, "Number of images to fit to; all if there are fewer.", lower_bound=1)
@@ -29,13 +29,13 @@ def main() -> None:
     shape = source.spec.shape
     if len(shape) != 3:
         raise InputError("data", f"must be images (H, W, C), got {shape}")
+    files.make_folder(os.path.dirname(OUT.value) or ".", "--out")
     num = min(NUM.value, len(source))
     images = scaled(np.stack([example["x"] for example in in_order(source, num)]))
     try:
         params, share = pca.fit(images, PATCH_SIZE.value, CHANNELS.value)
     except InputError as error:
         raise InputError(f"--{error.field}", error.problem) from None
-    files.make_folder(os.path.dirname(OUT.value) or ".", "--out")
     pca.save(OUT.value, params, shape, PATCH_SIZE.value)
     latent = (shape[0] // PATCH_SIZE.value, shape[1] // PATCH_SIZE.value, CHANNELS.value)
     print(f"{OUT.value}: latents {latent} with {share:.2%} of the variance of {num:,} images; train on them with "

@@ -8,7 +8,7 @@ from absl import flags
 from diffusion.training.resilience import goodput
 from experiments import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
 flags.mark_flags_as_required(["workdir"])
 
 

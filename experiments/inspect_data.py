@@ -6,6 +6,7 @@ python -m experiments.inspect_data --config=configs/digits.py [--out=data.png] [
 
 import itertools
 import os
+import sys
 
 import numpy as np
 from absl import flags
@@ -23,7 +24,7 @@ from diffusion.profiling.data_rates import batch_rates, example_rates
 from experiments import cli
 
 CONFIG = cli.define_config()
-OUT = flags.DEFINE_string("out", "data.png", "The file for the sheet of examples.")
+OUT = cli.define_path("out", "data.png", "The file for the sheet of examples.")
 NUM = flags.DEFINE_integer("num", 48, "Examples on the sheet.")
 ALL = flags.DEFINE_bool("all", False, "Read every example and list those that cannot be read.")
 flags.mark_flags_as_required(["config"])
@@ -53,7 +54,8 @@ def main() -> None:
     batches = Batches(source, **reading)
     examples = list(itertools.islice(inspection.examples_of(batches), max(NUM.value, MEASURED)))
     batches.close()
-    print_line("values", inspection.histogram(np.concatenate([example["x"].ravel() for example in examples])))
+    values = np.concatenate([example["x"].ravel() for example in examples])
+    print_line("values", inspection.histogram(values, encoding=sys.stdout.encoding))
     if source.spec.num_classes:
         counts = np.bincount([int(example["cond"]["label"]) for example in examples], minlength=source.spec.num_classes)
         print_line("labels", f"{np.count_nonzero(counts)} of {len(counts)} in {len(examples)} examples, "

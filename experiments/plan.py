@@ -6,7 +6,7 @@ python -m experiments.plan --config=configs/imagenet256_dit.py:XL/2 --shape=32,3
 python -m experiments.plan --config=configs/digits.py --mesh_devices=8 [--chip=H100]
 """
 
-import json
+import os
 
 from absl import flags
 
@@ -28,7 +28,7 @@ CLASSES = flags.DEFINE_integer("classes", None, "With --shape: number of classes
 EFFORT = flags.DEFINE_float(
     "effort", 0.0, "The compiler's optimisation effort: 0 as in training; -1 is the least, for large U-Nets.", -1.0, 0.0
 )
-JSON = flags.DEFINE_string("json", None, "File for all figures.")
+JSON = cli.define_path("json", None, "File for all figures.")
 TOP = flags.DEFINE_integer("top", 12, "Number of arrays to list, the largest first; --json has all.", lower_bound=0)
 
 
@@ -45,12 +45,13 @@ def main() -> None:
         devices, chip = capacity.virtual_devices(DEVICES.value, CHIP.value)
     config = CONFIG.value
     check_config(config)
+    if JSON.value:
+        files.make_folder(os.path.dirname(JSON.value) or ".", "--json")
     spec = capacity.data_spec(config, SHAPE.value, CLASSES.value)
     found, excess = capacity.estimate(config, spec, devices, chip, EFFORT.value)
     print(capacity.report(found, TOP.value))
     if JSON.value:
-        with files.replace(JSON.value) as file:
-            json.dump(found, file, indent=2)
+        files.write_json(JSON.value, found)
     if excess:
         change = capacity.suggest_change(config, spec, devices, chip, EFFORT.value, excess)
         raise InputError("config", f"does not fit: {excess}; {change}")

@@ -31,10 +31,10 @@ from diffusion.pipelines.config import check_config
 from experiments import cli
 
 CONFIG = cli.define_config()
-DATA_DIR = flags.DEFINE_string(
+DATA_DIR = cli.define_path(
     "data_dir", None, "Folder of all TensorFlow Datasets. Default: the config's, or the default of tfds."
 )
-OUT = flags.DEFINE_string("out", None, "New folder to write the examples of `data` to, as an array_record data set.")
+OUT = cli.define_path("out", None, "New folder to write the examples of `data` to, as an array_record data set.")
 NUM = flags.DEFINE_integer("num", None, "With --out, the number of examples. Default: all.")
 flags.mark_flags_as_required(["config"])
 
@@ -77,7 +77,7 @@ def write_records(config: Mapping[str, Any], out: str) -> None:
             progress.update(done)
 
     try:
-        count = records.write(source, examples(), out)
+        count = records.write(source, examples(), out, num)
     finally:
         progress.close()
     skipped = f", {num - count:,} left out" if count < num else ""

@@ -21,9 +21,9 @@ from diffusion.pipelines.run import Run, open_run
 from diffusion.pipelines.sample_files import FORMATS, PICTURE, write_samples
 from diffusion.pipelines.sampling_sweep import sweep
 from experiments import cli, sampling_flags
-from experiments.sampling_flags import ALLOW_IMPORTS, BATCH_SIZE, EMA
+from experiments.sampling_flags import ALLOW_IMPORTS, BATCH_SIZE, EMA, STEP
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
 NUM = flags.DEFINE_integer("num", 100, "Number of samples.")
 LABELS = flags.DEFINE_list("labels", None, "Classes, numbers or names, repeated in turn up to --num. Default: all.")
 SWEEP = flags.DEFINE_string(
@@ -31,7 +31,7 @@ SWEEP = flags.DEFINE_string(
 )
 METRICS = flags.DEFINE_bool("metrics", False, "With --sweep: measure the samples with the metrics of the eval section.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
-OUT = flags.DEFINE_string("out", None, "Folder for samples.png and the samples. Default: WORKDIR/samples.")
+OUT = cli.define_path("out", None, "Folder for samples.png and the samples. Default: WORKDIR/samples.")
 OUT_FORMAT = flags.DEFINE_enum(
     "out_format", "npz", FORMATS, "npz: samples.npz, or samples_00000.npz, ... of 10,000 samples each; png: images/."
 )
@@ -42,7 +42,7 @@ MOST_COLUMNS = 50  # of a sheet with one column per class
 
 def main() -> None:
     check_numbers(seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
-    run = open_run(WORKDIR.value, EMA.value, allow_imports=ALLOW_IMPORTS.value)
+    run = open_run(WORKDIR.value, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value)
     cond = _conditions(run)
     labels = cond.get("label")
     chosen, out = sampling_flags.chosen(), OUT.value or os.path.join(WORKDIR.value, "samples")

@@ -9,12 +9,12 @@ import os
 from absl import flags
 
 from diffusion.pipelines import overrides, tables
-from diffusion.pipelines.evaluation import measure_samples
+from diffusion.pipelines.evaluation import check_finite, measure_samples
 from diffusion.pipelines.run import Run, open_run
 from experiments import cli
 
-WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of the runs.")
-OUT = flags.DEFINE_string("out", "docs/samplers.md", "The file that the table is inserted into.")
+WORKDIRS = cli.define_paths("workdirs", "Folders of the runs.")
+OUT = cli.define_path("out", "docs/samplers.md", "The file that the table is inserted into.")
 NUM = flags.DEFINE_integer("num", 1000, "Samples per measurement.")
 EVALUATIONS = flags.DEFINE_list("evaluations", ["5", "10", "20", "50"], "Evaluations of the model per sample.")
 SAMPLERS = flags.DEFINE_list("samplers", [
@@ -47,7 +47,8 @@ def table(run: Run, title: str) -> str:
             section, guidance = overrides.sections(run.config, {"sampler": sampler, "evaluations": count})
             generator = run.generator(sampler=section, guidance={"name": guidance["name"], "scale": 1.0})
             samples = generator.batches(run.params, cond, NUM.value, seed=1, title=f"{title} {sampler} {count}")
-            measured, _ = measure_samples(metrics, samples, run.spec)
+            measured, problem = measure_samples(metrics, samples, run.spec)
+            check_finite([f"{title} {sampler}: {problem}"] if problem else [], 1, "measurements")
             cells.append(" / ".join(f"{values[name]:.3f}" for name, values in zip(names, measured, strict=True)))
         rows.append([f"`{sampler}`", *cells])
     return "\n".join([

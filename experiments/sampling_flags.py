@@ -19,6 +19,7 @@ FLAGS = {
     }.items()
 }
 EMA = flags.DEFINE_string("ema", None, "Which average of the parameters to use, or none. Default: the config's last.")
+STEP = flags.DEFINE_integer("step", None, "The step of the checkpoint. Default: the newest.")
 ALLOW_IMPORTS = flags.DEFINE_bool(
     "allow_imports",
     False,

@@ -10,15 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
 from diffusion.core.types import InputError
 from diffusion.pipelines import capacity, tables
 from diffusion.pipelines.config import read_config
 from diffusion.profiling.cost_model import TooLarge
 from experiments import cli
 
-OUT = flags.DEFINE_string("out", "docs/scaling.md", "The file whose tables are replaced.")
+OUT = cli.define_path("out", "docs/scaling.md", "The file whose tables are replaced.")
 
 SHAPES = {"DiT-XL/2": "32,32,4", "DiT-S/2": "32,32,4", "ADM-64": "64,64,3"}
 CONFIGS = {"DiT-XL/2": "configs/imagenet256_dit.py:XL/2", "DiT-S/2": "configs/imagenet256_dit.py:S/2",

@@ -16,7 +16,7 @@ from diffusion.training.trainer import Trainer
 from experiments import cli
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, previews.")
+WORKDIR = cli.define_path("workdir", None, "Folder of the run: checkpoints, metrics, previews.")
 CHECK = flags.DEFINE_bool("check", False, "Build and trace everything, print what would be trained, and write nothing.")
 flags.mark_flags_as_required(["config", "workdir"])
 

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion.core import files
-from launch import locks, report, results
+from diffusion.core import files, locks
+from launch import report, results
 
 
 def commands(checkpoint: str, workdir: str, rest: Sequence[str]) -> list[tuple[str, ...]]:
@@ -32,11 +32,10 @@ def write_description(workdir: str, points: Mapping[str, Mapping[str, Any]], set
       settings: Settings of the whole sweep.
     """
     files.make_folder(workdir, "--workdir")
-    with files.replace(_points_path(workdir)) as file:
-        json.dump([{key: value for key, value in point.items() if key != "name"} for point in points.values()], file)
+    listed = [{key: value for key, value in point.items() if key != "name"} for point in points.values()]
+    files.write_json(_points_path(workdir), listed)
     listed = [{"name": name, "overrides": point} for name, point in points.items()]
-    with files.replace(os.path.join(workdir, results.SWEEP)) as file:
-        json.dump({**settings, "launcher": "local", "points": listed}, file, indent=2)
+    files.write_json(os.path.join(workdir, results.SWEEP), {**settings, "launcher": "local", "points": listed})
 
 
 def remove_empty(workdir: str) -> None:
@@ -57,9 +56,8 @@ def write_results(workdir: str, points: Mapping[str, Mapping[str, Any]]) -> tupl
     for number, (name, row) in enumerate(zip(points, rows, strict=True), start=1):
         previews = files.make_folder(os.path.join(workdir, name, "previews"), "--workdir")
         shutil.copy(os.path.join(workdir, "sweep", f"{number:04d}.png"), os.path.join(previews, "step_0000000.png"))
-        with files.replace(os.path.join(workdir, name, "evaluation.json")) as file:
-            numbers = {key: float(value) for key, value in row.items() if _is_number(value) and key not in points[name]}
-            json.dump(numbers, file)
+        numbers = {key: float(value) for key, value in row.items() if _is_number(value) and key not in points[name]}
+        files.write_json(os.path.join(workdir, name, "evaluation.json"), numbers)
         with files.replace(os.path.join(workdir, name, "events.jsonl")) as file:
             file.write(json.dumps({"event": "ended", "code": 0, "message": ""}) + "\n")
     found = results.read(workdir)

@@ -25,7 +25,7 @@ class Local:
           command: The words after `python -m`.
           slot: Index of the job among those that run at the same time. It selects the GPUs.
           log: File to which the output is appended.
-          lock: A file that the processes keep open.
+          lock: A lock of `core.locks` that the processes share.
         """
         return JobProcesses(command, [self._environment(slot, rank) for rank in range(self.num_processes)], log, lock)
 

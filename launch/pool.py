@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -10,11 +9,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
-from diffusion.core import files
+from diffusion.core import files, locks
 from diffusion.core.types import InputError
 from diffusion.training.resilience.preemption import PREEMPTED
 from experiments import cli
-from launch import locks, results, status
+from launch import results, status
 from launch.local import Local
 from launch.points import SweepPoint
 from launch.processes import SupervisedJob
@@ -91,7 +90,7 @@ class SweepRun:
     def record_event(self, event: Mapping[str, Any]) -> None:
         """Appends an event to the run's `events.jsonl`."""
         lines = files.Lines(os.path.join(self.folder, "events.jsonl"))
-        lines.add(json.dumps({"time": time.time(), **event}))
+        lines.add(files.json_text({"time": time.time(), **event}))
         lines.close()
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
+from diffusion.core import locks
 from diffusion.training.resilience.preemption import PREEMPTED
 
 FINAL_CODES = (0, 2, 3)  # done, bad input, diverged: a restart would end the same way
@@ -39,7 +40,7 @@ class JobProcesses:
       command: The words after `python -m`.
       environments: One mapping per process, with variables to set in addition to the current environment.
       log: File to which the output is appended; None for the output of this process.
-      lock: A file that the processes keep open.
+      lock: A lock of `core.locks` that the processes share.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class JobProcesses:
         for environment, flags in zip(environments, _multihost_flags(len(environments)), strict=True):
             self.processes.append(subprocess.Popen(
                 [sys.executable, "-c", _WRAPPER, str(os.getpid()), sys.executable, "-m", *command, *flags],
-                env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env={**os.environ, **environment, **(locks.passed(lock) if lock else {})}, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=output,
                 # ctrl-C in the terminal reaches this process only, which forwards it.
                 start_new_session=True, pass_fds=[lock.fileno()] if lock else [],
             ))  # fmt: skip

@@ -19,7 +19,6 @@ from absl import flags
 from etils import epath
 
 from diffusion.core import files
-from diffusion.core.types import InputError
 from experiments import cli
 from launch import results
 from launch.results import ResultRow
@@ -58,11 +57,8 @@ def write_html(workdir: str, rows: Sequence[ResultRow], title: str | None = None
     # One pass, because inserted text may look like a placeholder.
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], page["html"])
     path = os.path.join(workdir, "results.html")
-    try:
-        with files.replace(path) as file:
-            file.write(text)
-    except OSError as error:
-        raise InputError("workdir", f"{path} cannot be written: {error.strerror or error}") from error
+    with files.writing(path, "workdir"), files.replace(path) as file:
+        file.write(text)
     return path
 
 
@@ -171,6 +167,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # importing modules define a flag of the same name
-    WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
+    WORKDIR = cli.define_path("workdir", None, "Folder of the sweep.")
     flags.mark_flags_as_required(["workdir"])
     cli.run(main, together=False)

@@ -19,11 +19,10 @@ from typing import Any
 
 from etils import epath
 
-from diffusion.core import files
+from diffusion.core import files, locks
 from diffusion.core.types import InputError
 from diffusion.training.resilience.preemption import PREEMPTED
 from experiments.cli import BAD_INPUT, DIVERGED
-from launch import locks
 
 SWEEP = "sweep.json"
 STATE_OF_CODE = {0: "done", BAD_INPUT: "refused", DIVERGED: "diverged", PREEMPTED: "preempted"}
@@ -118,15 +117,12 @@ def write_csv(workdir: str, rows: Sequence[ResultRow]) -> str:
     """
     overrides, metrics = all_keys(row.overrides for row in rows), all_keys(row.metrics for row in rows)
     path = os.path.join(workdir, "results.csv")
-    try:
-        with files.replace(path) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["name", "state", *overrides, "step", *metrics])
-            for row in rows:
-                values = [as_text(row.overrides[key]) if key in row.overrides else "" for key in overrides]
-                writer.writerow([row.name, row.state, *values, row.step, *(row.metrics.get(key) for key in metrics)])
-    except OSError as error:
-        raise InputError("workdir", f"{path} cannot be written: {error.strerror or error}") from error
+    with files.writing(path, "workdir"), files.replace(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["name", "state", *overrides, "step", *metrics])
+        for row in rows:
+            values = [as_text(row.overrides[key]) if key in row.overrides else "" for key in overrides]
+            writer.writerow([row.name, row.state, *values, row.step, *(row.metrics.get(key) for key in metrics)])
     return path
 
 

@@ -144,7 +144,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # importing modules define flags of the same names
-    WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
+    WORKDIR = cli.define_path("workdir", None, "Folder of the sweep.")
     EVERY = flags.DEFINE_float("every", 2.0, "Seconds between two redraws on a terminal.")
     flags.mark_flags_as_required(["workdir"])
     cli.run(main, together=False)

@@ -13,7 +13,6 @@ With `--checkpoint`, one process draws samples from one model for every point of
 `steps`, `guidance` and so on, like the flags of `experiments.sample`, whose other flags follow `--`.
 """
 
-import json
 import os
 import sys
 import time
@@ -24,18 +23,18 @@ import jax
 from absl import flags
 from etils import epath
 
-from diffusion.core import checks, files
+from diffusion.core import checks, files, locks
 from diffusion.core.types import InputError
 from diffusion.pipelines.config import from_json, resolve
 from experiments import cli
-from launch import checkpoint_sweep, jobs, locks, points, report, results
+from launch import checkpoint_sweep, jobs, points, report, results
 from launch.local import Local
 from launch.points import SweepPoint
 from launch.pool import Pool, SweepRun, run_until_done
 
 CONFIG = cli.define_config()
-SWEEP = flags.DEFINE_string("sweep", None, "File that defines sweep(), or FILE:OTHER for its sweep_OTHER().")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep. It contains one folder per run.")
+SWEEP = cli.define_path("sweep", None, "File that defines sweep(), or FILE:OTHER for its sweep_OTHER().")
+WORKDIR = cli.define_path("workdir", None, "Folder of the sweep. It contains one folder per run.")
 LAUNCHER = flags.DEFINE_string(
     "launcher", "local", "Where the jobs run: NAME:keyword=value, as in slurm:nodes=2:gpus_per_node=8."
 )
@@ -44,7 +43,7 @@ RETRIES = flags.DEFINE_integer("retries", 3, "How often each run is restarted af
 EVALUATE = flags.DEFINE_bool("evaluate", False, "Evaluate each model after its training, on this machine.")
 AGAIN = flags.DEFINE_bool("again", False, "Also restart the runs that were refused or diverged.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only validate all points and print what would be run.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Instead of --config: workdir of a trained model to sample from.")
+CHECKPOINT = cli.define_path("checkpoint", None, "Instead of --config: workdir of a trained model to sample from.")
 flags.mark_flags_as_required(["sweep", "workdir"])
 
 MAX_JOBS = 1024
@@ -137,8 +136,8 @@ def _check_flags(workdir: str, local: bool, rest: list[str]) -> None:
 def _checkout(local: bool) -> jobs.Checkout:
     """Returns the checkout of the code. Local runs, which use the current folder, do not require one."""
     try:
-        return jobs.current_checkout()
-    except InputError:
+        return jobs.current_code()
+    except InputError:  # git is not installed, for example
         if not local:
             raise
         return jobs.Checkout(os.getcwd(), "unknown", clean=False)
@@ -155,7 +154,7 @@ def _existing_sweep(workdir: str, settings: Mapping[str, Any]) -> Mapping[str, A
             raise InputError("--workdir", f"{workdir} contains a single run; choose another folder for the sweep")
         return None
     existing = results.read_sweep(workdir)
-    for name, value in json.loads(json.dumps(settings)).items():
+    for name, value in files.plain(settings).items():
         if existing.get(name) != value:
             problem = f"is {value!r}, but the sweep in {workdir} has {existing.get(name)!r}"
             raise InputError(f"--{name}", f"{problem}; restore it or choose another --workdir")
@@ -174,9 +173,7 @@ def _check_unchanged(workdir: str, resolved: Sequence[SweepPoint]) -> None:
         if stored is None:
             continue
         # Options that are newer than the run have their defaults.
-        old, new = (
-            _flat(json.loads(json.dumps(config))) for config in (resolve(from_json(stored["config"])), point.config)
-        )
+        old, new = (_flat(files.plain(config)) for config in (resolve(from_json(stored["config"])), point.config))
         changed = [field for field in {**old, **new} if old.get(field) != new.get(field)]
         if changed:
             field = changed[0]
@@ -208,15 +205,13 @@ def _write_description(workdir: str, code: jobs.Checkout, resolved: Sequence[Swe
               for point in resolved]  # fmt: skip
     sweep = {**_shared_settings(), "sweep": SWEEP.value, "launcher": LAUNCHER.value.partition(":")[0],
              "commit": code.commit, "clean": code.clean, "points": listed}  # fmt: skip
-    with files.replace(os.path.join(workdir, results.SWEEP)) as file:
-        json.dump(sweep, file, indent=2)
+    files.write_json(os.path.join(workdir, results.SWEEP), sweep)
     for point in resolved:
         folder = files.make_folder(os.path.join(workdir, point.name), "--workdir")
         path = epath.Path(folder, "launch.json")
         if not path.exists():  # keeps the commit with which the run was first started
-            with files.replace(os.fspath(path)) as file:
-                run = {"name": point.name, "overrides": point.overrides, "flags": point.flags}
-                json.dump({**run, "commit": code.commit, "clean": code.clean, "config": point.config}, file, indent=2)
+            run = {"name": point.name, "overrides": point.overrides, "flags": point.flags}
+            files.write_json(path, {**run, "commit": code.commit, "clean": code.clean, "config": point.config})
 
 
 def _submit(

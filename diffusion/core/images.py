@@ -11,8 +11,9 @@ from diffusion.core.arrays import scaled
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
-    """Converts [-1, 1] to 0 .. 255, rounded to the nearest integer and clipped."""
-    return np.clip(np.round((np.asarray(x, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+    """Converts [-1, 1] to 0 .. 255, rounded to the nearest integer and clipped; NaN becomes 0."""
+    pixels = np.clip(np.round((np.asarray(x, np.float32) + 1) * 127.5), 0, 255)
+    return np.where(np.isnan(pixels), 0, pixels).astype(np.uint8)
 
 
 def from_uint8(pixels: np.ndarray) -> np.ndarray:

@@ -6,10 +6,8 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,13 +22,14 @@ INFO = "info.json"
 SHARD_BYTES = 1 << 28
 
 
-def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str) -> int:
+def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str, num: int = 0) -> int:
     """Writes examples as a data set in a new folder. If writing fails, no folder is left behind.
 
     Args:
       source: The source of the examples.
       examples: The examples `source[i]`; those with `skipped` are left out.
       out: Path of the new folder.
+      num: Number of examples, if it is known, to check in advance whether there is space for them.
 
     Returns:
       The number of examples written.
@@ -41,15 +40,11 @@ def write(source: Source, examples: Iterable[Mapping[str, Any]], out: str) -> in
     each = max(1, SHARD_BYTES // (math.prod(spec.shape) * dtype.itemsize))
     if os.path.exists(out):
         raise InputError("--out", f"{out} already exists; remove it or give another folder")
-    parent = files.make_folder(os.path.dirname(os.path.abspath(out)), "--out")
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".partial-") as folder:
+    with files.new_folder(out, "--out", num * math.prod(spec.shape) * dtype.itemsize) as folder:
         readable, count = (example for example in examples if not example.get("skipped", False)), 0
         while written := write_shard(folder, count // each, itertools.islice(readable, each), dtype):
             count += written
         write_info(folder, {**describe(source, dataclasses.replace(spec.x, dtype=dtype.name)), "count": count})
-        os.chmod(folder, 0o755)
-        os.rename(folder, out)
-        os.mkdir(folder)  # for TemporaryDirectory to remove
     return count
 
 
@@ -80,8 +75,7 @@ def describe(source: Source, x: ArraySpec) -> dict[str, Any]:
 
 def write_info(folder: str, info: Mapping[str, Any]) -> None:
     """Writes `info.json`, without which a folder is not a data set."""
-    with files.replace(os.path.join(folder, INFO)) as file:
-        json.dump(info, file, indent=2)
+    files.write_json(os.path.join(folder, INFO), info)
 
 
 def write_shard(folder: str, number: int, examples: Iterable[Mapping[str, Any]], dtype: np.dtype) -> int:

@@ -1,13 +1,16 @@
 """Jobs of several processes, each with its own devices."""
 
+import contextlib
 import logging
 import os
 import re
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion.core import files, locks
 from diffusion.core.types import InputError
 from diffusion.distributed import jax_internals, roll_call
 from diffusion.distributed.roll_call import Missing
@@ -115,6 +118,33 @@ def wait_for_all(what: str) -> None:
             raise
         names = ", ".join(sorted(late, key=int))
         raise Missing(f"process {names} did not reach the barrier {what!r} within {TIMEOUT} s") from error
+
+
+@contextlib.contextmanager
+def locked(folder: str, field: str, *, remove: bool = False) -> Iterator[None]:
+    """Makes a folder and locks it for this job, whose first process holds the lock. Remote storage has no locks.
+
+    Args:
+      folder: The folder.
+      field: Named by errors.
+      remove: Whether to remove the file of the lock at the end.
+
+    Raises:
+      InputError: In every process, if another job holds the lock or the folder cannot be written.
+    """
+    lock, problem = None, None
+    if files.writes() and not files.is_remote(folder):
+        try:
+            lock = locks.hold(files.make_folder(folder, field), field)
+        except InputError as error:
+            problem = error
+    if broadcast_from_first(problem is not None):
+        raise problem or InputError(field, f"{folder} is in use or cannot be written")
+    try:
+        yield
+    finally:
+        if lock:
+            locks.release(lock) if remove else lock.close()
 
 
 def broadcast_from_first(answer: int) -> int:

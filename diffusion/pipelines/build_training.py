@@ -17,10 +17,10 @@ from diffusion.core.types import InputError, Params, Source, Spec
 from diffusion.data.pipeline import check_position, decoded_spec, is_encoded
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import warm_start
-from diffusion.pipelines.conditions import conditions_of
+from diffusion.pipelines.conditions import conditions_of, moments_of
 from diffusion.pipelines.config import check_config, external_names, sharding_options
 from diffusion.pipelines.encoding import check_source
-from diffusion.pipelines.evaluation import Evaluation, build_metrics
+from diffusion.pipelines.evaluation import Evaluation, build_metrics, not_finite
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import Model, model_of
 from diffusion.pipelines.run import open_run, open_source
@@ -58,6 +58,7 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
         model.network, model.objective, spec, keywords["mesh"], autoencoder=model.autoencoder,
         sampler=config["sampler"], guidance=config["guidance"],
         cond_drop_rate=options.unconditional_share(source.spec.conditions),
+        moments=moments_of(model.objective.schedule, lambda: source, model.autoencoder),
     )  # fmt: skip
     draw = lambda params: preview(generator, params, source)  # noqa: E731
     found = [hooks.preview(options.preview_every, draw)] if options.preview_every else []
@@ -85,12 +86,13 @@ def evaluation_hook(
         at the step of a checkpoint.
     """
     section, checkpoint = config["eval"], keywords["checkpoint"]
+    moments = moments_of(model.objective.schedule, lambda: source, model.autoencoder)
 
     def generator(scale: float) -> Generator:
         return Generator(
             model.network, model.objective, spec, keywords["mesh"], sampler=config["sampler"],
             guidance={**config["guidance"], "scale": scale}, autoencoder=model.autoencoder,
-            cond_drop_rate=keywords["options"].unconditional_share(spec.conditions),
+            cond_drop_rate=keywords["options"].unconditional_share(spec.conditions), moments=moments,
         )  # fmt: skip
 
     metrics = list(build_metrics(config, source, model.autoencoder).values())
@@ -133,14 +135,14 @@ def check_training(keywords: Mapping[str, Any], workdir: str) -> str:
         model = model._replace(autoencoder=None)
     program = program_of(model, **{name: keywords[name] for name in keywords.keys() - others})
     program.check_frozen(keywords["start"])
-    metrics = program.trace(source, options.batch_size)
+    program.trace(source, options.batch_size)
     checkpoints = Checkpoints(workdir, read_only=True)
     step, position, _ = checkpoints.newest_valid(lambda step: checkpoints.check_fits(step, program.state))
     checkpoints.close()
     check_steps(step or 0, options.steps, workdir)
     if position:  # converted weights have none
         check_position(source, position, options.batch_size)
-    check_keep_best(keywords["checkpoint"], sorted(metrics.keys() - {"norms", "in_row"}), keywords["hooks"])
+    check_keep_best(keywords["checkpoint"], keywords["hooks"], program, source, options.batch_size)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
     devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
     return (f"{count:,} parameters on {devices}, {options.steps:,} steps of {options.batch_size:,} of the "
@@ -156,7 +158,11 @@ def preview(generator: Generator, params: Params, source: Source) -> Image.Image
     num = PREVIEW_ROWS * PREVIEW_COLUMNS if len(spec.shape) == 3 else PREVIEW_POINTS
     labels = np.arange(num) % PREVIEW_COLUMNS % spec.num_classes if spec.num_classes else None
     cond = conditions_of(spec, num, lambda: source, labels)
-    return images.picture(generator(params, cond, num, seed=PREVIEW_SEED, batch_size=num), PREVIEW_COLUMNS)
+    x = generator(params, cond, num, seed=PREVIEW_SEED, batch_size=num)
+    bad = not_finite(x)
+    if bad:
+        logger.warning("%d of the %d samples of the preview are not finite", bad, num)
+    return images.picture(x, PREVIEW_COLUMNS)
 
 
 def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[str, Any], Mapping[str, Params] | None]:

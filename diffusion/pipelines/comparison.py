@@ -17,7 +17,7 @@ from diffusion.core.build import defaults, find
 from diffusion.core.checks import at_most
 from diffusion.core.types import InputError, SampleMetric
 from diffusion.pipelines import tables
-from diffusion.pipelines.evaluation import Drawn, measure_samples
+from diffusion.pipelines.evaluation import Drawn, check_finite, measure_samples
 from diffusion.pipelines.generator import MOST_STEPS, PLACING, Generator
 from diffusion.pipelines.overrides import is_whole, sections, spell
 from diffusion.pipelines.run import Run, open_run
@@ -102,6 +102,7 @@ def compare(
     Raises:
       InputError: A run does not exist, is given twice or cannot be compared; a number is invalid; or an output is not
         writable.
+      Diverged: Samples are not finite; the table and the pictures are written, with NaN for their metrics.
     """
     counts = whole_numbers(nfe)
     if docs:
@@ -113,13 +114,14 @@ def compare(
 
     spec, cond = cells[0].run.spec, cells[0].run.conditions(num)
     is_image, figures = len(spec.shape) == 3, [metric.names[0] for metric in metrics]
-    rows, shown = [], []
+    rows, shown, bad = [], [], []
     for cell in cells:
         samples = cell.generator.batches(cell.run.params, cond, num, seed=seed, batch_size=batch_size, title=cell.label)
         drawn = Drawn(samples, SHOWN if is_image else num)
         measured, problem = measure_samples(metrics, drawn, spec)
         if problem:
             logger.warning("%s: %s", cell.label, problem)
+            bad.append(cell.label)
         values = {name: value for values in measured for name, value in values.items()}
         rows.append({**cell.settings, **values, "seconds": round(drawn.seconds, 3)})
         write_table(os.path.join(out, "compare.csv"), rows)  # after each cell, in case the comparison is interrupted
@@ -135,6 +137,7 @@ def compare(
     if docs:
         tables.insert(docs, [table(rows, figures, list(runs), counts, num, seed)], "--docs")
     logger.info("%d x %d samples: %s%s", len(rows), num, out, f" and {docs}" if docs else "")
+    check_finite(bad, len(rows), "measurements")
 
 
 def whole_numbers(texts: Sequence[str]) -> list[int]:

@@ -1,14 +1,23 @@
-"""What samples are conditioned on: labels and other conditions, given or taken from the data."""
+"""What sampling takes from the data: labels and other conditions, and the moments where noise alone is no start."""
 
 import difflib
+import logging
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core.types import Cond, InputError, Label, Source, Spec
+from diffusion.core.arrays import scaled
+from diffusion.core.types import Autoencoder, Cond, InputError, Label, Schedule, Source, Spec
+from diffusion.data.pipeline import is_encoded
+from diffusion.objectives.base.gaussian import MOST_TERMINAL_SNR, terminal_snr
+
+MEASURED = 512  # examples from which the moments of the data are estimated
+
+logger = logging.getLogger(__name__)
 
 
 def conditions_of(
@@ -43,6 +52,26 @@ def examples_of(source: Source, names: Collection[str], num: int) -> dict[str, A
     each = [source[index]["cond"] for index in range(min(num, len(source)))]
     found = jax.tree.map(lambda *values: np.stack(values), *({name: cond[name] for name in names} for cond in each))
     return _in_turn(found, num)
+
+
+def moments_of(schedule: Schedule, source: Callable[[], Source], autoencoder: Autoencoder | None) -> Any:
+    """Returns the mean and the variance of what the network models, for `loop.prior`.
+
+    They are estimated from `MEASURED` examples of the data; None if the schedule ends in noise, so that samples start
+    from noise. Data that cannot be read count as having mean 0 and variance 1.
+    """
+    if terminal_snr(schedule) <= MOST_TERMINAL_SNR:
+        return None
+    try:
+        data = source()
+        rows = np.unique(np.linspace(0, len(data) - 1, MEASURED).astype(int))
+        x = jnp.stack([scaled(data[int(row)]["x"]) for row in rows])
+    except InputError as error:
+        logger.warning("samples start from noise of mean 0 and variance 1, since the data cannot be read: %s", error)
+        return jnp.float32(0), jnp.float32(1)
+    if autoencoder is not None and not is_encoded(data):
+        x = autoencoder.encode(autoencoder.params, x, None)
+    return jnp.mean(x, axis=0), jnp.var(x, axis=0)
 
 
 def numbers_of(labels: Sequence[Label] | str | None, class_names: Sequence[str]) -> Sequence[int] | None:

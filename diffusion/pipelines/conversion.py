@@ -1,7 +1,6 @@
 """Converts between the workdirs of runs and the folders of diffusers."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,7 +39,8 @@ def export_run(workdir: str, folder: str, *, ema: str | None = None, step: int |
     if run.params.keys() != {"net"}:
         raise InputError("--from", f"the run trains {', '.join(run.params)}; a diffusers model has a single network")
     model = Model(run.config["network"], run.spec, jax.device_get(run.params["net"]))
-    return diffusers_pipeline.write(folder, model, run.config["objective"])
+    with files.new_folder(folder, "--to") as partial:
+        return diffusers_pipeline.write(partial, model, run.config["objective"])
 
 
 def import_folder(
@@ -74,13 +74,11 @@ def import_folder(
     net = jax.tree.map(jnp.asarray, model.params)
     averages = {key: {**average, "net": jax.tree.map(jnp.array, net)} for key, average in state.ema.items()}
     state = dataclasses.replace(state, params={**state.params, "net": net}, ema=averages)
-    files.make_folder(workdir, "--to")
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(0, state, {}, {"config": config, "spec": dataclasses.asdict(model.spec)})
-    checkpoints.wait()
-    checkpoints.close()
-    with files.replace(os.path.join(workdir, "config.json")) as file:
-        json.dump(config, file, indent=2)
+    with files.new_folder(workdir, "--to") as partial:
+        checkpoints = Checkpoints(partial)
+        checkpoints.save(0, state, {}, {"config": config, "spec": dataclasses.asdict(model.spec)})
+        checkpoints.close()
+        files.write_json(os.path.join(partial, "config.json"), config)
     count = sum(leaf.size for leaf in jax.tree.leaves(net))
     origin = "from its scheduler" if sections else "from the config, as there is no scheduler"
     return f"{name}, {count:,} parameters; objective {origin}"

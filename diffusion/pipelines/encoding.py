@@ -1,6 +1,7 @@
 """Encodes a data set with an autoencoder once, so that training reads its latents."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -51,7 +52,7 @@ def encode(
       The number of examples in the data set.
 
     Raises:
-      InputError: The folder holds something else, or records cannot hold the examples.
+      InputError: The folder holds something else, another job writes there, or records cannot hold the examples.
     """
     records.check_fits(source)
     num = len(source)
@@ -59,8 +60,8 @@ def encode(
     decoded = records.describe(source, source.spec.x)
     decoded = {name: decoded[name] for name in ("shape", "kind", "low", "high", "dtype")}
     plan = {**records.describe(source, latents), "encoder": autoencoder.digest, "decoded": decoded}
-    plan = json.loads(json.dumps({"num": num, "shard_size": shard_size, "info": plan}))
-    _start(folder, plan)
+    plan = files.plain({"num": num, "shard_size": shard_size, "info": plan})
+    _start(folder, plan, 4 * num * math.prod(autoencoder.shape))
     apply, place = jax.jit(autoencoder.encode), jax.local_devices()[0]
     params = jax.device_put(autoencoder.params, place)
 
@@ -84,18 +85,20 @@ def encode(
             yield from flush()
 
     done, mine = 0, range(process, -(-num // shard_size), processes)
-    for number in mine:
-        start, stop = number * shard_size, min((number + 1) * shard_size, num)
-        if not os.path.exists(records.shard_path(folder, number)):
-            examples = in_order(source, stop, start=start, workers=workers)
-            records.write_shard(folder, number, latents_of(examples), np.dtype(np.float32))
-        done += stop - start
-        progress(done)
-    multihost.wait_for_all("all shards are written")
-    shards = [records.shard_path(folder, number) for number in range(-(-num // shard_size))]
-    count = len(ArrayRecordDataSource([shard for shard in shards if os.path.exists(shard)]))
-    if files.writes():
-        records.write_info(folder, {**plan["info"], "count": count})
+    with multihost.locked(folder, "--out", remove=True):
+        for number in mine:
+            start, stop = number * shard_size, min((number + 1) * shard_size, num)
+            if not os.path.exists(records.shard_path(folder, number)):
+                examples = in_order(source, stop, start=start, workers=workers)
+                with files.writing(folder, "--out"):
+                    records.write_shard(folder, number, latents_of(examples), np.dtype(np.float32))
+            done += stop - start
+            progress(done)
+        multihost.wait_for_all("all shards are written")
+        shards = [records.shard_path(folder, number) for number in range(-(-num // shard_size))]
+        count = len(ArrayRecordDataSource([shard for shard in shards if os.path.exists(shard)]))
+        if files.writes():
+            records.write_info(folder, {**plan["info"], "count": count})
     return count
 
 
@@ -116,8 +119,8 @@ def check_source(source: Source, autoencoder: Autoencoder | None) -> None:
         raise InputError("autoencoder.path", f"{problem} (SHA-256 {encoder[:12]}..., got {autoencoder.digest[:12]}...)")
 
 
-def _start(folder: str, plan: Mapping[str, Any]) -> None:
-    """Makes the folder, or checks that an earlier call with the same plan has made it."""
+def _start(folder: str, plan: Mapping[str, Any], size: int) -> None:
+    """Makes the folder for `size` bytes, or checks that an earlier call with the same plan has made it."""
     path = os.path.join(folder, PLAN)
     if os.path.isdir(folder) and os.listdir(folder):
         try:
@@ -130,7 +133,6 @@ def _start(folder: str, plan: Mapping[str, Any]) -> None:
             raise InputError("--out", f"{folder} {problem}; remove it or give another folder")
     multihost.wait_for_all("the folder is checked")
     if files.writes() and not os.path.exists(path):
-        files.make_folder(folder, "--out")
-        with files.replace(path) as file:
-            json.dump(plan, file, indent=2)
+        files.make_folder(folder, "--out", size)
+        files.write_json(path, plan)
     multihost.wait_for_all("the folder is made")

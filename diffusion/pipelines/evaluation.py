@@ -24,7 +24,9 @@ from diffusion.core.types import (
 from diffusion.data.pipeline import is_encoded
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import Model
+from diffusion.training.resilience.guards import Diverged
 
+MOST_NAMED = 3  # measurements that an error names
 Batches = Iterable[tuple[np.ndarray, Cond]]  # samples `[B, ...]` and their conditions
 
 
@@ -158,6 +160,13 @@ class Decoded:
 def not_finite(x: np.ndarray) -> int:
     """Returns how many of the samples `[B, ...]` have a value that is not finite."""
     return int((~np.isfinite(x).reshape(len(x), -1).all(axis=1)).sum())
+
+
+def check_finite(bad: Sequence[str], count: int, what: str) -> None:
+    """Raises Diverged if some of `count` measurements had samples that are not finite; `bad` names these."""
+    if bad:
+        problem = f"samples are not finite in {len(bad)} of {count} {what}: {'; '.join(bad[:MOST_NAMED])}"
+        raise Diverged(problem + (" ..." if len(bad) > MOST_NAMED else ""))
 
 
 class Drawn:

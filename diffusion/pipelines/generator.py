@@ -57,6 +57,7 @@ class Generator:
       autoencoder: The autoencoder whose latents the network models, and which decodes the samples; None if it models
         the data themselves.
       after_step: Changes x after each step; see `sampling.loop.sample`.
+      moments: See `conditions.moments_of`.
 
     Raises:
       InputError: A section is invalid, or the model does not support the sampler or the guidance.
@@ -67,6 +68,7 @@ class Generator:
         sampler: Mapping[str, Any], guidance: Mapping[str, Any], cond_drop_rate: float,
         worse: tuple[Network, Objective, Params] | None = None, always_guided: bool = False,
         autoencoder: Autoencoder | None = None, after_step: loop.AfterStep | None = None,
+        moments: tuple[Array, Array] | None = None,
     ):  # fmt: skip
         self.objective, self.spec, self.mesh = objective, spec, mesh
         self.cond_drop_rate = cond_drop_rate
@@ -104,7 +106,7 @@ class Generator:
             schedule = objective.schedule_for(params)
             denoise = loop.bind(denoiser(params, others, schedule, numbers), cond)
             if start is None:
-                x = loop.prior(schedule, times[0], keys, shape)
+                x = loop.prior(schedule, times[0], keys, shape, moments)
             else:
                 if autoencoder is not None:
                     start = autoencoder.encode(others["autoencoder"], start, None)
@@ -207,6 +209,9 @@ class Generator:
                 progress.close()
 
     def _check_guidance(self, guidance: Mapping[str, Any]) -> None:
+        if guidance["name"] == "cfg_pp" and guidance.get("scale", 0.0) > 1:
+            problem = f"is between the two predictions for cfg_pp, from 0 to 1; got {guidance['scale']:g}"
+            raise InputError("guidance.scale", f"{problem}; use cfg for a scale above 1")
         if is_neutral(guidance) or guidance["name"] in WITHOUT_DROPPED_CONDITION or callable(guidance["name"]):
             return
         if not self.spec.conditions:

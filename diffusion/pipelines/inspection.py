@@ -10,7 +10,7 @@ from diffusion.core.arrays import scaled
 from diffusion.core.progress import Progress
 from diffusion.core.types import InputError, Source, Spec
 
-BARS = " ▁▂▃▄▅▆▇█"
+BARS, ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 
 
 def describe(source: Source) -> str:
@@ -61,10 +61,17 @@ def examples_of(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]
             yield jax.tree.map(lambda leaf, index=index: leaf[index], batch)
 
 
-def histogram(values: np.ndarray, bins: int = 20) -> str:
-    """Returns a line with the histogram of values, their range, mean and standard deviation."""
+def histogram(values: np.ndarray, bins: int = 20, encoding: str | None = "utf-8") -> str:
+    """Returns a line with the histogram of values, their range, mean and standard deviation.
+
+    Its bars are block characters if the encoding has them.
+    """
+    try:
+        levels = BARS.encode(encoding or "ascii") and BARS
+    except UnicodeEncodeError:
+        levels = ASCII_BARS
     counts, edges = np.histogram(values, bins)
-    bars = "".join(BARS[int(np.ceil(count / counts.max() * (len(BARS) - 1)))] for count in counts)
+    bars = "".join(levels[int(np.ceil(count / counts.max() * (len(levels) - 1)))] for count in counts)
     return (f"{edges[0]:+.2f} {bars} {edges[-1]:+.2f}  mean {values.mean():+.3f}, "
             f"standard deviation {values.std():.3f}")  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ from diffusion.data.pipeline import is_encoded
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import warm_start
-from diffusion.pipelines.conditions import conditions_of, examples_of
+from diffusion.pipelines.conditions import conditions_of, examples_of, moments_of
 from diffusion.pipelines.config import (
     GUIDANCE,
     SAMPLER,
@@ -234,6 +235,7 @@ class Run:
             self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
             cond_drop_rate=cond_drop_rate(self.config, self.spec), always_guided=always_guided,
             autoencoder=self.autoencoder, after_step=after_step,
+            moments=moments_of(self.objective.schedule, lambda: self.source, self.autoencoder),
         )  # fmt: skip
 
     def metrics(self) -> list[SampleMetric | ModelMetric]:
@@ -304,6 +306,7 @@ def open_run(
     Raises:
       InputError: The workdir does not hold such a checkpoint, or it cannot be read.
     """
+    workdir = os.path.expanduser(workdir)
     checkpoints = Checkpoints(workdir, read_only=True)
     there = checkpoints.steps()
     if not there:

@@ -6,13 +6,12 @@ The folder holds `samples.png`, a picture of the first samples, and by `out_form
   png: `images/000000.png`, `images/000001.png`, ..., and `labels.csv`, also with the names of the classes.
 """
 
-import contextlib
 import csv
 import itertools
-import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,15 +55,18 @@ def write_samples(
       Where the samples are: a file, the first and the last of several files, or a folder.
 
     Raises:
-      InputError: The samples cannot be written in this format, or the folder cannot be written.
+      InputError: The samples cannot be written in this format, or the folder cannot be written or is in use.
       Diverged: Samples are not finite; the files of those before them are kept.
     """
     if out_format == "png" and not spec.is_image:
         raise InputError("--out_format", f"png is for images, and samples of shape {spec.shape} are none; use npz")
-    files.make_folder(out, "--out")
+    # The size of compressed images is not known.
+    size = num * math.prod(spec.shape) * (1 if spec.is_image else 4) if out_format == "npz" else 0
+    there = sum(path.stat().length for path in epath.Path(out).glob("samples*.npz"))  # is replaced or kept
+    files.make_folder(out, "--out", size - there)
     settings = {**settings, "num": num, "out_format": out_format}
     writer = _Npz(out, labels, num, settings) if out_format == "npz" else _Png(out, labels, num, spec.class_names)
-    with _writing(out):
+    with files.writing(out, "--out"), multihost.locked(out, "--out", remove=True):
         first = done = multihost.broadcast_from_first(_prepare(out, settings, writer) if files.writes() else 0)
         shown, kept = min(num, SHOWN if len(spec.shape) == 3 else SHOWN_POINTS), []
         for x, _ in batches(first) if first < num else ():
@@ -87,7 +89,7 @@ def write_samples(
 class _Npz:
     def __init__(self, out: str, labels: np.ndarray | None, num: int, settings: Mapping[str, Any]):
         self.labels = np.zeros(num, np.int32) if labels is None else labels
-        self.num, self.settings, self.rows = num, json.dumps(settings), None
+        self.num, self.settings, self.rows = num, files.json_text(settings), None
         name = "samples.npz" if num <= PER_FILE else "samples_{:05d}.npz"
         self.paths = [os.path.join(out, name.format(index)) for index in range(-(-num // PER_FILE))]
         self.where = self.paths[0] if num <= PER_FILE else f"{self.paths[0]} to {os.path.basename(self.paths[-1])}"
@@ -145,7 +147,7 @@ class _Png:
 
 def _prepare(out: str, settings: Mapping[str, Any], writer: _Npz | _Png) -> int:
     """Returns how many samples of an interrupted job with these settings exist; removes the files of other jobs."""
-    folder, text = epath.Path(out), json.dumps(settings)
+    folder, text = epath.Path(out), files.json_text(settings)
     marker = folder / UNFINISHED
     if marker.exists() and marker.read_text() == text and (folder / PICTURE).exists():
         return writer.done()
@@ -155,11 +157,3 @@ def _prepare(out: str, settings: Mapping[str, Any], writer: _Npz | _Png) -> int:
     with files.replace(marker) as file:
         file.write(text)
     return 0
-
-
-@contextlib.contextmanager
-def _writing(out: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError("--out", f"{out} cannot be written: {error.strerror or error}") from error

@@ -15,7 +15,7 @@ from typing import Any
 
 from diffusion.core import files, images
 from diffusion.core.types import Cond, InputError, SampleMetric
-from diffusion.pipelines.evaluation import Drawn, measure_samples
+from diffusion.pipelines.evaluation import Drawn, check_finite, measure_samples
 from diffusion.pipelines.generator import Generator, is_neutral, structure
 from diffusion.pipelines.overrides import AXES, sections
 from diffusion.pipelines.run import Run
@@ -47,7 +47,7 @@ def axes(text: str) -> dict[str, list[str]]:
 def points(text: str) -> list[dict[str, str]]:
     """Returns every combination of the axes, the last axis varying fastest; for `@FILE`, the combinations in a file."""
     if text.startswith("@"):
-        return _read_points(text[1:])
+        return _read_points(os.path.expanduser(text[1:]))
     found = axes(text)
     return [dict(zip(found, values, strict=True)) for values in itertools.product(*found.values())]
 
@@ -140,7 +140,7 @@ def sweep(
     combinations = points(text)
     generators = make_generators(run, chosen, combinations)
     pictures = files.make_folder(os.path.join(out, "sweep"), "--out")
-    rows, shown = [], []
+    rows, shown, bad = [], [], []
     for point, generator in zip(combinations, generators, strict=True):
         before = generator.compilations
         samples = generator.batches(run.params, cond, num, seed=seed, batch_size=batch_size, title=spell(point))
@@ -153,6 +153,7 @@ def sweep(
             row |= found
         if problem:
             logger.warning("%s: %s", spell(point), problem)
+            bad.append(spell(point))
         rows.append(row)
         shown.append(drawn.x)
         images.save_png(images.picture(drawn.x), os.path.join(pictures, f"{len(rows):04d}.png"))
@@ -164,6 +165,7 @@ def sweep(
     sheet = os.path.join(out, "sweep.png")
     images.save_png(images.labelled(shown, labels), sheet)
     logger.info("%d combinations of %d samples: %s and %s", len(rows), num, sheet, os.path.join(out, "sweep.csv"))
+    check_finite(bad, len(rows), "combinations")
 
 
 def write_table(path: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -133,7 +133,7 @@ class Checkpoints:
         if step in self.steps():
             return
         trees = _split(state)
-        about = {"format": FORMAT, "meta": meta, "position": position, "arrays": _described(trees)}
+        about = files.plain({"format": FORMAT, "meta": meta, "position": position, "arrays": _described(trees)})
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         items["about"] = ocp.args.JsonSave({**about, "sha256": _hash(about)})
         best = self.retention.best
@@ -326,7 +326,8 @@ class Checkpoints:
         except UNWRITABLE as error:
             if multihost.is_loss(error):
                 raise
-            problem = f"{self.workdir}: cannot save a checkpoint ({_reason(error)}); earlier ones are unchanged"
+            earlier = "earlier ones are unchanged" if self.steps() else "there is none yet"
+            problem = f"{self.workdir}: cannot save a checkpoint ({_reason(error)}); {earlier}"
             raise InputError("workdir", problem) from error
 
 

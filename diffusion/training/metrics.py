@@ -72,7 +72,7 @@ class JsonLines:
         self.cut(step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.lines.add(json.dumps({"step": step, **values}))
+        self.lines.add(files.json_text({"step": step, **values}))
 
     def cut(self, step: int) -> None:
         """Removes the lines of later steps, and corrupt lines."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from clu import parameter_overview
@@ -22,7 +20,7 @@ from diffusion.core.build import build, build_network, call
 from diffusion.core.progress import Progress
 from diffusion.core.types import MACHINE_OPTIONS, Autoencoder, InputError, Network, Objective, Params, Source
 from diffusion.data import pipeline
-from diffusion.distributed import sharding
+from diffusion.distributed import multihost, sharding
 from diffusion.distributed.mesh import make_mesh
 from diffusion.objectives.base.gaussian import PartSpec
 from diffusion.training.checkpoint import Checkpoints, Retention
@@ -31,7 +29,7 @@ from diffusion.training.hooks import Hook
 from diffusion.training.metrics import Metrics, Writer, default_writers
 from diffusion.training.optimizer import Optimizer, make_optimizer
 from diffusion.training.options import CONFIG_VERSION, CheckpointOptions, Options, check_drop_rate
-from diffusion.training.program import make_program
+from diffusion.training.program import Program, make_program
 from diffusion.training.resilience.goodput import Goodput
 from diffusion.training.resilience.guards import DUMP, Diverged, Guard, dump
 from diffusion.training.resilience.preemption import Preempted
@@ -129,7 +127,8 @@ class Trainer:
         check_drop_rate(self.options.cond_drop_rate, spec.conditions)
         self.ema = ema if isinstance(ema, EMA) else call(make_ema, ema or {}, field="ema")
         self.optimizer, self.mesh = optimizer, mesh or make_mesh()
-        self.seed, self.workdir, self.checkpoint = seed, workdir, checkpoint or CheckpointOptions()
+        self.seed, self.workdir = seed, workdir and os.path.expanduser(workdir)
+        self.checkpoint = checkpoint or CheckpointOptions()
         self.sharding = {"rules": rules, "sequence": sequence, "fsdp_min_size": fsdp_min_size}
         self.teacher, self.start, self.autoencoder = teacher, dict(start or {}), autoencoder
         self.hooks, self.extra_writers = tuple(hooks), tuple(writers)
@@ -150,12 +149,16 @@ class Trainer:
           steps: Number of steps of the whole run; `options.steps` by default. Another call with more steps continues.
 
         Raises:
-          InputError: The mesh does not divide the batch, or the workdir's checkpoint does not fit.
+          InputError: The mesh does not divide the batch, the workdir's checkpoint does not fit, or another training
+            uses the workdir.
           Diverged: Too many consecutive steps were bad; the last checkpoint is kept.
           Preempted: `should_stop` returned True; the state is saved.
         """
         self._make_program(self.options.steps if steps is None else steps)
-        with self._running():
+        check_keep_best(self.checkpoint, self.hooks, self.program, self.source, self.options.batch_size)
+        # Before the newest checkpoint is read, which another training might be writing.
+        lock = multihost.locked(self.workdir, "workdir") if self.workdir else contextlib.nullcontext()
+        with lock, self._running():
             while self.step < self.options.steps and self._request < STOP:
                 with self._saved_on_error():
                     batch = self._next_batch()
@@ -204,7 +207,7 @@ class Trainer:
             return
         optimizer = self.optimizer
         if isinstance(optimizer, optax.GradientTransformation):
-            optimizer = Optimizer(optimizer, lambda step: jnp.float32(jnp.nan))  # optax does not tell its learning rate
+            optimizer = Optimizer(optimizer, None)
         elif not isinstance(optimizer, Optimizer):
             optimizer = call(make_optimizer, {**(optimizer or {}), "steps": steps}, field="optimizer")
         options = self.options
@@ -315,8 +318,7 @@ class Trainer:
         files.make_folder(workdir, "workdir")
         with self._writing():
             if "config" in self.meta:
-                with files.replace(os.path.join(workdir, "config.json")) as file:
-                    json.dump(self.meta["config"], file, indent=2)
+                files.write_json(os.path.join(workdir, "config.json"), self.meta["config"])
             with files.replace(os.path.join(workdir, "parameters.txt")) as file:
                 file.write(parameter_overview.get_parameter_overview(self.state.params) + "\n")
         retention = Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best, checkpoint.keep_best_mode)
@@ -366,7 +368,6 @@ class Trainer:
             raise Diverged(self._dump(step, examples, in_row, values, norms))
         self.metrics = values
         self.window.add(values)
-        check_keep_best(self.checkpoint, values, self.hooks)
         self.progress.update(step, loss=values["loss"])
         self._measured = {}
         for hook in hooks:
@@ -398,7 +399,12 @@ class Trainer:
         seen = {"seed": self.seed, "examples": [examples - self.options.batch_size, examples]}
         with self._writing():
             dump(self.workdir, step, {**seen, **values, "gradient_norms": norms})
-        return f"{message}; the last checkpoint is kept; see {self.workdir}/{DUMP}"
+        return f"{message}; {self._kept()}; see {self.workdir}/{DUMP}"
+
+    def _kept(self) -> str:
+        """Returns in words what is left of a run that ends by an error."""
+        newest = self.checkpoints.latest() if self.checkpoints else None
+        return "there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest:,} is kept"
 
     def _roll_back(self) -> None:
         """Restores the newest checkpoint after the exception being handled, or raises it again."""
@@ -465,7 +471,7 @@ class Trainer:
             yield
         except OSError as error:
             problem = f"{self.workdir} cannot be written: {error.strerror or error}"
-            there = "" if isinstance(error, FileNotFoundError) else "; its checkpoints are kept"
+            there = "" if isinstance(error, FileNotFoundError) else f"; {self._kept()}"
             raise InputError("workdir", problem + there) from error
 
     def _warn_of_replicated_arrays(self) -> None:
@@ -476,14 +482,20 @@ class Trainer:
                            "mesh.fsdp, or split them by sharding.rules")  # fmt: skip
 
 
-def check_keep_best(checkpoint: CheckpointOptions, of_step: Iterable[str], hooks: Iterable[Hook]) -> None:
-    """Checks that `checkpoint.keep_best` names a metric of the train step or of a hook.
+def check_keep_best(
+    checkpoint: CheckpointOptions, hooks: Iterable[Hook], program: Program, source: Source, batch_size: int
+) -> None:
+    """Checks that `checkpoint.keep_best` names a metric of a hook or of the train step, which is traced for it.
 
     Raises:
       InputError: It does not.
     """
-    names = [*of_step, *(name for hook in hooks for name in hook.metrics)]
-    if checkpoint.keep_best not in (None, *names):
+    of_hooks = [name for hook in hooks for name in hook.metrics]
+    if checkpoint.keep_best in (None, *of_hooks):
+        return
+    of_step = program.trace(source, batch_size).keys() - {"norms", "in_row"}
+    names = [*sorted(of_step), *of_hooks]
+    if checkpoint.keep_best not in names:
         problem = f"the run has no metric {checkpoint.keep_best!r}; one of: {', '.join(names)}"
         if checkpoint.keep_best.startswith("eval/"):
             problem += " (eval.every > 0 adds those of the evaluation)"
@@ -515,7 +527,7 @@ def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     anyway.
     """
     for part in ("network", "adapters", "autoencoder", "objective", "data"):
-        ours, theirs = (json.loads(json.dumps(m.get("config", {}).get(part) or {})) for m in (meta, stored))
+        ours, theirs = (files.plain(m.get("config", {}).get(part) or {}) for m in (meta, stored))
         may_change = {"network": MACHINE_OPTIONS, "autoencoder": ("path",)}.get(part, ())
         if part == "data":
             may_change = pipeline.location_keywords(theirs)

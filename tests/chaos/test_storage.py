@@ -3,12 +3,12 @@
 import os
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 
 from experiments.cli import BAD_INPUT
+from tests import disks
 from tests.chaos.config import EVERY, STEPS
 from tests.chaos.training import Training, committed, outcome
 
@@ -16,19 +16,8 @@ from tests.chaos.training import Training, committed, outcome
 @pytest.fixture
 def disk(tmp_path):
     """A small separate file system, and a function that changes its size."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
-
-    def change(size):
-        subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
-
-    yield folder, change
-    subprocess.run(["umount", "-l", folder], check=True)
+    with disks.mounted(tmp_path / "disk", "16m") as change:
+        yield tmp_path / "disk", lambda size: change(f"size={size}")
 
 
 def ends_with_one_line(training):
@@ -61,12 +50,7 @@ def test_a_full_disk(start, disk, whole):
     folder, change = disk
     training = start("denoising", folder / "run", 1, pace=0.05)
     training.until_doing(f"step {2 * EVERY + 1}")
-    with open(folder / "other", "wb", buffering=0) as other:
-        while True:
-            try:
-                other.write(bytes(4096))
-            except OSError:
-                break
+    disks.fill(folder)
     assert re.search("No space left", line := ends_with_one_line(training)), line
     step = committed(folder / "run")
     assert step and step % EVERY == 0

@@ -20,6 +20,7 @@ from diffusion.pipelines.config import resolve
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import model_of
 from diffusion.pipelines.run import Run, open_run
+from diffusion.training.resilience.guards import Diverged
 from diffusion.training.trainer import Trainer
 from tests.jobs import job
 from tests.refusals import refused, refused_field
@@ -218,7 +219,7 @@ def test_an_interrupted_comparison_keeps_its_results(workdirs, tmp_path, monkeyp
 
 
 def test_samples_that_are_not_finite(workdirs, tmp_path, monkeypatch, caplog):
-    """Their metrics are NaN, and the other cells are compared."""
+    """Their metrics are NaN, the other cells are compared, and the job ends with an error."""
     real = Generator.batches
 
     def broken(generator, params, *given, **options):
@@ -226,8 +227,10 @@ def test_samples_that_are_not_finite(workdirs, tmp_path, monkeypatch, caplog):
         yield from ((scale * x, cond) for x, cond in real(generator, params, *given, **options))
 
     monkeypatch.setattr(Generator, "batches", broken)
-    with caplog.at_level(logging.WARNING, "diffusion"):
-        one, two = compared(workdirs[:1], "1,2", tmp_path, batch_size=16)
+    problem = "1 of 2 measurements: flow, 1 evaluation"
+    with caplog.at_level(logging.WARNING, "diffusion"), pytest.raises(Diverged, match=problem):
+        compared(workdirs[:1], "1,2", tmp_path, batch_size=16)
+    one, two = rows_of(tmp_path)
     assert "flow, 1 evaluation: 16 of 16 samples are not finite" in caplog.text
     assert one["svc_accuracy"] == one["energy_distance_ratio"] == "nan" != two["energy_distance_ratio"]
 

@@ -85,7 +85,7 @@ def test_evaluate_prints_and_writes(workdir):
     results = json.loads((workdir / "evaluation.json").read_text())
     assert f"svc_accuracy {results['svc_accuracy']:.4f}" in done.stdout
     assert f"energy_distance_ratio {results['energy_distance_ratio']:.4f}" in done.stdout
-    done = job("evaluate", f"--workdir={workdir}", "--sampler=euler", "--steps=1")
+    done = job("evaluate", f"--workdir={workdir}", "--sampler=euler", "--steps=1", "--step=2")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines()]
     assert [line["settings"]["sampler"]["name"] for line in lines] == ["ddim", "euler"]
@@ -109,6 +109,8 @@ BAD_TRAIN = {
     "eps at zero SNR": (["--config.objective.schedule=flow"], "objective.parameterization"),
     "unknown argument": (["--config=configs/mixture.py:dddpm"], "--config=configs/mixture.py:dddpm"),
     "best of no metric": (["--config.checkpoint.keep_best=los", "--check"], "checkpoint.keep_best"),
+    "best of no metric, found before the first step": (["--config.checkpoint.keep_best=los"], "checkpoint.keep_best"),
+    "empty workdir": (["--workdir=", "--check"], "--workdir"),
     "stray argument": (["stray"], "stray"),
 }
 
@@ -121,7 +123,7 @@ DEFAULT = ("missing file", "unknown option", "mesh", "eps at zero SNR", "stray a
 def test_train_refuses(name, tmp_path):
     flags, field = BAD_TRAIN[name]
     base = [] if flags[0].startswith("--config=") else TINY
-    done = job("train", *base, *flags, f"--workdir={tmp_path}/run")
+    done = job("train", f"--workdir={tmp_path}/run", *base, *flags)
     assert refused_field(done) == field
     assert not (tmp_path / "run").exists()
 
@@ -154,6 +156,7 @@ BAD_SAMPLE = {
     "--sweep=steps=2;sampler=ddim,lms": "--sweep",
     "--steps=3 --evaluations=3": "--steps",
     "--ema=0.5": "ema",
+    "--step=1": "step",
 }
 
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from launch import locks, pool, processes
+from diffusion.core import locks
+from launch import pool, processes
 from launch.local import make
 from launch.processes import SupervisedJob, combined_exit_code
 from tests.jobs import ROOT
@@ -138,7 +139,7 @@ def test_processes_end_with_their_killed_parent(tmp_path):
     program = f"""
 import time
 from launch.local import make
-from launch import locks
+from diffusion.core import locks
 with locks.hold({str(tmp_path)!r}, "workdir") as lock:
     make().start(({STUB!r}, {str(tmp_path)!r}, "sleep"), 0, {str(tmp_path / "log.txt")!r}, lock)
     time.sleep(60)

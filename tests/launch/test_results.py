@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from launch import locks, results
+from diffusion.core import locks
+from launch import results
 from tests.launch.runs import HOSTILE, logged, write_run, write_sweep
 from tests.refusals import refused
 

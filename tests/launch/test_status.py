@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from launch import locks
+from diffusion.core import locks
 from launch.results import ResultRow
 from launch.status import table
 from tests.jobs import job

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from configs import moons
-from launch import locks
+from diffusion.core import locks
 from launch.points import name_points
 from tests.jobs import ROOT, children, job
 from tests.launch.fakes import calls, make_program

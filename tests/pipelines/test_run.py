@@ -1,5 +1,7 @@
 """Sampling from a run: from given examples, with a function between steps, and with sharded parameters."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,12 @@ import pytest
 
 import diffusion as df
 from diffusion.core.arrays import normal, sample_keys
+from diffusion.core.build import build
+from diffusion.core.types import InputError
 from diffusion.distributed import sharding
 from diffusion.pipelines import run as runs
 from diffusion.pipelines.build_training import build_training
+from diffusion.pipelines.conditions import moments_of
 from diffusion.pipelines.config import resolve
 from diffusion.pipelines.run import Run, open_run
 from diffusion.sampling.loop import bind, noised, sample
@@ -127,3 +132,36 @@ def test_after_step_on_times_that_rise(run):
     np.testing.assert_array_equal(again, x)
     assert len(calls) == traces
     assert run._generator({**run.config["sampler"], "grid": grid}, run.config["guidance"], keep_known).evaluations == 7
+
+
+def test_samples_start_from_the_law_at_the_end_of_the_schedule(digits, caplog):
+    """It needs the data where the schedule does not end in noise, and not otherwise."""
+    assert moments_of(build("schedules", "vp"), pytest.fail, None) is None
+    with caplog.at_level("WARNING", "diffusion"):
+        objective = build("objectives", {"name": "denoising", "schedule": {"name": "vp", "num_steps": 50}})
+    assert "signal-to-noise ratio of 1.52," in caplog.text
+    mean, variance = moments_of(objective.schedule, lambda: digits, None)
+    x = np.stack([digits[index]["x"] for index in range(0, len(digits), 2)])
+    np.testing.assert_allclose(mean, x.mean(axis=0), atol=0.15)
+    np.testing.assert_allclose(variance, x.var(axis=0), atol=0.15)
+
+    def unreadable():
+        raise InputError("data.path", "does not exist")
+
+    with caplog.at_level("WARNING", "diffusion"):
+        assert moments_of(objective.schedule, unreadable, None) == (0, 1)
+    assert "cannot be read: data.path" in caplog.text
+
+
+def test_cfg_pp_takes_no_scale_above_one(run):
+    with refused("guidance.scale"):
+        run.generator(sampler={"name": "ddim", "steps": 2}, guidance={"name": "cfg_pp", "scale": 7.5})
+
+
+def test_a_workdir_may_begin_with_the_home_folder(workdir, monkeypatch):
+    monkeypatch.setenv("HOME", os.path.dirname(workdir))
+    assert open_run(f"~/{os.path.basename(workdir)}").step == 1
+    assert df.Trainer("digits", "mlp", "denoising", workdir="~/x").workdir == f"{os.path.dirname(workdir)}/x"
+    with refused("folder.path") as caught:
+        build("data", {"name": "folder", "path": "~/none", "size": 8}, field="folder")
+    assert "~" not in caught.value.problem

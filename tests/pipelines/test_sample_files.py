@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.core import images
+from diffusion.core import images, locks
 from diffusion.core.types import ArraySpec, Spec, class_labels
 from diffusion.pipelines import sample_files
 from diffusion.pipelines.evaluation import measure_samples
@@ -163,3 +163,10 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, use):
 
     peak(20)  # imports
     assert peak(400) < 1.1 * peak(80) + 50_000
+
+
+def test_a_second_job_in_the_folder_is_refused(tmp_path):
+    with locks.hold(str(tmp_path), "--out"), refused("--out"):
+        write(tmp_path, Drawing())
+    write(tmp_path, Drawing())
+    assert not (tmp_path / locks.NAME).exists()

@@ -11,6 +11,7 @@ import optax
 import pytest
 from PIL import Image
 
+from diffusion.core import locks
 from diffusion.core.build import build
 from diffusion.core.trees import path_name
 from diffusion.distributed import sharding
@@ -252,3 +253,16 @@ def test_a_run_resumes_with_options_that_were_added_since():
             check_same(stored, {"config": {"objective": {**new, **change}}})
     with refused("adapters.lora"):
         check_same(stored, {"config": {"objective": new, "adapters": {"lora": {"rank": 8}}}})
+
+
+def test_a_second_training_in_the_workdir_is_refused(run, whole, tmp_path):
+    """It neither reads nor writes checkpoints. What only reads the run is not concerned."""
+    workdir = shutil.copytree(whole.workdir, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    with locks.hold(str(workdir), "workdir"):
+        with refused("workdir"):
+            run(workdir, STEPS + 2)
+        assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+        assert Checkpoints(str(workdir), read_only=True).latest() == STEPS
+    run(workdir, STEPS + 2)
+    assert Checkpoints(str(workdir), read_only=True).latest() == STEPS + 2

@@ -75,7 +75,7 @@ class Goodput:
         self._count()
         seconds = {kind: round(value, 6) for kind, value in self._seconds.items() if value}
         line = {"attempt": self.attempt, "step": step, "seconds": seconds, "time": round(time.time(), 3)}
-        self.lines.add(json.dumps(line))
+        self.lines.add(files.json_text(line))
         self._seconds = dict.fromkeys(KINDS, 0.0)
 
     def close(self) -> None:

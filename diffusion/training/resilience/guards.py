@@ -1,7 +1,6 @@
 """Keeps bad steps out of the state: those with a non-finite loss or gradient, or with a loss far above the others."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -78,5 +77,4 @@ def dump(workdir: str, step: int, found: Mapping[str, Any]) -> None:
       step: The step that ended the run.
       found: Its seed, metrics and the positions of its examples in the data order, JSON-serializable.
     """
-    with files.replace(os.path.join(workdir, DUMP)) as file:
-        json.dump({"step": step, **found}, file, indent=2, default=float)
+    files.write_json(os.path.join(workdir, DUMP), {"step": step, **found})

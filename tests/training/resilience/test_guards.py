@@ -175,9 +175,10 @@ def diverging(tiny_mlp):
 
 
 def test_too_many_consecutive_bad_steps_end_the_run(run, tmp_path, diverging):
-    with pytest.raises(Diverged, match=r"diverged\.json"):
+    with pytest.raises(Diverged, match=r"the checkpoint of step \d+ is kept; see .*diverged\.json"):
         run(tmp_path, network=diverging, patience=3)
-    found = json.loads((tmp_path / "diverged.json").read_text())
+    found = json.loads((tmp_path / "diverged.json").read_text(), parse_constant=pytest.fail)
+    assert found["loss"] == "NaN"
     assert found["step"] * 16 == found["examples"][1] and found["seed"] == 0 and found["bad_steps"] == 3
     assert "net/linear_out" in found["gradient_norms"] and any(name.startswith("loss_log_snr") for name in found)
     newest = Checkpoints(str(tmp_path), read_only=True).latest()
