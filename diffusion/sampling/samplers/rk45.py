@@ -33,10 +33,16 @@ _A = (
 )
 _B_FOURTH = (5179 / 57600, 0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
 
+MOST_ATTEMPTS = 10_000  # between two times of the grid
+
 
 @dataclasses.dataclass(frozen=True)
 class RK45(OneStep):
-    """Solves the ODE adaptively from t to s, for each sample with its own step sizes."""
+    """Solves the ODE adaptively from t to s, for each sample with its own step sizes.
+
+    A sample is NaN if the model's output is not finite on its path, or if MOST_ATTEMPTS steps, accepted or rejected, do
+    not suffice.
+    """
 
     rtol: float = 1e-4
     atol: float = 1e-4
@@ -78,7 +84,7 @@ class RK45(OneStep):
             return c * (denoise(expand(scale(r), z) * z, t).x0 - c * z)
 
         def attempt(state: tuple) -> tuple:
-            z, k1, r, h, active = state
+            z, k1, r, h, active, count = state
             h = jnp.where(active, jnp.clip(h, -jnp.abs(end - r), jnp.abs(end - r)), 0)
             k = [k1]
             for c, row in zip(_C, _A, strict=True):
@@ -90,13 +96,16 @@ class RK45(OneStep):
             error = expand(h, z) * sum(b * slope for b, slope in zip(b_error, k, strict=True) if b)
             allowed = self.atol + self.rtol * jnp.maximum(jnp.abs(z), jnp.abs(stage))
             ratio = jnp.sqrt(flat_mean((error / allowed) ** 2))
-            # A step whose size is near the rounding error of r is accepted whatever its error is.
-            accepted = active & ((ratio <= 1) | (jnp.abs(h) < 1e3 * jnp.finfo(r.dtype).eps))
-            h_new = h * jnp.clip(0.9 * jnp.maximum(ratio, 1e-10) ** -0.2, 0.2, 10)
+            # A step whose size is near the rounding error of r is accepted whatever its error is. If the model's output
+            # is not finite there either, neither is the sample.
+            finite, smallest = jnp.isfinite(ratio), jnp.abs(h) < 1e3 * jnp.finfo(r.dtype).eps
+            failed = active & smallest & ~finite
+            accepted = active & ((ratio <= 1) | smallest)
+            h_new = h * jnp.where(finite, jnp.clip(0.9 * jnp.maximum(ratio, 1e-10) ** -0.2, 0.2, 10), 0.2)
             r_new = jnp.where(accepted, r + h, r)
-            z = jnp.where(expand(accepted, z), stage, z)
+            z = jnp.where(expand(failed, z), jnp.nan, jnp.where(expand(accepted, z), stage, z))
             k1 = jnp.where(expand(accepted, z), k[-1], k1)
-            return z, k1, r_new, h_new, jnp.abs(end - r_new) > 1e-6
+            return z, k1, r_new, h_new, ~failed & (jnp.abs(end - r_new) > 1e-6), count + 1
 
         r = jnp.broadcast_to(start, x.shape[:1])
         z = x / expand(scale(r), x)
@@ -104,8 +113,10 @@ class RK45(OneStep):
         k1 = slope(z, r).astype(z.dtype)
         c = expand(jnp.sqrt(jax.nn.sigmoid(2 * r)), z)
         x0 = k1 / c + c * z
-        state = (z, k1, r, h, jnp.abs(end - r) > 1e-6)
-        z, *_ = jax.lax.while_loop(lambda state: jnp.any(state[-1]), attempt, state)
+        state = (z, k1, r, h, jnp.abs(end - r) > 1e-6, jnp.int32(0))
+        unfinished = lambda state: jnp.any(state[-2]) & (state[-1] < MOST_ATTEMPTS)  # noqa: E731
+        z, *_, active, _ = jax.lax.while_loop(unfinished, attempt, state)
+        z = jnp.where(expand(active, z), jnp.nan, z)
         return (expand(scale(jnp.broadcast_to(end, r.shape)), z) * z).astype(x.dtype), x0
 
 

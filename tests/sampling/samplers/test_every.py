@@ -227,6 +227,33 @@ def test_rejects_a_coordinate_that_is_infinite(name):
         sample(optimal(schedule), schedule, sampler, jnp.ones((1, 2)), jnp.linspace(1, 0, 6), jax.random.key(0))
 
 
+BROKEN = {"nan": jnp.nan, "inf": jnp.inf}
+
+
+@pytest.mark.parametrize("value", BROKEN)
+def test_rk45_ends_where_the_model_is_not_finite(value):
+    """It does not wait for an error that never becomes small, and the other samples are what they are alone."""
+    schedule, sampler, calls = build("schedules", "flow"), build("samplers", "rk45"), []
+
+    def count():
+        calls.append(1)
+        assert len(calls) < 2000, "does not end"
+
+    def denoise(x, t):
+        jax.debug.callback(count)
+        broken = (jnp.arange(len(x)) == 0) & (t < 0.5) & (len(x) > 1)
+        x0 = optimal(schedule)(x, t).x0
+        return Denoised(jnp.where(broken[:, None], BROKEN[value], x0))
+
+    def draw(x, keys):
+        return sample(denoise, schedule, sampler, x, jnp.linspace(1, 0, 3), keys)
+
+    x, keys = jnp.ones((2, 2)), jax.random.split(jax.random.key(0))
+    out, alone = draw(x, keys), draw(x[1:], keys[1:])
+    assert np.isnan(out[0]).all()
+    np.testing.assert_allclose(out[1], alone[0], atol=1e-3)
+
+
 EVALUATED = [
     *({"name": name} for name in ("ddim", "heun", "dpm2", "dpm2_ancestral", "rk4", "predictor_corrector", "unipc")),
     *({"name": name} for name in ("dpm_solver", "pndm")),
