@@ -67,6 +67,64 @@ def test_vlb_is_the_derivative_of_snr(x64, schedule):
     np.testing.assert_allclose(share, 1 / (1 + snr * np.exp(-1.5)), rtol=1e-9)
 
 
+ENDS = [
+    {"name": "vp"},
+    {"name": "vp", "betas": "scaled_linear", "zero_terminal_snr": True},
+    {"name": "vp_sde"},
+    {"name": "flow", "shift": 3.0},
+    {"name": "trig", "sigma_data": 0.5},
+    {"name": "edm"},
+    {"name": "ve"},
+]
+
+
+@pytest.mark.parametrize("schedule", ENDS, ids=lambda spec: "-".join(map(str, spec.values())))
+def test_weights_at_both_ends_are_their_limits(schedule):
+    """Also where SNR is 0 or infinite, so that no product of 0 and infinity appears; neither in derivatives."""
+    schedule = build("schedules", schedule)
+    for name in names("weighting"):
+        for parameterization in ("v", "x0"):
+            coefficients, weighting = build("parameterization", parameterization), build("weighting", name)
+            weight = lambda t, c=coefficients, w=weighting: w(schedule, c(schedule, t), t)  # noqa: E731
+            value, slope = jax.jvp(weight, (jnp.array([0.0, 1.0, 1e-7, 1 - 1e-6]),), (jnp.ones(4),))
+            assert np.isfinite(value).all() and (value >= 0).all(), (name, parameterization, value)
+            np.testing.assert_allclose(value[1], value[3], rtol=1e-3, atol=1e-4, err_msg=name)
+            assert np.isfinite(slope[1]), (name, parameterization, slope)
+
+
+def test_weights_at_the_ends_in_closed_form():
+    """For a velocity on the straight path, vlb is (1 - t) / t and sigmoid that times a share."""
+    schedule, ends = build("schedules", "flow"), jnp.array([0.0, 1.0])
+
+    def weights(name, parameterization):
+        coefficients = build("parameterization", parameterization)(schedule, ends)
+        return build("weighting", name)(schedule, coefficients, ends)
+
+    np.testing.assert_allclose(weights("sigmoid", "velocity"), [0, 0], atol=1e-6)
+    assert weights("vlb", "velocity")[0] > 1e6
+    np.testing.assert_array_equal(weights("vlb", "velocity")[1], 0)
+    np.testing.assert_allclose(weights("snr", "v"), [1, 0], atol=1e-6)
+    np.testing.assert_allclose(weights("min_snr", "x0"), [5, 0], rtol=1e-6)
+    np.testing.assert_allclose(weights("truncated_snr", "velocity"), [1, 1], rtol=1e-6)
+    np.testing.assert_allclose(weights("edm", "x0")[1], 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vlb", "sigmoid"])
+def test_loss_at_pure_noise_is_finite(name):
+    """A discrete time sampler draws t = 1, where the gradient is 0 times that of the error."""
+    spec = {"name": "denoising", "schedule": ENDS[1], "parameterization": "v", "time_sampler": "discrete"}
+    objective = build("objectives", {**spec, "weighting": name})
+    t, x = jnp.array([0.5, 1.0]), jax.random.normal(jax.random.key(0), (2, 3))
+    batch = {"x": x, "cond": {}, "draws": {"t": t, "weight": jnp.ones(2), "eps": x[::-1]}}
+
+    def loss(scale):
+        net = lambda params, x, c_noise, cond, *, key=None: params * x  # noqa: E731
+        return objective.loss(net, {"net": scale}, {}, batch, None, 0)[0]
+
+    assert np.isfinite(jax.jacobian(loss)(1.0)).all()
+    np.testing.assert_array_equal(loss(1.0)[1], 0)
+
+
 def test_every_weighting_is_tested():
     assert set(names("weighting")) == {*ON_X0, "simple", "vlb", "sigmoid"}
 
