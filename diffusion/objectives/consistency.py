@@ -267,9 +267,12 @@ def make(
 
 def _boundary(schedule: Schedule, sigma_min: float) -> float:
     """Returns the largest float32 time whose noise level sigma / alpha does not exceed sigma_min despite rounding."""
+    highest = float(jnp.exp(-schedule.log_snr(jnp.float32(1)) / 2))
+    if not sigma_min < highest:
+        raise InputError("sigma_min", f"must be below {highest:g}, where the schedule ends, got {sigma_min}")
     if sigma_min == 0:
         return 0.0
     t = np.float32(schedule.time(jnp.float32(-2 * np.log(sigma_min))))
-    while not schedule.sigma(jnp.float32(t)) < np.float32(sigma_min) * schedule.alpha(jnp.float32(t)):
+    while t > 0 and not schedule.sigma(jnp.float32(t)) < np.float32(sigma_min) * schedule.alpha(jnp.float32(t)):
         t = np.nextafter(t, np.float32(0))
     return float(t)

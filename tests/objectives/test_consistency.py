@@ -353,7 +353,13 @@ INVALID = [
     ({"discretization": {"name": "ratio", "every": 5, "k": -1.0}}, "objective.discretization.k"),
     ({"huber": 0.0}, "objective.huber"),
     ({"sigma_min": -1.0}, "objective.sigma_min"),
+    ({"sigma_min": 100.0}, "objective.sigma_min"),
 ]
+
+
+def test_a_boundary_below_the_smallest_float32_is_the_data():
+    tiny = {**COEFFICIENTS, "sigma_min": 1e-46}
+    assert objective_of(sigma_min=1e-46, parameterization=tiny).t_min == 0
 
 
 @pytest.mark.parametrize(("options", "field"), INVALID, ids=lambda value: str(value)[:60])
