@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from diffusion.core.arrays import expand, per_example
+from diffusion.core.arrays import expand, kept, per_example
 from diffusion.core.types import SCALAR_CONDITIONS, Array, Cond, Denoised, Denoiser, InputError, Schedule
 from diffusion.process.parameterization import velocity
 
@@ -146,13 +146,15 @@ def cfg_per_condition(denoise: Denoiser, scales: Mapping[str, Traced]) -> Denois
     """
 
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
-        given = sorted(cond.keys() - {"keep", "target_time", *SCALAR_CONDITIONS})
+        given = _names(cond)
         if sorted(scales) != given:
             raise InputError("guidance.scales", f"must name every condition of the model, {given}, got {list(scales)}")
         rows = len(scales) + 1
         copies = jax.tree.map(lambda value: jnp.repeat(value, rows, axis=0), dict(cond))
-        kept = jnp.arange(rows) > jnp.arange(len(scales))[:, None]  # [n, rows]: row i keeps the first i conditions
-        copies["keep"] = {name: jnp.tile(row, x.shape[0]) for name, row in zip(scales, kept, strict=True)}
+        added = jnp.arange(rows) > jnp.arange(len(scales))[:, None]  # [n, rows]: row i keeps the first i conditions
+        copies["keep"] = {
+            name: jnp.tile(row, x.shape[0]) & kept(copies, name) for name, row in zip(scales, added, strict=True)
+        }
         t = jnp.repeat(per_example(t, x), rows, axis=0)
         every = denoise(jnp.repeat(x, rows, axis=0), t, copies)
         conditional = jax.tree.map(lambda leaf: leaf[rows - 1 :: rows], every)
@@ -294,7 +296,12 @@ def _conditional_and_unconditional(
     """
     doubled = jax.tree.map(lambda value: jnp.repeat(value, 2, axis=0), dict(cond))
     if not negative:
-        doubled["keep"] = jnp.tile(jnp.array([True, False]), x.shape[0])
+        first = jnp.tile(jnp.array([True, False]), x.shape[0])
+        # What the caller drops stays dropped: there, the prediction is the unconditional one at every scale.
+        if isinstance(cond.get("keep"), Mapping):
+            doubled["keep"] = {name: first & kept(doubled, name) for name in _names(cond)}
+        else:
+            doubled["keep"] = first & kept(doubled)
     else:
         for name, value in negative.items():
             if name not in cond:
@@ -303,6 +310,11 @@ def _conditional_and_unconditional(
     both = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(per_example(t, x), 2, axis=0), doubled)
     conditional = jax.tree.map(lambda rows: rows[0::2], both)
     return dataclasses.replace(conditional, conditional=conditional.x0), both.x0[1::2]
+
+
+def _names(cond: Cond) -> list[str]:
+    """Returns the names of the conditions of the data."""
+    return sorted(cond.keys() - {"keep", "target_time", *SCALAR_CONDITIONS})
 
 
 def _dot(a: Array, b: Array) -> Array:

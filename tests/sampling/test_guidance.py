@@ -17,6 +17,7 @@ from diffusion.core.arrays import expand, kept, normal, sample_keys
 from diffusion.core.build import build, build_network
 from diffusion.core.types import Array, ArraySpec, ConditionSpec, Denoised, Spec, Text, class_labels
 from diffusion.pipelines.generator import Generator, is_neutral, structure
+from diffusion.sampling import guidance as guidances
 from diffusion.sampling.guidance import (
     apg,
     autoguidance,
@@ -746,3 +747,19 @@ def test_numbers_are_annotated_as_traced(function):
     for name, parameter in inspect.signature(function).parameters.items():
         if isinstance(parameter.default, float):
             assert (Array in typing.get_args(parameter.annotation)) == (name != "percentile"), name
+
+
+@pytest.mark.parametrize("name", ["cfg", "apg", "cfg_per_condition"])
+@pytest.mark.parametrize("mapping", [False, True])
+def test_conditions_that_the_caller_drops_stay_dropped(name, mapping):
+    def denoise(x, t, cond):
+        keep = cond["keep"]["label"] if isinstance(cond["keep"], dict) else cond["keep"]
+        return Denoised(0.3 * x + jnp.where(keep, cond["label"] + 1.0, 0)[:, None])
+
+    options = {"scales": {"label": 3.0}} if name == "cfg_per_condition" else {"scale": 3.0}
+    guided = getattr(guidances, name)(denoise, **options)
+    keep, x = jnp.array([True, False]), jnp.ones((2, 2))
+    cond = {"label": jnp.array([4.0, 4.0]), "keep": {"label": keep} if mapping else keep}
+    x0 = guided(x, jnp.float32(0.5), cond).x0
+    np.testing.assert_allclose(x0[1], 0.3, rtol=1e-6)
+    assert (x0[0] > 1).all()
