@@ -13,7 +13,7 @@ import optax
 
 from diffusion.core import checks
 from diffusion.core.arrays import flat_mean
-from diffusion.core.types import Array, Batch, InputError
+from diffusion.core.types import Array, Batch, Cond, InputError
 from diffusion.objectives.base.gaussian import (
     Gaussian,
     ParameterizationSpec,
@@ -38,11 +38,14 @@ class FlowMatching(Gaussian):
         draws = super().draw(batch, key, step, objective_state)
         if self.coupling != "independent":
             cost = squared_distances(batch["x"], draws["eps"])
+            scale, same = jnp.mean(cost), _same_class(batch["cond"])
             if self.coupling == "exact":
-                rows, columns = optax.assignment.hungarian_algorithm(cost)
+                rows, columns = optax.assignment.hungarian_algorithm(
+                    jnp.where(same, cost, cost + len(cost) * jnp.max(cost))
+                )
                 partners = jnp.zeros_like(columns).at[rows].set(columns)
             else:
-                log_plan = sinkhorn(cost / jnp.mean(cost), self.entropy)
+                log_plan = sinkhorn(jnp.where(same, cost / scale, jnp.inf), self.entropy)
                 partners = jax.random.categorical(key_pairs, log_plan, axis=1)
             draws["eps"] = draws["eps"][partners]
         if self.contrastive:
@@ -64,6 +67,21 @@ def random_others(key: Array, n: int) -> Array:
     if n < 2:
         raise InputError("train.batch_size", f"must be at least 2 for objective.contrastive, got {n}")
     return (jnp.arange(n) + jax.random.randint(key, (n,), 1, n)) % n
+
+
+def _same_class(cond: Cond) -> Array:
+    """Returns which examples may exchange their noise, `[N, N]` or `[1, 1]`: those of one class.
+
+    Otherwise the noise of a class would not be normal, while sampling starts from normal noise.
+
+    Raises:
+      InputError: There are conditions other than a label.
+    """
+    names = cond.keys() - {"keep"}
+    if names - {"label"}:
+        raise InputError("objective.coupling", f"must be independent for data with {', '.join(sorted(names))}: a "
+                         "coupling ties the noise to conditions other than a label")  # fmt: skip
+    return cond["label"][:, None] == cond["label"][None] if names else jnp.ones((1, 1), bool)
 
 
 def squared_distances(x: Array, y: Array) -> Array:
@@ -107,7 +125,8 @@ def make(
       time_sampler: Any time sampler.
       weighting: Any weighting.
       coupling: How noise is assigned to the examples of a batch: `independent`; `exact`, the assignment of least
-        squared distance; or `sinkhorn`, a draw from the entropic plan, which is cheaper for large batches.
+        squared distance; or `sinkhorn`, a draw from the entropic plan, which is cheaper for large batches. Examples with
+        labels exchange noise within their class only; other conditions require `independent`.
       entropy: The entropic regularisation of the plan, in units of the mean cost.
       contrastive: The weight c in [0, 1) of the contrastive term, such as 0.05, which subtracts the squared error
         against the target of another example of the batch. The best F is (F* - c mean(F*)) / (1 - c) for the best F*

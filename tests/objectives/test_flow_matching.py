@@ -125,3 +125,16 @@ def test_loss_is_logged_by_noise_level():
 def test_invalid_options_are_rejected(spec, field):
     with refused(field):
         build("objectives", {"name": "flow_matching", **spec})
+
+
+@pytest.mark.parametrize("coupling", ["exact", "sinkhorn"])
+def test_a_coupling_keeps_the_noise_of_each_class(coupling):
+    """Otherwise each class would be trained with the noise nearest to it, and sampling starts from all noise."""
+    label = jnp.arange(12) % 2
+    x = jnp.where(label, 2.0, -2.0)[:, None] + 0.2 * jax.random.normal(jax.random.key(0), (12, 1))
+    batch = {"x": x, "cond": {"label": label, "keep": jnp.ones(12, bool)}}
+    plain, paired = eps_of(batch, "independent")[:, 0], eps_of(batch, coupling)[:, 0]
+    for number in (0, 1):
+        assert set(paired[label == number].tolist()) <= set(plain[label == number].tolist())
+    with refused("coupling"):
+        eps_of({**batch, "cond": {"text": x}}, coupling)
