@@ -33,7 +33,8 @@ def ode_log_likelihood(
       x0: Data `[B, ...]`.
       key: For Hutchinson's probes.
       steps: Number of steps of the solver, with four evaluations of the denoiser each.
-      log_snr: Log-SNRs at which the ODE starts and ends. At the first, x is treated as clean; at the second, as normal.
+      log_snr: Log-SNRs at which the ODE starts and ends. At the first, x is treated as clean; at the second, as normal. The
+        ODE ends at t = 1 at the latest, beyond which the model is not trained.
       trace: How to compute the trace of the Jacobian: `exact`, with one Jacobian-vector product per dimension, or
         `hutchinson`, an unbiased estimate from one random probe (Grathwohl et al. 2019, arXiv 1810.01367).
       data_std: Standard deviation of the data, which contributes to that of the normal distribution at the end.
@@ -61,7 +62,8 @@ def ode_log_likelihood(
 
         return value, jax.lax.scan(diagonal, jnp.zeros(batch, y.dtype), basis)[0]
 
-    first, last = (-ends / 2 for ends in log_snr)
+    first, last = (jnp.asarray(-end / 2, x0.dtype) for end in log_snr)
+    last = jnp.minimum(last, -schedule.log_snr(jnp.ones((), x0.dtype)) / 2)
     h = (last - first) / steps
 
     def step(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
@@ -75,7 +77,7 @@ def ode_log_likelihood(
 
     start = x0, jnp.zeros(batch, x0.dtype)
     (y, total), _ = jax.lax.scan(step, start, jnp.arange(steps, dtype=x0.dtype))
-    variance = jnp.exp(2 * jnp.asarray(last, x0.dtype)) + data_std**2
+    variance = jnp.exp(2 * last) + data_std**2
     flat = y.reshape(batch, -1)
     normal = -(jnp.sum(flat**2, axis=1) / variance + dims * jnp.log(2 * jnp.pi * variance)) / 2
     return normal + total
