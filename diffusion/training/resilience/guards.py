@@ -34,7 +34,8 @@ class Guard:
     """Checks steps on the device, so that the host need not wait for them.
 
     Attributes:
-      spike: A step is bad if its loss exceeds this multiple of the running mean; None for no such limit.
+      spike: A step is bad if its loss exceeds the running mean by more than spike - 1 times the mean's absolute value;
+        None for no such limit.
     """
 
     spike: float | None = None
@@ -54,7 +55,7 @@ class Guard:
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if self.spike is not None:
             mean = before["loss"] / (1 - LOSS_DECAY ** before["good"].astype(jnp.float32))
-            ok &= (before["good"] < WARMUP) | (loss <= self.spike * mean)
+            ok &= (before["good"] < WARMUP) | (loss - mean <= (self.spike - 1) * jnp.abs(mean))
         bad = 1 - ok.astype(jnp.int32)
         return ok, {
             "bad": before["bad"] + bad,

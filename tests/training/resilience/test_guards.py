@@ -195,3 +195,12 @@ def test_a_rollback_restores_the_checkpoint_and_continues_with_other_data(run, t
     assert found["examples"][1] > found["step"] * 16
     steps = [line["step"] for line in lines(tmp_path)]
     assert steps == sorted(set(steps))
+
+
+def test_quiet_negative_losses_are_no_spikes():
+    rng, counters = np.random.default_rng(0), guards.counters()
+    check = jax.jit(Guard(10.0).check_step)
+    for loss in -2 + 0.1 * rng.normal(size=200):
+        ok, counters = check(counters, jnp.float32(loss), jnp.float32(1))
+        assert ok
+    assert not check(counters, jnp.float32(30), jnp.float32(1))[0]
