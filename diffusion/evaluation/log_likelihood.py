@@ -33,8 +33,8 @@ def ode_log_likelihood(
       x0: Data `[B, ...]`.
       key: For Hutchinson's probes.
       steps: Number of steps of the solver, with four evaluations of the denoiser each.
-      log_snr: Log-SNRs at which the ODE starts and ends. At the first, x is treated as clean; at the second, as normal. The
-        ODE ends at t = 1 at the latest, beyond which the model is not trained.
+      log_snr: Log-SNRs at which the ODE starts and ends. At the first, x is treated as clean; at the second, as normal.
+        The ODE ends at t = 1 at the latest, beyond which the model is not trained.
       trace: How to compute the trace of the Jacobian: `exact`, with one Jacobian-vector product per dimension, or
         `hutchinson`, an unbiased estimate from one random probe (Grathwohl et al. 2019, arXiv 1810.01367).
       data_std: Standard deviation of the data, which contributes to that of the normal distribution at the end.

@@ -125,8 +125,8 @@ def make(
       time_sampler: Any time sampler.
       weighting: Any weighting.
       coupling: How noise is assigned to the examples of a batch: `independent`; `exact`, the assignment of least
-        squared distance; or `sinkhorn`, a draw from the entropic plan, which is cheaper for large batches. Examples with
-        labels exchange noise within their class only; other conditions require `independent`.
+        squared distance; or `sinkhorn`, a draw from the entropic plan, which is cheaper for large batches. Examples
+        with labels exchange noise within their class only; other conditions require `independent`.
       entropy: The entropic regularisation of the plan, in units of the mean cost.
       contrastive: The weight c in [0, 1) of the contrastive term, such as 0.05, which subtracts the squared error
         against the target of another example of the batch. The best F is (F* - c mean(F*)) / (1 - c) for the best F*

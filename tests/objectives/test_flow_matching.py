@@ -136,5 +136,5 @@ def test_a_coupling_keeps_the_noise_of_each_class(coupling):
     plain, paired = eps_of(batch, "independent")[:, 0], eps_of(batch, coupling)[:, 0]
     for number in (0, 1):
         assert set(paired[label == number].tolist()) <= set(plain[label == number].tolist())
-    with refused("coupling"):
+    with refused("objective.coupling"):
         eps_of({**batch, "cond": {"text": x}}, coupling)
