@@ -95,7 +95,8 @@ def sample(
       denoise: `denoise(x, t) -> Denoised`, with the conditions bound.
       schedule: the schedule that the denoiser was trained with.
       sampler: the solver.
-      x: `[B, ...]`, the state at `times[0]`.
+      x: `[B, ...]`, the state at `times[0]`. In half precision, the model receives x in this type, and the sampler
+        computes in float32.
       times: `[N + 1]`, decreasing, from any t to any other; see `diffusion.sampling.grids`. For a sampler that is
         `elementwise`, also `[N + 1, B]`, or `[N + 1, B, T]` for a time per frame of x `[B, T, ...]`; what has the same
         time at both ends of a step is left as it is.
@@ -119,8 +120,10 @@ def sample(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # a raw key has a trailing axis, which could be taken for the batch
     keys = key if key.shape == x.shape[:1] else sample_keys(key, jnp.arange(x.shape[0]))
-    if not sampler.uses_separate_eps:
-        denoise = _without_separate_eps(denoise)
+    denoise = _checked(denoise, sampler)
+    dtype = x.dtype
+    if jnp.finfo(dtype).bits < 32:
+        denoise, x = _in_half_precision(denoise, dtype), x.astype(jnp.float32)
 
     per_example = times.ndim > 1
     if per_example:
@@ -158,7 +161,7 @@ def sample(
     # Step i folds its keys with i + 1, because `prior` uses 0.
     inputs = (jnp.arange(1, times.shape[0]), times[:-1], times[1:])
     (last, _), path = jax.lax.scan(body, start(x, 0), inputs, unroll=unroll)
-    return jnp.concatenate([x[None], path]) if trajectory else last
+    return (jnp.concatenate([x[None], path]) if trajectory else last).astype(dtype)
 
 
 def evaluations(sampler: Sampler, times: np.ndarray) -> int | None:
@@ -199,12 +202,25 @@ def _with_broadcast_times(denoise: Denoiser, ndim: int) -> Denoiser:
     return lambda x, t, **more: denoise(x, t.reshape(t.shape[:ndim]), **more)
 
 
-def _without_separate_eps(denoise: Denoiser) -> Denoiser:
-    """Wraps a denoiser for a sampler that derives eps from x0: raises InputError if guidance separates the two."""
+def _in_half_precision(denoise: Denoiser, dtype: jnp.dtype) -> Denoiser:
+    """Wraps a denoiser of half precision for samplers, which compute in float32."""
+
+    def widened(x: Array, t: Array, **more: Array) -> Denoised:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), denoise(x.astype(dtype), t, **more))
+
+    return widened
+
+
+def _checked(denoise: Denoiser, sampler: Sampler) -> Denoiser:
+    """Wraps a denoiser: raises InputError if the sampler does not support its kind of x0, or a separate eps."""
+    few_step = getattr(sampler, "few_step", False)  # such samplers check the kind that they require
 
     def checked(x: Array, t: Array, **more: Array) -> Denoised:
         denoised = denoise(x, t, **more)
-        if denoised.x0_for_eps is not None:
+        if denoised.kind == "consistency" and not few_step:
+            raise InputError("sampler.name", "must be consistency or lcm for this model, which maps to the end of the "
+                             "ODE's trajectory and has no direction that a solver could follow")  # fmt: skip
+        if denoised.x0_for_eps is not None and not sampler.uses_separate_eps:
             raise InputError(
                 "guidance.name",
                 "cfg_pp requires a sampler that supports its noise: ddim, euler or euler_ancestral",

@@ -6,7 +6,8 @@ import pytest
 from diffusion.core.build import build, find
 from diffusion.core.types import Denoised
 from diffusion.sampling.guidance import cfg
-from diffusion.sampling.loop import bind, in_batches, noised, prior, sample
+from diffusion.sampling.loop import bind, in_batches, invert, noised, prior, sample
+from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,39 @@ def test_raw_keys_are_equal_to_typed_keys(ddpm, batch):
     np.testing.assert_array_equal(sample(*args, jax.random.PRNGKey(0)), sample(*args, jax.random.key(0)))
     typed = jax.random.split(jax.random.key(1), batch)
     np.testing.assert_array_equal(sample(*args, jax.random.key_data(typed)), sample(*args, typed))
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "unipc", "ancestral"])
+def test_a_solver_refuses_a_consistency_model(name):
+    denoise = lambda x, t: Denoised(0.5 * x, kind="consistency")  # noqa: E731
+    with refused("sampler.name"):
+        sample(denoise, build("schedules", "vp"), build("samplers", name), jnp.ones((1, 2)), jnp.linspace(1, 0, 4),
+               jax.random.key(0))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ddim", "unipc", "euler_ancestral"])
+def test_half_precision_is_kept_and_computed_in_float32(name):
+    seen = []
+
+    def denoise(x, t):
+        seen.append(x.dtype)
+        return Denoised(0.5 * x)
+
+    x = jnp.ones((1, 2))
+    draw = lambda x: sample(denoise, build("schedules", "vp"), build("samplers", name), x, jnp.linspace(1, 0, 5),  # noqa: E731
+                            jax.random.key(0))  # fmt: skip
+    full, half = draw(x), draw(x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16 == seen[-1]
+    np.testing.assert_allclose(half.astype(jnp.float32), full, atol=0.03)
+
+
+INVERTIBLE = ["ddim", "dpm2", {"name": "dpm2_ancestral", "eta": 0.0}, "heun", "rk4", "unipc", "lms", "deis"]
+
+
+@pytest.mark.parametrize("sampler", INVERTIBLE, ids=str)
+def test_inversion_to_pure_noise_is_finite(sampler):
+    schedule = build("schedules", "flow")
+    out = invert(
+        lambda x, t: Denoised(0.5 * x), schedule, build("samplers", sampler), jnp.ones((1, 2)), jnp.linspace(1, 0, 6)
+    )
+    assert np.isfinite(out).all()

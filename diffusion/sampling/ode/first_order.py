@@ -18,6 +18,7 @@ class Solver:
     stochastic = False
     uses_separate_eps = False
     elementwise = False
+    few_step = False  # whether it is for models of few steps, whose x0 is not a posterior mean
 
     def evaluations(self, steps: int, to_data: bool = True) -> int | None:
         return steps

@@ -23,6 +23,7 @@ class ConsistencySampler(OneStep):
     """Jumps to the end of the ODE trajectory, and back to time s with fresh noise."""
 
     sigma_min: float = 0.002
+    few_step = True
     stochastic = True
     elementwise = True
 

@@ -51,7 +51,9 @@ class DPM2Ancestral(OneStep):
             alpha_s = schedule.alpha(s)
             return alpha_s * (denoised.x0 + down * eps + correction + up * normal(keys, x.shape[1:], x.dtype))
 
-        moved = jax.lax.cond(schedule.sigma(s) > 0, ancestral, lambda: first_order(schedule, x, denoised, t, s))
+        # Neither has a step to pure noise, as in an inversion.
+        regular = (schedule.sigma(s) > 0) & (schedule.alpha(s) > 0)
+        moved = jax.lax.cond(regular, ancestral, lambda: first_order(schedule, x, denoised, t, s))
         return moved, denoised.x0, state
 
 

@@ -21,6 +21,8 @@ from diffusion.sampling.ode.first_order import OneStep, first_order
 class FlowMapSampler(OneStep):
     """Evaluates the flow map from t to s."""
 
+    few_step = True
+
     def step(
         self, x: Array, state: Any, denoise: Denoiser, schedule: Schedule, t: Array, s: Array, keys: Array
     ) -> tuple[Array, Array, Any]:
