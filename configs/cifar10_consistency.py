@@ -50,7 +50,9 @@ def get_config(variant: str = "ict"):
             parameterization=dict(name="consistency", sigma_data=0.5, sigma_min=0.002),
         )
         | OBJECTIVES[variant],
-        network=dict(common.DDPMPP | common.NCSNPP, dropout=dropout),
+        network=dict(
+            common.DDPMPP | common.NCSNPP, dropout=dropout, embedding_scale=0.02 if variant == "ict" else 16.0
+        ),
         optimizer=dict(name="radam", learning_rate=learning_rate, clip=None),
         ema=dict(decays=(decay,), warmup=False),
         train=dict(steps=STEPS[variant], batch_size=batch_size),

@@ -50,6 +50,7 @@ class Conditioner(nnx.Module):
       conditions: The data's conditions other than the label; see `ConditionEmbedding`.
       scalar_conditions: The names of the scalars of objectives and guidance; see `ScalarEmbedding`.
       kind: The features of the noise label, `sinusoidal` or `fourier`.
+      scale: The standard deviation of the frequencies of `fourier`.
       freq_shift, sin_first: Options of `sinusoidal`.
       null_class: Whether the table of classes has a row for the null class.
       dtype: The compute dtype.
@@ -58,10 +59,10 @@ class Conditioner(nnx.Module):
 
     def __init__(self, width: int, out_features: int, num_classes: int, *,
                  conditions: Mapping[str, ConditionSpec] = NO_CONDITIONS, scalar_conditions: tuple[str, ...] = (),
-                 kind: Literal["sinusoidal", "fourier"] = "sinusoidal", freq_shift: int = 0, sin_first: bool = False,
-                 null_class: bool = True, dtype: Any, rngs: Keys):  # fmt: skip
+                 kind: Literal["sinusoidal", "fourier"] = "sinusoidal", scale: float = 16.0, freq_shift: int = 0,
+                 sin_first: bool = False, null_class: bool = True, dtype: Any, rngs: Keys):  # fmt: skip
         if kind == "fourier":
-            self.features = partial(fourier, width=width)
+            self.features = partial(fourier, width=width, scale=scale)
         else:
             self.features = partial(sinusoidal, width=width, freq_shift=freq_shift, sin_first=sin_first)
         self.num_classes, self.null_class = num_classes, null_class

@@ -56,6 +56,7 @@ class UNetConfig:
     input_skip: bool
     rescale: bool
     embedding: Literal["sinusoidal", "fourier"]
+    embedding_scale: float
     freq_shift: Literal[0, 1]
     sin_first: bool
     null_class: bool
@@ -112,6 +113,7 @@ class UNet(nnx.Module):
         self.embed = Conditioner(
             2 * width if config.embedding == "fourier" else width, block.emb_features, config.num_classes,
             conditions=config.conditions, scalar_conditions=config.scalar_conditions, kind=config.embedding,
+            scale=config.embedding_scale,
             freq_shift=config.freq_shift, sin_first=config.sin_first, null_class=config.null_class, dtype=block.dtype,
             rngs=rngs,
         )  # fmt: skip
@@ -234,6 +236,7 @@ def make(
     input_skip: bool = False,
     rescale: bool = False,
     embedding: Literal["sinusoidal", "fourier"] = "sinusoidal",
+    embedding_scale: float = 16.0,
     freq_shift: Literal[0, 1] = 0,
     sin_first: bool = False,
     null_class: bool = True,
@@ -274,6 +277,8 @@ def make(
       rescale: Whether sums of two tensors are divided by sqrt(2).
       embedding: The features of the noise label: `sinusoidal` for labels up to about 1,000, `fourier` for small ones
         (log sigma).
+      embedding_scale: The standard deviation of the frequencies of `fourier`; 16 for NCSN++ (Song et al. 2021), 0.02
+        for iCT (Song & Dhariwal 2023, arXiv 2310.14189).
       freq_shift: 0 for the sinusoidal frequencies of ADM, 1 for those of DDPM, whose lowest is exactly 1 / 10,000; see
         `layers.embeddings.sinusoidal`.
       sin_first: Whether the sinusoidal features begin with the sines. Published DDPM weights require it.

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from diffusion.core.build import build_network
 from diffusion.core.types import ArraySpec, ConditionSpec, Spec, Text, class_labels
+from diffusion.layers.conditioner import Conditioner
+from diffusion.layers.embeddings import fourier
 from tests.refusals import refused
 
 NETWORKS = {
@@ -139,3 +142,9 @@ def test_rotation_and_bfloat16_with_text():
     network, params = network_of("dit", conditions, **options)
     out = jax.jit(network.apply)(params, X, C_NOISE, {"text": COND["text"]})
     assert out.dtype == jnp.float32 and np.isfinite(out).all()
+
+
+def test_the_scale_of_fourier_features_reaches_the_network():
+    options = dict(out_features=4, num_classes=0, kind="fourier", dtype=jnp.float32)
+    small = Conditioner(8, scale=0.02, rngs=nnx.Rngs(0), **options)
+    np.testing.assert_allclose(small.features(jnp.ones(1)), fourier(jnp.ones(1), 8, 0.02))
