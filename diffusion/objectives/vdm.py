@@ -45,7 +45,7 @@ class VDM(Gaussian):
         self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Array
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
         """Updates the time sampler's state. There are no metrics per log-SNR bin, since the schedule changes."""
-        return self.time_sampler.update_state(objective_state, draws["t"], loss), {}
+        return self.time_sampler.update_state(objective_state, draws["t"], loss / draws["weight"]), {}
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array

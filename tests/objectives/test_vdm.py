@@ -144,3 +144,16 @@ def test_bound_of_discrete_data_reaches_its_entropy(x64):
 def test_invalid_options_are_rejected(spec, field):
     with refused(field):
         build("objectives", {"name": "vdm", **spec})
+
+
+def test_importance_sampling_learns_the_law_of_the_term():
+    """The state holds the losses without their importance weights, so that the law settles."""
+    sampler = {"name": "importance", "bins": 10, "history": 10}
+    objective = build("objectives", {"name": "vdm", "time_sampler": sampler})
+    state, law = objective.initial_state(), 1 + 9 * ((np.arange(10) + 0.5) / 10) ** 2
+    update = jax.jit(lambda state, draws, loss: objective.update_state(state, draws, loss)[0])
+    for step in range(30):
+        t, weight = objective.time_sampler.draw(objective.schedule, jax.random.key(step), 256, state)
+        state = update(state, {"t": t, "weight": weight}, weight * (1 + 9 * t**2))
+    found = objective.time_sampler.probabilities(state)
+    assert np.abs(found - law / law.sum()).sum() / 2 < 0.02
