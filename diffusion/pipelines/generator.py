@@ -76,7 +76,7 @@ class Generator:
         guide, static, self.numbers = _read_guidance(guidance)
         self.guided = always_guided or not is_neutral(guidance)
         self._check_guidance(guidance)
-        self.times = sampling_times(objective.schedule, **placing)
+        self.placing, self.times = placing, sampling_times(objective.schedule, **placing)
         unroll = placing.get("unroll", 1)
         shape = spec.shape if autoencoder is None else autoencoder.shape
         # Parameters that the caller does not pass.
@@ -127,7 +127,7 @@ class Generator:
         """Returns a generator with other times and numbers of guidance, which shares the compiled functions."""
         other = copy.copy(self)
         placing, _ = _read_sampler(sampler, build_it=False)
-        other.times = sampling_times(self.objective.schedule, **placing)
+        other.placing, other.times = placing, sampling_times(self.objective.schedule, **placing)
         _, _, other.numbers = _read_guidance(guidance)
         other._check_guidance(guidance)
         other._trace()
@@ -177,7 +177,10 @@ class Generator:
         if start is not None and (start.shape != (num, *self.spec.shape) or start.dtype.kind != "f"):
             expected = [num, *self.spec.shape]
             raise InputError("start", f"must be floats {expected} in [-1, 1], got {start.dtype}{list(start.shape)}")
-        times = self.times if start is None else _last_times(self.times, strength)
+        times = self.times
+        if hasattr(self.objective.schedule, "at"):  # learned: a grid in noise levels depends on the parameters
+            times = sampling_times(self.objective.schedule_for(params), **self.placing)
+        times = times if start is None else _last_times(times, strength)
         renoise = _rises(times)
         shards = sharding.batch_shards(self.mesh)
         batch_size = -(-min(batch_size, num) // shards) * shards
