@@ -46,6 +46,13 @@ SOLVERS = (
     ({"name": "unipc", "order": 2}, 3),
     ({"name": "unipc", "order": 3}, 4),
     ({"name": "unipc", "order": 2, "prediction": "eps"}, 3),
+    ({"name": "dpm_solver", "order": 2, "inner_points": "grid"}, 2),
+    ({"name": "dpm_solver_pp_sde", "eta": 0.0}, 2),
+    ({"name": "res", "order": 2}, 2),
+    ({"name": "res", "order": 3}, 3),
+    ({"name": "sa_solver", "tau": 0.0}, 2),
+    ({"name": "ipndm"}, 1),  # higher only where the steps of sigma / alpha are even
+    ({"name": "gradient_estimation"}, 1),
     ({"name": "rk4"}, 4),
 )
 STEPS = 96, 192, 384, 768

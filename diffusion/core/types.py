@@ -442,11 +442,14 @@ class Sampler(Protocol):
       stochastic: Whether the sampler draws noise, in which case it does not solve an invertible ODE.
       uses_separate_eps: Whether it supports a noise that is not computed from x0 (`Denoised.x0_for_eps`).
       elementwise: Whether t and s may be arrays that broadcast with x, so that parts of x have different times.
+      brownian: Whether the noise is a function of the interval of times (`sampling.ode.brownian`), so that `step`
+        receives the same keys at every step.
     """
 
     stochastic: bool
     uses_separate_eps: bool
     elementwise: bool
+    brownian: bool
 
     def evaluations(self, steps: int, to_data: bool = True) -> int | None:
         """Returns how often `steps` steps call the denoiser; None if it varies.

@@ -143,7 +143,8 @@ def sample(
 
         def step() -> tuple[Array, Any]:
             x, state = carry
-            moved, x0, new_state = sampler.step(x, state, denoise, schedule, t, s, step_keys)
+            noise_keys = keys if sampler.brownian else step_keys
+            moved, x0, new_state = sampler.step(x, state, denoise, schedule, t, s, noise_keys)
             if per_example:
                 moved = jnp.where(t == s, x, moved)
             if after_step is None:
@@ -223,7 +224,8 @@ def _checked(denoise: Denoiser, sampler: Sampler) -> Denoiser:
         if denoised.x0_for_eps is not None and not sampler.uses_separate_eps:
             raise InputError(
                 "guidance.name",
-                "cfg_pp requires a sampler that supports its noise: ddim, euler or euler_ancestral",
+                "cfg_pp and threshold's keep_noise require a sampler whose noise may differ from that of x0: "
+                "ddim, euler, euler_ancestral, dpm_solver_pp, deis, res, ipndm or gradient_estimation",
             )
         return denoised
 

@@ -358,14 +358,14 @@ def sampled(denoise, sampler, times=(0.9, 0.6, 0.3, 0.0)):
     return jax.jit(lambda times: sample(bind(denoise, COND), FLOW, sampler, X, times, key))(jnp.asarray(times))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral", "dpm_solver_pp", "deis", "ipndm"])
 def test_samplers_with_separate_eps_support_cfg_pp(sampler):
     guided, as_cfg = (sampled(method(model, 0.8), sampler) for method in (cfg_pp, cfg))
     assert np.isfinite(guided).all()
     assert abs(guided - as_cfg).max() > 1e-2
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpm_solver_pp", "ancestral", {"name": "euler", "coordinate": "time"}])
+@pytest.mark.parametrize("sampler", ["heun", "unipc", "ancestral", {"name": "euler", "coordinate": "time"}])
 def test_other_samplers_reject_cfg_pp(sampler):
     with refused("guidance.name"):
         sampled(cfg_pp(model, 0.8), sampler)

@@ -19,6 +19,7 @@ class Solver:
     uses_separate_eps = False
     elementwise = False
     few_step = False  # whether it is for models of few steps, whose x0 is not a posterior mean
+    brownian = False
 
     def evaluations(self, steps: int, to_data: bool = True) -> int | None:
         return steps
@@ -53,6 +54,11 @@ def eps_of(schedule: Schedule, x: Array, x0: Array, t: Array) -> Array:
     """Returns the noise eps = (x_t - alpha_t x0) / sigma_t, for t as in `expand`; 0 where sigma_t is 0."""
     alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
     return jnp.where(sigma > 0, (x - alpha * x0) / jnp.where(sigma > 0, sigma, 1), 0)
+
+
+def x0_of_eps(denoised: Denoised) -> Array:
+    """Returns the x0 from which eps is computed."""
+    return denoised.x0 if denoised.x0_for_eps is None else denoised.x0_for_eps
 
 
 def half_log_snr(schedule: Schedule, t: Array) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core.arrays import expand
-from diffusion.core.types import Array, InputError
+from diffusion.core.types import Array
 
 # Gauss-Legendre quadrature on [0, 1]. For the kernels here it is exact up to rounding for steps of up to 20 in log-SNR,
 # and it avoids the cancellation of their closed forms at small steps.
@@ -53,12 +53,19 @@ class History:
         )
 
 
-def check_steps(times: Array, order: int) -> int:
-    """Returns the number of steps; raises InputError if it is below the order of the sampler."""
+def highest_orders(times: Array, order: int, lower_final: bool | None, fewer_than: float = float("inf")) -> Array:
+    """Returns the highest order of each step, int32 `[steps]`: `order`, or less at the end, where accuracy is lost to
+    stability.
+
+    Args:
+      lower_final: whether the order decreases by one per step at the end, to 1 in the last step. None stands for runs
+        to the data only.
+      fewer_than: longer runs keep the order.
+    """
     steps = len(times) - 1
-    if steps < order:
-        raise InputError("sampler.steps", f"must be at least the sampler's order {order}, got {steps}")
-    return steps
+    falling = jnp.asarray(np.minimum(order, steps - np.arange(steps)), jnp.int32)
+    falls = times[-1] == 0 if lower_final is None else lower_final
+    return jnp.where(falls & (steps < fewer_than), falling, order)
 
 
 def quadrature_weights(nodes: Array, valid: Array, kernel: Callable[[Array], Array]) -> Array:

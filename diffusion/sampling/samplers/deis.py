@@ -10,12 +10,13 @@ from diffusion.core.types import InputError
 from diffusion.sampling.ode.exponential import Multistep
 
 
-def make(order: int = 3) -> Multistep:
+def make(order: int = 3, lower_order_final: bool | None = None) -> Multistep:
     """Makes the DEIS sampler, with one evaluation per step.
 
     Args:
       order: from 1 (DDIM) to 4: the number of interpolated values, one more than the degree of the polynomial.
+      lower_order_final: as in `dpm_solver`.
     """
     if not 1 <= order <= 4:
         raise InputError("order", f"must be 1, 2, 3 or 4, got {order}")
-    return Multistep("eps", order, midpoint=False)
+    return Multistep("eps", order, midpoint=False, lower_order_final=lower_order_final)

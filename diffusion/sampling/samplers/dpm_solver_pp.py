@@ -23,7 +23,7 @@ integral of the line through v_0 and v_1 (`solver_type = "heun"`) has w_1 = -b1 
 from typing import Literal
 
 from diffusion.core.types import InputError
-from diffusion.sampling.ode.exponential import Multistep, Singlestep
+from diffusion.sampling.ode.exponential import Multistep, Singlestep, exponential_solver
 
 
 def make(
@@ -31,6 +31,9 @@ def make(
     sde: bool = False,
     singlestep: bool = False,
     solver_type: Literal["midpoint", "heun"] = "midpoint",
+    inner_points: Literal["even", "grid"] = "even",
+    lower_order_final: bool | None = None,
+    brownian: bool = False,
 ) -> Multistep | Singlestep:
     """Makes DPM-Solver++, by default 2M, with one evaluation per step of the grid.
 
@@ -39,12 +42,10 @@ def make(
       sde: whether to solve the reverse SDE (SDE-DPM-Solver++) instead of the ODE.
       singlestep: whether a step of the method covers `order` steps of the grid, evaluating at inner points between them
         (2S, 3S). If False, it covers one, and interpolates the values of previous steps (2M, 3M).
-      solver_type: as in `dpm_solver`.
+      solver_type, inner_points, lower_order_final: as in `dpm_solver`.
+      brownian: whether the noise of `sde` is that of a Brownian path (`diffusion.sampling.ode.brownian`), so that a
+        sample changes little with the number of steps; only for the multistep solver.
     """
-    if not 1 <= order <= 3:
-        raise InputError("order", f"must be 1, 2 or 3, got {order}")
-    if sde and singlestep:
-        raise InputError("sde", "must be false for the singlestep solver; set singlestep to false")
-    if singlestep:
-        return Singlestep("x0", order, midpoint=solver_type == "midpoint")
-    return Multistep("x0", order, sde, midpoint=solver_type == "midpoint")
+    if brownian and (singlestep or not sde):
+        raise InputError("brownian", "requires sde = true and singlestep = false; set it to false")
+    return exponential_solver("x0", order, sde, singlestep, solver_type, inner_points, lower_order_final, brownian)

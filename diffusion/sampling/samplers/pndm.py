@@ -24,7 +24,7 @@ import numpy as np
 
 from diffusion.core.types import Array, Denoiser, Schedule
 from diffusion.sampling.ode.first_order import NoiseLevel, Solver, Time, coordinate
-from diffusion.sampling.ode.multistep import History, check_steps
+from diffusion.sampling.ode.multistep import History
 
 # Weights of the newest slope, the one before it, and so on, for orders 1 to 4.
 _ADAMS_BASHFORTH = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
@@ -37,10 +37,10 @@ class PNDM(Solver):
     prk: bool = False
 
     def evaluations(self, steps: int, to_data: bool = True) -> int:
-        return steps + (3 * min(steps, 3) if self.prk else 1)
+        starting = min(steps - to_data, 3 if self.prk else 1)
+        return steps + (3 if self.prk else 1) * starting
 
     def init(self, x: Array, times: Array, index: Array | int = 0) -> dict[str, Any]:
-        check_steps(times, 4)
         return {"history": History.empty(4, x, times)}
 
     def step(
@@ -59,7 +59,9 @@ class PNDM(Solver):
             weights = jnp.asarray(_ADAMS_BASHFORTH, x.dtype)[jnp.minimum(known, 3)]
             return jnp.tensordot(weights, history.values, 1)
 
-        mean = jax.lax.cond(known < (3 if self.prk else 1), starting_slope, multistep_slope)
+        # The model has no slope at the data, where a step takes the slopes that are known.
+        starts = (known < (3 if self.prk else 1)) & (schedule.sigma(s) > 0)
+        mean = jax.lax.cond(starts, starting_slope, multistep_slope)
         return ode.move(x, mean, t, s), x0, {"history": history}
 
 
