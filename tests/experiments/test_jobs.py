@@ -153,7 +153,7 @@ BAD_SAMPLE = {
     "--grid=karas": "sampler.grid",
     "--sampler=lcm": "sampler.name",
     "--interval=0.9,0.1": "guidance.interval",
-    "--sweep=steps=2;sampler=ddim,lms": "--sweep",
+    "--sweep=steps=2;sampler=ddim,lcm": "--sweep",
     "--steps=3 --evaluations=3": "--steps",
     "--ema=0.5": "ema",
     "--step=1": "step",
@@ -161,7 +161,7 @@ BAD_SAMPLE = {
 
 
 @pytest.mark.parametrize(
-    "flags", slow_except(("--labels=0,10", "--sampler=lcm", "--sweep=steps=2;sampler=ddim,lms"), BAD_SAMPLE)
+    "flags", slow_except(("--labels=0,10", "--sampler=lcm", "--sweep=steps=2;sampler=ddim,lcm"), BAD_SAMPLE)
 )
 def test_sample_refuses(workdir, tmp_path, flags):
     done = job("sample", f"--workdir={workdir}", f"--out={tmp_path}/out", *flags.split())
