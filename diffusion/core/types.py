@@ -442,6 +442,7 @@ class Sampler(Protocol):
       stochastic: Whether the sampler draws noise, in which case it does not solve an invertible ODE.
       uses_separate_eps: Whether it supports a noise that is not computed from x0 (`Denoised.x0_for_eps`).
       elementwise: Whether t and s may be arrays that broadcast with x, so that parts of x have different times.
+      few_step: Whether it is for models of few steps, whose x0 is not a posterior mean; it checks their kind itself.
       brownian: Whether the noise is a function of the interval of times (`sampling.ode.brownian`), so that `step`
         receives the same keys at every step.
     """
@@ -449,6 +450,7 @@ class Sampler(Protocol):
     stochastic: bool
     uses_separate_eps: bool
     elementwise: bool
+    few_step: bool
     brownian: bool
 
     def evaluations(self, steps: int, to_data: bool = True) -> int | None:

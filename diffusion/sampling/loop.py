@@ -214,18 +214,17 @@ def _in_half_precision(denoise: Denoiser, dtype: jnp.dtype) -> Denoiser:
 
 def _checked(denoise: Denoiser, sampler: Sampler) -> Denoiser:
     """Wraps a denoiser: raises InputError if the sampler does not support its kind of x0, or a separate eps."""
-    few_step = getattr(sampler, "few_step", False)  # such samplers check the kind that they require
 
     def checked(x: Array, t: Array, **more: Array) -> Denoised:
         denoised = denoise(x, t, **more)
-        if denoised.kind == "consistency" and not few_step:
-            raise InputError("sampler.name", "must be consistency or lcm for this model, which maps to the end of the "
-                             "ODE's trajectory and has no direction that a solver could follow")  # fmt: skip
+        if denoised.kind == "consistency" and not sampler.few_step:
+            raise InputError("sampler.name", "must be consistency, lcm or tcd for this model, which maps to the end of "
+                             "the ODE's trajectory and has no direction that a solver could follow")  # fmt: skip
         if denoised.x0_for_eps is not None and not sampler.uses_separate_eps:
             raise InputError(
                 "guidance.name",
-                "cfg_pp and threshold's keep_noise require a sampler whose noise may differ from that of x0: "
-                "ddim, euler, euler_ancestral, dpm_solver_pp, deis, res, ipndm or gradient_estimation",
+                "cfg_pp requires a sampler whose noise may differ from that of x0: ddim, euler, euler_ancestral, "
+                "dpm_solver or dpm_solver_pp with singlestep = false, deis, res, ipndm or gradient_estimation",
             )
         return denoised
 
