@@ -1,4 +1,4 @@
-"""What a job meets outside of its own input: closed pipes, other locales, full disks, missing accelerators."""
+"""Handles the conditions of a job's environment: closed pipes, locales, full disks and missing accelerators."""
 
 import io
 import os
