@@ -244,6 +244,9 @@ def test_too_few_evaluations_for_a_sampler_are_reported(workdirs, tmp_path, capl
     assert lines[0].startswith("noise, 1 evaluation: left out: --evaluations: ")
     assert lines[1].startswith("noise, 4 evaluations: left out: --evaluations: ")
     assert lines[2].startswith("noise, 6 evaluations:  energy_distance_ratio ")
+    with refused("--nfe"):
+        compared(workdirs[1:], "1,4", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def changed(run, **attributes):
