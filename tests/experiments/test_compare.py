@@ -29,6 +29,7 @@ from tests.streams import measured
 TRAILING, NUM = {"name": "trailing"}, 48
 DDIM = {"name": "ddim", "eta": 0.5, "steps": 3, "grid": TRAILING}
 PNDM = {"name": "pndm", "steps": 4, "grid": TRAILING}  # one evaluation more than steps
+PNDM_EVALUATIONS = "diffusion.sampling.samplers.pndm.PNDM.evaluations"
 
 
 def config_of(objective, sampler, metrics, *splits):
@@ -185,6 +186,7 @@ CHOSEN = [
 @pytest.mark.parametrize(("chosen", "labels"), CHOSEN)
 def test_rows_of_the_contact_sheet(workdirs, tmp_path, monkeypatch, chosen, labels):
     """Shows all numbers of evaluations of a single run, or the first that each of several runs can use."""
+    monkeypatch.setattr(PNDM_EVALUATIONS, lambda self, steps, to_data=True: steps + 4)
     seen = []
     real = images.labelled
     monkeypatch.setattr(images, "labelled", lambda rows, labels: seen.append((rows, labels)) or real(rows, labels))
@@ -215,7 +217,7 @@ def test_an_interrupted_comparison_keeps_its_results(workdirs, tmp_path, monkeyp
     assert [(row["run"], row["nfe"]) for row in kept] == [("flow", "1"), ("flow", "2")]
     assert os.listdir(tmp_path / "out") == ["compare.csv"] and docs.read_text() == f"{tables.BEGIN}{tables.END}"
     whole = compared(workdirs, "1,2,5", tmp_path / "out", docs=str(docs))
-    assert [row["svc_accuracy"] for row in whole[:2]] == [row["svc_accuracy"] for row in kept] and len(whole) == 4
+    assert [row["svc_accuracy"] for row in whole[:2]] == [row["svc_accuracy"] for row in kept] and len(whole) == 6
 
 
 def test_samples_that_are_not_finite(workdirs, tmp_path, monkeypatch, caplog):
@@ -236,8 +238,7 @@ def test_samples_that_are_not_finite(workdirs, tmp_path, monkeypatch, caplog):
 
 
 def test_too_few_evaluations_for_a_sampler_are_reported(workdirs, tmp_path, caplog, monkeypatch):
-    evaluations = "diffusion.sampling.samplers.pndm.PNDM.evaluations"
-    monkeypatch.setattr(evaluations, lambda self, steps, to_data=True: steps + 4)
+    monkeypatch.setattr(PNDM_EVALUATIONS, lambda self, steps, to_data=True: steps + 4)
     with caplog.at_level(logging.INFO, "diffusion"):
         compared(workdirs[1:], "1,4,6", tmp_path)
     lines = [record.getMessage() for record in caplog.records if record.name == comparison.__name__]
@@ -388,7 +389,9 @@ def test_the_job(workdirs, tmp_path):
     flags = f"--runs={','.join(workdirs)} --nfe=1 --num=20 --seed=2 --ema=none --out={tmp_path}".split()
     done = job("compare", *flags)
     assert done.returncode == 0, done.stderr
-    assert [(row["run"], row["nfe"], row["ema"]) for row in rows_of(tmp_path)] == [("flow", "1", "none")]
+    assert [(row["run"], row["nfe"], row["ema"]) for row in rows_of(tmp_path)] == [
+        (name, "1", "none") for name in ("flow", "noise")
+    ]
     assert "flow, 1 evaluation 20/20 (100 %)" in done.stderr
     assert "flow, 1 evaluation:  energy_distance_ratio " in done.stdout
     assert refused_field(job("compare", *flags, "--num=0")) == "--num"

@@ -128,11 +128,11 @@ def test_layers_that_are_not_trained(source, tmp_path):
 @pytest.mark.slow
 def test_players_without_an_average(tmp_path):
     """They are read as they were trained."""
-    state = train(tmp_path, ("objective", {"name": "gan"}))
+    state = train(tmp_path, ("objective", {"name": "gan"}), ("sampler", {"name": "consistency", "steps": 1}))
     run = open_run(str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, run.params["critic"], state.params["critic"])
     jax.tree.map(np.testing.assert_array_equal, run.params["net"], state.ema["0.9"]["net"])
-    assert run.sample(num=2, sampler="consistency", steps=1).shape == (2, 8, 8, 1)
+    assert run.sample(num=2).shape == (2, 8, 8, 1)
 
 
 def test_invalid_origins(source, tmp_path):
