@@ -235,8 +235,8 @@ class Denoised:
         posterior's two variances, 0 for beta-tilde and 1 for beta (`posterior.Posterior.log_variance`), so that it
         applies to steps of any size.
       conditional: The model's own E[x0 | x_t, cond], if guidance has changed `x0`.
-      x0_for_eps: The x0 from which eps is computed, if it is not `x0` itself (CFG++). Solvers that use x0 alone cannot
-        follow it, and `sampling.loop.sample` rejects the combination.
+      x0_for_eps: The x0 from which eps is computed, if it is not `x0` itself (CFG++, or clipping that keeps the noise).
+        Solvers that use x0 alone cannot follow it, and `sampling.loop.sample` rejects the combination.
       kind: What `x0` estimates. `posterior_mean`: E[x0 | x_t]. `consistency`: the end, at t = 0, of the ODE trajectory
         through x_t. `flow_map`: the x0 for which one first-order step from t lands on the ODE trajectory at time
         `cond["target_time"]`.

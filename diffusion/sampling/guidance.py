@@ -116,7 +116,7 @@ def cfg_pp(denoise: Denoiser, scale: Traced = 0.6, *, negative: Any = None) -> D
 
         x0 = x0_uncond + scale (x0_cond - x0_uncond),    eps = (x_t - alpha_t x0_uncond) / sigma_t
 
-    It requires the sampler `ddim`, `euler` or `euler_ancestral`.
+    It requires a sampler that accepts a separate eps, such as `ddim`.
 
     Args:
       scale: the paper's lambda in [0, 1], which interpolates between the unconditional x0 and the conditional one.
@@ -263,7 +263,13 @@ def interval(
     return restricted
 
 
-def threshold(denoise: Denoiser, percentile: float = 1.0, limit: Traced = 1.0) -> Denoiser:
+def threshold(
+    denoise: Denoiser,
+    percentile: float = 1.0,
+    limit: Traced = 1.0,
+    sample_max_value: Traced = float("inf"),
+    keep_noise: bool = False,
+) -> Denoiser:
     """Keeps x0 in the range of the data, [-limit, limit], which high guidance exceeds.
 
     Args:
@@ -271,16 +277,22 @@ def threshold(denoise: Denoiser, percentile: float = 1.0, limit: Traced = 1.0) -
         is this quantile of the example's |x0|, at least `limit` (dynamic thresholding; Saharia et al. 2022, arXiv
         2205.11487, section 2.3).
       limit: the largest absolute value of the data.
+      sample_max_value: the highest s of dynamic thresholding, at least `limit`.
+      keep_noise: whether eps remains that of x0 before it is clipped, as in diffusers, instead of that of the clipped
+        x0. It requires a sampler that accepts a separate eps, such as `ddim`.
     """
     if not 0 < percentile <= 1:
         raise InputError("percentile", f"must be above 0 and at most 1, got {percentile}")
 
     def clipped(x: Array, t: Array, cond: Cond) -> Denoised:
         denoised = denoise(x, t, cond)
+        if keep_noise and denoised.x0_for_eps is None:
+            denoised = dataclasses.replace(denoised, x0_for_eps=denoised.x0)
         if percentile == 1:
             return dataclasses.replace(denoised, x0=jnp.clip(denoised.x0, -limit, limit))
         magnitudes = jnp.abs(denoised.x0).reshape(x.shape[0], -1)
-        s = expand(jnp.maximum(jnp.quantile(magnitudes, percentile, axis=1), limit), x)
+        s = jnp.clip(jnp.quantile(magnitudes, percentile, axis=1), limit, sample_max_value)
+        s = expand(s, x)
         return dataclasses.replace(denoised, x0=jnp.clip(denoised.x0, -s, s) * (limit / s))
 
     return clipped

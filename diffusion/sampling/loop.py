@@ -223,8 +223,9 @@ def _checked(denoise: Denoiser, sampler: Sampler) -> Denoiser:
         if denoised.x0_for_eps is not None and not sampler.uses_separate_eps:
             raise InputError(
                 "guidance.name",
-                "cfg_pp requires a sampler whose noise may differ from that of x0: ddim, euler, euler_ancestral, "
-                "dpm_solver or dpm_solver_pp with singlestep = false, deis, res, ipndm or gradient_estimation",
+                "cfg_pp, and threshold with keep_noise = true, require a sampler whose noise may differ from that of "
+                "x0: ddim, euler, euler_ancestral, dpm_solver or dpm_solver_pp with singlestep = false, deis, res, "
+                "ipndm or gradient_estimation",
             )
         return denoised
 

@@ -589,6 +589,38 @@ def test_dynamic_thresholding_formula(percentile, limit):
     assert abs(found).max() <= limit * (1 + 1e-6)
 
 
+def test_dynamic_thresholding_with_a_highest_value():
+    """The quantile s is at most `sample_max_value`; 1 is static thresholding."""
+    x0 = far(X, 0.35, COND).x0
+    close(threshold(far, 0.9, sample_max_value=1.0)(X, 0.35, COND).x0, np.clip(x0, -1, 1))
+    s = np.clip(np.quantile(abs(x0), 0.9, axis=(1, 2), keepdims=True), 1, 1.7)
+    assert (s == 1.7).any() and (s == 1).any()
+    close(threshold(far, 0.9, sample_max_value=1.7)(X, 0.35, COND).x0, np.clip(x0, -s, s) / s)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", {"name": "ddim", "eta": 1.0}, "euler"], ids=str)
+def test_threshold_may_keep_the_noise(sampler):
+    """The step uses eps of x0 before it is clipped (DDIM's eq. 12), and guidance's own eps if there is one."""
+    x0, clipped = far(X, 0.35, COND).x0, np.clip(far(X, 0.35, COND).x0, -0.8, 0.8)
+    kept = threshold(lambda *args: dataclasses.replace(far(*args), x0_for_eps=None), limit=0.8, keep_noise=True)
+    keys = jax.random.split(jax.random.key(0), 4)
+    t, s = jnp.float32(0.6), jnp.float32(0.4)
+    solver = build("samplers", sampler)
+    found, estimate, _ = solver.step(X, (), bind(kept, COND), VP, t, s, keys)
+    (alpha, sigma), (alpha_s, sigma_s) = ((VP.alpha(u), VP.sigma(u)) for u in (t, s))
+    fresh = getattr(solver, "eta", 0) * sigma_s / sigma * np.sqrt(sigma**2 - (alpha * sigma_s / alpha_s) ** 2)
+    noise = fresh * jax.vmap(lambda key: jax.random.normal(key, X.shape[1:]))(keys)
+    close(found, alpha_s * clipped + np.sqrt(sigma_s**2 - fresh**2) * (X - alpha * x0) / sigma + noise)
+    close(estimate, clipped)
+    close(threshold(far, keep_noise=True)(X, 0.35, COND).x0_for_eps, 3 * X)
+
+
+def test_other_samplers_reject_kept_noise():
+    with refused("guidance.name") as error:
+        sampled(threshold(model, limit=0.8, keep_noise=True), "unipc")
+    assert "keep_noise" in str(error.value)
+
+
 @pytest.mark.parametrize("percentile", [1.0, 0.9])
 def test_threshold_keeps_the_other_fields(percentile):
     found, given = threshold(far, percentile)(X, 0.35, COND), far(X, 0.35, COND)
