@@ -261,6 +261,8 @@ def sampling_times(
 ) -> Array:
     """Returns the times of a `sampler` section, falling, `[steps + 1]`; those of some grids rise in between.
 
+    A last step that does not end at t = 0 may have length 0.
+
     Raises:
       InputError: The number of steps is invalid, the times rise although the grid does not say so (`may_rise`), or
         float32 cannot tell them apart.
@@ -278,7 +280,9 @@ def sampling_times(
         raise error.within("sampler.grid") from None
     at_most(MOST_STEPS, len(times) - 1, "sampler.grid")
     moves = np.diff(times)
-    if not np.isfinite(times).all() or not (moves if getattr(make, "may_rise", False) else moves < 0).all():
+    allowed = (moves < 0) | ((moves > 0) & getattr(make, "may_rise", False))
+    allowed[-1:] |= (moves[-1:] == 0) & (times[-1:] > 0)
+    if not np.isfinite(times).all() or not allowed.all():
         raise InputError("sampler.grid", "its times do not fall strictly in float32; use fewer than "
                          f"{steps} steps or another grid")  # fmt: skip
     return jnp.asarray(times)

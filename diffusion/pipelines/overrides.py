@@ -102,17 +102,19 @@ def _steps_for(sampler: Mapping[str, Any], evaluations: int) -> int:
     """Returns the largest number of steps that needs at most `evaluations` evaluations of the denoiser."""
     grid = sampler.get("grid", "trailing")
     name = grid["name"] if isinstance(grid, Mapping) else grid
-    if getattr(find("grids", name, field="sampler.grid.name"), "may_rise", False):
+    make = find("grids", name, field="sampler.grid.name")
+    if getattr(make, "may_rise", False):
         raise InputError("--evaluations", f"the grid {name} repeats steps; use --steps")
     keywords = {key: value for key, value in sampler.items() if key not in PLACING}
     if keywords.get("variance") == "analytic":  # needs measurements, but does not change the number of evaluations
         keywords["variance"] = "beta"
     solver = build("samplers", keywords, field="sampler")
-    if solver.evaluations(1) is None:
+    counts = [solver.evaluations(steps, getattr(make, "to_data", True)) for steps in range(1, evaluations + 1)]
+    if counts[0] is None:
         raise InputError("--evaluations", f"{sampler['name']} chooses its own number of evaluations; use --steps")
-    fitting = [steps for steps in range(1, evaluations + 1) if solver.evaluations(steps) <= evaluations]
+    fitting = [steps for steps, count in enumerate(counts, 1) if count <= evaluations]
     if not fitting:
-        raise InputError("--evaluations", f"one step of {sampler['name']} takes {solver.evaluations(1)}, "
+        raise InputError("--evaluations", f"one step of {sampler['name']} takes {counts[0]}, "
                          f"got {evaluations}")  # fmt: skip
     return fitting[-1]
 

@@ -1,8 +1,8 @@
 """Time grids by name: `trailing(schedule, steps)` returns the times at which a sampler evaluates the denoiser.
 
-Every grid returns float64 times that decrease from t = 1, or near it, to 0, `[steps + 1]`; only `given` may end
-elsewhere. `repaint` and `restart` repeat parts of another grid: their times, more than `steps + 1`, also rise, where
-noise is added. A grid whose times may rise has the attribute `may_rise`.
+Every grid returns float64 times that decrease from t = 1, or near it, to 0, `[steps + 1]`; only `given` and
+`to_sigma_min` end elsewhere. `repaint` and `restart` repeat parts of another grid: their times, more than `steps + 1`,
+also rise, where noise is added. A grid whose times may rise has the attribute `may_rise`.
 
 The first three names are those of Lin et al. 2024 (arXiv 2305.08891, table 2). Index i of a table of T steps
 is at t = (i + 1) / T.
@@ -21,6 +21,7 @@ from scipy.special import betaincinv
 from diffusion.core import checks
 from diffusion.core.build import build
 from diffusion.core.types import InputError, Schedule
+from diffusion.sampling.noise_levels import decreasing, log_snr_ends, log_snr_range, sigma_ends, times_of
 
 GridSpec = Annotated[str | Mapping[str, Any] | Callable[..., np.ndarray], "grids", ("schedule", "steps")]
 
@@ -55,7 +56,7 @@ def quadratic(schedule: Schedule, steps: int, power: float = 2.0) -> np.ndarray:
       power: above 1 places more steps near the data, below 1 near the noise.
     """
     checks.positive(power=power)
-    return _decreasing(np.linspace(1, 0, steps + 1) ** power, "power")
+    return decreasing(np.linspace(1, 0, steps + 1) ** power, "power")
 
 
 def sigmoid(schedule: Schedule, steps: int, scale: float = 6.0) -> np.ndarray:
@@ -66,10 +67,10 @@ def sigmoid(schedule: Schedule, steps: int, scale: float = 6.0) -> np.ndarray:
     """
     checks.positive(scale=scale)
     even = np.linspace(1, -1, steps + 1)
-    with np.errstate(invalid="ignore"):  # an infinite scale, which `_decreasing` rejects
+    with np.errstate(invalid="ignore"):  # an infinite scale, which `decreasing` rejects
         # Written as a hyperbolic tangent the function is odd, so that both ends are exact.
         times = (1 + np.tanh(scale / 4 * even) / np.tanh(scale / 4)) / 2
-    return _decreasing(times, "scale")
+    return decreasing(times, "scale")
 
 
 def beta(schedule: Schedule, steps: int, a: float = 0.6, b: float = 0.6) -> np.ndarray:
@@ -79,8 +80,7 @@ def beta(schedule: Schedule, steps: int, a: float = 0.6, b: float = 0.6) -> np.n
       a, b: values of `a` below 1 place more steps near the data, of `b` near the noise; 1 and 1 give even steps.
     """
     checks.positive(a=a, b=b)
-    extreme = "a" if abs(math.log(a)) >= abs(math.log(b)) else "b"
-    return _decreasing(betaincinv(a, b, np.linspace(1, 0, steps + 1)), extreme)
+    return decreasing(betaincinv(a, b, np.linspace(1, 0, steps + 1)), _extreme(a, b))
 
 
 def shifted(schedule: Schedule, steps: int, shift: float = 3.0) -> np.ndarray:
@@ -91,10 +91,10 @@ def shifted(schedule: Schedule, steps: int, shift: float = 3.0) -> np.ndarray:
     """
     checks.positive(shift=shift)
     even = np.linspace(1, 0, steps + 1)
-    with np.errstate(invalid="ignore"):  # an infinite shift, which `_decreasing` rejects
+    with np.errstate(invalid="ignore"):  # an infinite shift, which `decreasing` rejects
         # The denominator as a sum is rounded to `shift` at u = 1, so that no t is above 1.
         times = shift * even / (shift * even + (1 - even))
-    return _decreasing(times, "shift")
+    return decreasing(times, "shift")
 
 
 def karras(
@@ -114,14 +114,14 @@ def karras(
         otherwise 0.002, and 80 where the schedule ends in pure noise.
     """
     checks.positive(rho=rho)
-    lowest, highest = _sigma_ends(schedule, sigma_min, sigma_max)
+    lowest, highest = sigma_ends(schedule, sigma_min, sigma_max)
     # Computed in logarithms, because sigma^(1/rho) overflows for small rho and cancels for large rho. For small rho the
     # last level is lost to rounding, so it is set explicitly.
     share, last = np.linspace(0, 1, steps), (lowest - highest) / 2 / rho
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.where(share < 1, np.log1p(share * np.expm1(last)), last)
         log_snr = lowest - 2 * rho * logs
-    return _times_of(schedule, log_snr, "rho")
+    return times_of(schedule, log_snr, "rho")
 
 
 def exponential(
@@ -132,7 +132,31 @@ def exponential(
     Args:
       sigma_min, sigma_max: the lowest and the highest level, as for `karras`.
     """
-    return _times_of(schedule, np.linspace(*_sigma_ends(schedule, sigma_min, sigma_max), steps), "sigma_min")
+    return times_of(schedule, np.linspace(*sigma_ends(schedule, sigma_min, sigma_max), steps), "sigma_min")
+
+
+def beta_sigmas(
+    schedule: Schedule,
+    steps: int,
+    a: float = 0.6,
+    b: float = 0.6,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> np.ndarray:
+    """Returns times whose sigma / alpha are the quantiles of Beta(a, b), scaled to [sigma_min, sigma_max].
+
+    It is the form of Lee et al. 2024 (arXiv 2407.12173) that diffusers has as `use_beta_sigmas`; `beta` has the
+    quantiles in t.
+
+    Args:
+      a, b: as for `beta`, in units of the noise level.
+      sigma_min, sigma_max: the lowest and the highest level, as for `karras`.
+    """
+    checks.positive(a=a, b=b)
+    lowest, highest = sigma_ends(schedule, sigma_min, sigma_max)
+    low, high = math.exp(-highest / 2), math.exp(-lowest / 2)
+    levels = low + betaincinv(a, b, np.linspace(1, 0, steps)) * (high - low)
+    return times_of(schedule, -2 * np.log(levels), _extreme(a, b))
 
 
 def log_snr(schedule: Schedule, steps: int, lowest: float | None = None, highest: float | None = None) -> np.ndarray:
@@ -144,7 +168,7 @@ def log_snr(schedule: Schedule, steps: int, lowest: float | None = None, highest
       highest: the log-SNR of the last time before 0. The default is that of the schedule's `sigma_min`, or of
         sigma / alpha = 0.002.
     """
-    return _times_of(schedule, np.linspace(*_log_snr_ends(schedule, lowest, highest), steps), "highest")
+    return times_of(schedule, np.linspace(*log_snr_ends(schedule, lowest, highest), steps), "highest")
 
 
 # sigma / alpha of the published ten steps. The last step goes to 0 instead of the last level.
@@ -165,14 +189,14 @@ def align_your_steps(schedule: Schedule, steps: int, model: Literal["sd15", "sdx
       model: Stable Diffusion 1.5, Stable Diffusion XL or Stable Video Diffusion.
     """
     levels = np.array(_ALIGNED[model])
-    start, _ = _log_snr_range(schedule)
+    start, _ = log_snr_range(schedule)
     top = np.exp(-start / 2)
     if top < 0.99 * levels[0]:
         raise InputError("model", f"must suit the schedule: {model} begins at sigma / alpha = {levels[0]:g}, above the "
                          f"schedule's {top:g} at t = 1; use another grid or a schedule with more noise")  # fmt: skip
     levels[0] = min(levels[0], top)  # the table is rounded, and Stable Diffusion's own schedule ends just below it
     positions = np.linspace(0, 1, steps + 1)[:-1]
-    return _times_of(schedule, -2 * np.interp(positions, np.linspace(0, 1, len(levels)), np.log(levels)), "model")
+    return times_of(schedule, -2 * np.interp(positions, np.linspace(0, 1, len(levels)), np.log(levels)), "model")
 
 
 def given(schedule: Schedule, steps: int, times: tuple[float, ...]) -> np.ndarray:
@@ -190,6 +214,34 @@ def given(schedule: Schedule, steps: int, times: tuple[float, ...]) -> np.ndarra
         if not following < time:
             raise InputError("times", f"must be strictly decreasing, got {time} followed by {following}")
     return np.array(times, np.float64)
+
+
+def to_sigma_min(
+    schedule: Schedule, steps: int, sigma_min: float | None = None, grid: GridSpec = "trailing"
+) -> np.ndarray:
+    """Returns the times of another grid, whose last step ends at sigma_min instead of at t = 0.
+
+    Samples then contain the noise of this level, as with `final_sigmas_type="sigma_min"` in diffusers. If the last step
+    begins there, as with `linspace` on a table, it has length 0.
+
+    Args:
+      sigma_min: the level sigma / alpha of the end. The default is the schedule's own, the first point of its table, or
+        0.002.
+      grid: the other grid.
+    """
+    times = _falling(grid, schedule, steps)
+    if sigma_min is None and hasattr(schedule, "num_steps"):
+        end = 1 / schedule.num_steps
+    else:
+        _, highest = sigma_ends(schedule, sigma_min, None)
+        end = times_of(schedule, np.array([highest]), "sigma_min")[0]
+    if times[-2] < end * (1 - 1e-9):
+        raise InputError("sigma_min", f"must be at or below the time at which the last of {steps} steps begins, "
+                         f"t = {times[-2]:g}, but it is at t = {end:g}")  # fmt: skip
+    return np.append(times[:-1], min(end, times[-2]))
+
+
+to_sigma_min.to_data = False  # whether a grid ends at t = 0
 
 
 def repaint(
@@ -243,7 +295,7 @@ def restart(
         levels = np.exp(-np.asarray(schedule.log_snr(jnp.asarray(times[1:-1]))) / 2)
     if not len(levels):
         raise InputError("intervals", f"require at least 2 steps, got {steps}")
-    top, restarts = math.exp(-_log_snr_range(schedule)[0] / 2), {}
+    top, restarts = math.exp(-log_snr_range(schedule)[0] / 2), {}
     for interval in intervals:
         if len(interval) != 4 or any(number != int(number) for number in interval[:2]):
             raise InputError("intervals", "must be tuples (N_restart, K, t_min, t_max), of which the first two are "
@@ -281,61 +333,6 @@ def _table_length(schedule: Schedule, steps: int) -> int:
     return table if table >= steps else 0
 
 
-def _log_snr_range(schedule: Schedule) -> tuple[float, float]:
-    """Returns the schedule's log-SNR at t = 1 and at t = 0."""
-    with jax.enable_x64(True):
-        return tuple(np.asarray(schedule.log_snr(jnp.asarray([1.0, 0.0]))).tolist())
-
-
-def _log_snr_ends(
-    schedule: Schedule,
-    lowest: float | None,
-    highest: float | None,
-    fields: tuple[str, str] = ("lowest", "highest"),
-    show: Callable[[float], float] = float,
-) -> tuple[float, float]:
-    """Returns the log-SNR of a grid's first time and of the last one before t = 0, with defaults, checked.
-
-    Args:
-      lowest, highest: None for the defaults, which `karras` describes.
-      fields, show: the names of the two in error messages, and a function from log-SNR to the unit of the messages.
-    """
-    start, end = _log_snr_range(schedule)
-    for field, value in zip(fields, (lowest, highest), strict=True):
-        if value is not None and not math.isfinite(value):
-            raise InputError(field, f"must be finite, got {show(value):g}")
-    if lowest is None:
-        lowest = start if math.isfinite(start) else -2 * math.log(80)
-    if highest is None:
-        highest = -2 * math.log(getattr(schedule, "sigma_min", 0.002))
-    if lowest < start - 1e-6:  # with a tolerance for rounding errors
-        raise InputError(fields[0], f"must be no noisier than the schedule at t = 1, {show(start):g}; "
-                         f"got {show(lowest):g}")  # fmt: skip
-    if highest >= end:
-        raise InputError(fields[1], f"must be noisier than the schedule at t = 0, {show(end):g}; got {show(highest):g}")
-    if highest <= lowest:
-        raise InputError(fields[1], f"must be less noisy than {fields[0]} = {show(lowest):g}, got {show(highest):g}")
-    return lowest, highest
-
-
-def _sigma_ends(schedule: Schedule, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
-    """Returns `_log_snr_ends` for two levels sigma / alpha."""
-    checks.positive(sigma_min=sigma_min, sigma_max=sigma_max)
-    lowest, highest = (None if level is None else -2 * math.log(level) for level in (sigma_max, sigma_min))
-    return _log_snr_ends(schedule, lowest, highest, ("sigma_max", "sigma_min"), lambda log_snr: math.exp(-log_snr / 2))
-
-
-def _times_of(schedule: Schedule, log_snr: np.ndarray, field: str) -> np.ndarray:
-    """Returns the times of log-SNRs `[steps]`, at most 1, followed by 0."""
-    with jax.enable_x64(True):
-        times = np.asarray(schedule.time(jnp.asarray(log_snr)))
-    return _decreasing(np.append(np.minimum(times, 1), 0), field)
-
-
-def _decreasing(times: np.ndarray, field: str) -> np.ndarray:
-    """Returns the times; raises InputError, naming the keyword `field`, if they do not decrease in float64."""
-    steps = np.diff(times) < 0
-    if not np.all(steps):
-        raise InputError(field, f"must be less extreme, or the steps fewer: two of {len(steps)} steps are at the same "
-                         f"time, {times[np.argmin(steps)]:g}")  # fmt: skip
-    return times
+def _extreme(a: float, b: float) -> str:
+    """Returns which parameter of a beta distribution is further from 1, for error messages."""
+    return "a" if abs(math.log(a)) >= abs(math.log(b)) else "b"

@@ -48,6 +48,11 @@ def test_steps_for_ten_evaluations(sampler, steps):
     assert overrides.sections(CONFIG, {"sampler": sampler, "evaluations": "10"})[0]["steps"] == steps
 
 
+def test_steps_for_evaluations_without_a_step_to_the_data():
+    chosen = {"sampler": "heun", "grid": "to_sigma_min", "evaluations": "11"}
+    assert overrides.sections(CONFIG, chosen)[0]["steps"] == 5
+
+
 @pytest.mark.parametrize("text", ["ddim", "heun:churn=40:s_noise=1.003", "given:times=(1, 0.5, 0)", "lms:flag=True"])
 def test_parts_are_written_as_they_are_parsed(text):
     assert overrides.spell(overrides.part(text, "--sampler")) == text
@@ -104,8 +109,11 @@ CFG = {"name": "cfg", "scale": 2.0}
         ({"name": "ddim", "grid": given(1, 0.5, 0.6, 0.1, 0)}, CFG, "sampler.grid.times"),
         ({"name": "ddim", "grid": given(1, 0.5, 0)}, CFG, "sampler.grid.times"),
         ({"name": "ddim", "grid": given(1, 1 - 1e-12, 0.5, 0.1, 0)}, CFG, "sampler.grid"),
-        pytest.param({"name": "ddim", "grid": lambda schedule, steps: np.array([1, 0.5, 0.7, 0.2, 0])}, CFG,
-                     "sampler.grid", id="rising times of a function"),
+        *[
+            pytest.param({"name": "ddim", "grid": lambda schedule, steps, times=times: np.array(times)}, CFG,
+                         "sampler.grid", id=str(times))
+            for times in ([1, 0.5, 0.7, 0.2, 0], [1, 0.5, 0.2, 0, 0], [1, 0.5, 0.5, 0.2, 0.2])
+        ],
         ({"name": "ddim", "grid": {"name": "repaint", "grid": "karas"}}, CFG, "sampler.grid.grid.name"),
         ({"name": "ddim", "grid": {"name": "restart", "intervals": ((3, 2, 0.3, 0.1),)}}, CFG,
          "sampler.grid.intervals"),
@@ -123,6 +131,17 @@ CFG = {"name": "cfg", "scale": 2.0}
 def test_settings_that_the_model_does_not_support_are_refused(make_generator, sampler, guidance, field):
     with refused(field):
         make_generator(sampler, guidance)
+
+
+def test_a_last_step_may_have_length_0(make_generator, mlp_params):
+    """A grid that ends at the lowest point of a table may begin its last step there."""
+    label = {"label": np.arange(4)}
+    short, long = (
+        make_generator({"name": "ddim", "steps": len(times), "grid": lambda schedule, steps, times=times: times}, CFG)
+        for times in (np.array([1, 0.5, 0.1]), np.array([1, 0.5, 0.1, 0.1]))
+    )
+    samples = [generator(mlp_params, label, 4, seed=0) for generator in (short, long)]
+    np.testing.assert_allclose(*samples, atol=1e-6)
 
 
 def test_guidance_requires_condition_dropout(make_generator):

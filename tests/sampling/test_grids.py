@@ -59,13 +59,19 @@ def times_of(name, schedule, steps, **keywords):
     return find("grids", name, field="grid")(schedule, steps, **keywords)
 
 
-FALLING = [name for name in names("grids") if not hasattr(find("grids", name, field=""), "may_rise")]
+REPEATING = ("repaint", "restart", "to_sigma_min")  # grids of another grid
+FALLING = [name for name in names("grids") if name not in REPEATING]
+
+
+LEVEL_GRIDS = ("beta_sigmas", "exponential", "karras", "log_snr")
 
 
 @pytest.mark.parametrize("name", FALLING)
 def test_times_decrease_to_zero(name, named_schedule):
-    _, schedule = named_schedule
+    key, schedule = named_schedule
     for steps in (1, 2, 7, 50, 1000, 1500):
+        if steps > 50 and (name, key) == ("beta_sigmas", "cosine"):
+            continue  # whose highest levels all lie between the last two points of the table
         times = times_of(name, schedule, steps)
         assert times.dtype == np.float64 and times.shape == (steps + 1,)
         assert times[-1] == 0 and times[0] <= 1
@@ -77,7 +83,7 @@ def test_first_time(name, named_schedule):
     """Grids begin at t = 1; grids of noise levels begin at sigma / alpha = 80 where t = 1 is pure noise."""
     key, schedule = named_schedule
     times = times_of(name, schedule, 1)
-    if name in ("karras", "exponential", "log_snr") and key in PURE_NOISE:
+    if name in LEVEL_GRIDS and key in PURE_NOISE:
         with jax.enable_x64(True):
             assert float(schedule.log_snr(jnp.asarray(times[0]))) == pytest.approx(-2 * np.log(80), rel=1e-9)
     else:
@@ -167,6 +173,28 @@ def test_karras_approaches_exponential(edm):
     exponential = np.log(times_of("exponential", edm, 20)[:-1])
     errors = [np.ptp(np.log(times_of("karras", edm, 20, rho=rho)[:-1]) - exponential) for rho in (1e3, 1e4, 1e8)]
     assert errors[0] > 9 * errors[1] and errors[1] > 1e-4 and errors[2] < 1e-6
+
+
+def test_beta_sigmas(edm):
+    """diffusers' `use_beta_sigmas`: sigma_min + q (sigma_max - sigma_min) for quantiles q at even probabilities."""
+    quantiles = stats.beta.ppf(np.linspace(1, 0, 9), 0.4, 1.7)
+    times = times_of("beta_sigmas", edm, 9, a=0.4, b=1.7, sigma_min=0.1, sigma_max=80.0)
+    np.testing.assert_allclose(1000 * times, [*(0.1 + quantiles * 79.9), 0], rtol=1e-9)
+    even = times_of("beta_sigmas", edm, 3, a=1.0, b=1.0, sigma_min=1.0, sigma_max=9.0)
+    np.testing.assert_allclose(1000 * even, [9, 5, 1, 0], rtol=1e-12)
+
+
+def test_to_sigma_min(edm):
+    vp, flow = build("schedules", "vp"), build("schedules", "flow")
+    # On a table the default is its first point. The last step of `linspace` has length 0.
+    np.testing.assert_allclose(times_of("to_sigma_min", vp, 4), [1, 0.75, 0.5, 0.25, 0.001], rtol=1e-12)
+    np.testing.assert_allclose(times_of("to_sigma_min", vp, 3, grid="linspace"), [1, 0.501, 0.001, 0.001], atol=1e-12)
+    # sigma / alpha = t / (1 - t) for a flow, whose default is 0.002, and 1000 t for `edm`, which has a sigma_min.
+    np.testing.assert_allclose(times_of("to_sigma_min", flow, 2), [1, 0.5, 0.002 / 1.002], rtol=1e-9)
+    np.testing.assert_allclose(times_of("to_sigma_min", flow, 2, sigma_min=0.25), [1, 0.5, 0.2], rtol=1e-9)
+    times = times_of("to_sigma_min", edm, 4, grid={"name": "karras", "rho": 3.0})
+    np.testing.assert_array_equal(times[:-1], times_of("karras", edm, 4, rho=3.0)[:-1])
+    assert times[-1] == times[-2]
 
 
 def test_log_snr_is_even(named_schedule, x64):
@@ -281,6 +309,7 @@ LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t
         *[
             (name, {field: bad}, "edm", field)
             for name, field in [("quadratic", "power"), ("sigmoid", "scale"), ("beta", "a"), ("beta", "b"),
+                                ("beta_sigmas", "a"), ("beta_sigmas", "sigma_max"), ("to_sigma_min", "sigma_min"),
                                 ("shifted", "shift"), ("karras", "rho"), ("karras", "sigma_min"),
                                 ("karras", "sigma_max"), ("exponential", "sigma_min"), ("exponential", "sigma_max")]
             for bad in (0, -1.0, np.nan, np.inf)
@@ -290,6 +319,7 @@ LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t
         ("sigmoid", {"scale": 1e3}, "edm", "scale"),
         ("beta", {"a": 1e-5}, "edm", "a"),
         ("beta", {"b": 1e-5}, "edm", "b"),
+        ("beta_sigmas", {"b": 1e-5}, "edm", "b"),
         ("shifted", {"shift": 1e20}, "edm", "shift"),
         ("karras", {"rho": 1e-20}, "edm", "rho"),
         ("exponential", {"sigma_min": 1e-300}, "vp", "sigma_min"),
@@ -320,6 +350,9 @@ LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t
         ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2, -0.1)}, "edm", "times"),
         ("given", {"times": (1, 0.8, 0.6, np.nan, 0.2, 0)}, "edm", "times"),
         ("given", {"times": (1, 0.8, 0.8, 0.4, 0.5, 0)}, "edm", "times"),
+        ("to_sigma_min", {"sigma_min": 20.0}, "edm", "sigma_min"),
+        ("to_sigma_min", {"grid": "karras"}, "vp", "sigma_min"),
+        ("to_sigma_min", {"grid": "restart"}, "edm", "grid"),
         ("repaint", {"jump_length": 0}, "edm", "jump_length"),
         ("repaint", {"jump_n_sample": 0}, "edm", "jump_n_sample"),
         ("repaint", {"jump_n_sample": 10**9}, "edm", "jump_n_sample"),
