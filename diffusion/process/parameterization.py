@@ -120,7 +120,7 @@ def score(c_noise: NoiseLabel = "time") -> Parameterization:
     return coefficients
 
 
-def edm(sigma_data: float = 0.5, c_noise: NoiseLabel = "log_sigma") -> Parameterization:
+def edm(sigma_data: float = 0.5, c_noise: NoiseLabel = "log_sigma", negative: bool = False) -> Parameterization:
     """EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1).
 
     It is applied to x_t / alpha at noise level sigma / alpha.
@@ -128,8 +128,11 @@ def edm(sigma_data: float = 0.5, c_noise: NoiseLabel = "log_sigma") -> Parameter
     Args:
       sigma_data: Standard deviation of the data, for which input and target have unit variance.
       c_noise: The noise label.
+      negative: Whether F has the opposite sign, as with `prediction_type="v_prediction"` of diffusers' EDM schedulers.
+        With sigma_data = 1, F is then v of Salimans & Ho (2022) for x_t / sqrt(alpha^2 + sigma^2).
     """
     checks.positive(sigma_data=sigma_data)
+    sign = -1 if negative else 1
 
     def coefficients(schedule: Schedule, t: Array) -> Coefficients:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -137,11 +140,11 @@ def edm(sigma_data: float = 0.5, c_noise: NoiseLabel = "log_sigma") -> Parameter
         total = jnp.sqrt(power)
         return Coefficients(
             c_skip=sigma_data**2 * alpha / power,
-            c_out=sigma_data * sigma / total,
+            c_out=sign * sigma_data * sigma / total,
             c_in=1 / total,
             c_noise=_label(c_noise, schedule, t),
-            a=sigma / (sigma_data * total),
-            b=-sigma_data * alpha / total,
+            a=sign * sigma / (sigma_data * total),
+            b=-sign * sigma_data * alpha / total,
         )
 
     return coefficients

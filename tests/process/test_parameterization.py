@@ -25,7 +25,7 @@ def pair():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, {"name": "edm", "negative": True}], ids=str)
 def test_target_and_x0_are_inverse(x64, name, schedule):
     """c_skip and c_out map the target back to x0, and equal the general expressions in a and b."""
     schedule, t, alpha, sigma = at(schedule)
@@ -83,6 +83,18 @@ def test_edm_is_karras_table_1(x64, name):
     np.testing.assert_allclose(coeffs.c_noise, np.log(sigma) / 4, rtol=1e-12)
     if name == "edm":
         np.testing.assert_allclose(coeffs.a**2 * data**2 + coeffs.b**2, 1, rtol=1e-12)
+
+
+def test_negative_edm_is_v_on_the_path_of_unit_variance(x64):
+    """For sigma_data = 1, on every schedule: v = cos eps - sin x0 with tan = sigma / alpha."""
+    x0, eps = pair()
+    for name in ("edm", "vp", "flow"):
+        schedule, t, alpha, sigma = at(name)
+        angle = np.arctan2(sigma, alpha)
+        coeffs = build("parameterization", {"name": "edm", "sigma_data": 1.0, "negative": True})(schedule, t)
+        np.testing.assert_allclose(coeffs.target(x0, eps), np.cos(angle) * eps - np.sin(angle) * x0, atol=1e-12)
+        v = build("parameterization", "v")(build("schedules", "vp"), build("schedules", "vp").time(schedule.log_snr(t)))
+        np.testing.assert_allclose(coeffs.target(x0, eps), v.target(x0, eps), atol=1e-9)
 
 
 def test_edm_does_not_depend_on_the_scale_of_the_path(x64):
