@@ -26,6 +26,7 @@ import numpy as np
 
 from diffusion.core.arrays import expand, fold, normal, sample_keys
 from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Sampler, Schedule
+from diffusion.sampling.ode.first_order import eps_of, x0_of_eps
 
 # after_step(x, x0, t, s, keys) -> x, called after each step of a sampler. x `[B, ...]` is the state at time s, x0 the
 # denoiser's estimate at the start of the step, at time t, and `keys [B]` are for random numbers of the function.
@@ -174,7 +175,14 @@ def evaluations(sampler: Sampler, times: np.ndarray) -> int | None:
 
 
 def invert(
-    denoise: Denoiser, schedule: Schedule, sampler: Sampler, x0: Array, times: Array, *, unroll: int = 1
+    denoise: Denoiser,
+    schedule: Schedule,
+    sampler: Sampler,
+    x0: Array,
+    times: Array,
+    *,
+    from_data: bool = False,
+    unroll: int = 1,
 ) -> Array:
     """Returns the noise from which an ODE solver generates `x0 [B, ...]`.
 
@@ -183,7 +191,10 @@ def invert(
 
     Args:
       times: `[N + 1]`, decreasing to 0, as for `sample`. At t = 0 there is no noise whose direction could be estimated,
-        so that x at the time before it is set to its mean given x0.
+        so that x at the time before it, s, is set to its mean given x0, alpha_s x0.
+      from_data: whether to add sigma_s eps to it instead, where eps is that of the model at x0 and time s, as in
+        diffusers' `DDIMInverseScheduler`. For a small sigma_s, sampling from the result restores x0 more
+        precisely.
 
     Returns:
       x at `times[0]`.
@@ -194,7 +205,11 @@ def invert(
     if sampler.stochastic:
         raise InputError("sampler.name", "must be an ODE solver such as ddim for inversion, got a stochastic sampler")
     increasing = times[:-1][::-1]
-    x = expand(schedule.alpha(increasing[0]), x0) * x0
+    t = increasing[0]
+    x = expand(schedule.alpha(t), x0) * x0
+    if from_data:
+        eps = eps_of(schedule, x0, x0_of_eps(_checked(denoise, sampler)(x0, t)), t)
+        x = (x + expand(schedule.sigma(t), x0) * eps).astype(x0.dtype)
     return sample(denoise, schedule, sampler, x, increasing, jax.random.key(0), unroll=unroll)
 
 

@@ -209,6 +209,23 @@ def test_sampling_from_the_inversion_restores_x0(spec, schedule):
     np.testing.assert_allclose(optimal(schedule, end=True)(x, jnp.float32(1)).x0, x0, atol=0.08)
 
 
+def test_inversion_with_the_noise_of_the_model(x64):
+    """The first step of DDIMInverseScheduler: eps is that of the model at x0 itself, and x0 is the given one."""
+    schedule, sampler, x0 = build("schedules", "vp"), build("samplers", "ddim"), jnp.array([[1.0, -0.5], [0.2, 0.3]])
+    s, times = jnp.float64(0.02), jnp.array([0.04, 0.02, 0.0])
+    eps = (x0 - schedule.alpha(s) * optimal(schedule)(x0, s).x0) / schedule.sigma(s)
+    start = schedule.alpha(s) * x0 + schedule.sigma(s) * eps
+    expected = sample(optimal(schedule), schedule, sampler, start, times[1::-1], jax.random.key(0))
+    found = invert(optimal(schedule), schedule, sampler, x0, times, from_data=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    errors = []
+    for from_data in (True, False):  # one step, and back
+        x = invert(optimal(schedule), schedule, sampler, x0, times[1:], from_data=from_data)
+        back = sample(optimal(schedule), schedule, sampler, x, times[1:], jax.random.key(0))
+        errors.append(abs(back - x0).max())
+    assert errors[0] < errors[1] / 5
+
+
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 3)])
 def test_order_of_the_round_trip(name, order, x64):
     """Heun's errors cancel in their leading term: a step and the step back differ by a third-order term."""
