@@ -87,7 +87,7 @@ def inner_width(width: float) -> int:
 def levels(
     shape: tuple[int, ...],
     width: int,
-    channel_mult: Sequence[int],
+    channel_mult: Sequence[float],
     attention_resolutions: Collection[int],
     head_dim: int | None,
     *,
@@ -98,9 +98,10 @@ def levels(
     The images must be divisible by 2 once per level after the first, each attention resolution must be that of the
     shorter side at a level, and the attention heads must divide the channels that they attend to.
     """
-    if not channel_mult or min(channel_mult) < 1:
+    channels = [round(width * multiplier) for multiplier in channel_mult]
+    if not channels or min(channels) < 1:
         raise InputError("channel_mult", f"must be one or more positive numbers, got {channel_mult}")
-    at_most(LARGEST, width * max(channel_mult), "channel_mult")
+    at_most(LARGEST, max(channels), "channel_mult")
     halvings, size = len(channel_mult) - 1, min(shape[:2])
     for pixels in shape[:2]:
         if pixels % (1 << halvings):
@@ -109,8 +110,8 @@ def levels(
     for resolution in attention_resolutions:
         if resolution not in sizes:
             raise InputError("attention_resolutions", f"no level has resolution {resolution}; the levels have {sizes}")
-    attended = {m for m, size in zip(channel_mult, sizes, strict=True) if size in attention_resolutions}
-    attended |= {channel_mult[-1]} if middle_attention else set()
-    for channels in (width * m for m in sorted(attended)):
-        if head_dim and channels % head_dim:
-            raise InputError("head_dim", f"must divide the {channels} channels of an attention block, got {head_dim}")
+    attended = {number for number, size in zip(channels, sizes, strict=True) if size in attention_resolutions}
+    attended |= {channels[-1]} if middle_attention else set()
+    for number in sorted(attended):
+        if head_dim and number % head_dim:
+            raise InputError("head_dim", f"must divide the {number} channels of an attention block, got {head_dim}")

@@ -56,7 +56,11 @@ def read(path: str, *, null_class: bool = False) -> Model:
         network, spec = _read_dit({**_DIT_DEFAULTS, **config})
     else:
         raise InputError("folder", f"{path} contains a {kind}; only UNet2DModel and DiTTransformer2DModel can be read")
-    built = build_network(network, spec, field="config.json")
+    try:
+        built = build_network(network, spec, field="config.json")
+    except InputError as error:
+        field = error.field.removeprefix("config.json.")
+        raise InputError(f"config.json.{_FOREIGN_NAMES.get(field, field)}", error.problem) from None
     shapes = jax.eval_shape(built.init, jax.random.key(0))
     foreign = {_current_name(name): tensor for name, tensor in model_folder.read_tensors(path).items()}
     return Model(network, spec, tensors.to_native(pairs(network, spec), foreign, shapes))
@@ -65,9 +69,6 @@ def read(path: str, *, null_class: bool = False) -> Model:
 def write(path: str, model: Model) -> None:
     """Writes a model folder. Raises InputError naming the option that diffusers' model does not support."""
     network = with_defaults(model.network)
-    shape = model.spec.shape
-    if network["name"] in ("unet", "dit") and shape[0] != shape[1]:
-        raise InputError("spec.shape", f"must be square to be written for diffusers, got {shape[0]} x {shape[1]}")
     if network["name"] == "unet":
         config = _unet_config(network, model.spec, tensors.sizes(model.params, "scale"))
     elif network["name"] == "dit":
@@ -97,9 +98,9 @@ def pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
     return {"unet": _unet_pairs, "dit": _dit_pairs}[network["name"]](with_defaults(network), spec)
 
 
-def _spec(size: int, channels: int, num_classes: int) -> Spec:
+def _spec(size: tuple[int, int], channels: int, num_classes: int) -> Spec:
     kind = "image" if channels in (1, 3) else "latent"
-    return Spec(ArraySpec((size, size, channels), kind), class_labels(num_classes))
+    return Spec(ArraySpec((*size, channels), kind), class_labels(num_classes))
 
 
 def _check_foreign(config: Mapping[str, Any], **supported: Any) -> None:
@@ -127,13 +128,15 @@ def _outputs(config: Mapping[str, Any]) -> int:
     return out // channels
 
 
-def _size(config: Mapping[str, Any]) -> int:
-    """Returns the side of the images."""
+def _size(config: Mapping[str, Any], levels: int = 1) -> tuple[int, int]:
+    """Returns the height and the width of the images, which are halved once per level after the first."""
     size = config["sample_size"]
-    size = size[0] if isinstance(size, list) and len(set(size)) == 1 else size
-    if not isinstance(size, int):
-        raise InputError("config.json.sample_size", f"must be the side of a square image, got {size}")
-    return size
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError("config.json.sample_size", f"must be the side, or the height and width, of images, got {size}")
+    if any(side % (1 << levels - 1) for side in sides):
+        raise InputError("config.json.sample_size", f"must be divisible by {1 << levels - 1} to be read, got {size}")
+    return sides
 
 
 # UNet2DModel
@@ -151,6 +154,8 @@ _UNET_DEFAULTS = {
 }  # fmt: skip
 # For each type of block: whether it has attention, and how it resamples (None: given by `downsample_type` or
 # `upsample_type`).
+_FOREIGN_NAMES = {"head_dim": "attention_head_dim", "groups": "norm_num_groups", "channel_mult": "block_out_channels",
+                  "middle_attention_groups": "attn_norm_num_groups", "width": "block_out_channels"}  # fmt: skip
 _DOWN = {"DownBlock2D": (False, "conv"), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, "resnet")}
 _UP = {"UpBlock2D": (False, "conv"), "AttnUpBlock2D": (True, None), "ResnetUpsampleBlock2D": (False, "resnet")}
 
@@ -169,30 +174,31 @@ def _levels(config: Mapping[str, Any], side: str) -> tuple[list[bool], set[str]]
 
 
 def _read_unet(config: Mapping[str, Any], null_class: bool) -> tuple[dict[str, Any], Spec]:
-    widths, size, classes = config["block_out_channels"], _size(config), config["num_class_embeds"] or 0
+    widths, classes = config["block_out_channels"], config["num_class_embeds"] or 0
+    size = _size(config, len(widths))
     attends, resampling = _levels(config, "down")
     if _levels(config, "up") != (attends, resampling) or len(resampling) > 1:
         problem = "must mirror down_block_types, and all levels must resample in the same way"
         raise InputError("config.json.up_block_types", problem)
-    if any(width % widths[0] for width in widths):
-        raise InputError("config.json.block_out_channels", f"must be multiples of the first, got {list(widths)}")
     scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
-    groups = config["norm_num_groups"]
+    groups, middle_groups = config["norm_num_groups"], config["attn_norm_num_groups"]
+    if middle_groups is None and scale_shift:
+        middle_groups = 0  # diffusers then has no norm before the attention in the middle
     _check_foreign(
         config, center_input_sample=False, time_embedding_type="positional",
         time_embedding_dim=(None, 4 * widths[0]), mid_block_type="UNetMidBlock2D", mid_block_scale_factor=1,
         act_fn=("silu", "swish"), freq_shift=(0, 1), resnet_time_scale_shift=("default", "scale_shift"),
         class_embed_type=None, downsample_padding=(0, 1),
-        attn_norm_num_groups=(groups,) if scale_shift and config["add_attention"] else (None, groups),
     )  # fmt: skip
     network = {
         "name": "unet",
         "width": widths[0],
-        "channel_mult": tuple(width // widths[0] for width in widths),
+        "channel_mult": tuple(_ratio(width, widths[0]) for width in widths),
         "num_res_blocks": config["layers_per_block"],
-        "attention_resolutions": tuple(size >> level for level, attend in enumerate(attends) if attend),
+        "attention_resolutions": tuple(min(size) >> level for level, attend in enumerate(attends) if attend),
         "up_attention": "every",
         "middle_attention": config["add_attention"],
+        "middle_attention_groups": None if middle_groups == groups else middle_groups,
         "head_dim": config["attention_head_dim"],
         "scale_shift": scale_shift,
         "resample": "residual" if resampling == {"resnet"} else "conv",
@@ -215,8 +221,11 @@ def _unet_config(network: Mapping[str, Any], spec: Spec, normed: Collection[int]
     if network["resample"] == "projected":
         problem = "must be 'conv' or 'residual' to be written for diffusers, got 'projected'"
         raise InputError("network.resample", problem)
-    size, _, channels = spec.shape
-    widths = [network["width"] * multiplier for multiplier in network["channel_mult"]]
+    *size, channels = spec.shape
+    widths = _widths(network)
+    if widths[0] != network["width"]:
+        problem = f"must begin with 1 to be written for diffusers, got {network['channel_mult']}"
+        raise InputError("network.channel_mult", problem)
     groups = {network["groups"] or default_groups(channels) for channels in normed}
     if len(groups) > 1:
         problem = (
@@ -226,12 +235,16 @@ def _unet_config(network: Mapping[str, Any], spec: Spec, normed: Collection[int]
     residual = network["resample"] == "residual"
     kinds = {(False, False): "{side}Block2D", (True, False): "Attn{side}Block2D", (True, True): "Attn{side}Block2D",
              (False, True): "Resnet{side}sampleBlock2D"}  # fmt: skip
-    types = [kinds[size >> level in network["attention_resolutions"], residual] for level in range(len(widths))]
+    types = [kinds[min(size) >> level in network["attention_resolutions"], residual] for level in range(len(widths))]
+    middle_groups = network["middle_attention_groups"]
+    if middle_groups == 0 and not network["scale_shift"]:
+        problem = "must not be 0 to be written for diffusers without scale_shift"
+        raise InputError("network.middle_attention_groups", problem)
     return {
         "_class_name": "UNet2DModel",
         "_diffusers_version": VERSION,
         **_UNET_DEFAULTS,
-        "sample_size": size,
+        "sample_size": size[0] if size[0] == size[1] else size,
         "in_channels": channels,
         "out_channels": network["outputs"] * channels,
         "freq_shift": network["freq_shift"],
@@ -246,12 +259,22 @@ def _unet_config(network: Mapping[str, Any], spec: Spec, normed: Collection[int]
         "dropout": network["dropout"],
         "attention_head_dim": network["head_dim"],
         "norm_num_groups": min(groups),
-        "attn_norm_num_groups": min(groups),
+        "attn_norm_num_groups": min(groups) if middle_groups is None else middle_groups or None,
         "norm_eps": network["epsilon"],
         "resnet_time_scale_shift": "scale_shift" if network["scale_shift"] else "default",
         "add_attention": network["middle_attention"],
         "num_class_embeds": spec.num_classes + network["null_class"] if spec.num_classes else None,
     }
+
+
+def _ratio(a: int, b: int) -> float:
+    """Returns a / b, as an integer where it is one."""
+    return a // b if a % b == 0 else a / b
+
+
+def _widths(network: Mapping[str, Any]) -> list[int]:
+    """Returns the channels of each level."""
+    return [round(network["width"] * multiplier) for multiplier in network["channel_mult"]]
 
 
 def _unet_pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
@@ -267,9 +290,9 @@ def _unet_pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
         ]
         return [*layers, *pointwise(f"{native}/skip", f"{foreign}.conv_shortcut")] if projected else layers
 
-    def attention(native: str, foreign: str) -> list[Pair]:
+    def attention(native: str, foreign: str, normed: bool = True) -> list[Pair]:
         return [
-            *norm(f"{native}/norm", f"{foreign}.group_norm"),
+            *(norm(f"{native}/norm", f"{foreign}.group_norm") if normed else []),
             *fused(f"{native}/qkv", [f"{foreign}.to_{part}" for part in "qkv"]),
             *linear(f"{native}/out", f"{foreign}.to_out.0"),
         ]
@@ -291,11 +314,13 @@ def _unet_pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
     if spec.num_classes:
         table.append(same("embed/label/embedding", "class_embedding.weight"))
     if network["middle_attention"]:
-        table += attention("middle/first/attention", "mid_block.attentions.0")
-    for level, multiplier in enumerate(network["channel_mult"]):
+        normed = network["middle_attention_groups"] != 0
+        table += attention("middle/first/attention", "mid_block.attentions.0", normed)
+    widths = _widths(network)
+    for level, width in enumerate(widths):
         down, up = f"down_blocks.{level}", f"up_blocks.{levels - 1 - level}"
-        grows = multiplier != network["channel_mult"][max(level - 1, 0)]
-        attends = spec.shape[0] >> level in network["attention_resolutions"]
+        grows = width != widths[max(level - 1, 0)]
+        attends = min(spec.shape[:2]) >> level in network["attention_resolutions"]
         for block in range(blocks + 1):
             if block < blocks:
                 projected = grows and block == 0
@@ -326,6 +351,8 @@ def _read_dit(config: Mapping[str, Any]) -> tuple[dict[str, Any], Spec]:
     _check_foreign(config, dropout=0, attention_bias=True, activation_fn="gelu-approximate", upcast_attention=False,
                    norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=(1e-5, 1e-6))  # fmt: skip
     size = _size(config)
+    if size[0] != size[1]:
+        raise InputError("config.json.sample_size", f"must be square to be read for a transformer, got {size}")
     network = {
         "name": "dit",
         "patch_size": config["patch_size"],
@@ -342,6 +369,9 @@ def _dit_config(network: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     _check_native(network, mlp_ratio=4, positions="sincos", norm="layer", qk_norm=False, mlp="gelu", freq_shift=1)
     if not spec.num_classes:
         raise InputError("data", "must have classes for a DiT to be written for diffusers")
+    if spec.shape[0] != spec.shape[1]:
+        shape = f"{spec.shape[0]} x {spec.shape[1]}"
+        raise InputError("spec.shape", f"must be square for a DiT to be written for diffusers, got {shape}")
     return {
         "_class_name": "DiTTransformer2DModel",
         "_diffusers_version": VERSION,

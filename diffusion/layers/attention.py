@@ -3,6 +3,7 @@
 Networks choose the implementation by their option `kernel`.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -145,18 +146,23 @@ class CrossAttention(nnx.Module):
 class SpatialAttention(nnx.Module):
     """Self-attention over all positions of `x [B, H, W, C]`, added to x; the identity at initialisation.
 
-    With `config.rescale` the sum is divided by sqrt(2).
+    With `config.rescale` the sum is divided by sqrt(2). `groups` is the number of groups of the norm before attention:
+    None for that of `config`, 0 for no norm.
     """
 
-    def __init__(self, channels: int, heads: int, config: BlockConfig, *, kernel: Kernel, rngs: Keys):
+    def __init__(
+        self, channels: int, heads: int, config: BlockConfig, *, groups: int | None = None, kernel: Kernel, rngs: Keys
+    ):
         self.heads, self.config, self.kernel = heads, config, kernel
         kwargs = dict(dtype=config.dtype, rngs=rngs)
-        self.norm = config.norm(channels, rngs)
+        self.norm = (
+            None if groups == 0 else dataclasses.replace(config, groups=groups or config.groups).norm(channels, rngs)
+        )
         self.qkv = nnx.Linear(channels, 3 * channels, **kwargs)
         self.out = nnx.Linear(channels, channels, kernel_init=nnx.initializers.zeros, **kwargs)
 
     def __call__(self, x: Array) -> Array:
         B, H, W, C = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, H * W, 3, self.heads, C // self.heads)
+        qkv = self.qkv(x if self.norm is None else self.norm(x)).reshape(B, H * W, 3, self.heads, C // self.heads)
         mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], kernel=self.kernel)
         return self.config.add(x, self.out(mixed.reshape(B, H, W, C)))

@@ -43,11 +43,12 @@ class UNetConfig:
     conditions: Mapping[str, ConditionSpec] = dataclasses.field(hash=False)
     scalar_conditions: tuple[str, ...]
     width: int
-    channel_mult: tuple[int, ...]
+    channel_mult: tuple[float, ...]
     num_res_blocks: int
     attention_resolutions: tuple[int, ...]
     up_attention: Literal["every", "last"]
     middle_attention: bool
+    middle_attention_groups: int | None
     head_dim: int | None
     scale_shift: bool
     resample: Literal["conv", "residual", "projected"]
@@ -84,15 +85,24 @@ class UNetConfig:
         if not weights or len(weights) % 2 or weights != weights[::-1] or sum(weights) == 0:
             raise InputError("resample_filter", "must be a symmetric filter with an even number of weights and a "
                              f"nonzero sum, got {weights}")  # fmt: skip
-        for channels in (self.width * m for m in self.channel_mult):
+        for channels in self.channels:
             if self.groups and channels % self.groups:
                 raise InputError("groups", f"must divide the {channels} channels of a level, got {self.groups}")
+        groups = self.middle_attention_groups
+        if groups is not None and (groups < 0 or (groups and self.channels[-1] % groups)):
+            problem = f"must be 0 or divide the {self.channels[-1]} channels of the last level, got {groups}"
+            raise InputError("middle_attention_groups", problem)
 
     @property
     def block(self) -> BlockConfig:
         """The options that all blocks share."""
         return BlockConfig(4 * self.width, self.dropout, self.scale_shift, self.rescale, self.resample_filter,
                            self.groups, self.epsilon, jnp.dtype(self.dtype))  # fmt: skip
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The channels of each level."""
+        return tuple(round(self.width * multiplier) for multiplier in self.channel_mult)
 
     def attends(self, level: int) -> bool:
         """Returns whether there is self-attention at a level."""
@@ -123,11 +133,15 @@ class UNet(nnx.Module):
                 image_channels(config.conditions), width, zero=True, bias=False, dtype=block.dtype, rngs=rngs
             )
 
-        def stage(in_channels: int, out_channels: int, attends: bool, reads: bool | None = None) -> nnx.Dict:
+        def stage(
+            in_channels: int, out_channels: int, attends: bool, reads: bool | None = None, groups: int | None = None
+        ) -> nnx.Dict:
             parts = {"residual": ResidualBlock(in_channels, out_channels, block, rngs=rngs)}
             heads = out_channels // (config.head_dim or out_channels)
             if attends:
-                parts["attention"] = SpatialAttention(out_channels, heads, block, kernel=config.kernel, rngs=rngs)
+                parts["attention"] = SpatialAttention(
+                    out_channels, heads, block, groups=groups, kernel=config.kernel, rngs=rngs
+                )
             if has_text(config.conditions) and (attends if reads is None else reads):
                 parts["cross_norm"] = block.norm(out_channels, rngs)
                 parts["cross"] = CrossAttention(
@@ -147,28 +161,28 @@ class UNet(nnx.Module):
         # Channels of the tensors of the way down, of the current one, and of the input pyramid.
         skips, current, pyramid = [width], width, channels
         down, up, inputs = {}, {}, {}
-        for level, multiplier in enumerate(config.channel_mult):
+        for level, out_channels in enumerate(config.channels):
             for index in range(config.num_res_blocks):
-                down[f"{level}_{index}"] = stage(current, width * multiplier, config.attends(level))
-                current = width * multiplier
+                down[f"{level}_{index}"] = stage(current, out_channels, config.attends(level))
+                current = out_channels
                 skips.append(current)
-            if level + 1 < len(config.channel_mult):
+            if level + 1 < len(config.channels):
                 down[f"{level}_down"] = resampler(current, "halve")
                 skips.append(current)
                 if config.input_skip:
                     inputs[f"{level}_down"] = conv3x3(pyramid, current, dtype=block.dtype, rngs=rngs)
                     pyramid = current
         self.middle = nnx.Dict({
-            "first": stage(current, current, config.middle_attention, reads=True),
+            "first": stage(
+                current, current, config.middle_attention, reads=True, groups=config.middle_attention_groups
+            ),
             "second": stage(current, current, False),
         })  # fmt: skip
-        for level, multiplier in reversed(list(enumerate(config.channel_mult))):
+        for level, out_channels in reversed(list(enumerate(config.channels))):
             for index in range(config.num_res_blocks + 1):
                 attends = config.up_attention == "every" or index == config.num_res_blocks
-                up[f"{level}_{index}"] = stage(
-                    current + skips.pop(), width * multiplier, attends and config.attends(level)
-                )
-                current = width * multiplier
+                up[f"{level}_{index}"] = stage(current + skips.pop(), out_channels, attends and config.attends(level))
+                current = out_channels
             if level:
                 up[f"{level}_up"] = resampler(current, "double")
         self.down, self.up, self.inputs = nnx.Dict(down), nnx.Dict(up), nnx.Dict(inputs)
@@ -223,11 +237,12 @@ def make(
     conditions: Mapping[str, ConditionSpec] = NO_CONDITIONS,
     scalar_conditions: tuple[str, ...] = (),
     width: int = 128,
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2),
+    channel_mult: tuple[float, ...] = (1, 2, 2, 2),
     num_res_blocks: int = 2,
     attention_resolutions: tuple[int, ...] = (16,),
     up_attention: Literal["every", "last"] = "every",
     middle_attention: bool = True,
+    middle_attention_groups: int | None = None,
     head_dim: int | None = 64,
     scale_shift: bool = True,
     resample: Literal["conv", "residual", "projected"] = "conv",
@@ -258,13 +273,14 @@ def make(
       scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
         `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
       width: The channels of the first level; even.
-      channel_mult: The channels of each level as multiples of `width`.
+      channel_mult: The channels of each level as multiples of `width`, rounded to whole numbers of channels.
       num_res_blocks: The number of residual blocks per level on the way down; one more on the way up.
       attention_resolutions: The resolutions, of the shorter side, at which residual blocks are followed by
         self-attention.
       up_attention: Whether attention on the way up follows `every` block of such a level or only the `last`. On the
         way down it follows every block.
       middle_attention: Whether there is attention between the two blocks of the middle.
+      middle_attention_groups: The number of groups of the norm before that attention: None for `groups`, 0 for no norm.
       head_dim: The channels of an attention head; must divide the channels wherever there is attention. None: one head.
       scale_shift: Whether the embedding scales and shifts a block's second norm. Otherwise it is added before the norm.
       resample: How levels are halved and doubled. `conv`: by a strided convolution, and by nearest-neighbour

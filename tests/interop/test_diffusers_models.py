@@ -29,15 +29,21 @@ UNETS = {
     "no attention": {"attention_resolutions": (), "middle_attention": False, "scale_shift": False},
     "three levels": {"channel_mult": (1, 1, 2), "attention_resolutions": (8, 2), "resample": "residual",
                      "scale_shift": False},
+    "widths that are no multiples": {"channel_mult": (1, 1.25, 1.75), "attention_resolutions": (2,), "head_dim": 4},
+    "no norm in the middle": {"middle_attention_groups": 0, "outputs": 2},
+    "other groups in the middle": {"middle_attention_groups": 8, "scale_shift": False},
+    "not square": {"attention_resolutions": (2,)},
     "mixed": {"attention_resolutions": (), "resample": "residual", "asymmetric_padding": False},
 }  # fmt: skip
 DITS = {"S/2": {}, "B/4": {"patch_size": 4, "outputs": 2}, "learned": {"outputs": 2, "depth": 2}}
-CASES = [(UNET | options, "class" in name, name) for name, options in UNETS.items()]
-CASES += [(DIT | options, True, name) for name, options in DITS.items()]
+CASES = {name: (UNET | options, "class" in name, (4, 8, 3) if name == "not square" else (8, 8, 3))
+         for name, options in UNETS.items()}  # fmt: skip
+CASES |= {name: (DIT | options, True, (8, 8, 4)) for name, options in DITS.items()}
 
 
-def random_model(network, classes):
-    x = ArraySpec((8, 8, 4), "latent") if network["name"] == "dit" else ArraySpec((8, 8, 3))
+def random_model(network, classes, shape=None):
+    shape = shape or ((8, 8, 4) if network["name"] == "dit" else (8, 8, 3))
+    x = ArraySpec(shape, "latent" if network["name"] == "dit" else "image")
     spec = Spec(x, class_labels(5 if classes else 0))
     built = build("networks", network, shape=spec.shape, num_classes=spec.num_classes)
     rng = np.random.default_rng(0)
@@ -47,14 +53,14 @@ def random_model(network, classes):
 
 def every(default):
     """Parametrizes a test with all networks, of which those not named in `default` are slow."""
-    names = {case[2]: case[:2] for case in CASES}
-    marked = slow_except([names[name] for name in default], names.values())
-    return pytest.mark.parametrize(("network", "classes"), marked, ids=[name.replace(" ", "_") for name in names])
+    marked = slow_except([CASES[name] for name in default], CASES.values())
+    ids = [name.replace(" ", "_") for name in CASES]
+    return pytest.mark.parametrize(("network", "classes", "shape"), marked, ids=ids)
 
 
-@every(default=("adm", "null class", "S/2"))
-def test_written_and_read_back(network, classes, tmp_path):
-    _, model = random_model(network, classes)
+@every(default=("adm", "null class", "widths that are no multiples", "S/2"))
+def test_written_and_read_back(network, classes, shape, tmp_path):
+    _, model = random_model(network, classes, shape)
     models.write(str(tmp_path), model)
     read = models.read(str(tmp_path), null_class=classes and network.get("null_class", True))
     assert read.spec == model.spec
@@ -120,8 +126,15 @@ def test_a_model_that_is_not_supported_is_refused(tmp_path, config, field):
         ({"freq_shift": 2}, "freq_shift"),
         ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, "down_block_types"),
         ({"up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D"]}, "up_block_types"),
-        ({"block_out_channels": [16, 24]}, "block_out_channels"),
-        ({"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": None}, "attn_norm_num_groups"),
+        ({"block_out_channels": [16, 30]}, "norm_num_groups"),
+        ({"attention_head_dim": 7}, "attention_head_dim"),
+        ({"attn_norm_num_groups": 5}, "attn_norm_num_groups"),
+        ({"sample_size": None}, "sample_size"),
+        ({"sample_size": [8, 7]}, "sample_size"),
+        ({"mid_block_type": None}, "mid_block_type"),
+        ({"mid_block_scale_factor": 2}, "mid_block_scale_factor"),
+        ({"time_embedding_dim": 32}, "time_embedding_dim"),
+        ({"center_input_sample": True}, "center_input_sample"),
     ],
 )
 def test_a_unet_that_is_not_supported_is_refused(tmp_path, config, field):
@@ -139,6 +152,8 @@ def test_a_unet_that_is_not_supported_is_refused(tmp_path, config, field):
         (UNET | {"rescale": True}, "rescale"),
         (UNET | {"resample": "projected"}, "resample"),
         (UNET | {"groups": None, "channel_mult": (1, 4)}, "groups"),
+        (UNET | {"channel_mult": (2, 4)}, "channel_mult"),
+        (UNET | {"middle_attention_groups": 0, "scale_shift": False}, "middle_attention_groups"),
         (DIT | {"positions": "rope"}, "positions"),
         (DIT | {"freq_shift": 0}, "freq_shift"),
         ({"name": "mlp"}, "name"),
@@ -184,6 +199,26 @@ def test_shards_and_half_precision(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), read, model.params)
 
 
+# A small model with weights in closed form, whose output diffusers computed.
+
+RECORDED = UNET | {"channel_mult": (1, 1.25), "middle_attention_groups": 0, "attention_resolutions": (), "head_dim": 4,
+                   "outputs": 2}  # fmt: skip
+RECORDED_OUTPUT = (-0.566943, -0.350592, -0.093511, -0.197483)  # of diffusers 0.42.1 at [0, 1, ::2, 1]
+
+
+def recorded_model():
+    built, model = random_model(RECORDED, False, (4, 8, 1))
+    rng = np.random.RandomState(0)  # its stream never changes
+    params = jax.tree.map(lambda a: (rng.uniform(-1, 1, a.shape) / 3).astype(np.float32), model.params)
+    return built, Model(model.network, model.spec, params), np.cos(np.arange(32, dtype=np.float32)).reshape(1, 4, 8, 1)
+
+
+def test_the_output_is_the_one_recorded():
+    built, model, x = recorded_model()
+    out = jax.jit(built.apply)(model.params, x, np.float32([321]), {})
+    np.testing.assert_allclose(out[0, 1, ::2, 1], RECORDED_OUTPUT, atol=1e-4)
+
+
 # Comparison with diffusers.
 
 peer = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
@@ -198,12 +233,23 @@ def load_foreign(folder):
 
 @pytest.mark.peers
 @peer
+def test_the_recorded_output_is_that_of_diffusers(tmp_path):
+    import torch
+
+    _, model, x = recorded_model()
+    models.write(str(tmp_path), model)
+    out = load_foreign(tmp_path).eval()(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor([321])).sample
+    np.testing.assert_allclose(out.detach().numpy()[0, 1, 1, ::2], RECORDED_OUTPUT, atol=1e-5)
+
+
+@pytest.mark.peers
+@peer
 @every(default=())
-def test_outputs_and_gradients_agree(network, classes, tmp_path):
+def test_outputs_and_gradients_agree(network, classes, shape, tmp_path):
     """diffusers loads a model that was written, gives the same output and gradients, and saves the same weights."""
     import torch
 
-    built, model = random_model(network, classes)
+    built, model = random_model(network, classes, shape)
     models.write(str(tmp_path), model)
     other = load_foreign(tmp_path).eval()
     rng = np.random.default_rng(1)

@@ -161,6 +161,8 @@ def test_without_a_null_class_nothing_is_added():
         ({"resample_filter": (1, 2, 1)}, "resample_filter"),
         ({"resample_filter": (1, 2)}, "resample_filter"),
         ({"groups": 3}, "groups"),
+        ({"middle_attention_groups": 3}, "middle_attention_groups"),
+        ({"channel_mult": (1, 0.01)}, "channel_mult"),
         ({"epsilon": 0.0}, "epsilon"),
         ({"freq_shift": 2}, "freq_shift"),
         ({"up_attention": "first"}, "up_attention"),
