@@ -7,7 +7,8 @@ from typing import Any
 
 from diffusion.core.types import InputError
 from diffusion.interop import diffusers_models, model_folder
-from diffusion.interop.diffusers_models import VERSION, Model
+from diffusion.interop.config_json import VERSION
+from diffusion.interop.diffusers_models import Model
 
 COMPONENTS = {
     "unet": ("unet", "UNet2DModel", "DDPMPipeline"),

@@ -83,20 +83,13 @@ def fused(native: str, foreign: Sequence[str]) -> list[Pair]:
 
 
 def copies(pairs: Sequence[Pair], prefixes: Sequence[str]) -> list[Pair]:
-    """Pairs native arrays with foreign tensors that exist once per prefix. `join` raises InputError if they differ."""
+    """Pairs native arrays with foreign tensors of which there is an equal copy per prefix."""
 
     def copied(pair: Pair) -> Pair:
         (name,) = pair.foreign
         names = tuple(prefix + name for prefix in prefixes)
-
-        def join(tensors: Sequence[np.ndarray]) -> np.ndarray:
-            for other, tensor in zip(names, tensors, strict=True):
-                if not np.array_equal(tensor, tensors[0]):
-                    raise InputError(f"tensors.{other}", f"must equal {names[0]}: this library shares one tensor among "
-                                     "all blocks; the model cannot be converted")  # fmt: skip
-            return pair.join(tensors[:1])
-
-        return Pair(pair.native, names, join, lambda array: [*pair.split(array)] * len(names))
+        return Pair(pair.native, names, lambda tensors: pair.join(tensors[:1]),
+                    lambda array: [*pair.split(array)] * len(names))  # fmt: skip
 
     return [copied(pair) for pair in pairs]
 

@@ -51,18 +51,19 @@ class Stack(nnx.Module):
         draw = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(construct(Keys(key)))))
         self.blocks = _as_params(draw(jax.random.split(rngs.params(), depth)))
 
-    def __call__(self, x: Array, *args: Any, per_block: tuple[Array, ...] = (), collect: bool = False) -> Any:
+    def __call__(self, x: Array, *args: Any, per_block: tuple[Any, ...] = (), collect: bool = False) -> Any:
         """Applies the blocks and returns x after the last one.
 
         Args:
           x: The input of the first block.
           args: Further inputs, the same for every block.
-          per_block: Further inputs that differ between the blocks; arrays with a leading axis of length `depth`.
+          per_block: Further inputs that differ between the blocks; pytrees of arrays with a leading axis of length
+            `depth`.
           collect: Whether to return `(x, every_x)` instead, where `every_x` stacks x after each block along a leading
             axis of length `depth`.
         """
 
-        def block(x: Array, inputs: tuple[dict[str, Any], tuple[Array, ...]]) -> tuple[Array, Array | None]:
+        def block(x: Array, inputs: tuple[dict[str, Any], tuple[Any, ...]]) -> tuple[Array, Array | None]:
             params, per_block = inputs
             x = constrain(nnx.merge(self.graphdef, nnx.State(params))(constrain(x), *per_block, *args))
             return x, x if collect else None
@@ -71,6 +72,14 @@ class Stack(nnx.Module):
         stacked = nnx.to_pure_dict(nnx.state(self.blocks))
         x, every = jax.lax.scan(block, x, (stacked, per_block), unroll=self.unroll)
         return (x, every) if collect else x
+
+    def each(self, *args: Any) -> Any:
+        """Returns what each block returns for the same inputs, stacked along a leading axis of length `depth`."""
+
+        def block(params: dict[str, Any]) -> Any:
+            return nnx.merge(self.graphdef, nnx.State(params))(*args)
+
+        return jax.vmap(block)(nnx.to_pure_dict(nnx.state(self.blocks)))
 
 
 def _as_params(tree: dict[str, Any]) -> nnx.Dict:

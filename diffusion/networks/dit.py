@@ -38,6 +38,7 @@ class DiTConfig:
     norm: Literal["layer", "rms"]
     qk_norm: bool
     mlp: Literal["gelu", "swiglu"]
+    block_embedders: bool
     freq_shift: Literal[0, 1]
     kernel: Kernel
     remat: Remat
@@ -123,10 +124,15 @@ class DiT(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: Keys):
         self.config = config
         width, dtype, patch_area = config.width, jnp.dtype(config.dtype), config.patch_size**2
-        self.embed = Conditioner(
-            FREQUENCIES, width, config.num_classes, conditions=config.conditions,
-            scalar_conditions=config.scalar_conditions, freq_shift=config.freq_shift, dtype=dtype, rngs=rngs,
-        )  # fmt: skip
+
+        def conditioner(rngs: Keys) -> Conditioner:
+            return Conditioner(
+                FREQUENCIES, width, config.num_classes, conditions=config.conditions,
+                scalar_conditions=config.scalar_conditions, freq_shift=config.freq_shift, dtype=dtype, rngs=rngs,
+            )  # fmt: skip
+
+        separate = config.block_embedders
+        self.embed = Stack(conditioner, config.depth, "none", rngs=rngs) if separate else conditioner(rngs)
         xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros
         self.patches_in = nnx.Linear(patch_area * config.shape[2], width, kernel_init=xavier, dtype=dtype, rngs=rngs)
         if image_channels(config.conditions):
@@ -145,7 +151,7 @@ class DiT(nnx.Module):
         (B, H, W, _), p = x.shape, self.config.patch_size
         rows, columns = H // p, W // p
         dtype, norm = jnp.dtype(self.config.dtype), self.config.norm
-        embedded = self.embed(c_noise, cond)
+        embedded = self.embed.each(c_noise, cond) if self.config.block_embedders else self.embed(c_noise, cond)
         x_BxNxD = self.patches_in(patches(x, p).astype(dtype))
         if image_channels(self.config.conditions):
             x_BxNxD += self.patches_images(patches(images_of(self.config.conditions, cond), p).astype(dtype))
@@ -154,7 +160,11 @@ class DiT(nnx.Module):
             angles_NxF = rotary_angles(rows, columns, self.config.head_dim)
         else:
             x_BxNxD += sincos_2d(rows, columns, self.config.width).astype(dtype)
-        x_BxNxD = self.blocks(x_BxNxD, embedded, angles_NxF)
+        if self.config.block_embedders:
+            x_BxNxD = self.blocks(x_BxNxD, angles_NxF, per_block=(embedded,))
+            embedded = jax.tree.map(lambda leaf: leaf[0], embedded)
+        else:
+            x_BxNxD = self.blocks(x_BxNxD, embedded, angles_NxF)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(embedded.vector))[:, None, :], 2, axis=-1)
         x_BxNxD = layer_norm(x_BxNxD, norm) * (1 + scale) + shift
         x = self.patches_out(x_BxNxD.astype(jnp.float32))
@@ -175,6 +185,7 @@ def make(
     norm: Literal["layer", "rms"] = "layer",
     qk_norm: bool = False,
     mlp: Literal["gelu", "swiglu"] = "gelu",
+    block_embedders: bool = False,
     freq_shift: Literal[0, 1] = 0,
     kernel: Kernel = "auto",
     remat: Remat = "dots_with_no_batch_dims_saveable",
@@ -206,6 +217,8 @@ def make(
       qk_norm: Whether to normalise queries and keys (Dehghani et al. 2023, arXiv 2302.05442), which keeps training in
         bfloat16 stable.
       mlp: `gelu`, or the gated `swiglu` (Shazeer 2020, arXiv 2002.05202).
+      block_embedders: Whether every block has its own embedding of the noise label and the conditions, as in diffusers'
+        DiT; the last layer uses that of the first block. Otherwise all share one, as in the paper.
       freq_shift: 0 for the noise label's frequencies of the paper's code, 1 for those of diffusers' DiT; see
         `layers.embeddings.sinusoidal`. Weights trained with or to be converted for diffusers require 1.
       kernel: The implementation of attention; see `layers.attention.attend`.

@@ -73,6 +73,18 @@ def test_every_input_matters(options):
         assert abs(out - other).max() > 1e-3
 
 
+def test_an_embedder_per_block():
+    """With equal embedders the output is that of a shared one, and every block reads its own."""
+    apply, _, params = tiny()
+    separate = tiny(block_embedders=True)[0]
+    copied = {**params, "embed": {"blocks": jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), params["embed"])}}
+    out = separate(copied, X, C_NOISE, COND)
+    np.testing.assert_allclose(out, apply(params, X, C_NOISE, COND), atol=1e-4 * abs(out).max())
+    for index in range(3):
+        changed = jax.tree.map(lambda leaf, index=index: leaf.at[index].add(0.3), copied["embed"])
+        assert abs(separate({**copied, "embed": changed}, X, C_NOISE, COND) - out).max() > 1e-3
+
+
 def test_examples_do_not_mix():
     apply, _, params = tiny()
     out = apply(params, X, C_NOISE, COND)
