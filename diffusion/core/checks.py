@@ -1,6 +1,9 @@
 """Checks of options that users set. Each raises an InputError that names the option."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from diffusion.core.types import ConditionSpec, InputError
 
@@ -34,6 +37,20 @@ def condition_kinds(
             height, width = condition.shape[:2]
             problem = f"{network} requires {name!r} to have the height and width of x, {shape[:2]}"
             raise InputError("name", f"{problem}, got {height} x {width}")
+
+
+def labels(values: Any, num_classes: int, field: str) -> None:
+    """Checks that labels, a sequence or an array, are one or more integers from 0 to num_classes - 1."""
+    values = np.asarray(values)
+    if values.dtype.kind not in "iu" or values.ndim != 1 or not values.size:
+        raise InputError(field, f"must be one or more integers, got {_shown(values)}")
+    wrong = values[(values < 0) | (values >= num_classes)]
+    if wrong.size:
+        raise InputError(field, f"must be from 0 to {num_classes - 1}, got {wrong[0]}")
+
+
+def _shown(values: np.ndarray) -> str:
+    return np.array2string(values, threshold=5, edgeitems=2, separator=", ").replace("\n", "")[:60]
 
 
 def positive(**numbers: float | None) -> None:

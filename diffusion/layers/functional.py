@@ -12,6 +12,7 @@ from beartype.door import is_bearable
 from flax import nnx
 from jaxtyping import Bool, Float, Integer, Real, Shaped, jaxtyped
 
+from diffusion.core import checks
 from diffusion.core.types import SCALAR_CONDITIONS, Array, Cond, ConditionSpec, InputError, Network, Params, Text
 from diffusion.layers.keys import Keys
 
@@ -44,7 +45,7 @@ def functional(
 
     Returns:
       A network whose `apply` raises InputError for a missing condition or an input of the wrong dtype or shape, naming
-      the axis.
+      the axis, and for a label that is not a class, unless it is traced. To drop a label, use `keep`.
 
     Raises:
       InputError: for an unknown name in `scalar_conditions`.
@@ -77,12 +78,19 @@ def functional(
             for part, array, kind_and_axes in _parts(name, value, conditions, " ".join(axes[:-1])):
                 arrays[part], expected[part] = array, kind_and_axes
         check(arrays, expected)
+        if "label" in conditions and _is_known(cond["label"]):
+            checks.labels(cond["label"], conditions["label"].num_classes, "network.label")
         if multiple and (x.shape[-3] % multiple or x.shape[-2] % multiple):
             size = f"{x.shape[-3]} x {x.shape[-2]}"
             raise InputError("network.x", f"height and width must be multiples of {multiple}, got {size}")
         return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key)
 
     return Network(init, apply, outputs, project, scalar_conditions)
+
+
+def _is_known(array: AnyArray) -> bool:
+    """Returns whether the values of an array are known in this process while the network is called."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
 def _parts(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.core import checks
 from diffusion.core.arrays import scaled
 from diffusion.core.types import Autoencoder, Cond, InputError, Label, Schedule, Source, Spec
 from diffusion.data.pipeline import is_encoded
@@ -74,8 +75,8 @@ def moments_of(schedule: Schedule, source: Callable[[], Source], autoencoder: Au
     return jnp.mean(x, axis=0), jnp.var(x, axis=0)
 
 
-def numbers_of(labels: Sequence[Label] | str | None, class_names: Sequence[str]) -> Sequence[int] | None:
-    """Returns classes as numbers; those that are given as texts are names.
+def numbers_of(labels: Sequence[Label] | Label | None, class_names: Sequence[str]) -> Sequence[int] | None:
+    """Returns one or more classes as numbers; those that are given as texts are names.
 
     Raises:
       InputError: There is no class of a name.
@@ -96,17 +97,17 @@ def numbers_of(labels: Sequence[Label] | str | None, class_names: Sequence[str])
             raise InputError("labels", f"there is no class {label!r}; {known}")
         return numbers[name]
 
-    return [number_of(label) for label in ([labels] if isinstance(labels, str) else labels)]
+    return [number_of(label) for label in ([labels] if np.ndim(labels) == 0 else labels)]
 
 
 def labels_for(num_classes: int, num: int, labels: Sequence[int] | None) -> np.ndarray | None:
     """Returns the label of each of `num` samples, int32 `[num]`; None where the data has no classes.
 
     Args:
-      labels: Classes, repeated in turn; all classes if None.
+      labels: At most `num` classes, repeated in turn; all classes if None.
 
     Raises:
-      InputError: The data has no classes, or no such class.
+      InputError: The data has no classes, or no such class, or there are too many labels.
     """
     if not num_classes:
         if labels is not None and len(labels):
@@ -114,8 +115,9 @@ def labels_for(num_classes: int, num: int, labels: Sequence[int] | None) -> np.n
         return None
     if labels is None:
         return np.arange(num, dtype=np.int32) % num_classes
-    if not len(labels) or any(not 0 <= label < num_classes for label in labels):
-        raise InputError("labels", f"must be numbers from 0 to {num_classes - 1}, got {list(labels)}")
+    checks.labels(labels, num_classes, "labels")
+    if len(labels) > num:
+        raise InputError("labels", f"must be at most one per sample, got {len(labels)} for {num} samples")
     return np.resize(np.asarray(labels, np.int32), num)
 
 

@@ -43,6 +43,16 @@ def test_a_wrong_input_is_named(change, field, axis, tiny_unet):
     assert axis in str(caught.value) and (axis or "axis " not in str(caught.value))
 
 
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_that_is_no_class_is_refused(label, tiny_mlp, mlp_params):
+    """The null class, whose row follows the others, is chosen by `keep` alone."""
+    x, c_noise, apply = np.zeros((2, 8, 8, 1), np.float32), np.zeros(2, np.float32), tiny_mlp.apply
+    with refused("network.label"):
+        apply(mlp_params["net"], x, c_noise, {"label": jnp.array([3, label])})
+    dropped = {"label": np.array([3, 9]), "keep": np.zeros(2, bool)}
+    assert np.isfinite(apply(mlp_params["net"], x, c_noise, dropped)).all()
+
+
 CONDITIONS = {
     "text": ConditionSpec("text", (4, 2), pooled=5),
     "words": ConditionSpec("text", (4,), vocabulary=9),

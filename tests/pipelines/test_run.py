@@ -1,5 +1,6 @@
 """Sampling from a run: from given examples, with a function between steps, and with sharded parameters."""
 
+import functools
 import os
 
 import jax
@@ -111,6 +112,25 @@ def test_start_and_strength(run):
 def test_bad_starts_are_refused(run, options, field):
     with refused(field):
         run.sample(**{"start": np.zeros((2, 8, 8, 1), np.float32), **options})
+
+
+@pytest.mark.parametrize("labels", [[-1], 10, [1.0], [True], [], [[1, 2]], [1, 2, 3], [10**30]])
+def test_bad_labels_are_refused(run, labels):
+    for draw in (run.sample, functools.partial(df.sample, run)):
+        with refused("labels"):
+            draw(num=2, labels=labels)
+
+
+def test_labels_of_samples(run):
+    assert run.conditions(3, 4)["label"].tolist() == [4, 4, 4]
+    assert run.conditions(3, np.array([4, 9]))["label"].tolist() == [4, 9, 4]
+
+
+@pytest.mark.parametrize("label", [None, [-1, 0], [0, 10], [0.0, 1.0], [0]])
+def test_bad_labels_of_a_denoiser_are_refused(run, label):
+    cond = {} if label is None else {"label": jnp.array(label)}
+    with refused("network.label"):
+        run.denoiser(**cond)(jnp.zeros((2, 8, 8, 1)), jnp.float32(0.5))
 
 
 def test_after_step_on_times_that_rise(run):
