@@ -29,6 +29,7 @@ from diffusion.core import files
 from diffusion.core.trees import path_name
 from diffusion.core.types import Array, InputError
 from diffusion.distributed import multihost
+from diffusion.training.resilience.guards import continued
 from diffusion.training.state import TrainState
 
 FORMAT = 2
@@ -176,7 +177,7 @@ class Checkpoints:
           Corrupt, InputError: As `restore`.
         """
         about = self._about(step)
-        self._compare(step, about, _split(abstract), partial=False)
+        self._compare(step, about, _stored(about, abstract), partial=False)
         return about["position"]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -186,13 +187,14 @@ class Checkpoints:
           Corrupt: The checkpoint is not what was saved.
           InputError: The checkpoint holds other arrays.
         """
-        about, trees = self._about(step), _split(abstract)
-        read = self._read(step, about, trees)
+        about = self._about(step)
+        read = self._read(step, about, _stored(about, abstract))
         optimizer = read["optimizer"]
         objective_state = optimizer.get("objective_state", abstract.objective_state)
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract.guard)
         state = TrainState(
             step=optimizer["step"], params=read["params"], ema=read["ema"], opt_state=optimizer["opt_state"],
-            objective_state=objective_state, guard=optimizer["guard"],
+            objective_state=objective_state, guard=jax.device_put(continued(optimizer["guard"]), places),
         )  # fmt: skip
         return state, about["position"]
 
@@ -341,6 +343,14 @@ def _split(state: TrainState) -> dict[str, Any]:
     if state.objective_state:
         optimizer["objective_state"] = state.objective_state
     return {"params": state.params, "ema": state.ema, "optimizer": optimizer}
+
+
+def _stored(about: Mapping, abstract: TrainState) -> dict[str, Any]:
+    """Returns the items of a checkpoint, without the counter that checkpoints of older versions do not have."""
+    trees = _split(abstract)
+    if "optimizer/guard/deviation" not in about["arrays"]:
+        trees["optimizer"]["guard"] = {name: leaf for name, leaf in abstract.guard.items() if name != "deviation"}
+    return trees
 
 
 def _restore_args(tree: Any) -> ocp.args.PyTreeRestore:

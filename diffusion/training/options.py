@@ -30,8 +30,8 @@ class Options:
       workers: Processes that read the data; 0 reads in threads, which is best for data that need little work.
       patience: Number of consecutive bad steps that ends the run. A step is bad, and changes nothing, if its loss or
         gradient is not finite.
-      spike: A step is bad too if its loss exceeds the running mean by more than spike - 1 times the mean's absolute
-        value; None disables this limit.
+      spike: A step is bad too if its loss exceeds the running mean by more than this many times the running mean of
+        its absolute deviation, of whatever sign the loss is; None disables this limit.
       rollbacks: How many times the run returns to its newest checkpoint, and continues with data that it has not seen,
         before bad steps end it.
       hang_timeout: Minutes without a completed step after which the jobs end a run, with the stacks of all threads; 0

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved and restored, and what is reported when files are corrupt."""
 
+import dataclasses
 import logging
 import shutil
 
@@ -47,6 +48,19 @@ def test_round_trip(saved):
     assert jax.tree.structure(restored) == jax.tree.structure(state())
     jax.tree.map(np.testing.assert_array_equal, restored, state())
     assert position == {"examples": 5, "window": {"loss": [2.5, 3]}} and checkpoints.meta(3) == META
+
+
+def test_counters_of_an_older_version(tmp_path):
+    """Without a deviation, the running means start again, and the counts of bad steps stay."""
+    stored = {"bad": jnp.int32(4), "in_row": jnp.int32(1), "good": jnp.int32(900), "loss": jnp.float32(0.5)}
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(3, dataclasses.replace(state(), guard=stored), {}, META)
+    checkpoints.close()
+    reader = Checkpoints(str(tmp_path), read_only=True)
+    assert reader.check_fits(3, abstract(state())) == {}
+    restored, _ = reader.restore(3, abstract(state()))
+    assert jax.tree.structure(restored) == jax.tree.structure(state())
+    assert jax.device_get(restored.guard) == {"bad": 4, "in_row": 1, "good": 0, "loss": 0, "deviation": 0}
 
 
 @pytest.mark.parametrize(("ema", "value"), [(None, 1.0), ("0.5", 1.5), ("0.9", 1.9)])

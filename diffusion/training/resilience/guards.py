@@ -12,7 +12,7 @@ from diffusion.core import files
 from diffusion.core.types import Array, InputError
 
 DUMP = "diverged.json"
-LOSS_DECAY = 0.99  # of the running mean of the loss
+LOSS_DECAY = 0.99  # of the running means of the loss and of its deviation
 WARMUP = 100  # good steps before losses are compared with the running mean
 
 
@@ -23,10 +23,16 @@ class Diverged(Exception):
 def counters() -> dict[str, Array]:
     """Returns the counters before the first step.
 
-    They are the numbers of `bad` steps in total and `in_row`, the number of `good` steps, and the running mean of the
-    `loss` of the good steps.
+    They are the numbers of `bad` steps in total and `in_row`, the number of `good` steps, and the running means of
+    the `loss` of the good steps and of its `deviation`, the absolute difference from that mean.
     """
-    return {"bad": jnp.int32(0), "in_row": jnp.int32(0), "good": jnp.int32(0), "loss": jnp.float32(0)}
+    counts = {name: jnp.int32(0) for name in ("bad", "in_row", "good")}
+    return {**counts, "loss": jnp.float32(0), "deviation": jnp.float32(0)}
+
+
+def continued(stored: dict[str, Array]) -> dict[str, Array]:
+    """Returns the counters of a checkpoint; where they have no `deviation` yet, the running means start again."""
+    return stored if "deviation" in stored else {**counters(), "bad": stored["bad"], "in_row": stored["in_row"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Guard:
     """Checks steps on the device, so that the host need not wait for them.
 
     Attributes:
-      spike: A step is bad if its loss exceeds the running mean by more than spike - 1 times the mean's absolute value;
-        None for no such limit.
+      spike: A step is bad if its loss exceeds the running mean by more than `spike` times the mean absolute deviation;
+        None for no such limit. Both means have the decay `LOSS_DECAY`.
     """
 
     spike: float | None = None
@@ -53,15 +59,20 @@ class Guard:
           grad_norm: The global norm of the gradient.
         """
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        total = LOSS_DECAY * before["loss"] + (1 - LOSS_DECAY) * loss
+        mean = total / (1 - LOSS_DECAY ** (before["good"] + 1).astype(jnp.float32))
+        deviation = LOSS_DECAY * before["deviation"] + (1 - LOSS_DECAY) * jnp.abs(loss - mean)
         if self.spike is not None:
-            mean = before["loss"] / (1 - LOSS_DECAY ** before["good"].astype(jnp.float32))
-            ok &= (before["good"] < WARMUP) | (loss - mean <= (self.spike - 1) * jnp.abs(mean))
+            # Both sides times the deviation's correction for its start at 0, which is 0 before the first step.
+            correction = 1 - LOSS_DECAY ** before["good"].astype(jnp.float32)
+            ok &= (before["good"] < WARMUP) | ((loss - mean) * correction <= self.spike * before["deviation"])
         bad = 1 - ok.astype(jnp.int32)
         return ok, {
             "bad": before["bad"] + bad,
             "in_row": (before["in_row"] + 1) * bad,
             "good": before["good"] + 1 - bad,
-            "loss": jnp.where(ok, LOSS_DECAY * before["loss"] + (1 - LOSS_DECAY) * loss, before["loss"]),
+            "loss": jnp.where(ok, total, before["loss"]),
+            "deviation": jnp.where(ok, deviation, before["deviation"]),
         }
 
 

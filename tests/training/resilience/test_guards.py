@@ -107,6 +107,9 @@ def test_the_running_mean_of_the_losses():
         _, counters = Guard(5.0).check_step(counters, jnp.float32(loss), jnp.float32(1))
     weights = guards.LOSS_DECAY ** np.arange(2, -1, -1)
     np.testing.assert_allclose(counters["loss"], (1 - guards.LOSS_DECAY) * weights @ [2, 4, 9], rtol=1e-5)
+    means = [weights[2 - n :] @ [2, 4, 9][: n + 1] / weights[2 - n :].sum() for n in range(3)]
+    deviations = np.abs(np.array([2, 4, 9]) - means)
+    np.testing.assert_allclose(counters["deviation"], (1 - guards.LOSS_DECAY) * weights @ deviations, rtol=1e-4)
 
 
 def test_the_logged_learning_rate_is_that_of_the_update():
@@ -197,10 +200,15 @@ def test_a_rollback_restores_the_checkpoint_and_continues_with_other_data(run, t
     assert steps == sorted(set(steps))
 
 
-def test_quiet_negative_losses_are_no_spikes():
+@pytest.mark.parametrize("mean", [-2.0, 0.0, 1e-3, 500.0])
+def test_a_spike_is_relative_to_the_spread_of_the_losses(mean):
+    """Noise of std 0.1 around any mean is no spike; its mean absolute deviation is 0.08, and 10 times this a spike."""
     rng, counters = np.random.default_rng(0), guards.counters()
     check = jax.jit(Guard(10.0).check_step)
-    for loss in -2 + 0.1 * rng.normal(size=200):
+    for loss in mean + 0.1 * rng.normal(size=400):
         ok, counters = check(counters, jnp.float32(loss), jnp.float32(1))
         assert ok
-    assert not check(counters, jnp.float32(30), jnp.float32(1))[0]
+    deviation = counters["deviation"] / (1 - guards.LOSS_DECAY**400)
+    np.testing.assert_allclose(deviation, 0.1 * np.sqrt(2 / np.pi), rtol=0.15)
+    for above, good in ((0.6, True), (1.1, False)):
+        assert check(counters, jnp.float32(mean + above), jnp.float32(1))[0] == good
