@@ -5,7 +5,10 @@ import contextlib
 import inspect
 import multiprocessing
 import os
+import pickletools
 import threading
+import traceback
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
@@ -156,6 +159,22 @@ def location_keywords(section: Mapping[str, Any]) -> tuple[str, ...]:
     return getattr(module, "LOCATION_KEYWORDS", ())
 
 
+def end_if_imported() -> None:
+    """Ends this process if it is a data worker that runs the program's main module because nothing guards it.
+
+    Call it before work that a worker must not do, such as locking a workdir. An exception could be caught by the
+    program, and the process that waits for this one would wait forever.
+    """
+    frames = [frame.f_locals for frame, _ in traceback.walk_stack(inspect.currentframe())]
+    if any(names.get("__name__") == "__mp_main__" for names in frames):  # multiprocessing's name of the main module
+        for names in frames:
+            if "from_parent" in names:  # in multiprocessing.spawn; the parent waits until its message is read
+                pipe = names["from_parent"]
+                message = types.SimpleNamespace(read=pipe.read, readline=pipe.readline)  # a pipe cannot `tell`
+                collections.deque(pickletools.genops(message), maxlen=0)
+        os._exit(UNGUARDED)
+
+
 @contextlib.contextmanager
 def _original_errors() -> Iterator[None]:
     """Raises the errors of a source without the text that grain adds to their messages."""
@@ -165,7 +184,7 @@ def _original_errors() -> Iterator[None]:
         raise InputError(error.field, error.problem) from error
     except RuntimeError as error:
         if f"exit code {UNGUARDED}." in str(error):
-            problem = "the data workers import this program, which must train under `if __name__ == '__main__':` only"
+            problem = 'the data workers import this program, which must train below `if __name__ == "__main__":` only'
             raise InputError("train.workers", f"{problem}; add that line, or set workers to 0") from error
         raise
 
@@ -174,23 +193,11 @@ def _read_ahead(dataset: grain.MapDataset, workers: int, prefetch: int) -> grain
     threads = 1 if workers else THREADS
     read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
     if workers:
-        _end_if_imported()
+        end_if_imported()
         _make_grain_flags_readable()
         _start_tracker()
         read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
     return iter(read)
-
-
-def _end_if_imported() -> None:
-    """Ends this process if it is a worker that runs the program's main module because nothing guards it.
-
-    An exception could be caught by the program, and the process that waits for this one would wait forever.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "__mp_main__":  # the name that multiprocessing gives the main module
-            os._exit(UNGUARDED)
-        frame = frame.f_back
 
 
 def _make_grain_flags_readable() -> None:

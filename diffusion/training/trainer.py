@@ -154,6 +154,8 @@ class Trainer:
           Diverged: Too many consecutive steps were bad; the last checkpoint is kept.
           Preempted: `should_stop` returned True; the state is saved.
         """
+        if self.options.workers:
+            pipeline.end_if_imported()
         self._make_program(self.options.steps if steps is None else steps)
         check_keep_best(self.checkpoint, self.hooks, self.program, self.source, self.options.batch_size)
         # Before the newest checkpoint is read, which another training might be writing.
