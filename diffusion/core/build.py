@@ -1,9 +1,10 @@
 """Builds a part from its name and keywords: `build("samplers", {"name": "ddim", "eta": 0.5})`.
 
 There is no registry. A family is either a package whose modules each define `make` (`diffusion.sampling.samplers`), or
-a single module whose parts are the functions listed in its `__all__`, or all its public functions if it defines none
-(`diffusion.sampling.grids`). Adding a file or a function adds a part. Wherever a name is accepted, so are
-`"package.module:attribute"` and a callable, so that a part may be defined outside this package.
+a module or package whose parts are the functions listed in its `__all__` (`diffusion.sampling.guidance`), or a module
+without `__all__` whose parts are its public functions (`diffusion.sampling.grids`). Adding a file or a function adds a
+part. Wherever a name is accepted, so are `"package.module:attribute"` and a callable, so that a part may be defined
+outside this package.
 """
 
 import difflib
@@ -111,7 +112,7 @@ def find(family: str, name: str | Callable[..., Any], *, field: str) -> Callable
     if not isinstance(name, str) or name not in names(family):
         raise InputError(field, f"no {name!r} in {family}{_nearest(str(name), names(family))}")
     module = importlib.import_module(FAMILIES[family])
-    if hasattr(module, "__path__"):
+    if _has_files(module):
         return importlib.import_module(f"{FAMILIES[family]}.{name}").make
     return getattr(module, name)
 
@@ -124,7 +125,7 @@ def is_external(name: Any) -> bool:
 def names(family: str) -> list[str]:
     """Returns the names of a family's parts, found by listing its package's files or its module's functions."""
     module = importlib.import_module(FAMILIES[family])
-    if hasattr(module, "__path__"):
+    if _has_files(module):
         modules = (info.name for info in pkgutil.iter_modules(module.__path__) if not info.ispkg)
         return sorted(name for name in modules if _has_make(f"{FAMILIES[family]}.{name}"))
     if hasattr(module, "__all__"):
@@ -259,6 +260,11 @@ def _import(name: str, field: str) -> Callable[..., Any]:
     except ValueError as error:  # some functions of C extensions
         raise InputError(field, f"{name!r} cannot be used: {error}; wrap it in a Python function") from error
     return found
+
+
+def _has_files(module: types.ModuleType) -> bool:
+    """Returns whether the parts of a family are the files of its package."""
+    return hasattr(module, "__path__") and not hasattr(module, "__all__")
 
 
 @functools.cache

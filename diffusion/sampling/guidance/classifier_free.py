@@ -1,0 +1,152 @@
+"""Guidance by predictions with and without the conditions; see `diffusion.sampling.guidance`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.core.arrays import expand, kept, per_example
+from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Schedule
+from diffusion.process.parameterization import velocity
+from diffusion.sampling.guidance.common import Traced, conditional_and_unconditional, dot, names
+
+
+def cfg(denoise: Denoiser, scale: Traced = 1.0, *, negative: Any = None) -> Denoiser:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, whose w is scale - 1):
+
+        x0 = x0_uncond + scale (x0_cond - x0_uncond)
+
+    Args:
+      scale: 0 is unconditional, 1 conditional; above 1 guides.
+      negative: conditions to guide away from, which replace the unconditional ones: entries of `cond`, arrays or a
+        `Text`, each `[B, ...]` or one value for all examples.
+    """
+
+    def guided(x: Array, t: Array, cond: Cond) -> Denoised:
+        conditional, uncond = conditional_and_unconditional(denoise, x, t, cond, negative)
+        return dataclasses.replace(conditional, x0=uncond + scale * (conditional.x0 - uncond))
+
+    return guided
+
+
+def apg(
+    denoise: Denoiser,
+    scale: Traced = 1.0,
+    eta: Traced = 0.0,
+    norm: Traced = float("inf"),
+    *,
+    negative: Any = None,
+) -> Denoiser:
+    """Adaptive projected guidance without momentum (Sadat et al. 2024, arXiv 2410.02416):
+
+        d  = (x0_cond - x0_uncond) min(1, norm / |x0_cond - x0_uncond|)
+        x0 = x0_cond + (scale - 1) (d_orthogonal + eta d_parallel)
+
+    where d_parallel is the projection of d onto x0_cond, which causes oversaturation.
+
+    Args:
+      scale: as in `cfg`, which is the special case of eta = 1 and an infinite norm.
+      eta: the weight of the parallel part.
+      norm: the largest length of the difference, as a vector over the whole example.
+      negative: as in `cfg`.
+    """
+
+    def guided(x: Array, t: Array, cond: Cond) -> Denoised:
+        conditional, uncond = conditional_and_unconditional(denoise, x, t, cond, negative)
+        x0 = conditional.x0
+        difference = x0 - uncond
+        length = jnp.sqrt(dot(difference, difference))
+        difference *= expand(jnp.minimum(1, norm / jnp.maximum(length, 1e-12)), x)
+        parallel = expand(dot(difference, x0) / jnp.maximum(dot(x0, x0), 1e-12), x) * x0
+        return dataclasses.replace(conditional, x0=x0 + (scale - 1) * (difference - parallel + eta * parallel))
+
+    return guided
+
+
+def cfg_zero(
+    denoise: Denoiser,
+    scale: Traced = 1.0,
+    zero_above: Traced = 1.0,
+    *,
+    schedule: Schedule,
+    negative: Any = None,
+) -> Denoiser:
+    """CFG-Zero* for flows (Fan et al. 2025, arXiv 2503.18886), on the velocities:
+
+        v = s v_uncond + scale (v_cond - s v_uncond),    s = <v_cond, v_uncond> / |v_uncond|^2
+
+    Args:
+      scale: as in `cfg`.
+      zero_above: at times above it the velocity is 0, so that x does not change, as in the paper's first steps. The x0
+        of such a step is x itself, so do not rescale or clip it.
+      negative: as in `cfg`.
+    """
+
+    def guided(x: Array, t: Array, cond: Cond) -> Denoised:
+        conditional, uncond = conditional_and_unconditional(denoise, x, t, cond, negative)
+        t = per_example(t, x)
+        coeffs, alpha, sigma = velocity()(schedule, t), schedule.alpha(t), schedule.sigma(t)
+        v_cond, v_uncond = (coeffs.from_x0(x0, x, alpha, sigma) for x0 in (conditional.x0, uncond))
+        projection = dot(v_cond, v_uncond) / jnp.maximum(dot(v_uncond, v_uncond), 1e-12)
+        base = expand(projection, x) * v_uncond
+        v = jnp.where(expand(t > zero_above, x), 0, base + scale * (v_cond - base))
+        return dataclasses.replace(conditional, x0=coeffs.to_x0(v, x))
+
+    return guided
+
+
+def cfg_pp(denoise: Denoiser, scale: Traced = 0.6, *, negative: Any = None) -> Denoiser:
+    """CFG++ (Chung et al. 2024, arXiv 2406.08070): x0 is guided, and the noise is the unconditional one.
+
+        x0 = x0_uncond + scale (x0_cond - x0_uncond),    eps = (x_t - alpha_t x0_uncond) / sigma_t
+
+    It requires a sampler that accepts a separate eps, such as `ddim`.
+
+    Args:
+      scale: the paper's lambda in [0, 1], which interpolates between the unconditional x0 and the conditional one.
+      negative: as in `cfg`.
+    """
+
+    def guided(x: Array, t: Array, cond: Cond) -> Denoised:
+        conditional, uncond = conditional_and_unconditional(denoise, x, t, cond, negative)
+        x0 = uncond + scale * (conditional.x0 - uncond)
+        return dataclasses.replace(conditional, x0=x0, x0_for_eps=uncond)
+
+    return guided
+
+
+def cfg_per_condition(denoise: Denoiser, scales: Mapping[str, Traced]) -> Denoiser:
+    """Classifier-free guidance with one scale per condition (InstructPix2Pix: Brooks et al. 2022, arXiv 2211.09800,
+    eq. 3): with x0_i the prediction with the first i conditions of `scales` alone, for i from 0 to n,
+
+        x0 = x0_0 + sum_i scale_i (x0_i - x0_(i-1))
+
+    All n + 1 are evaluated as one batch. The model must have been trained with each condition dropped alone and with
+    all dropped together: `train.cond_drop_rate` is a mapping with `joint`.
+
+    Args:
+      scales: a scale for each condition of the model, in the order in which they are added. A config file sorts its
+        mappings by name; the order of a flag or of a Python dict is kept.
+    """
+
+    def guided(x: Array, t: Array, cond: Cond) -> Denoised:
+        given = names(cond)
+        if sorted(scales) != given:
+            raise InputError("guidance.scales", f"must name every condition of the model, {given}, got {list(scales)}")
+        rows = len(scales) + 1
+        copies = jax.tree.map(lambda value: jnp.repeat(value, rows, axis=0), dict(cond))
+        added = jnp.arange(rows) > jnp.arange(len(scales))[:, None]  # [n, rows]: row i keeps the first i conditions
+        copies["keep"] = {
+            name: jnp.tile(row, x.shape[0]) & kept(copies, name) for name, row in zip(scales, added, strict=True)
+        }
+        t = jnp.repeat(per_example(t, x), rows, axis=0)
+        every = denoise(jnp.repeat(x, rows, axis=0), t, copies)
+        conditional = jax.tree.map(lambda leaf: leaf[rows - 1 :: rows], every)
+        x0 = every.x0[0::rows]
+        for index, scale in enumerate(scales.values(), 1):
+            x0 += scale * (every.x0[index::rows] - every.x0[index - 1 :: rows])
+        return dataclasses.replace(conditional, x0=x0, conditional=conditional.x0)
+
+    return guided

@@ -1,0 +1,48 @@
+"""What the functions of guidance share."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.core.arrays import kept, per_example
+from diffusion.core.types import SCALAR_CONDITIONS, Array, Cond, Denoised, Denoiser, InputError
+
+Traced = float | Array  # a number that may change without recompilation
+
+
+def conditional_and_unconditional(
+    denoise: Denoiser, x: Array, t: Array, cond: Cond, negative: Cond | None
+) -> tuple[Denoised, Array]:
+    """Returns the prediction with the condition, and x0 without it (or with the negative one).
+
+    Both are evaluated as one batch of 2B, in which the two rows of an example are adjacent, so that a batch that is
+    sharded over devices stays in place.
+    """
+    doubled = jax.tree.map(lambda value: jnp.repeat(value, 2, axis=0), dict(cond))
+    if not negative:
+        first = jnp.tile(jnp.array([True, False]), x.shape[0])
+        # What the caller drops stays dropped: there, the prediction is the unconditional one at every scale.
+        if isinstance(cond.get("keep"), Mapping):
+            doubled["keep"] = {name: first & kept(doubled, name) for name in names(cond)}
+        else:
+            doubled["keep"] = first & kept(doubled)
+    else:
+        for name, value in negative.items():
+            if name not in cond:
+                raise InputError("guidance.negative", f"must name conditions of the model, got {name!r}")
+            doubled[name] = jax.tree.map(lambda rows, value: rows.at[1::2].set(value), doubled[name], value)
+    both = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(per_example(t, x), 2, axis=0), doubled)
+    conditional = jax.tree.map(lambda rows: rows[0::2], both)
+    return dataclasses.replace(conditional, conditional=conditional.x0), both.x0[1::2]
+
+
+def names(cond: Cond) -> list[str]:
+    """Returns the names of the conditions of the data."""
+    return sorted(cond.keys() - {"keep", "target_time", *SCALAR_CONDITIONS})
+
+
+def dot(a: Array, b: Array) -> Array:
+    """Returns the inner product per example, `[B]`."""
+    return jnp.sum(a * b, axis=tuple(range(1, a.ndim)))

@@ -1,0 +1,107 @@
+"""Changes of any denoiser's output, which are applied around guidance; see `diffusion.sampling.guidance`."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.core.arrays import expand
+from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Schedule
+from diffusion.sampling.guidance.common import Traced
+
+
+def rescale(guided: Denoiser, factor: Traced = 0.7) -> Denoiser:
+    """Rescales the guided x0 towards the standard deviation of the conditional one.
+
+        x0 <- factor x0 std(x0_cond) / std(x0) + (1 - factor) x0
+
+    (Lin et al. 2024, arXiv 2305.08891, eq. 15 and 16.)
+
+    Args:
+      guided: a guided denoiser; others have no conditional x0 to compare with.
+      factor: in [0, 1]: 0 leaves x0 unchanged, 1 restores the standard deviation fully.
+    """
+
+    def rescaled(x: Array, t: Array, cond: Cond) -> Denoised:
+        denoised = guided(x, t, cond)
+        if denoised.conditional is None:
+            raise InputError("guidance.rescale", "requires guidance; apply it to the result of cfg, for example")
+        axes = tuple(range(1, x.ndim))
+        std_cond, std = (jnp.std(y, axis=axes, keepdims=True) for y in (denoised.conditional, denoised.x0))
+        ratio = factor * std_cond / jnp.maximum(std, 1e-12) + 1 - factor
+        return dataclasses.replace(denoised, x0=denoised.x0 * ratio)
+
+    return rescaled
+
+
+def interval(
+    guided: Denoiser,
+    low: Traced = 0.0,
+    high: Traced = float("inf"),
+    unit: Literal["t", "sigma"] = "t",
+    *,
+    plain: Denoiser,
+    schedule: Schedule,
+) -> Denoiser:
+    """Restricts guidance to noise levels from `low` to `high`, both included (Kynkaanniemi et al. 2024, arXiv
+    2404.07724). Outside of them the plain denoiser is evaluated, at half the cost.
+
+    Args:
+      low, high: the limits.
+      unit: the unit of the limits: the time `t`, or `sigma` for sigma / alpha.
+    """
+
+    def restricted(x: Array, t: Array, cond: Cond) -> Denoised:
+        level = t if unit == "t" else jnp.exp(-schedule.log_snr(t) / 2)
+        inside = (level >= low) & (level <= high)
+
+        def outside() -> Denoised:
+            # Both branches must return the same fields.
+            denoised, like = plain(x, t, cond), jax.eval_shape(guided, x, t, cond)
+            return dataclasses.replace(
+                denoised,
+                conditional=None if like.conditional is None else denoised.x0,
+                x0_for_eps=None if like.x0_for_eps is None else denoised.x0,
+            )
+
+        if jnp.ndim(inside) == 0:
+            return jax.lax.cond(inside, lambda: guided(x, t, cond), outside)
+        return jax.tree.map(lambda a, b: jnp.where(expand(inside, a), a, b), guided(x, t, cond), outside())
+
+    return restricted
+
+
+def threshold(
+    denoise: Denoiser,
+    percentile: float = 1.0,
+    limit: Traced = 1.0,
+    sample_max_value: Traced = float("inf"),
+    keep_noise: bool = False,
+) -> Denoiser:
+    """Keeps x0 in the range of the data, [-limit, limit], which high guidance exceeds.
+
+    Args:
+      percentile: 1 clips x0 (static thresholding). Below 1, x0 is clipped to [-s, s] and divided by s / limit, where s
+        is this quantile of the example's |x0|, at least `limit` (dynamic thresholding; Saharia et al. 2022, arXiv
+        2205.11487, section 2.3).
+      limit: the largest absolute value of the data.
+      sample_max_value: the highest s of dynamic thresholding, at least `limit`.
+      keep_noise: whether eps remains that of x0 before it is clipped, as in diffusers, instead of that of the clipped
+        x0. It requires a sampler that accepts a separate eps, such as `ddim`.
+    """
+    if not 0 < percentile <= 1:
+        raise InputError("percentile", f"must be above 0 and at most 1, got {percentile}")
+
+    def clipped(x: Array, t: Array, cond: Cond) -> Denoised:
+        denoised = denoise(x, t, cond)
+        if keep_noise and denoised.x0_for_eps is None:
+            denoised = dataclasses.replace(denoised, x0_for_eps=denoised.x0)
+        if percentile == 1:
+            return dataclasses.replace(denoised, x0=jnp.clip(denoised.x0, -limit, limit))
+        magnitudes = jnp.abs(denoised.x0).reshape(x.shape[0], -1)
+        s = jnp.clip(jnp.quantile(magnitudes, percentile, axis=1), limit, sample_max_value)
+        s = expand(s, x)
+        return dataclasses.replace(denoised, x0=jnp.clip(denoised.x0, -s, s) * (limit / s))
+
+    return clipped
