@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core import checks, trees
-from diffusion.core.types import Array, Cond, InputError, Network, Params
+from diffusion.core.types import Apply, Array, Cond, InputError, Network, Params, Perturbation
 
 KERNELS = (r"kernel\d*$",)
 
@@ -64,10 +64,19 @@ def make(network: Network, rank: int = 8, alpha: float | None = None, targets: t
             pairs[path] = {"A": a, "B": jnp.zeros((*stacked, rank, features_out))}
         return {"base": network.init(key_base), "lora": trees.nest(pairs)}
 
-    def apply(params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array:
-        return network.apply(merge(params, scale), x, c_noise, cond, key=key)
+    def adapted(apply: Apply) -> Apply:
+        def merged_apply(params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array:
+            return apply(merge(params, scale), x, c_noise, cond, key=key)
 
-    return dataclasses.replace(network, init=init, apply=apply, project=None, trainable=("^net/lora/",), base="base")
+        return merged_apply
+
+    def perturbed(perturbation: Perturbation) -> Apply:
+        return adapted(network.perturbed(perturbation))
+
+    return dataclasses.replace(
+        network, init=init, apply=adapted(network.apply), project=None, trainable=("^net/lora/",), base="base",
+        perturbed=network.perturbed and perturbed,
+    )  # fmt: skip
 
 
 def _merged(base: Params, lora: Params, scale: float) -> Params:

@@ -9,6 +9,7 @@ Conventions used throughout:
 """
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
@@ -282,6 +283,23 @@ class Apply(Protocol):
     def __call__(self, params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+    """A change of some blocks of a network. It makes the predictions worse, so that guidance can move away from them.
+
+    Attributes:
+      kind: `identity`: in the self-attention of the blocks, each token attends to itself alone. `blur`: the queries of
+        the self-attention are blurred over the image by a Gaussian. `skip`: the blocks are left out.
+      layers: Numbers of the blocks from 0, in the order of the forward pass; in a U-Net, of those with self-attention.
+        Empty for the block in the middle.
+      sigma: Standard deviation of the blur, in tokens; infinite for the mean over the image.
+    """
+
+    kind: Literal["identity", "blur", "skip"]
+    layers: tuple[int, ...] = ()
+    sigma: float = math.inf
+
+
 # Options of networks that change neither parameters nor, up to rounding, results. They may differ between training,
 # resuming and sampling, because they depend on the machine.
 MACHINE_OPTIONS = ("dtype", "kernel", "remat", "unroll")
@@ -303,6 +321,8 @@ class Network:
       trainable: Regular expressions on the paths of the parameters that are trained unless a config says otherwise.
         None stands for all. An adapter names its own parameters.
       base: The key under which the parameters of an adapted network stand in `params`, or None.
+      perturbed: `perturbed(perturbation)` returns the forward pass with some blocks changed. It raises InputError for
+        `layers` if the network lacks these blocks, or cannot change them so. None if it has no such blocks.
     """
 
     init: Callable[[Array], Params]
@@ -312,6 +332,7 @@ class Network:
     scalar_conditions: tuple[str, ...] = ()
     trainable: tuple[str, ...] | None = None
     base: str | None = None
+    perturbed: Callable[[Perturbation], Apply] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

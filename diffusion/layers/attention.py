@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from diffusion.core.types import Array, InputError
+from diffusion.core.types import Array, InputError, Perturbation
 from diffusion.layers.keys import Keys
 from diffusion.layers.residual import BlockConfig
 
@@ -74,6 +75,45 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: K
     if kernel == "chunked":
         return _chunked(q, k, v, mask)
     return _plain(q, k, v, mask)
+
+
+def attention(perturbation: Perturbation | None, size: tuple[int, int], extra: int = 0) -> Callable:
+    """Returns `attend`, or for a block that is perturbed, what replaces it in self-attention.
+
+    With `identity` the attention matrix is the identity, so that the result is v. With `blur` the queries, and thereby
+    the products of queries and keys, are blurred over the image.
+
+    Args:
+      size: Rows and columns of the tokens of the image.
+      extra: The number of other tokens, which precede them and are not blurred.
+    """
+
+    def identity(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: Kernel = "auto") -> Array:
+        return v
+
+    def blurred(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: Kernel = "auto") -> Array:
+        image = q[:, extra:].reshape(len(q), *size, *q.shape[2:])
+        by_row, by_column = (blur_matrix(length, perturbation.sigma) for length in size)
+        image = jnp.einsum("ri,cj,bijhf->brchf", by_row, by_column, image).astype(q.dtype)
+        q = jnp.concatenate([q[:, :extra], image.reshape(q[:, extra:].shape)], axis=1)
+        return attend(q, k, v, mask, kernel=kernel)
+
+    return attend if perturbation is None else {"identity": identity, "blur": blurred}[perturbation.kind]
+
+
+def blur_matrix(length: int, sigma: float) -> np.ndarray:
+    """Returns the matrix `[length, length]` that blurs a vector by a Gaussian, or by the mean if sigma is infinite.
+
+    As in the code of smoothed energy guidance (Hong 2024, arXiv 2408.00760), the Gaussian ends at 3 sigma or half of
+    the length, and the vector is continued by reflection at its ends.
+    """
+    if math.isinf(sigma):
+        return np.full((length, length), 1 / length, np.float32)
+    half = min(math.ceil(6 * sigma) // 2, length // 2)
+    weights = np.exp(-((np.arange(-half, half + 1) / sigma) ** 2) / 2)
+    continued = np.pad(np.eye(length), ((half, half), (0, 0)), mode="reflect")
+    rows = [weights @ continued[start : start + 2 * half + 1] for start in range(length)]
+    return np.float32(rows / weights.sum())
 
 
 def choose_kernel(q: Array, k: Array, mask: Array | None) -> Kernel:
@@ -161,8 +201,9 @@ class SpatialAttention(nnx.Module):
         self.qkv = nnx.Linear(channels, 3 * channels, **kwargs)
         self.out = nnx.Linear(channels, channels, kernel_init=nnx.initializers.zeros, **kwargs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, perturbation: Perturbation | None = None) -> Array:
         B, H, W, C = x.shape
         qkv = self.qkv(x if self.norm is None else self.norm(x)).reshape(B, H * W, 3, self.heads, C // self.heads)
+        attend = attention(perturbation, (H, W))
         mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], kernel=self.kernel)
         return self.config.add(x, self.out(mixed.reshape(B, H, W, C)))

@@ -3,8 +3,10 @@
 This is the only module that splits and merges NNX modules of networks.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,12 +15,37 @@ from flax import nnx
 from jaxtyping import Bool, Float, Integer, Real, Shaped, jaxtyped
 
 from diffusion.core import checks
-from diffusion.core.types import SCALAR_CONDITIONS, Array, Cond, ConditionSpec, InputError, Network, Params, Text
+from diffusion.core.types import (
+    SCALAR_CONDITIONS,
+    Apply,
+    Array,
+    Cond,
+    ConditionSpec,
+    InputError,
+    Network,
+    Params,
+    Perturbation,
+    Text,
+)
 from diffusion.layers.keys import Keys
 
 AnyArray = Array | np.ndarray
 # Names of the axes of one example, by their number.
 AXES = {3: ("height", "width", "channels"), 4: ("frames", "height", "width", "channels")}
+
+
+class Blocks(NamedTuple):
+    """The blocks of a network that a `Perturbation` may change.
+
+    Attributes:
+      num: How many there are.
+      middle: The number of the one in the middle; None if there is none.
+      may_skip: Whether they can be skipped.
+    """
+
+    num: int
+    middle: int | None
+    may_skip: bool = False
 
 
 def functional(
@@ -31,6 +58,7 @@ def functional(
     scalar_conditions: tuple[str, ...] = (),
     project: Callable[[Params], Params] | None = None,
     noise_per_frame: bool = False,
+    blocks: Blocks | None = None,
 ) -> Network:
     """Returns the network of an NNX module.
 
@@ -42,6 +70,8 @@ def functional(
       conditions: The conditions that the module reads. Only their batch axis is checked for others.
       outputs, scalar_conditions, project: See `Network`.
       noise_per_frame: Whether the module also accepts a noise label per frame, c_noise `[B, frames]`.
+      blocks: The blocks that can be perturbed, if there are any. The module then also accepts a keyword `perturbation`,
+        with `layers` that exist and are not empty.
 
     Returns:
       A network whose `apply` raises InputError for a missing condition or an input of the wrong dtype or shape, naming
@@ -63,7 +93,9 @@ def functional(
         params = nnx.to_pure_dict(nnx.state(construct(Keys(key))))
         return params if project is None else project(params)
 
-    def apply(params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array:
+    def apply(
+        params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None, **more: Perturbation
+    ) -> Array:
         for name in SCALAR_CONDITIONS:
             if name in cond and name not in scalar_conditions:
                 raise InputError("network.scalar_conditions", f"the objective, sampler or guidance conditions on "
@@ -83,9 +115,19 @@ def functional(
         if multiple and (x.shape[-3] % multiple or x.shape[-2] % multiple):
             size = f"{x.shape[-3]} x {x.shape[-2]}"
             raise InputError("network.x", f"height and width must be multiples of {multiple}, got {size}")
-        return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key)
+        return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key, **more)
 
-    return Network(init, apply, outputs, project, scalar_conditions)
+    def perturbed(perturbation: Perturbation) -> Apply:
+        if perturbation.kind == "skip" and not blocks.may_skip:
+            raise InputError("layers", "the blocks of this network cannot be skipped; use pag or seg, or dit or uvit")
+        layers = perturbation.layers or (() if blocks.middle is None else (blocks.middle,))
+        if not layers or min(layers) < 0 or max(layers) >= blocks.num:
+            kind = "blocks" if blocks.may_skip else "blocks with self-attention"
+            raise InputError("layers", f"must be among the network's {blocks.num} {kind}, numbered from 0; got "
+                             f"{list(layers)}")  # fmt: skip
+        return functools.partial(apply, perturbation=dataclasses.replace(perturbation, layers=layers))
+
+    return Network(init, apply, outputs, project, scalar_conditions, perturbed=perturbed if blocks else None)
 
 
 def _is_known(array: AnyArray) -> bool:

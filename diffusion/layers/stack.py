@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from diffusion.core.types import Array
+from diffusion.core.types import Array, Perturbation
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.keys import Keys
 
@@ -46,12 +47,15 @@ class Stack(nnx.Module):
     def __init__(
         self, construct: Callable[[Keys], nnx.Module], depth: int, remat: Remat, unroll: int = 1, *, rngs: Keys
     ):
-        self.remat, self.unroll = remat, unroll
+        self.depth, self.remat, self.unroll = depth, remat, unroll
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
         draw = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(construct(Keys(key)))))
         self.blocks = _as_params(draw(jax.random.split(rngs.params(), depth)))
 
-    def __call__(self, x: Array, *args: Any, per_block: tuple[Any, ...] = (), collect: bool = False) -> Any:
+    def __call__(
+        self, x: Array, *args: Any, per_block: tuple[Any, ...] = (), collect: bool = False,
+        perturbation: Perturbation | None = None,
+    ) -> Any:  # fmt: skip
         """Applies the blocks and returns x after the last one.
 
         Args:
@@ -61,16 +65,31 @@ class Stack(nnx.Module):
             `depth`.
           collect: Whether to return `(x, every_x)` instead, where `every_x` stacks x after each block along a leading
             axis of length `depth`.
+          perturbation: The blocks in its `layers` are skipped or receive it as the keyword `perturbation`.
         """
 
-        def block(x: Array, inputs: tuple[dict[str, Any], tuple[Any, ...]]) -> tuple[Array, Array | None]:
-            params, per_block = inputs
-            x = constrain(nnx.merge(self.graphdef, nnx.State(params))(constrain(x), *per_block, *args))
+        are_perturbed = None
+        if perturbation is not None:
+            are_perturbed = jnp.array([number in perturbation.layers for number in range(self.depth)])
+
+        def block(x: Array, inputs: tuple[Any, ...]) -> tuple[Array, Array | None]:
+            params, per_block, is_perturbed = inputs
+            module = nnx.merge(self.graphdef, nnx.State(params))
+
+            def run(x: Array, **more: Perturbation) -> Array:
+                return module(x, *per_block, *args, **more)
+
+            def run_perturbed(x: Array) -> Array:
+                return x if perturbation.kind == "skip" else run(x, perturbation=perturbation)
+
+            x = constrain(x)
+            x = run(x) if perturbation is None else jax.lax.cond(is_perturbed, run_perturbed, run, x)
+            x = constrain(x)
             return x, x if collect else None
 
         block = rematerialised(block, self.remat, in_scan=True)
         stacked = nnx.to_pure_dict(nnx.state(self.blocks))
-        x, every = jax.lax.scan(block, x, (stacked, per_block), unroll=self.unroll)
+        x, every = jax.lax.scan(block, x, (stacked, per_block, are_perturbed), unroll=self.unroll)
         return (x, every) if collect else x
 
     def each(self, *args: Any) -> Any:

@@ -1,7 +1,7 @@
 """The diffusion transformer DiT (Peebles & Xie 2023, arXiv 2212.09748), with options of its successors."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -9,10 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.core.types import NO_CONDITIONS, Array, Cond, ConditionSpec, InputError, Network, class_labels
-from diffusion.layers.attention import CrossAttention, Kernel, attend
+from diffusion.core.types import (
+    NO_CONDITIONS,
+    Array,
+    Cond,
+    ConditionSpec,
+    InputError,
+    Network,
+    Perturbation,
+    class_labels,
+)
+from diffusion.layers.attention import CrossAttention, Kernel, attention
 from diffusion.layers.conditioner import Conditioner, Embedded, has_text, image_channels, images_of
-from diffusion.layers.functional import functional
+from diffusion.layers.functional import Blocks, functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.norms import layer_norm
 from diffusion.layers.positions import patches, rotary_angles, rotate, sincos_2d
@@ -92,15 +101,19 @@ class DiTBlock(nnx.Module):
         if has_text(config.conditions):
             self.cross = CrossAttention(width, width, config.num_heads, kernel=config.kernel, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BxNxD: Array, embedded: Embedded, angles_NxF: Array | None) -> Array:
+    def __call__(
+        self, x_BxNxD: Array, embedded: Embedded, angles_NxF: Array | None, size: tuple[int, int],
+        perturbation: Perturbation | None = None,
+    ) -> Array:  # fmt: skip
+        attend = attention(perturbation, size)
         norm, modulation = self.config.norm, self.modulation(jax.nn.silu(embedded.vector))[:, None, :]
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        x_BxNxD += gate1 * self._attention(layer_norm(x_BxNxD, norm) * (1 + scale1) + shift1, angles_NxF)
+        x_BxNxD += gate1 * self._attention(layer_norm(x_BxNxD, norm) * (1 + scale1) + shift1, angles_NxF, attend)
         if embedded.sequence is not None:
             x_BxNxD += self.cross(x_BxNxD, embedded.sequence, embedded.mask)
         return x_BxNxD + gate2 * self._mlp(layer_norm(x_BxNxD, norm) * (1 + scale2) + shift2)
 
-    def _attention(self, h_BxNxD: Array, angles_NxF: Array | None) -> Array:
+    def _attention(self, h_BxNxD: Array, angles_NxF: Array | None, attend: Callable) -> Array:
         B, N, D = h_BxNxD.shape
         heads = self.config.num_heads
         q, k, v = (part.reshape(B, N, heads, -1) for part in jnp.split(self.qkv(h_BxNxD), 3, axis=-1))
@@ -147,7 +160,9 @@ class DiT(nnx.Module):
         patch_out = patch_area * config.outputs * config.shape[2]
         self.patches_out = nnx.Linear(width, patch_out, kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
+    def __call__(
+        self, x: Array, c_noise: Array, cond: Cond, key: Array | None, perturbation: Perturbation | None = None
+    ) -> Array:
         (B, H, W, _), p = x.shape, self.config.patch_size
         rows, columns = H // p, W // p
         dtype, norm = jnp.dtype(self.config.dtype), self.config.norm
@@ -160,11 +175,12 @@ class DiT(nnx.Module):
             angles_NxF = rotary_angles(rows, columns, self.config.head_dim)
         else:
             x_BxNxD += sincos_2d(rows, columns, self.config.width).astype(dtype)
+        size = rows, columns
         if self.config.block_embedders:
-            x_BxNxD = self.blocks(x_BxNxD, angles_NxF, per_block=(embedded,))
+            x_BxNxD = self.blocks(x_BxNxD, angles_NxF, size, per_block=(embedded,), perturbation=perturbation)
             embedded = jax.tree.map(lambda leaf: leaf[0], embedded)
         else:
-            x_BxNxD = self.blocks(x_BxNxD, embedded, angles_NxF)
+            x_BxNxD = self.blocks(x_BxNxD, embedded, angles_NxF, size, perturbation=perturbation)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(embedded.vector))[:, None, :], 2, axis=-1)
         x_BxNxD = layer_norm(x_BxNxD, norm) * (1 + scale) + shift
         x = self.patches_out(x_BxNxD.astype(jnp.float32))
@@ -230,4 +246,5 @@ def make(
     config = DiTConfig(**locals())
     return functional(lambda rngs: DiT(config, rngs=rngs), shape, outputs, multiple=patch_size,
                       conditions=class_labels(num_classes) | dict(conditions),
-                      scalar_conditions=scalar_conditions)  # fmt: skip
+                      scalar_conditions=scalar_conditions,
+                      blocks=Blocks(depth, depth // 2, may_skip=True))  # fmt: skip

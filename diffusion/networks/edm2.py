@@ -2,6 +2,7 @@
 Dynamics of Diffusion Models", arXiv 2312.02696, section 2 and appendix B)."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,11 +12,11 @@ from flax import nnx
 
 from diffusion.core import checks
 from diffusion.core.arrays import kept
-from diffusion.core.types import Array, Cond, InputError, Network, class_labels
+from diffusion.core.types import Array, Cond, InputError, Network, Perturbation, class_labels
 from diffusion.distributed.activation_sharding import constrain
-from diffusion.layers.attention import Kernel, attend
+from diffusion.layers.attention import Kernel, attention
 from diffusion.layers.embeddings import fourier_with_phases
-from diffusion.layers.functional import functional
+from diffusion.layers.functional import Blocks, functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.magnitude import MPConv, MPLinear, mp_cat, mp_silu, mp_sum, normalize_all, pixel_norm
 from diffusion.layers.resample import BOX, double, halve
@@ -68,6 +69,13 @@ class EDM2Config:
         """Returns whether the blocks of a level have self-attention."""
         return min(self.shape[:2]) >> level in self.attention_resolutions
 
+    @property
+    def attention_blocks(self) -> Blocks:
+        """The blocks with self-attention."""
+        levels = sum(map(self.attends, range(len(self.channel_mult))))
+        before = levels * self.num_res_blocks
+        return Blocks(before + 1 + levels * (self.num_res_blocks + 1), before)
+
 
 class EDM2Block(nnx.Module):
     """silu and convolution, twice, then self-attention if `attends`.
@@ -100,7 +108,7 @@ class EDM2Block(nnx.Module):
             self.qkv = MPLinear(out_channels, 3 * out_channels, **kwargs)
             self.out = MPLinear(out_channels, out_channels, **kwargs)
 
-    def __call__(self, x: Array, emb: Array, key: Array | None) -> Array:
+    def __call__(self, x: Array, emb: Array, key: Array | None, perturbation: Perturbation | None = None) -> Array:
         """Maps x `[B, H, W, Cin]` and emb `[B, E]` to `[B, H', W', Cout]`; a `key` of None disables dropout."""
         if self.resample is not None:
             x = self.resample(x, BOX)
@@ -114,16 +122,17 @@ class EDM2Block(nnx.Module):
             x = self._skip(x)
         x = mp_sum(x, y, self.config.res_balance)
         if self.heads:
-            x = mp_sum(x, self._attention(x), self.config.attn_balance)
+            x = mp_sum(x, self._attention(x, perturbation), self.config.attn_balance)
         return jnp.clip(x, -LARGEST, LARGEST)
 
     def _skip(self, x: Array) -> Array:
         return x if self.skip is None else self.skip(x)
 
-    def _attention(self, x: Array) -> Array:
+    def _attention(self, x: Array, perturbation: Perturbation | None) -> Array:
         B, H, W, C = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = (pixel_norm(qkv[:, :, part]) for part in range(3))
+        attend = attention(perturbation, (H, W))
         return self.out(attend(q, k, v, kernel=self.config.kernel).reshape(B, H, W, C))
 
 
@@ -176,15 +185,20 @@ class EDM2(nnx.Module):
         self.conv_out = MPConv(current, config.outputs * config.shape[2], dtype=jnp.float32, rngs=rngs)
         self.out_gain = nnx.Param(jnp.zeros(()))
 
-    def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
-        emb = self._embedding(c_noise, cond)
+    def __call__(
+        self, x: Array, c_noise: Array, cond: Cond, key: Array | None, perturbation: Perturbation | None = None
+    ) -> Array:
+        emb, numbers = self._embedding(c_noise, cond), itertools.count()
 
         def run(block: EDM2Block, x: Array) -> Array:
             nonlocal key
             block_key = None
             if key is not None:
                 key, block_key = jax.random.split(key)
-            return constrain(rematerialised(lambda *inputs: block(*inputs), self.config.remat)(x, emb, block_key))
+            is_perturbed = block.heads and perturbation is not None and next(numbers) in perturbation.layers
+            more = (perturbation,) if is_perturbed else ()
+            forward = rematerialised(lambda *inputs: block(*inputs, *more), self.config.remat)
+            return constrain(forward(x, emb, block_key))
 
         # The channel of ones replaces the biases, which the layers do not have.
         x = self.conv_in(jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1))
@@ -268,4 +282,4 @@ def make(
     config = EDM2Config(**locals())
     return functional(lambda rngs: EDM2(config, rngs=rngs), shape, outputs, multiple=2 ** (len(channel_mult) - 1),
                       conditions=class_labels(num_classes), scalar_conditions=scalar_conditions,
-                      project=normalize_all)  # fmt: skip
+                      project=normalize_all, blocks=config.attention_blocks)  # fmt: skip

@@ -15,6 +15,7 @@ et al. 2021, arXiv 2011.13456) and ADM (Dhariwal & Nichol 2021, arXiv 2105.05233
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -23,11 +24,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.core.types import NO_CONDITIONS, Array, Cond, ConditionSpec, InputError, Network, class_labels
+from diffusion.core.types import (
+    NO_CONDITIONS,
+    Array,
+    Cond,
+    ConditionSpec,
+    InputError,
+    Network,
+    Perturbation,
+    class_labels,
+)
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.attention import CrossAttention, Kernel, SpatialAttention
 from diffusion.layers.conditioner import Conditioner, Embedded, has_text, image_channels, images_of
-from diffusion.layers.functional import functional
+from diffusion.layers.functional import Blocks, functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.resample import BOX, Filter, halve
 from diffusion.layers.residual import BlockConfig, Downsample, ResidualBlock, Upsample, conv3x3
@@ -107,6 +117,15 @@ class UNetConfig:
     def attends(self, level: int) -> bool:
         """Returns whether there is self-attention at a level."""
         return min(self.shape[:2]) >> level in self.attention_resolutions
+
+    @property
+    def attention_blocks(self) -> Blocks:
+        """The blocks with self-attention."""
+        levels = sum(map(self.attends, range(len(self.channel_mult))))
+        before, after = levels * self.num_res_blocks, levels
+        if self.up_attention == "every":
+            after *= self.num_res_blocks + 1
+        return Blocks(before + self.middle_attention + after, before if self.middle_attention else None)
 
 
 class UNet(nnx.Module):
@@ -191,8 +210,10 @@ class UNet(nnx.Module):
         self.norm_out = block.norm(current, rngs)
         self.conv_out = conv3x3(current, config.outputs * channels, zero=True, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
-        block, embedded = self.config.block, self.embed(c_noise, cond)
+    def __call__(
+        self, x: Array, c_noise: Array, cond: Cond, key: Array | None, perturbation: Perturbation | None = None
+    ) -> Array:
+        block, embedded, numbers = self.config.block, self.embed(c_noise, cond), itertools.count()
 
         def run(stage: nnx.Module, x: Array) -> Array:
             nonlocal key
@@ -201,11 +222,12 @@ class UNet(nnx.Module):
             stage_key = None
             if key is not None:
                 key, stage_key = jax.random.split(key)
+            is_perturbed = "attention" in stage and perturbation is not None and next(numbers) in perturbation.layers
 
             def forward(x: Array, embedded: Embedded, key: Array | None) -> Array:
                 x = stage["residual"](x, embedded.vector, key)
                 if "attention" in stage:
-                    x = stage["attention"](x)
+                    x = stage["attention"](x, perturbation if is_perturbed else None)
                 if "cross" in stage:
                     tokens = stage["cross_norm"](x).reshape(len(x), -1, x.shape[-1])
                     x += stage["cross"](tokens, embedded.sequence, embedded.mask).reshape(x.shape)
@@ -310,4 +332,4 @@ def make(
     config = UNetConfig(**locals())
     return functional(lambda rngs: UNet(config, rngs=rngs), shape, outputs, multiple=2 ** (len(channel_mult) - 1),
                       conditions=class_labels(num_classes) | dict(conditions),
-                      scalar_conditions=scalar_conditions)  # fmt: skip
+                      scalar_conditions=scalar_conditions, blocks=config.attention_blocks)  # fmt: skip

@@ -3,7 +3,7 @@ and long skip connections."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -12,11 +12,20 @@ from flax import nnx
 
 from diffusion.core import checks
 from diffusion.core.arrays import kept
-from diffusion.core.types import NO_CONDITIONS, Array, Cond, ConditionSpec, InputError, Network, class_labels
-from diffusion.layers.attention import Kernel, attend
+from diffusion.core.types import (
+    NO_CONDITIONS,
+    Array,
+    Cond,
+    ConditionSpec,
+    InputError,
+    Network,
+    Perturbation,
+    class_labels,
+)
+from diffusion.layers.attention import Kernel, attention
 from diffusion.layers.conditioner import ConditionEmbedding, image_channels, images_of
 from diffusion.layers.embeddings import ScalarEmbedding, sinusoidal
-from diffusion.layers.functional import functional
+from diffusion.layers.functional import Blocks, functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.positions import patches
 from diffusion.layers.stack import Remat, Stack
@@ -63,9 +72,14 @@ class UViTConfig:
         checks.inner_width(self.mlp_width)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """The rows and columns of the tokens of the image."""
+        return self.shape[0] // self.patch_size, self.shape[1] // self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """The number of tokens of the image."""
-        return math.prod(self.shape[:2]) // self.patch_size**2
+        return math.prod(self.size)
 
     @property
     def num_extras(self) -> int:
@@ -97,15 +111,16 @@ class UViTBlock(nnx.Module):
         self.up = nnx.Linear(width, config.mlp_width, **kwargs)
         self.down = nnx.Linear(config.mlp_width, width, **kwargs)
 
-    def __call__(self, x_BxNxD: Array, *inputs: Array | None) -> Array:
+    def __call__(self, x_BxNxD: Array, *inputs: Array | None, perturbation: Perturbation | None = None) -> Array:
         """Applies the block; `inputs` are the tokens of the earlier block, with `long_skip`, and the mask or None."""
         *earlier, mask_BxN = inputs
         if self.long_skip:
             x_BxNxD = self.skip(jnp.concatenate([x_BxNxD, *earlier], axis=-1))
-        x_BxNxD += self._attention(self.norm1(x_BxNxD), mask_BxN)
+        attend = attention(perturbation, self.config.size, self.config.num_extras)
+        x_BxNxD += self._attention(self.norm1(x_BxNxD), mask_BxN, attend)
         return x_BxNxD + self.down(jax.nn.gelu(self.up(self.norm2(x_BxNxD)), approximate=False))
 
-    def _attention(self, h_BxNxD: Array, mask_BxN: Array | None) -> Array:
+    def _attention(self, h_BxNxD: Array, mask_BxN: Array | None, attend: Callable) -> Array:
         B, N, D = h_BxNxD.shape
         heads = self.config.num_heads
         q, k, v = (part.reshape(B, N, heads, -1) for part in jnp.split(self.qkv(h_BxNxD), 3, axis=-1))
@@ -152,7 +167,9 @@ class UViT(nnx.Module):
         if config.conv:
             self.smooth = nnx.Conv(out_channels, out_channels, (3, 3), padding=1, kernel_init=UNIFORM, **kwargs)
 
-    def __call__(self, x: Array, c_noise: Array, cond: Cond, key: Array | None) -> Array:
+    def __call__(
+        self, x: Array, c_noise: Array, cond: Cond, key: Array | None, perturbation: Perturbation | None = None
+    ) -> Array:
         (B, H, W, _), p, dtype = x.shape, self.config.patch_size, jnp.dtype(self.config.dtype)
         extra, text_mask = self._extra_tokens(c_noise, cond)
         patches_BxNxD = self.patches_in(patches(x, p).astype(dtype))
@@ -163,9 +180,13 @@ class UViT(nnx.Module):
         if text_mask is not None:
             before = self.config.num_extras - text_mask.shape[1]
             mask_BxN = jnp.pad(text_mask, ((0, 0), (before, self.config.num_patches)), constant_values=True)
-        x_BxNxD, every_LxBxNxD = self.in_blocks(x_BxNxD, mask_BxN, collect=True)
+        in_second = None
+        if perturbation is not None:
+            before = self.in_blocks.depth
+            in_second = dataclasses.replace(perturbation, layers=tuple(n - before for n in perturbation.layers))
+        x_BxNxD, every_LxBxNxD = self.in_blocks(x_BxNxD, mask_BxN, collect=True, perturbation=perturbation)
         skips_LxBxNxD = every_LxBxNxD[-2::-1]  # in reverse, without the output of the middle block
-        x_BxNxD = self.out_blocks(x_BxNxD, mask_BxN, per_block=(skips_LxBxNxD,))
+        x_BxNxD = self.out_blocks(x_BxNxD, mask_BxN, per_block=(skips_LxBxNxD,), perturbation=in_second)
         x = self.patches_out(self.norm(x_BxNxD[:, self.config.num_extras :]))
         x = x.reshape(B, H // p, W // p, p, p, -1).swapaxes(2, 3).reshape(B, H, W, -1)
         return self.smooth(x) if self.config.conv else x
@@ -234,4 +255,5 @@ def make(
         outputs,
         conditions=class_labels(num_classes) | dict(conditions),
         scalar_conditions=scalar_conditions,
+        blocks=Blocks(depth, depth // 2, may_skip=True),
     )

@@ -12,6 +12,7 @@ from flax import nnx
 
 from diffusion.core.build import build, defaults
 from diffusion.core.types import Network
+from diffusion.layers import attention
 from diffusion.layers import magnitude as mp
 from diffusion.networks import edm2
 from diffusion.training import ema, optimizer
@@ -256,7 +257,7 @@ def test_outputs_of_a_block_are_clipped():
 
 def test_attention_uses_the_chosen_kernel(monkeypatch):
     calls = []
-    monkeypatch.setattr(edm2, "attend", lambda q, k, v, *, kernel: calls.append((kernel, q.shape)) or v)
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, *, kernel: calls.append((kernel, q.shape)) or v)
     apply, params = tiny(kernel="chunked")
     jax.eval_shape(apply, params, X, C_NOISE, COND)
     assert calls == [("chunked", (3, 16, 2, 8))] * 4  # one block on the way down, one in the middle, two on the way up

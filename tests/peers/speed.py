@@ -25,6 +25,7 @@ from diffusion.core.build import build, build_network, defaults
 from diffusion.core.types import ArraySpec, Network, Spec, class_labels
 from diffusion.distributed.mesh import make_mesh
 from diffusion.interop import diffusers_models
+from diffusion.layers.conditioner import Embedded
 from diffusion.layers.functional import functional
 from diffusion.layers.stack import Stack, rematerialised
 from diffusion.networks import dit
@@ -273,11 +274,11 @@ class Chain(nnx.Module):
             self.blocks = nnx.Dict({f"{index:02}": block(rngs) for index in range(12)})
 
     def __call__(self, x: jax.Array, c_noise: jax.Array, cond: Mapping, key: None) -> jax.Array:
-        emb = c_noise[:, None] * jnp.ones(x.shape[2])
+        emb, size = Embedded(c_noise[:, None] * jnp.ones(x.shape[2])), (16, 16)
         if self.scanned:
-            return self.blocks(x, emb, None)
+            return self.blocks(x, emb, None, size)
         for name in self.blocks:
-            x = rematerialised(lambda x, block=self.blocks[name]: block(x, emb, None), REMAT)(x)
+            x = rematerialised(lambda x, block=self.blocks[name]: block(x, emb, None, size), REMAT)(x)
         return x
 
 
