@@ -47,7 +47,7 @@ def posterior(schedule: Schedule, t: Array, s: Array) -> Posterior:
     """Returns the posterior of the step from t to s < t."""
     alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s)
     alpha_ts, share = alpha_t / alpha_s, (sigma_s / sigma_t) ** 2
-    beta = sigma_t**2 - (alpha_ts * sigma_s) ** 2
+    beta = jnp.maximum(sigma_t**2 - (alpha_ts * sigma_s) ** 2, 0)  # for s = t the difference is a rounding error
     return Posterior(alpha_ts * share, alpha_s * beta / sigma_t**2, beta, beta * share)
 
 

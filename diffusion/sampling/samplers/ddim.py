@@ -39,8 +39,9 @@ class DDIM(OneStep):
         if self.eta == 0:
             return deterministic, denoised.x0, state
         alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s)
-        # sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 is the variance of q(x_t | x_s).
-        fresh = self.eta * sigma_s / sigma_t * jnp.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
+        # The variance of q(x_t | x_s). For s = t the difference is a rounding error.
+        variance = jnp.maximum(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2, 0)
+        fresh = self.eta * sigma_s / sigma_t * jnp.sqrt(variance)
         change = jnp.sqrt(jnp.maximum(sigma_s**2 - fresh**2, 0)) - sigma_s  # of the coefficient of eps
         x0 = denoised.x0 if denoised.x0_for_eps is None else denoised.x0_for_eps
         noise = normal(keys, x.shape[1:], x.dtype)
