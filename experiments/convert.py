@@ -24,6 +24,9 @@ CONFIG = cli.define_config()
 NULL_CLASS = flags.DEFINE_bool(
     "null_class", False, "To a run: the last class of a U-Net is the one for unconditional samples."
 )
+VARIANT = flags.DEFINE_string(
+    "variant", None, "To a run: the variant of the weights, such as fp16. Default: the plain ones, or the only ones."
+)
 EMA = flags.DEFINE_string(
     "ema", None, "From a run: the average of the parameters, or none for the raw ones. Default: the config's last."
 )
@@ -42,7 +45,7 @@ def main() -> None:
     if os.path.isdir(os.path.join(source, "checkpoints")):
         written = export_run(source, to, ema=EMA.value, step=STEP.value)
     elif os.path.isdir(source):
-        written = import_folder(source, to, base_config, null_class=NULL_CLASS.value)
+        written = import_folder(source, to, base_config, null_class=NULL_CLASS.value, variant=VARIANT.value)
     else:
         raise InputError("--from", f"{source} is not a folder")
     print(f"{to}: {written}")

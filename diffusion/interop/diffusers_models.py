@@ -38,12 +38,13 @@ class Model:
     params: Params
 
 
-def read(path: str, *, null_class: bool = False) -> Model:
+def read(path: str, *, null_class: bool = False, variant: str | None = None) -> Model:
     """Reads a model folder.
 
     Args:
       path: The folder.
       null_class: Whether the last row of a U-Net's table of classes is the null class.
+      variant: The variant of the weights; see `model_folder.read_tensors`.
 
     Raises:
       InputError: if the folder cannot be read, the model is not supported, or a tensor is missing, unknown or of the
@@ -53,7 +54,7 @@ def read(path: str, *, null_class: bool = False) -> Model:
     kind = config.get("_class_name")
     if kind not in _CLASSES:
         raise InputError("folder", f"{path} contains a {kind}; only UNet2DModel and DiTTransformer2DModel can be read")
-    foreign = {_current_name(name): tensor for name, tensor in model_folder.read_tensors(path).items()}
+    foreign = {_current_name(name): tensor for name, tensor in model_folder.read_tensors(path, variant).items()}
     converter = _NETWORKS[_CLASSES[kind]]
     network, spec = converter.network_of(config, foreign, null_class)
     try:

@@ -14,34 +14,48 @@ COMPONENTS = {
     "unet": ("unet", "UNet2DModel", "DDPMPipeline"),
     "dit": ("transformer", "DiTTransformer2DModel", "DiTPipeline"),
 }
+_SCHEDULER = "scheduler_config.json"
 # DiTPipeline does not pass a learned variance to its scheduler, so a DiT is sampled with DDIM.
 SCHEDULERS = {"unet": "DDPMScheduler", "dit": "DDIMScheduler"}
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
-def read(path: str, *, null_class: bool = False) -> tuple[Model, dict[str, Any] | None]:
+def read(path: str, *, null_class: bool = False, variant: str | None = None) -> tuple[Model, dict[str, Any] | None]:
     """Reads a model folder or a pipeline folder.
+
+    The first pipelines on the hub have all files in one folder, without subfolders for the model and the scheduler.
 
     Args:
       path: The folder.
       null_class: Whether the last row of a U-Net's table of classes is the null class.
+      variant: The variant of the weights; see `model_folder.read_tensors`.
 
     Returns:
-      The model, and the sections `objective`, `sampler` and `guidance` of a config that correspond to the pipeline's
-      scheduler; None for a model folder.
+      The model, and the sections `objective`, `sampler` and `guidance` of a config that correspond to the scheduler;
+      None if there is no scheduler.
 
     Raises:
       InputError: if the folder cannot be read or what it contains is not supported.
     """
+    folder = _model_folder(path)
+    model = diffusers_models.read(folder, null_class=null_class, variant=variant)
+    for place in (os.path.join(path, "scheduler"), path):
+        if os.path.exists(os.path.join(place, _SCHEDULER)):
+            return model, sections(model_folder.read_json(place, _SCHEDULER), model.network["outputs"])
+    if folder != path:
+        raise InputError("folder", f"{path} must contain scheduler/{_SCHEDULER}")
+    return model, None
+
+
+def _model_folder(path: str) -> str:
+    """Returns the folder of the model of a pipeline, which may be the pipeline's own."""
     if not os.path.exists(os.path.join(path, "model_index.json")):
-        return diffusers_models.read(path, null_class=null_class), None
+        return path
     index = model_folder.read_json(path, "model_index.json")
-    for component, _, _ in COMPONENTS.values():
-        if component in index:
-            model = diffusers_models.read(os.path.join(path, component), null_class=null_class)
-            schedule = model_folder.read_json(os.path.join(path, "scheduler"), "scheduler_config.json")
-            return model, sections(schedule, model.network["outputs"])
+    for component in (component for component, _, _ in COMPONENTS.values() if component in index):
+        inner = os.path.join(path, component)
+        return inner if os.path.isdir(inner) or not os.path.exists(os.path.join(path, "config.json")) else path
     raise InputError("folder", f"{path} must contain a pipeline of a UNet2DModel or a DiTTransformer2DModel")
 
 

@@ -3,6 +3,7 @@ in several files with an index."""
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from glob import escape, glob
 from typing import Any
@@ -15,6 +16,7 @@ from diffusion.core import files
 from diffusion.core.types import InputError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+_POINTER = b"version https://git-lfs"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -33,41 +35,82 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
     return content
 
 
-def read_tensors(folder: str) -> dict[str, np.ndarray]:
+def read_tensors(folder: str, variant: str | None = None) -> dict[str, np.ndarray]:
     """Reads all tensors of a model folder, by name, and converts them to float32.
 
+    Args:
+      folder: The folder.
+      variant: The variant of the weights, such as `fp16` in `diffusion_pytorch_model.fp16.safetensors`. None: the
+        weights without a variant, or the only ones.
+
     Raises:
-      InputError: if there are none, if there are only pickles (loading a pickle can run arbitrary code), or if a file
-        is corrupt.
+      InputError: if there are none, if there are only pickles (loading a pickle can run arbitrary code), if there are
+        several variants to choose from, if a file is corrupt or a pointer of Git LFS, or if a number is not finite.
     """
-    index = f"{WEIGHTS}.index.json"
-    if os.path.exists(os.path.join(folder, index)):
-        weight_map = read_json(folder, index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise InputError("folder", f"{os.path.join(folder, index)} must contain a weight_map of names to files")
-        names = sorted(set(weight_map.values()))
-    else:
-        names = [os.path.basename(path) for path in sorted(glob(os.path.join(escape(folder), "*.safetensors")))]
-        names = [WEIGHTS] if WEIGHTS in names else names[:1]
-    if not names:
-        pickles = [path for pattern in PICKLES for path in glob(os.path.join(escape(folder), pattern))]
-        if pickles:
-            problem = (
-                f"{pickles[0]} is a pickle, which can run arbitrary code when it is loaded; save the model as "
-                "safetensors, by save_pretrained(..., safe_serialization=True)"
-            )
-        else:
-            problem = f"{folder} does not contain {WEIGHTS}"
-        raise InputError("folder", problem)
     tensors = {}
-    for name in names:
+    for name in _weight_files(folder, variant):
         path = os.path.join(folder, os.path.basename(name))  # an index must not refer to files elsewhere
         try:
             loaded = safetensors.numpy.load_file(path)
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            if _is_pointer(path):
+                problem = f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` where it was cloned"
+                raise InputError("folder", problem) from None
             raise InputError("folder", f"{path} cannot be read: {error}") from None
         tensors |= {key: value.astype(np.float32) for key, value in loaded.items()}
+    for name, tensor in tensors.items():
+        bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
+        if bad:
+            raise InputError(f"tensors.{name}", f"has {bad} of {tensor.size} values that are NaN or infinite; the "
+                             "training diverged or the file is damaged")  # fmt: skip
     return tensors
+
+
+def _weight_files(folder: str, variant: str | None) -> list[str]:
+    """Returns the names of the safetensors files of a variant."""
+    names = sorted(os.path.basename(path) for path in glob(os.path.join(escape(folder), "*")))
+    found: dict[str | None, list[str]] = {}
+    for name in names:
+        if match := re.fullmatch(r"diffusion_pytorch_model(?:\.([^.-]+))?\.safetensors", name):
+            found.setdefault(match[1], [name])
+    for name in names:
+        if match := re.fullmatch(r"diffusion_pytorch_model\.safetensors\.index(?:\.([^.]+))?\.json", name):
+            found[match[1]] = _shards(folder, name)
+    others = [name for name in names if name.endswith(".safetensors")]
+    if not found and len(others) == 1:
+        found[None] = others
+    if variant in found:
+        return found[variant]
+    if variant is None and len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        known = ", ".join(str(name) for name in found if name) or "none"
+        problem = f"has no variant {variant!r}" if variant else "has several variants of the weights, and none without"
+        raise InputError("folder", f"{folder} {problem}; choose with --variant among: {known}")
+    pickles = [path for pattern in PICKLES for path in glob(os.path.join(escape(folder), pattern))]
+    if pickles:
+        raise InputError("folder", f"{pickles[0]} is a pickle, which can run arbitrary code when it is loaded; save "
+                         "the model as safetensors, by save_pretrained(..., safe_serialization=True)")  # fmt: skip
+    if others:
+        raise InputError("folder", f"{folder} has {len(others)} safetensors files and no index, {WEIGHTS}.index.json")
+    raise InputError("folder", f"{folder} does not contain {WEIGHTS}")
+
+
+def _shards(folder: str, index: str) -> list[str]:
+    """Returns the names of the files that an index lists."""
+    weight_map = read_json(folder, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError("folder", f"{os.path.join(folder, index)} must contain a weight_map of names to files")
+    return sorted(set(weight_map.values()))
+
+
+def _is_pointer(path: str) -> bool:
+    """Returns whether a file is the text that Git LFS leaves in place of a file that was not downloaded."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except (OSError, ValueError):  # there is no such file, or it cannot exist
+        return False
 
 
 def write(folder: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:

@@ -44,8 +44,9 @@ def export_run(workdir: str, folder: str, *, ema: str | None = None, step: int |
 
 
 def import_folder(
-    folder: str, workdir: str, base_config: Callable[[str], Mapping[str, Any]], *, null_class: bool = False
-) -> str:
+    folder: str, workdir: str, base_config: Callable[[str], Mapping[str, Any]], *, null_class: bool = False,
+    variant: str | None = None,
+) -> str:  # fmt: skip
     """Writes a diffusers model or pipeline as a run at step 0.
 
     Args:
@@ -54,6 +55,7 @@ def import_folder(
       base_config: Returns the config that completes a network of the given name, for the sections that the folder does
         not determine.
       null_class: Whether the last class of a U-Net is the one for unconditional samples.
+      variant: The variant of the weights, such as `fp16`; None: the weights without one, or the only ones.
 
     Returns:
       What was written, in words.
@@ -62,7 +64,7 @@ def import_folder(
       InputError: The folder cannot be read, or the workdir not be written.
     """
     try:
-        model, sections = diffusers_pipeline.read(folder, null_class=null_class)
+        model, sections = diffusers_pipeline.read(folder, null_class=null_class, variant=variant)
     except InputError as error:
         raise error.within("--from") from None
     name = model.network["name"]

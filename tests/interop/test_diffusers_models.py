@@ -191,20 +191,64 @@ def test_pickles_and_corrupt_files_are_refused(tmp_path):
     assert "is a pickle" in str(caught.value)
 
 
-def test_shards_and_half_precision(tmp_path):
+def write_shards(folder, tensors, variant=""):
+    dot = variant and f".{variant}"
+    shards, names = [f"diffusion_pytorch_model{dot}-0000{i}-of-00002.safetensors" for i in (1, 2)], sorted(tensors)
+    for shard, part in zip(shards, (names[::2], names[1::2]), strict=True):
+        safetensors.numpy.save_file({name: tensors[name] for name in part}, folder / shard)
+    index = {"weight_map": {name: shards[i % 2] for i, name in enumerate(names)}}
+    (folder / f"diffusion_pytorch_model.safetensors.index{dot}.json").write_text(json.dumps(index))
+
+
+def test_shards_and_variants(tmp_path):
+    """Without --variant the plain weights are read, or the only ones, and half precision becomes float32."""
     _, model = random_model(DIT, True)
     models.write(str(tmp_path), model)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
-    tensors = {name: value.astype(np.float16) for name, value in safetensors.numpy.load_file(weights).items()}
+    tensors = safetensors.numpy.load_file(weights)
+    write_shards(tmp_path, {name: value.astype(np.float16) for name, value in tensors.items()}, "fp16")
+    safetensors.numpy.save_file(
+        {name: value + 1 for name, value in tensors.items()}, tmp_path / "diffusion_pytorch_model.ema.safetensors"
+    )
+
+    def difference(**options):
+        read = models.read(str(tmp_path), **options).params
+        assert {leaf.dtype for leaf in jax.tree.leaves(read)} == {np.dtype("float32")}
+        both = zip(jax.tree.leaves(read), jax.tree.leaves(model.params), strict=True)
+        return max(abs(a - b).max() for a, b in both)
+
+    assert difference() == 0 and 0 < difference(variant="fp16") < 1e-3 and 0.9 < difference(variant="ema") < 1.1
+    with refused("folder") as caught:
+        models.read(str(tmp_path), variant="bf16")
+    assert "ema, fp16" in str(caught.value)
     weights.unlink()
-    shards, names = ("a.safetensors", "b.safetensors"), sorted(tensors)
-    for shard, part in zip(shards, (names[::2], names[1::2]), strict=True):
-        safetensors.numpy.save_file({name: tensors[name] for name in part}, tmp_path / shard)
-    index = {"weight_map": {name: shards[i % 2] for i, name in enumerate(names)}}
-    (tmp_path / f"{weights.name}.index.json").write_text(json.dumps(index))
-    read = models.read(str(tmp_path)).params
-    assert {leaf.dtype for leaf in jax.tree.leaves(read)} == {np.dtype("float32")}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), read, model.params)
+    with refused("folder") as caught:
+        models.read(str(tmp_path))
+    assert "several variants" in str(caught.value)
+    (tmp_path / "diffusion_pytorch_model.ema.safetensors").unlink()
+    assert 0 < difference() < 1e-3
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json").unlink()
+    with refused("folder") as caught:
+        models.read(str(tmp_path))
+    assert "no index" in str(caught.value)
+    write_shards(tmp_path, tensors)
+    assert difference() == 0
+
+
+def test_weights_that_are_not_there_or_not_finite(tmp_path):
+    _, model = random_model(DIT, True)
+    models.write(str(tmp_path), model)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    tensors["proj_out_1.bias"][3] = np.nan
+    safetensors.numpy.save_file(tensors, weights)
+    with refused("tensors.proj_out_1.bias") as caught:
+        models.read(str(tmp_path))
+    assert "1 of 32 values" in str(caught.value)
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with refused("folder") as caught:
+        models.read(str(tmp_path))
+    assert "Git LFS" in str(caught.value)
 
 
 # A small model with weights in closed form, whose output diffusers computed.

@@ -84,6 +84,9 @@ def test_round_trip(unet, tmp_path):
     assert refused_field(job("convert", f"--from={tmp_path / 'none'}", f"--to={tmp_path / 'to'}")) == "--from"
 
 
+OBJECTIVE = {"name": "denoising", "schedule": "vp", "parameterization": {"name": "eps", "c_noise": "index"}}
+
+
 @pytest.mark.parametrize(
     ("objective", "reason"),
     [
@@ -101,10 +104,26 @@ def test_an_objective_without_a_scheduler(objective, reason, tmp_path):
     assert diffusers_pipeline.read(str(tmp_path))[1] is None
 
 
+def test_a_pipeline_in_one_folder(tmp_path):
+    """The layout of google/ddpm-cifar10-32 and its like, with and without model_index.json."""
+    _, model = random_model(TINY, False)
+    diffusers_pipeline.write(str(tmp_path), model, OBJECTIVE)
+    sections = diffusers_pipeline.read(str(tmp_path))[1]
+    for name in ("unet", "scheduler"):
+        for file in (tmp_path / name).iterdir():
+            file.rename(tmp_path / file.name)
+        (tmp_path / name).rmdir()
+    for name in ("model_index.json", "scheduler_config.json"):
+        read, found = diffusers_pipeline.read(str(tmp_path))
+        jax.tree.map(np.testing.assert_array_equal, read.params, model.params)
+        assert found == sections
+        (tmp_path / name).unlink()
+    assert diffusers_pipeline.read(str(tmp_path))[1] is None
+
+
 def test_schedulers_that_cannot_be_read(tmp_path):
     _, model = random_model(TINY, False)
-    objective = {"name": "denoising", "schedule": "vp", "parameterization": {"name": "eps", "c_noise": "index"}}
-    assert diffusers_pipeline.write(str(tmp_path), model, objective) == "DDPMPipeline"
+    assert diffusers_pipeline.write(str(tmp_path), model, OBJECTIVE) == "DDPMPipeline"
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     for change in ({"beta_schedule": "exp"}, {"prediction_type": "flow"}, {"trained_betas": [0.1]}):
         with refused(f"scheduler_config.json.{next(iter(change))}"):
