@@ -33,20 +33,54 @@ def trailing(schedule: Schedule, steps: int) -> np.ndarray:
     return np.round(times * table) / table if table else times
 
 
-def leading(schedule: Schedule, steps: int) -> np.ndarray:
-    """Returns every (T // steps)-th point of the table from the first, without t = 1 (the grid of DDPM and DDIM)."""
-    table = _table_length(schedule, steps)
+def leading(schedule: Schedule, steps: int, offset: int = 0, endpoint: bool = True) -> np.ndarray:
+    """Returns every (T // steps)-th point of the table from the first, without t = 1 (the grid of DDPM and DDIM).
+
+    Args:
+      offset: what is added to the indices of the table, such as 1 for Stable Diffusion; it requires a table.
+      endpoint: whether the first point of the table is among the times. If not, it is left out of `steps` + 1 times, as
+        in diffusers' multistep solvers.
+    """
+    points = steps + (not endpoint)
+    table = _table_length(schedule, points)
     if not table:
-        return np.append(np.arange(steps, 0, -1) / (steps + 1), 0)
-    return np.append((np.arange(steps)[::-1] * (table // steps) + 1) / table, 0)
+        if offset:
+            raise InputError("offset", f"requires a schedule with a table of at least {points} points; use 0")
+        return np.append(np.arange(points, points - steps, -1) / (points + 1), 0)
+    indices = np.arange(points)[::-1][:steps] * (table // points) + offset
+    if offset < 0 or indices[0] >= table:
+        raise InputError("offset", f"must be at least 0 and leave the indices below {table}, got {offset}")
+    return np.append((indices + 1) / table, 0)
 
 
-def linspace(schedule: Schedule, steps: int) -> np.ndarray:
-    """Returns even steps over the table from its last point to its first, both included, then 0."""
+def linspace(schedule: Schedule, steps: int, rounded: bool = True, endpoint: bool = True) -> np.ndarray:
+    """Returns even steps over the table from its last point to its first, then 0.
+
+    Args:
+      rounded: whether the times are rounded to points of the table.
+      endpoint: whether the first point of the table is among the times. If not, it is left out of `steps` + 1 times, as
+        in diffusers' multistep solvers.
+    """
     table = _table_length(schedule, steps)
     if not table:
         return np.linspace(1, 0, steps + 1)
-    return np.append((np.round(np.linspace(table - 1, 0, steps)) + 1) / table, 0)
+    indices = np.linspace(table - 1, 0, steps, endpoint=endpoint)
+    return np.append(((np.round(indices) if rounded else indices) + 1) / table, 0)
+
+
+def lattice(schedule: Schedule, steps: int, points: int = 50) -> np.ndarray:
+    """Returns times of the lattice on which latent consistency models are trained, t = i / points (Luo et al. 2023,
+    arXiv 2310.04378, section 4.3), at even distances from t = 1, then 0.
+
+    Args:
+      points: the number of points of the lattice, at least `steps`. They are points of the schedule's table, if it has
+        one: every (T // points)-th.
+    """
+    table = _table_length(schedule, points) or points
+    if steps > points:
+        raise InputError("points", f"must be at least the number of steps, {steps}, got {points}")
+    indices = np.arange(points, 0, -1)[np.floor(np.linspace(0, points, steps, endpoint=False)).astype(int)]
+    return np.append(indices * (table // points) / table, 0)
 
 
 def quadratic(schedule: Schedule, steps: int, power: float = 2.0) -> np.ndarray:
@@ -83,14 +117,17 @@ def beta(schedule: Schedule, steps: int, a: float = 0.6, b: float = 0.6) -> np.n
     return decreasing(betaincinv(a, b, np.linspace(1, 0, steps + 1)), _extreme(a, b))
 
 
-def shifted(schedule: Schedule, steps: int, shift: float = 3.0) -> np.ndarray:
+def shifted(schedule: Schedule, steps: int, shift: float = 3.0, last: float | None = None) -> np.ndarray:
     """Returns t = shift u / (1 + (shift - 1) u) for even u (Esser et al. 2024, arXiv 2403.03206, eq. 23).
 
     Args:
       shift: above 1 places more steps near the noise. It applies in addition to a shift of the schedule itself.
+      last: the last u before 0, in (0, 1), up to which the steps are even. None: 1 / steps, so that all are.
     """
-    checks.positive(shift=shift)
-    even = np.linspace(1, 0, steps + 1)
+    checks.positive(shift=shift, last=last)
+    if last is not None and last >= 1:
+        raise InputError("last", f"must be below 1, got {last}")
+    even = np.linspace(1, 0, steps + 1) if last is None else np.append(np.linspace(1, last, steps), 0)
     with np.errstate(invalid="ignore"):  # an infinite shift, which `decreasing` rejects
         # The denominator as a sum is rounded to `shift` at u = 1, so that no t is above 1.
         times = shift * even / (shift * even + (1 - even))
@@ -103,6 +140,7 @@ def karras(
     rho: float = 7.0,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    ends: GridSpec | None = None,
 ) -> np.ndarray:
     """Returns times whose sigma / alpha are even in the power 1 / rho (Karras et al. 2022, arXiv 2206.00364, eq. 5).
 
@@ -112,9 +150,10 @@ def karras(
       rho: larger values place more steps at low noise.
       sigma_min, sigma_max: the lowest and the highest level. The defaults are the schedule's own, if it has them;
         otherwise 0.002, and 80 where the schedule ends in pure noise.
+      ends: another grid, whose first and last time before 0 have these levels, as in diffusers' `use_karras_sigmas`.
     """
     checks.positive(rho=rho)
-    lowest, highest = sigma_ends(schedule, sigma_min, sigma_max)
+    lowest, highest = _ends(schedule, steps, ends, sigma_min, sigma_max)
     # Computed in logarithms, because sigma^(1/rho) overflows for small rho and cancels for large rho. For small rho the
     # last level is lost to rounding, so it is set explicitly.
     share, last = np.linspace(0, 1, steps), (lowest - highest) / 2 / rho
@@ -125,14 +164,18 @@ def karras(
 
 
 def exponential(
-    schedule: Schedule, steps: int, sigma_min: float | None = None, sigma_max: float | None = None
+    schedule: Schedule,
+    steps: int,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    ends: GridSpec | None = None,
 ) -> np.ndarray:
     """Returns times whose sigma / alpha form a geometric sequence: `log_snr` in other units, `karras` for infinite rho.
 
     Args:
-      sigma_min, sigma_max: the lowest and the highest level, as for `karras`.
+      sigma_min, sigma_max, ends: the lowest and the highest level, as for `karras`.
     """
-    return times_of(schedule, np.linspace(*sigma_ends(schedule, sigma_min, sigma_max), steps), "sigma_min")
+    return times_of(schedule, np.linspace(*_ends(schedule, steps, ends, sigma_min, sigma_max), steps), "sigma_min")
 
 
 def beta_sigmas(
@@ -142,6 +185,7 @@ def beta_sigmas(
     b: float = 0.6,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    ends: GridSpec | None = None,
 ) -> np.ndarray:
     """Returns times whose sigma / alpha are the quantiles of Beta(a, b), scaled to [sigma_min, sigma_max].
 
@@ -150,10 +194,10 @@ def beta_sigmas(
 
     Args:
       a, b: as for `beta`, in units of the noise level.
-      sigma_min, sigma_max: the lowest and the highest level, as for `karras`.
+      sigma_min, sigma_max, ends: the lowest and the highest level, as for `karras`.
     """
     checks.positive(a=a, b=b)
-    lowest, highest = sigma_ends(schedule, sigma_min, sigma_max)
+    lowest, highest = _ends(schedule, steps, ends, sigma_min, sigma_max)
     low, high = math.exp(-highest / 2), math.exp(-lowest / 2)
     levels = low + betaincinv(a, b, np.linspace(1, 0, steps)) * (high - low)
     return times_of(schedule, -2 * np.log(levels), _extreme(a, b))
@@ -319,12 +363,28 @@ repaint.may_rise = restart.may_rise = True
 _MOST_TIMES = 10**6  # limit for repeated times: a larger number is a typing error
 
 
-def _falling(grid: GridSpec, schedule: Schedule, steps: int) -> np.ndarray:
-    """Returns the times of a grid that is to be repeated; raises InputError if they rise themselves."""
-    times = np.asarray(build("grids", grid, field="grid", schedule=schedule, steps=steps), np.float64)
+def _falling(grid: GridSpec, schedule: Schedule, steps: int, field: str = "grid") -> np.ndarray:
+    """Returns the times of a grid that another one uses; raises InputError if they rise."""
+    times = np.asarray(build("grids", grid, field=field, schedule=schedule, steps=steps), np.float64)
     if not (np.diff(times) < 0).all():
-        raise InputError("grid", "must have falling times, to be repeated; use another grid")
+        raise InputError(field, "must have falling times; use another grid")
     return times
+
+
+def _ends(
+    schedule: Schedule, steps: int, ends: GridSpec | None, sigma_min: float | None, sigma_max: float | None
+) -> tuple[float, float]:
+    """Returns the log-SNR of the first time and of the last one before t = 0."""
+    if ends is None:
+        return sigma_ends(schedule, sigma_min, sigma_max)
+    if sigma_min is not None or sigma_max is not None:
+        raise InputError("ends", "replaces sigma_min and sigma_max; remove them, or ends")
+    times = _falling(ends, schedule, steps, "ends")
+    with jax.enable_x64(True):
+        lowest, highest = np.asarray(schedule.log_snr(jnp.asarray(times[[0, -2]]))).tolist()
+    if not math.isfinite(lowest):
+        raise InputError("ends", "must not begin in pure noise, where sigma / alpha is infinite; use 'leading'")
+    return lowest, highest
 
 
 def _table_length(schedule: Schedule, steps: int) -> int:

@@ -60,7 +60,7 @@ def times_of(name, schedule, steps, **keywords):
 
 
 REPEATING = ("repaint", "restart", "to_sigma_min")  # grids of another grid
-FALLING = [name for name in names("grids") if name not in REPEATING]
+FALLING = [name for name in names("grids") if name not in (*REPEATING, "lattice")]
 
 
 LEVEL_GRIDS = ("beta_sigmas", "exponential", "karras", "log_snr")
@@ -101,6 +101,31 @@ def test_points_of_the_table():
     for name, indices in expected.items():
         times = find("grids", name, field="grid")(schedule, 10)
         np.testing.assert_allclose(times[:-1], (np.array(indices) + 1) / 1000, atol=1e-12)
+
+
+def test_options_of_the_points_of_the_table():
+    """Timesteps of diffusers: steps_offset, multistep solvers, those that do not round, and LCM."""
+    schedule = build("schedules", "vp")
+    for name, steps, options, indices in (
+        ("leading", 10, {"offset": 1}, [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]),
+        ("leading", 5, {"offset": 1, "endpoint": False}, [831, 665, 499, 333, 167]),
+        ("linspace", 5, {"endpoint": False}, [999, 799, 599, 400, 200]),
+        ("linspace", 5, {"rounded": False}, [999, 749.25, 499.5, 249.75, 0]),
+        ("lattice", 4, {}, [999, 759, 499, 259]),
+        ("lattice", 8, {}, [999, 879, 759, 639, 499, 379, 259, 139]),
+    ):
+        times = times_of(name, schedule, steps, **options)
+        np.testing.assert_allclose(times, [*((np.array(indices) + 1) / 1000), 0], atol=1e-12)
+    flow = build("schedules", "flow")
+    np.testing.assert_allclose(times_of("leading", flow, 3, endpoint=False), [0.8, 0.6, 0.4, 0], rtol=1e-15)
+    np.testing.assert_allclose(times_of("lattice", flow, 2, points=4), [1, 0.5, 0], rtol=1e-15)
+    np.testing.assert_allclose(times_of("shifted", flow, 3, shift=1.0, last=0.2), [1, 0.6, 0.2, 0], rtol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["karras", "exponential", "beta_sigmas"])
+def test_ends_of_another_grid(name, edm):
+    levels = 1000 * times_of(name, edm, 6, ends={"name": "given", "times": (0.08, 0.07, 0.06, 0.05, 0.04, 0.003, 0)})
+    np.testing.assert_allclose(levels, 1000 * times_of(name, edm, 6, sigma_min=3.0, sigma_max=80.0), rtol=1e-9)
 
 
 def test_points_without_a_table():
@@ -335,6 +360,15 @@ LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t
                 ({}, LEARNED, "sigma_min"),
             ]
         ],
+        ("leading", {"offset": -1}, "vp", "offset"),
+        ("leading", {"offset": 200}, "vp", "offset"),
+        ("leading", {"offset": 1}, "flow", "offset"),
+        ("lattice", {"points": 4}, "vp", "points"),
+        ("shifted", {"last": 1.0}, "flow", "last"),
+        ("shifted", {"last": 0.0}, "flow", "last"),
+        ("karras", {"ends": "trailing", "sigma_min": 1.0}, "edm", "ends"),
+        ("karras", {"ends": "trailing"}, "flow", "ends"),
+        ("karras", {"ends": "restart"}, "edm", "ends"),
         ("log_snr", {"lowest": -9}, "edm", "lowest"),
         ("log_snr", {"lowest": 3, "highest": 2}, "flow", "highest"),
         ("log_snr", {"highest": 11}, LEARNED, "highest"),
