@@ -435,13 +435,18 @@ class Objective(Protocol):
     def update_state(
         self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Array
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
-        """Returns the objective state after a step, and metrics, from the whole batch's draws and losses `[B]`."""
+        """Returns the objective state after a step, and metrics, from the whole batch's draws and losses `[B]`; see
+        `loss`."""
         ...
 
     def loss(
         self, net: Apply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """Returns the loss `[B]` and scalar metrics. `batch["draws"]` must hold the result of `draw`."""
+        """Returns the loss `[B]` and scalar metrics. `batch["draws"]` must hold the result of `draw`.
+
+        If only a part of the loss depends on the time, the entry `loss_of_t [B]` of the metrics is that part, which
+        `update_state` receives in place of the loss.
+        """
         ...
 
     def denoiser(self, net: Apply, params: Mapping) -> Denoiser:

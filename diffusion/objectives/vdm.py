@@ -90,10 +90,12 @@ class VDM(Gaussian):
             seen = x0 + expand(std, x0) * draws["decode"]
             decoded = level_log_likelihood(x0, seen, expand(expand(std, x0), seen[..., None]), self.levels)
             reconstruction = -flat_mean(decoded)
-        bound = draws["weight"] * term + prior + reconstruction
+        weighted = draws["weight"] * term
+        bound = weighted + prior + reconstruction
         metrics = {
+            "loss_of_t": weighted,
             "bits_per_dim": jnp.mean(bound) / math.log(2),
-            "diffusion": jnp.mean(term),
+            "diffusion": jnp.mean(weighted),
             "prior": jnp.mean(prior),
             "reconstruction": jnp.mean(reconstruction),
             "gamma_min": schedule.gamma(zero)[0],

@@ -87,7 +87,10 @@ def make_step(
             def mean_losses(learned):
                 params = trees.merge(prepared, learned)
                 losses, metrics = losses_of(network.apply, params, ema_params, micro, key, state.step)
-                return {name: jnp.mean(loss) for name, loss in losses.items()}, (metrics, losses)
+                means = {name: jnp.mean(loss) for name, loss in losses.items()}
+                of_t = {"loss_of_t": metrics["loss_of_t"]} if "loss_of_t" in metrics else {}
+                metrics = {name: value for name, value in metrics.items() if name not in of_t}
+                return means, (metrics, {**losses, **of_t})
 
             grads, (metrics, losses) = gradients(mean_losses, learned, players)
             return (metrics, grads), losses
@@ -98,8 +101,9 @@ def make_step(
             keys = jax.random.split(key_net, accumulate)
             (metrics, grads), losses = _mean_over(gradient, _split(batch, accumulate), keys)
             losses = {name: loss.swapaxes(0, 1).reshape(-1) for name, loss in losses.items()}  # in the batch's order
+        of_t = losses.pop("loss_of_t", None)
         loss = functools.reduce(jnp.add, losses.values())
-        updated_state, seen = objective.update_state(objective_state, batch["draws"], loss)
+        updated_state, seen = objective.update_state(objective_state, batch["draws"], loss if of_t is None else of_t)
         metrics = {"loss": jnp.mean(loss), **metrics, **seen}
         if players is not None:
             metrics |= {f"loss_{name}": jnp.mean(loss) for name, loss in losses.items()}

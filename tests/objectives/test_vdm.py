@@ -1,13 +1,20 @@
 """The variational bound with a learned schedule, compared with entropies."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffusion.core.arrays import derivative
 from diffusion.core.build import build
 from diffusion.core.types import Network
+from diffusion.training.ema import make_ema
+from diffusion.training.optimizer import make_optimizer
+from diffusion.training.state import init_state
+from diffusion.training.step import make_step
 from tests.objectives.drawing import with_draws
 from tests.refusals import refused
 
@@ -147,13 +154,29 @@ def test_invalid_options_are_rejected(spec, field):
 
 
 def test_importance_sampling_learns_the_law_of_the_term():
-    """The state holds the losses without their importance weights, so that the law settles."""
-    sampler = {"name": "importance", "bins": 10, "history": 10}
-    objective = build("objectives", {"name": "vdm", "time_sampler": sampler})
-    state, law = objective.initial_state(), 1 + 9 * ((np.arange(10) + 0.5) / 10) ** 2
-    update = jax.jit(lambda state, draws, loss: objective.update_state(state, draws, loss)[0])
-    for step in range(30):
-        t, weight = objective.time_sampler.draw(objective.schedule, jax.random.key(step), 256, state)
-        state = update(state, {"t": t, "weight": weight}, weight * (1 + 9 * t**2))
-    found = objective.time_sampler.probabilities(state)
+    """The state of a training holds the losses at t without their importance weights, the prior and the reconstruction,
+    so that the law settles."""
+    objective = build("objectives", {
+        "name": "vdm", "time_sampler": {"name": "importance", "bins": 10, "history": 50},
+        "schedule": {"name": "learned", "gamma_min": -5.0, "gamma_max": 5.0},
+        "parameterization": {"name": "eps", "c_noise": "unit"},
+    })  # fmt: skip
+
+    def net(params, x, c_noise, cond, *, key=None):
+        """Its error, and so the term for a straight gamma, is proportional to 1 + 9 t^2."""
+        return 0 * params["unused"] * x + 3 * c_noise[:, None]
+
+    network, still = Network(lambda key: {"unused": jnp.zeros(())}, net), make_optimizer(steps=1, name="sgd", clip=None)
+    still = dataclasses.replace(still, transform=optax.set_to_zero())
+    step = jax.jit(make_step(objective, network, still, make_ema(), seed=0))
+    state = init_state(objective, network, still, make_ema(), jax.random.key(0))
+    batch = {"x": jnp.full((256, 200), 100.0), "cond": {}}  # with a large prior
+    for _ in range(40):
+        state, metrics = step(state, batch)
+    assert metrics["prior"] > metrics["diffusion"]
+    t = (np.arange(1000) + 0.5) / 1000
+    term = (10 / 2 * (1 + 9 * t**2)).reshape(10, 100)
+    np.testing.assert_allclose(state.objective_state["losses"].mean(axis=1), term.mean(axis=1), rtol=0.07)
+    law = np.sqrt((term**2).mean(axis=1))
+    found = objective.time_sampler.probabilities(state.objective_state)
     assert np.abs(found - law / law.sum()).sum() / 2 < 0.02
