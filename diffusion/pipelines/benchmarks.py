@@ -141,7 +141,7 @@ def _scan(network, objective, sampler, params, x: Array, cond: Mapping, times: A
     @jax.jit
     def scan(params, x, times, cond, key):
         denoise = bind(objective.denoiser(network.apply, params), cond)
-        return sample(denoise, objective.schedule, sampler, x, times, key)
+        return sample(denoise, objective.schedule_for(params), sampler, x, times, key)
 
     return lambda: jax.block_until_ready(scan(params, x, times, cond, jax.random.key(0)))
 
@@ -154,7 +154,7 @@ def compile_time(runs: int) -> dict[str, list[float]]:
 
     def draw(params, x, times, key):
         denoise = bind(objective.denoiser(network.apply, params), cond)
-        return sample(denoise, objective.schedule, build("samplers", "ddim"), x, times, key)
+        return sample(denoise, objective.schedule_for(params), build("samplers", "ddim"), x, times, key)
 
     x, key, seconds = jnp.zeros((8, *DIGITS.shape)), jax.random.key(0), {"compile 10 steps": [], "compile 1,000": []}
     grids = jnp.linspace(1, 0, 11), jnp.linspace(1, 0, 1001)

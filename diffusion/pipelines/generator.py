@@ -76,7 +76,7 @@ class Generator:
         guide, static, self.numbers = _read_guidance(guidance)
         self.guided = always_guided or not is_neutral(guidance)
         self._check_guidance(guidance)
-        self.placing, self.times = placing, sampling_times(objective.schedule, **placing)
+        self._place(placing)
         unroll = placing.get("unroll", 1)
         shape = spec.shape if autoencoder is None else autoencoder.shape
         # Parameters that the caller does not pass.
@@ -127,7 +127,7 @@ class Generator:
         """Returns a generator with other times and numbers of guidance, which shares the compiled functions."""
         other = copy.copy(self)
         placing, _ = _read_sampler(sampler, build_it=False)
-        other.placing, other.times = placing, sampling_times(self.objective.schedule, **placing)
+        other._place(placing)
         _, _, other.numbers = _read_guidance(guidance)
         other._check_guidance(guidance)
         other._trace()
@@ -178,7 +178,7 @@ class Generator:
             expected = [num, *self.spec.shape]
             raise InputError("start", f"must be floats {expected} in [-1, 1], got {start.dtype}{list(start.shape)}")
         times = self.times
-        if hasattr(self.objective.schedule, "at"):  # learned: a grid in noise levels depends on the parameters
+        if self._is_learned:
             times = sampling_times(self.objective.schedule_for(params), **self.placing)
         times = times if start is None else _last_times(times, strength)
         renoise = _rises(times)
@@ -210,6 +210,17 @@ class Generator:
         finally:
             if progress:
                 progress.close()
+
+    @property
+    def _is_learned(self) -> bool:
+        """Whether the schedule is learned, so that a grid in noise levels depends on the parameters."""
+        return hasattr(self.objective.schedule, "at")
+
+    def _place(self, placing: Mapping[str, Any]) -> None:
+        """Sets the times. Those of a learned schedule are not known yet; `trig`, which has every noise level, stands
+        for it."""
+        schedule = build("schedules", "trig") if self._is_learned else self.objective.schedule
+        self.placing, self.times = placing, sampling_times(schedule, **placing)
 
     def _check_guidance(self, guidance: Mapping[str, Any]) -> None:
         if guidance["name"] == "cfg_pp" and guidance.get("scale", 0.0) > 1:

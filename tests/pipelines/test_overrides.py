@@ -1,9 +1,12 @@
 """Settings of the sampler and the guidance from the command line: how they are parsed, and which are refused."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion.core.build import build
+from diffusion.core.types import ArraySpec, Spec
 from diffusion.pipelines import overrides, sampling_sweep
 from diffusion.pipelines.generator import Generator, is_neutral
 from tests.refusals import refused
@@ -177,6 +180,35 @@ def test_other_settings_share_what_is_compiled(make_generator, mlp_params):
     assert first.compilations == 1
     draw(first.with_settings(sampler={"name": "ddim", "steps": 5}, guidance=guidance))
     assert first.compilations == 2
+
+
+def test_a_grid_in_noise_levels_is_that_of_the_trained_schedule(mesh_of):
+    """The levels are visited, also those that the schedule did not have before training, and others are refused."""
+    objective = build("objectives", {"name": "vdm", "schedule": {"name": "learned", "gamma_max": 3.0}})
+    network = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=(2,))
+    params, visited = objective.init(network, jax.random.key(0)), []
+    gamma = params["gamma"]
+    params["gamma"] = {**gamma, "height": gamma["height"] + 12, "ends": jnp.array([-9.0, jnp.log(14.0)])}
+    trained = objective.schedule_for(params)
+
+    def record(x, x0, t, s, keys):
+        jax.debug.callback(lambda level: visited.append(float(level)), jnp.exp(-trained.log_snr(t) / 2), ordered=True)
+        return x
+
+    def sampler(top):
+        return {"name": "ddim", "steps": 8, "grid": {"name": "exponential", "sigma_min": 0.02, "sigma_max": top}}
+
+    first = Generator(network, objective, Spec(ArraySpec((2,), "points")), mesh_of(1, 1, 1), after_step=record,
+                      sampler=sampler(10.0), guidance={"name": "cfg"}, cond_drop_rate=0.0)  # fmt: skip
+    for generator, top in ((first, 10.0), (first.with_settings(sampler=sampler(11.0), guidance={"name": "cfg"}), 11.0)):
+        visited.clear()
+        generator(params, {}, 2, seed=0)
+        jax.effects_barrier()
+        np.testing.assert_allclose(visited, np.geomspace(top, 0.02, 8), rtol=1e-3)
+    with refused("sampler.grid.sigma_max"):
+        first.with_settings(sampler=sampler(20.0), guidance={"name": "cfg"})(params, {}, 2, seed=0)
+    with refused("sampler.grid.sigma_max"):
+        first.with_settings(sampler=sampler(-1.0), guidance={"name": "cfg"})
 
 
 @pytest.mark.parametrize("first", [0, 8, 11])
