@@ -151,6 +151,13 @@ def test_parts_fit(path, argument, tmp_path):
         assert int(stated.replace(",", "")) == generator.solver.evaluations(config["sampler"]["steps"])
 
 
+@pytest.mark.parametrize(("variant", "scale"), [("ict", 0.02), ("ct", 16.0), ("cd", 16.0), ("ect", 16.0)])
+def test_scale_of_the_embedding_of_consistency_models(variant, scale):
+    """Improved consistency training lowers it from NCSN++'s 16 (2310.14189, section 3.3)."""
+    network = read_config(f"{ROOT}/configs/cifar10_consistency.py:{variant}")["network"]
+    assert (network["embedding"], network["embedding_scale"]) == ("fourier", scale)
+
+
 def test_no_argument_is_forgotten():
     for path in FILES:
         takes = bool(inspect.signature(module_of(path).get_config).parameters)

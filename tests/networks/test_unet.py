@@ -43,6 +43,23 @@ def test_noise_label_matters(apply, tiny_params, digits_batch):
     assert abs(out[0] - out[1]).max() > 1e-3
 
 
+def test_embedding_scale_multiplies_the_noise_label():
+    """A Fourier embedding of scale 0.02 has at c_noise the features that one of scale 16 has at 0.02 / 16 c_noise."""
+    x, labels = jnp.ones((2, 4, 4, 1)), jnp.array([-1.5, 1.1])
+
+    def out(scale, factor):
+        spec = {"name": "unet", "width": 4, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (),
+                "middle_attention": False, "embedding": "fourier", "embedding_scale": scale}  # fmt: skip
+        network = build("networks", spec, shape=(4, 4, 1))
+        shapes = jax.eval_shape(network.init, jax.random.key(0))
+        params = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape), shapes)
+        return jax.jit(network.apply)(params, x, factor * labels, {})
+
+    small = out(0.02, 1)
+    np.testing.assert_allclose(small, out(16.0, 0.02 / 16), atol=1e-4)
+    assert abs(small - out(16.0, 1)).max() > 1e-2
+
+
 def test_examples_do_not_mix(apply, tiny_params, digits_batch):
     x, cond = digits_batch["x"], digits_batch["cond"]
     changed = x.at[3].set(0.5)

@@ -325,6 +325,32 @@ def test_rk45_ends_where_the_model_is_not_finite(value):
     np.testing.assert_allclose(out[1], alone[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", slow_except(["ddim", "unipc", "euler_ancestral"], names("samplers")))
+def test_half_precision_is_kept_and_computed_in_float32(name):
+    """The model alone sees x in half precision, which is the only difference from a computation in float32."""
+    schedule, seen, half = build("schedules", "vp"), [], jnp.bfloat16
+    exact, sampler = optimal(schedule, end=name in CONSISTENCY), build("samplers", name)
+
+    def denoise(x, t, **more):
+        seen.append(x.dtype)
+        return exact(x.astype(half).astype(jnp.float32), t, **more)
+
+    def in_half(x, t, **more):
+        seen.append(x.dtype)
+        return jax.tree.map(lambda leaf: leaf.astype(half), exact(x.astype(jnp.float32), t, **more))
+
+    def draw(denoise, x):
+        return sample(denoise, schedule, sampler, x, jnp.linspace(1, 0, 9), jax.random.key(0))
+
+    x = jnp.array([[0.5, -1.25]])
+    full = draw(denoise, x)
+    assert {str(dtype) for dtype in seen} == {"float32"}
+    seen.clear()
+    out = draw(in_half, x.astype(half))
+    assert out.dtype == half and {str(dtype) for dtype in seen} == {"bfloat16"}
+    np.testing.assert_allclose(out.astype(jnp.float32), full, atol=0.03)
+
+
 EVALUATED = [
     *({"name": name} for name in ("ddim", "heun", "dpm2", "dpm2_ancestral", "rk4", "predictor_corrector", "unipc")),
     *({"name": name} for name in ("dpm_solver", "pndm")),
