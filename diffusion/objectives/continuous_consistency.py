@@ -24,6 +24,7 @@ from diffusion.objectives.base.gaussian import Gaussian, apply_network, build_pa
 from diffusion.objectives.base.teacher import Teacher, check_coefficients, check_teacher, init_from_teacher
 from diffusion.process.parameterization import Coefficients, Parameterization
 
+Normalization = Literal["norm", "vector_norm", "clip"]
 SOFTENING = 0.1  # c of the tangent normalisation g / (|g| + c)
 
 
@@ -36,8 +37,9 @@ class ContinuousConsistency(Gaussian):
 
     sigma_data: float = 1.0
     warmup: int = 0
-    normalize: Literal["norm", "clip"] = "norm"
+    normalize: Normalization = "norm"
     adaptive: bool = True
+    prior_weighting: bool = False
     teacher: Teacher | None = None
 
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
@@ -76,6 +78,8 @@ class ContinuousConsistency(Gaussian):
         target = normalized(cos * slope, self.normalize)
         error = flat_mean(jnp.square(network(params["net"])(x_t, t) - frozen + target))
         metrics = {"tangent_rms": jnp.mean(jnp.sqrt(flat_mean(jnp.square(cos * slope))))}
+        if self.prior_weighting:
+            error *= jnp.exp(self.schedule.log_snr(t) / 2)
         if self.adaptive:
             error = uncertainty.weighted(params["weight"], self.schedule, t, error)
         return draws["weight"] * error, metrics
@@ -116,16 +120,16 @@ def tangent(
     return output, cos * (velocity + sigma_data * output) + ramp * sin * (sigma_data * d_output - x)
 
 
-def normalized(g: Array, kind: Literal["norm", "clip"]) -> Array:
-    """Returns the tangent `[B, ...]` at about unit size: divided by its root mean square plus 0.1, or clipped to [-1,
-    1].
+def normalized(g: Array, kind: Normalization) -> Array:
+    """Returns the tangent `[B, ...]` divided by its `norm`, the root mean square, plus 0.1, or clipped to [-1, 1].
 
-    The paper's norm is the root of the sum of squares. The mean makes the size, relative to 0.1 too, independent of the
-    resolution.
+    The paper's norm is the root of the sum of squares, `vector_norm`. The mean makes the size, relative to 0.1 too,
+    independent of the resolution.
     """
     if kind == "clip":
         return jnp.clip(g, -1, 1)
-    return g / (expand(jnp.sqrt(flat_mean(jnp.square(g))), g) + SOFTENING)
+    square = flat_mean(jnp.square(g)) * (math.prod(g.shape[1:]) if kind == "vector_norm" else 1)
+    return g / (expand(jnp.sqrt(square), g) + SOFTENING)
 
 
 def _exact(edm: Parameterization) -> Parameterization:
@@ -143,8 +147,9 @@ def make(
     mean: float = -1.0,
     std: float = 1.4,
     warmup: int = 10_000,
-    normalize: Literal["norm", "clip"] = "norm",
+    normalize: Normalization = "norm",
     adaptive: bool = True,
+    prior_weighting: bool = False,
     teacher: Teacher | None = None,
     distill: bool = True,
 ) -> ContinuousConsistency:
@@ -155,8 +160,10 @@ def make(
       c_noise: The noise label: t itself, or 1000 t, which makes derivatives in t large.
       mean, std: The mean and standard deviation of log(sigma / alpha), which is normally distributed.
       warmup: The number of steps H over which the unstable term of the tangent is ramped up by min(1, step / H).
-      normalize: The normalisation of the tangent, by its `norm` or by `clip`; see `normalized`.
+      normalize: The normalisation of the tangent, by its `norm`, `vector_norm` or `clip`; see `normalized`.
       adaptive: Whether the weight of each noise level is learned; otherwise it is 1.
+      prior_weighting: Whether the error is multiplied by alpha / sigma = 1 / (sigma_data tan(theta)), in addition to
+        the learned weight, as in NVIDIA's FastGen.
       teacher: A diffusion model whose weights the student starts from, on the schedule `trig` with this sigma_data and
         the parameterization `edm` with this sigma_data and c_noise.
       distill: Whether the path follows the teacher's velocity (sCD) or that of the example and its noise (sCT). If
@@ -181,5 +188,6 @@ def make(
         warmup=warmup,
         normalize=normalize,
         adaptive=adaptive,
+        prior_weighting=prior_weighting,
         teacher=teacher,
     )

@@ -170,6 +170,8 @@ def test_normalized_tangent():
     np.testing.assert_allclose(normalized(g, "clip"), [[1, -1], [0.3, 0.4], [0, 0]])
     wide = jnp.tile(g, 50)  # the same image with more pixels
     np.testing.assert_allclose(normalized(wide, "norm")[:, :2], normalized(g, "norm"), rtol=1e-6)
+    root = np.sqrt([[25.0], [0.25], [0.0]])
+    np.testing.assert_allclose(normalized(g, "vector_norm"), g / (root + 0.1), rtol=1e-6)
 
 
 # The loss.
@@ -232,6 +234,20 @@ def test_weight_is_one_unless_adaptive():
     loss, learned = jax.jit(lambda: [o.loss(linear, zero, {}, batch, None, 0)[0] for o in both])()
     np.testing.assert_allclose(loss, learned)
     assert (loss > 0.1).any() and "weight" not in objective.init(Network(lambda key: {}, linear), None)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_prior_weighting(x64, adaptive):
+    """The error is multiplied by 1 / (sigma_data tan(theta)) before the learned weight."""
+    batch = {"x": jax.random.normal(jax.random.key(0), (5, 2)), "cond": {}}
+    params = {"net": {"w": 0.7, "b": 0.2}, "weight": {"kernel": jnp.cos(jnp.arange(128.0)) / 30}}
+    plain, weighted = (objective_of(adaptive=adaptive, prior_weighting=prior) for prior in (False, True))
+    batch["draws"] = plain.draw(batch, jax.random.key(1), 0, {})
+    t = batch["draws"]["t"]
+    prior = 1 / (SIGMA * np.tan(np.pi / 2 * np.asarray(t)))
+    u = uncertainty.log_error(params["weight"], plain.schedule, t) if adaptive else 0
+    without, found = (objective.loss(linear, params, {}, batch, None, 0)[0] for objective in (plain, weighted))
+    np.testing.assert_allclose(found - u, prior * (without - u), rtol=1e-6)
 
 
 def test_learned_weight_depends_on_the_noise_level_and_is_finite_at_both_ends():
