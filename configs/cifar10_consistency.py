@@ -29,6 +29,8 @@ OBJECTIVES = dict(
         parameterization=dict(name="edm", sigma_data=0.5),
         discretization=dict(name="ratio", every=50_000, q=2.0, k=8.0, b=1.0),
         time_sampler=TIMES,
+        weighting="inverse_c_out",
+        huber=0.0,
         sigma_min=0.0,
         teacher="runs/cifar10_edm",
     ),

@@ -9,8 +9,8 @@ consistency tuning of a diffusion model (ECT; Geng et al. 2024, arXiv 2406.14548
 | time_sampler | karras | karras | log_normal | log_normal |
 | solver | None | heun | None | None |
 | target | average | average | student | student |
-| metric | l2 | l2 | pseudo_huber | pseudo_huber |
-| weighting | one | one | inverse_step | inverse_step |
+| metric | l2 | l2 | pseudo_huber | pseudo_huber, `huber` = 0 |
+| weighting | one | one | inverse_step | inverse_c_out |
 | teacher | | a workdir, or `joint_teacher` | | a workdir |
 
 The papers' CT and CD use LPIPS as the metric, which is not implemented here.
@@ -56,6 +56,8 @@ from diffusion.sampling.guidance import cfg
 from diffusion.sampling.ode.first_order import coordinate, first_order
 
 Solver = Literal["ddim", "euler", "heun"]
+Weighting = Literal["one", "inverse_step", "inverse_c_out"]
+SMALLEST = 1e-30  # stands for a mean square of 0 where its root is differentiated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ class ConsistencyObjective(Gaussian):
     target: Literal["student", "average"] = "student"
     metric: Literal["l2", "pseudo_huber"] = "pseudo_huber"
     huber: float = 0.00054
-    step_weighting: Literal["one", "inverse_step"] = "inverse_step"
+    step_weighting: Weighting = "inverse_step"
     solver: Solver | None = None
     guidance: float = 1.0
     teacher: Teacher | None = None
@@ -141,10 +143,12 @@ class ConsistencyObjective(Gaussian):
         distance = square
         if self.metric == "pseudo_huber":
             # sqrt(square + c^2) - c, in a form without cancellation near 0
-            distance = square / (jnp.sqrt(square + self.huber**2) + self.huber)
+            distance = square / (jnp.sqrt(jnp.maximum(square + self.huber**2, SMALLEST)) + self.huber)
         if self.step_weighting == "inverse_step":
             path = coordinate(None, self.schedule)
             distance /= path.from_time(t) - path.from_time(r)
+        elif self.step_weighting == "inverse_c_out":
+            distance /= jnp.square(self.parameterization(self.schedule, t).c_out)
         loss = draws["weight"] * distance
         if self.joint_teacher is not None:
             its_batch = {**batch, "draws": draws["joint_teacher"]}
@@ -191,7 +195,7 @@ def make(
     schedule: ScheduleSpec = "edm",
     parameterization: ParameterizationSpec = "consistency",
     time_sampler: TimeSamplerSpec = "karras",
-    weighting: Literal["one", "inverse_step"] = "inverse_step",
+    weighting: Weighting = "inverse_step",
     metric: Literal["l2", "pseudo_huber"] = "pseudo_huber",
     huber: float = 0.00054,
     target: Literal["student", "average"] = "student",
@@ -210,11 +214,13 @@ def make(
       parameterization: One whose x0 is x / alpha at the noise level `sigma_min`: `consistency` with the same sigma_min,
         or edm, v or velocity with `sigma_min = 0`.
       time_sampler: The distribution of t, before the discretization moves t to a point of its grid.
-      weighting: The weight of the distance: 1, or 1 / (t - r), in noise levels sigma / alpha, or in times if the
-        schedule ends in pure noise.
+      weighting: The weight of the distance: `one` is 1; `inverse_step` 1 / (t - r), in noise levels sigma / alpha, or
+        in times if the schedule ends in pure noise; `inverse_c_out` 1 / c_out(t)^2, which for the parameterization edm
+        is 1 / t^2 + 1 / sigma_data^2 in noise levels, the weight of ECT's code.
       metric: The distance: the mean square `l2`, or `pseudo_huber`, sqrt(mean square + huber^2) - huber, which is the
         paper's divided by the square root of the number of dimensions.
-      huber: The constant c of the pseudo-Huber metric, divided by the square root of the number of dimensions.
+      huber: The constant c of the pseudo-Huber metric, divided by the square root of the number of dimensions; 0 gives
+        the root of the mean square, as in ECT's code.
       target: The network applied at the earlier point: the current `student`, or its `average` with the
         discretization's decay. It receives no gradient.
       sigma_min: The noise level of the boundary, at which a path ends.
@@ -227,8 +233,7 @@ def make(
     """
     parts = build_parts(schedule, parameterization, time_sampler, "simple")
     path = parts["schedule"]
-    checks.positive(huber=huber)
-    checks.at_least(0, sigma_min=sigma_min)
+    checks.at_least(0, huber=huber, sigma_min=sigma_min)
     if teacher is not None and joint_teacher is not None:
         raise InputError("joint_teacher", "must be None if there is a teacher; remove one of the two")
     trained = None

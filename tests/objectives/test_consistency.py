@@ -333,6 +333,29 @@ def test_distances_and_weights_match_a_manual_computation(x64):
     np.testing.assert_allclose(square.loss(net, PARAMS, PARAMS, batch, None, 0)[0], error, rtol=1e-6)
 
 
+def test_distance_and_weight_of_easy_consistency_tuning(x64):
+    """The authors' code: the root of the mean square (up to a factor of the number of dimensions) times
+    1 / t^2 + 1 / sigma_data^2. Its gradient is finite where the distance is 0."""
+    edm = {"name": "edm", "sigma_data": 0.5}
+    objective = objective_of(
+        parameterization=edm, discretization=RATIO, sigma_min=0.0, weighting="inverse_c_out", huber=0.0
+    )
+    batch = batch_of(4)
+    batch["draws"] = objective.draw(batch, jax.random.key(0), jnp.int32(30), {})
+
+    def loss(factor):
+        net = network_of(objective, lambda x, level: factor * x / (1 + level))
+        return objective.loss(net, PARAMS, PARAMS, batch, None, 0)[0]
+
+    t, r, eps = (batch["draws"][name] for name in ("t", "r", "eps"))
+    high, low = ((batch["x"] + 80 * u[:, None] * eps) / (1 + 80 * u[:, None]) for u in (t, r))
+    assert (r > 0).any()
+    distance = abs(high - jnp.where((r > 0)[:, None], low, batch["x"]))[:, 0]
+    np.testing.assert_allclose(loss(1.0), distance * (1 / (80 * t) ** 2 + 1 / 0.5**2), rtol=1e-5)
+    batch["x"], batch["draws"]["eps"] = 0 * batch["x"], 0 * eps
+    assert (loss(1.0) == 0).all() and np.isfinite(jax.jacobian(loss)(1.0)).all()
+
+
 INVALID = [
     ({"parameterization": "x0"}, "objective.parameterization"),
     ({"parameterization": {"name": "edm"}}, "objective.parameterization"),
@@ -351,7 +374,7 @@ INVALID = [
     ({"discretization": {"name": "doubling", "steps": 9, "end": 5}}, "objective.discretization.end"),
     ({"discretization": {"name": "ratio", "every": 5, "q": 1.0}}, "objective.discretization.q"),
     ({"discretization": {"name": "ratio", "every": 5, "k": -1.0}}, "objective.discretization.k"),
-    ({"huber": 0.0}, "objective.huber"),
+    ({"huber": -0.1}, "objective.huber"),
     ({"sigma_min": -1.0}, "objective.sigma_min"),
     ({"sigma_min": 100.0}, "objective.sigma_min"),
 ]
