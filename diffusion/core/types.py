@@ -316,7 +316,7 @@ class Network:
       project: Applied to the parameters after `init` and after every optimizer step (forced weight normalization, for
         example), or None.
       scalar_conditions: Names of the scalars, each `[B]`, that the network receives in `cond` in addition to the noise
-        label. `step_size`: for flow maps, the noise label at t minus that at the target time. `guidance_scale`: the
+        label. `step_size`: for flow maps, the length of the step, or a function of it. `guidance_scale`: the
         scale that a guidance-distilled network reproduces.
       trainable: Regular expressions on the paths of the parameters that are trained unless a config says otherwise.
         None stands for all. An adapter names its own parameters.

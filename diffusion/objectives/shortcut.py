@@ -28,6 +28,7 @@ class Shortcut(AverageVelocity):
     base_steps: int = 128
     bootstrap: float = 0.25
     guidance: float = 1.0
+    step_label: Literal["length", "log2"] = "length"
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
         """Draws `t`, `r` and `weight`, all `[B]`, and `eps [B, ...]`.
@@ -51,8 +52,14 @@ class Shortcut(AverageVelocity):
     def average_velocity(
         self, net: Apply, params: Params, x: Array, t: Array, r: Array, cond: Cond, key: Array | None = None
     ) -> Array:
-        """Returns u as in the base class, with step size 0 for the shortest steps, which flow matching trains."""
-        return super().average_velocity(net, params, x, t, jnp.where(self.is_shortest(t, r), t, r), cond, key)
+        """Returns u as in the base class, with the step size of the shortest steps, which flow matching trains, for
+        r = t too; it is 0, or log2(base_steps)."""
+        shortest = self.is_shortest(t, r)
+        if self.step_label == "length":
+            return super().average_velocity(net, params, x, t, jnp.where(shortest, t, r), cond, key)
+        at_t, length = self.parameterization(self.schedule, t), jnp.where(shortest, 1 / self.base_steps, t - r)
+        cond = {**cond, "step_size": -jnp.log2(length)}
+        return net(params, expand(at_t.c_in, x) * x, at_t.c_noise, cond, key=key)
 
     def is_shortest(self, t: Array, r: Array) -> Array:
         """Returns whether a step is no longer than 1 / base_steps, whatever the rounding of its ends."""
@@ -100,6 +107,7 @@ def make(
     base_steps: int = 128,
     bootstrap: float = 0.25,
     guidance: float = 1.0,
+    step_label: Literal["length", "log2"] = "length",
 ) -> Shortcut:
     """Builds a shortcut model, for a network with the scalar condition `step_size` and the sampler `flow_map` in 1, 2,
     4, ... steps.
@@ -114,11 +122,14 @@ def make(
         length, computed with the average of the parameters (the last in the config).
       guidance: The classifier-free guidance scale of the shortest steps in those targets, as in `guidance.cfg`, and
         thus of all longer steps. Requires train.cond_drop_rate above 0. Sampling with the shortest steps is not guided.
+      step_label: What the network receives as `step_size`: the `length` of the step, on the scale of c_noise, or `log2`
+        of the number of such steps in [0, 1], from 0 to log2(base_steps), as in the authors' code.
     """
     if base_steps < 2 or base_steps & (base_steps - 1):
         raise InputError("base_steps", f"must be a power of two of at least 2, got {base_steps}")
     checks.rate(bootstrap=bootstrap)
     checks.at_least(0, guidance=guidance)
     return Shortcut(
-        **velocity_parts(schedule, c_noise, time_sampler), base_steps=base_steps, bootstrap=bootstrap, guidance=guidance
-    )
+        **velocity_parts(schedule, c_noise, time_sampler), base_steps=base_steps, bootstrap=bootstrap,
+        guidance=guidance, step_label=step_label,
+    )  # fmt: skip

@@ -103,6 +103,27 @@ def test_step_size_of_the_shortest_steps_is_zero(c_noise, scale):
     np.testing.assert_allclose(seen["step_size"], scale * jnp.array([1, 0.25, 0, 0, 0]), rtol=1e-6)
 
 
+def test_step_label_is_the_logarithm_of_the_number_of_steps():
+    """As in the authors' code: 0 for one step, log2(base_steps) for the shortest ones and for flow matching."""
+    objective, seen = objective_of(base_steps=8, step_label="log2", schedule="flow"), {}
+
+    def net(params, x, c_noise, cond, *, key=None):
+        seen.update(cond, c_noise=c_noise)
+        return x
+
+    t = jnp.array([1.0, 1.0, 0.5, 0.125, 0.3])
+    r = t - jnp.array([1.0, 0.25, 1 / 8, 1 / 8, 0.0])
+    denoise = objective.denoiser(net, {"net": None})
+    x = jnp.arange(10.0).reshape(5, 2)
+    denoised = denoise(x, t, {"target_time": r})
+    np.testing.assert_allclose(seen["step_size"], [0, 2, 3, 3, 3], atol=1e-6)
+    np.testing.assert_allclose(seen["c_noise"], t)
+    length, noise = np.asarray(t - r)[:, None], np.asarray(t)[:, None]
+    np.testing.assert_allclose(denoised.x0, x - noise * x, atol=1e-6)  # x - t u, with u = x
+    batch = with_draws(objective, {"x": x, "cond": {}}, jax.random.key(0))
+    assert np.isfinite(objective.loss(net, {"net": None}, {"net": None}, batch, None, 0)[0]).all() and length.any()
+
+
 def test_guidance_applies_to_shortest_steps_with_a_condition(x64):
     objective = objective_of(base_steps=8, guidance=3.0)
 
