@@ -128,12 +128,15 @@ def is_folder(path: Path, field: str) -> bool:
 
 
 @contextlib.contextmanager
-def replace(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary file that replaces `path` when the context ends without an exception."""
+def replace(path: Path, mode: str = "w", *, any_process: bool = False) -> Iterator[IO]:
+    """Opens a temporary file that replaces `path` when the context ends without an exception.
+
+    With `any_process`, every process of a job writes, and the caller sees to it that one does at a time.
+    """
     path = os.fspath(path)
     # Names of files have escapes where the locale is not UTF-8; they are written as the bytes that they stand for.
     encoding, errors = (None, None) if "b" in mode else ("utf-8", "surrogateescape")
-    if not writes():
+    if not any_process and not writes():
         yield io.BytesIO() if "b" in mode else io.StringIO()  # not os.devnull, in which zipfile cannot seek
         return
     if is_remote(path):

@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO
 
 from diffusion.core.types import InputError
@@ -49,6 +49,15 @@ def hold(folder: str, field: str) -> IO:
         file.close()
         time.sleep(RETRY_DELAY)  # `is_held` takes a shared lock for a moment
     raise InputError(field, f"{folder} is in use by another process; wait for it to end, or choose another folder")
+
+
+@contextlib.contextmanager
+def wait(folder: str) -> Iterator[None]:
+    """Locks an existing folder, once no other process holds the lock. Does nothing where there are no locks."""
+    with open(os.path.join(folder, NAME), "a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def release(lock: IO) -> None:

@@ -10,14 +10,14 @@ import logging
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from diffusion.core import files
+from diffusion.core import files, locks
 from diffusion.core.types import InputError
 from diffusion.data import image_ops
 
@@ -70,9 +70,7 @@ class FileIndex:
 
     def __init__(self, root: str, folder: str | None = None):
         self.root, self.folder = root, folder or os.path.join(root, FOLDER)
-        header = _read_header(self.folder)
-        if header is None or not _is_current(root, header):
-            header = _build(root, self.folder)
+        header = _current_header(root, self.folder) or _build(root, self.folder)
         self.class_names, self.ignored = tuple(header["class_names"]), header["ignored"]
         self.empty, self.without_text = tuple(header["empty"]), tuple(header["without_text"])
         self._metadata, self._has_captions = header["metadata"], False
@@ -98,11 +96,13 @@ class FileIndex:
 
         They are read from the file headers once and then stored in the index. Unreadable images have size 0.
         """
-        file = os.path.join(self.folder, "sizes.npy")
-        if not os.path.exists(file):
+
+        def write() -> None:
             with ThreadPoolExecutor(THREADS) as pool:
                 paths = (self.path(index) for index in range(len(self)))
                 _save(self.folder, "sizes", np.array(list(pool.map(_size, paths, chunksize=256)), np.int32))
+
+        self._complete("sizes", write)
         return _load(self.folder, "sizes")
 
     def read_captions(self) -> None:
@@ -113,7 +113,8 @@ class FileIndex:
         """
         if not self._metadata:
             return
-        if not os.path.exists(os.path.join(self.folder, "captions_ends.npy")):
+
+        def write() -> None:
             captions = _captions(self.root, self._metadata)
             keys = [_normal(os.fsdecode(self.paths[index])) for index in range(len(self))]
             unknown = captions.keys() - set(keys)
@@ -121,6 +122,8 @@ class FileIndex:
                 first, files_ = min(unknown), " and ".join(self._metadata)
                 logger.warning("%s: %d lines are of no image here, such as %r", files_, len(unknown), first)
             _save_strings(self.folder, "captions", [captions.get(key, b"") for key in keys])
+
+        self._complete("captions_ends", write)
         self._has_captions = True
         self._map()
 
@@ -132,6 +135,14 @@ class FileIndex:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map()
+
+    def _complete(self, name: str, write: Callable[[], None]) -> None:
+        """Calls `write`, in one process at a time, if the index lacks a file."""
+        path = os.path.join(self.folder, f"{name}.npy")
+        if not os.path.exists(path):
+            with _writing(self.folder), locks.wait(self.folder):
+                if not os.path.exists(path):
+                    write()
 
     def _map(self) -> None:
         self.paths = _load_strings(self.folder, "paths")
@@ -153,22 +164,31 @@ def _read_header(folder: str) -> dict[str, Any] | None:
     return header if all(isinstance(header.get(name), kind) for name, kind in kinds.items()) else None
 
 
-def _is_current(root: str, header: dict[str, Any]) -> bool:
-    """Returns whether no directory has changed since the index was built."""
+def _current_header(root: str, folder: str) -> dict[str, Any] | None:
+    """Returns the header of a stored index, or None if there is none or a directory has changed since it was built."""
+    header = _read_header(folder)
     try:
-        return all(os.stat(os.path.join(root, path)).st_mtime_ns == time for path, time in header["changed"].items())
+        for path, time in header["changed"].items() if header else ():
+            if os.stat(os.path.join(root, path)).st_mtime_ns != time:
+                return None
     except (OSError, ValueError):  # os.stat raises ValueError for a name that contains NUL
-        return False
+        return None
+    return header
 
 
 def _build(root: str, folder: str) -> dict[str, Any]:
-    """Builds and stores the index. Returns its header."""
+    """Builds and stores the index, unless another process does so at the same time. Returns its header."""
     if not os.path.isdir(root):
         raise InputError("path", f"there is no folder {root}")
     try:
         files.make_folder(folder, "index")  # before the walk, because it may change the modification time of `root`
     except InputError as error:
         raise InputError("index", f"{error.problem}; choose another folder for the index") from None
+    with _writing(folder), locks.wait(folder):
+        return _current_header(root, folder) or _write(root, folder)
+
+
+def _write(root: str, folder: str) -> dict[str, Any]:
     extensions, _ = image_ops.extensions()
     found, changed, ignored, metadata, without_text = [], {}, {}, [], []
     for path, time, names in _walk(root):
@@ -206,7 +226,7 @@ def _build(root: str, folder: str) -> dict[str, Any]:
         "without_text": [len(without_text), _printable(min(without_text, default=""))],
         "changed": changed,
     }
-    with _writing(folder), files.replace(os.path.join(folder, HEADER)) as file:
+    with files.replace(os.path.join(folder, HEADER), any_process=True) as file:
         json.dump(header, file)
     return header
 
@@ -312,7 +332,8 @@ def _writing(folder: str) -> Iterator[None]:
 
 
 def _save(folder: str, name: str, array: np.ndarray) -> None:
-    with _writing(folder), files.replace(os.path.join(folder, f"{name}.npy"), "wb") as file:
+    # Each process of a job may have its own disk.
+    with files.replace(os.path.join(folder, f"{name}.npy"), "wb", any_process=True) as file:
         np.save(file, array)
 
 

@@ -7,11 +7,13 @@ import os
 import pickle
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.core import files
 from diffusion.core.build import build
 from diffusion.data import file_index
 from diffusion.data.file_index import FileIndex
@@ -316,6 +318,23 @@ def test_the_index_is_stored(tree, monkeypatch):
     make(tree)
     monkeypatch.setattr(file_index, "_walk", None)
     assert reds(make(tree)) == [0, 1, 2]
+
+
+def test_one_process_builds_the_index_and_the_others_wait(tree, monkeypatch):
+    """Any process of a job may be the one, because each may have its own disk."""
+    walk, walks = file_index._walk, []
+
+    def slow_walk(root, *args):
+        if not args:
+            walks.append(root)
+            time.sleep(0.2)
+        return walk(root, *args)
+
+    monkeypatch.setattr(file_index, "_walk", slow_walk)
+    monkeypatch.setattr(files, "writes", lambda: False)
+    with ThreadPoolExecutor(4) as pool:
+        sources = list(pool.map(lambda _: make(tree, size=((8, 8), (8, 16))), range(4)))
+    assert all(reds(source) == [0, 1, 2] for source in sources) and len(walks) == 1
 
 
 def test_the_index_is_rebuilt_when_files_are_added_or_removed(tree):
