@@ -27,6 +27,7 @@ def get_config(model: str = "XL/2"):
             name="mean_flow",
             time_sampler=dict(name="logit_normal", mean=-0.4, std=1.0),
             guidance=guidance,
+            norm_eps=0.01,  # that of the authors' code; the paper's example is 1e-3
             kappa=kappa,
             interval=(0.0, dict(L=0.8, XL=0.75)[size] if large else 1.0),
         ),

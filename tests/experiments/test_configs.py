@@ -153,7 +153,7 @@ def test_parts_fit(path, argument, tmp_path):
 
 @pytest.mark.parametrize(("variant", "scale"), [("ict", 0.02), ("ct", 16.0), ("cd", 16.0), ("ect", 16.0)])
 def test_scale_of_the_embedding_of_consistency_models(variant, scale):
-    """Improved consistency training lowers it from NCSN++'s 16 (2310.14189, section 3.3)."""
+    """Improved consistency training lowers it from NCSN++'s 16 (2310.14189, section 3.1)."""
     network = read_config(f"{ROOT}/configs/cifar10_consistency.py:{variant}")["network"]
     assert (network["embedding"], network["embedding_scale"]) == ("fourier", scale)
 
