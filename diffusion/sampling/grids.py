@@ -83,6 +83,25 @@ def lattice(schedule: Schedule, steps: int, points: int = 50) -> np.ndarray:
     return np.append(indices * (table // points) / table, 0)
 
 
+def simple(schedule: Schedule, steps: int) -> np.ndarray:
+    """Returns even steps from t = 1, rounded up to the schedule's table: `simple` of ComfyUI."""
+    table = _table_length(schedule, steps)
+    if not table:
+        return np.linspace(1, 0, steps + 1)
+    return np.append((table - np.arange(steps) * table // steps) / table, 0)
+
+
+def sgm_uniform(schedule: Schedule, steps: int) -> np.ndarray:
+    """Returns even steps over the table from its last point to its first, without the first, then 0.
+
+    They may lie between points of the table, as in Stability AI's generative models.
+    """
+    table = _table_length(schedule, steps)
+    if not table:
+        return np.linspace(1, 0, steps + 1)
+    return np.append((np.linspace(table - 1, 0, steps + 1)[:-1] + 1) / table, 0)
+
+
 def quadratic(schedule: Schedule, steps: int, power: float = 2.0) -> np.ndarray:
     """Returns t = (i / steps)^power, DDIM's quadratic grid on [0, 1] (Song et al. 2021, arXiv 2010.02502, app. D.2).
 
@@ -134,6 +153,25 @@ def shifted(schedule: Schedule, steps: int, shift: float = 3.0, last: float | No
     return decreasing(times, "shift")
 
 
+def linear_quadratic(schedule: Schedule, steps: int, threshold_noise: float = 0.025) -> np.ndarray:
+    """Returns even small steps, followed by steps that grow linearly, for flows (Genmo's Mochi).
+
+    With N steps and N' = N // 2, the first N' steps end at t = 1 - threshold_noise, and the others continue at the same
+    rate with a quadratic term:
+
+        1 - t_i = (threshold_noise / N') i + c max(i - N', 0)^2,    c such that t_N = 0
+
+    Args:
+      threshold_noise: the length in t of the linear part.
+    """
+    checks.positive(threshold_noise=threshold_noise)
+    half, i = steps // 2, np.arange(steps + 1)
+    rate = threshold_noise / half if half else 0.0
+    with np.errstate(invalid="ignore"):  # an infinite threshold, which `decreasing` rejects
+        times = 1 - rate * i - (1 - rate * steps) * (np.maximum(i - half, 0) / (steps - half)) ** 2
+    return decreasing(np.append(times[:-1], 0), "threshold_noise")
+
+
 def karras(
     schedule: Schedule,
     steps: int,
@@ -176,6 +214,38 @@ def exponential(
       sigma_min, sigma_max, ends: the lowest and the highest level, as for `karras`.
     """
     return times_of(schedule, np.linspace(*_ends(schedule, steps, ends, sigma_min, sigma_max), steps), "sigma_min")
+
+
+def polyexponential(
+    schedule: Schedule,
+    steps: int,
+    rho: float = 1.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> np.ndarray:
+    """Returns times whose log(sigma / alpha) fall as the power rho of even steps, as k-diffusion's grid of this name.
+
+    Args:
+      rho: 1 is `exponential`; larger values place more steps at low noise.
+      sigma_min, sigma_max: the lowest and the highest level, as for `karras`.
+    """
+    checks.positive(rho=rho)
+    lowest, highest = sigma_ends(schedule, sigma_min, sigma_max)
+    return times_of(schedule, highest + np.linspace(1, 0, steps) ** rho * (lowest - highest), "rho")
+
+
+def kl_optimal(
+    schedule: Schedule, steps: int, sigma_min: float | None = None, sigma_max: float | None = None
+) -> np.ndarray:
+    """Returns times whose arctan(sigma / alpha) are even (Align Your Steps: Sabour et al. 2024, arXiv 2404.14507).
+
+    They minimize an upper bound on the KL divergence for Gaussian data of unit variance.
+
+    Args:
+      sigma_min, sigma_max: the lowest and the highest level, as for `karras`.
+    """
+    low, high = (math.atan(math.exp(-end / 2)) for end in sigma_ends(schedule, sigma_min, sigma_max)[::-1])
+    return times_of(schedule, -2 * np.log(np.tan(np.linspace(high, low, steps))), "sigma_min")
 
 
 def beta_sigmas(

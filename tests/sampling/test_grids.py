@@ -63,7 +63,7 @@ REPEATING = ("repaint", "restart", "to_sigma_min")  # grids of another grid
 FALLING = [name for name in names("grids") if name not in (*REPEATING, "lattice")]
 
 
-LEVEL_GRIDS = ("beta_sigmas", "exponential", "karras", "log_snr")
+LEVEL_GRIDS = ("beta_sigmas", "exponential", "karras", "kl_optimal", "log_snr", "polyexponential")
 
 
 @pytest.mark.parametrize("name", FALLING)
@@ -97,10 +97,13 @@ def test_points_of_the_table():
         "trailing": [999, 899, 799, 699, 599, 499, 399, 299, 199, 99],
         "leading": [900, 800, 700, 600, 500, 400, 300, 200, 100, 0],
         "linspace": [999, 888, 777, 666, 555, 444, 333, 222, 111, 0],
+        "sgm_uniform": [999, 899.1, 799.2, 699.3, 599.4, 499.5, 399.6, 299.7, 199.8, 99.9],
     }
     for name, indices in expected.items():
         times = find("grids", name, field="grid")(schedule, 10)
         np.testing.assert_allclose(times[:-1], (np.array(indices) + 1) / 1000, atol=1e-12)
+    rounded = times_of("simple", schedule, 7)[:-1]  # 1000 / 7 = 142.9 points per step
+    np.testing.assert_allclose(1000 * rounded - 1, [999, 857, 714, 571, 428, 285, 142], atol=1e-9)
 
 
 def test_options_of_the_points_of_the_table():
@@ -131,7 +134,7 @@ def test_ends_of_another_grid(name, edm):
 def test_points_without_a_table():
     for schedule in (build("schedules", "flow"), build("schedules", {"name": "vp", "num_steps": 3})):
         np.testing.assert_allclose(times_of("leading", schedule, 4), [0.8, 0.6, 0.4, 0.2, 0], rtol=1e-15)
-        for name in ("trailing", "linspace"):
+        for name in ("trailing", "linspace", "simple", "sgm_uniform"):
             np.testing.assert_allclose(times_of(name, schedule, 4), [1, 0.75, 0.5, 0.25, 0], rtol=1e-15)
 
 
@@ -178,6 +181,33 @@ def test_shifted_equals_the_shift_of_the_schedule(x64):
     plain, shifted = (build("schedules", {"name": "flow", "shift": shift}) for shift in (1.0, 3.0))
     times = times_of("shifted", plain, 20, shift=3.0)
     np.testing.assert_allclose(plain.sigma(times), shifted.sigma(np.linspace(1, 0, 21)), rtol=1e-14)
+
+
+def test_linear_quadratic():
+    """The reference implementation has these coefficients of i^2, of i and of 1 in its second half."""
+    for steps, low in ((10, 0.025), (7, 0.1)):
+        half, rest = steps // 2, steps - steps // 2
+        square = (half - low * steps) / (half * rest**2)
+        linear = low / half - 2 * (half - low * steps) / rest**2
+        i = np.arange(steps)
+        rises = np.where(i < half, i * low / half, square * i**2 + linear * i + square * half**2)
+        times = times_of("linear_quadratic", None, steps, threshold_noise=low)
+        np.testing.assert_allclose(times, [*(1 - rises), 0], rtol=1e-12)
+    assert times_of("linear_quadratic", None, 1).tolist() == [1, 0]
+
+
+def test_polyexponential(edm):
+    levels = np.exp(np.linspace(1, 0, 6) ** 2.5 * np.log(1000) + np.log(0.1))
+    times = times_of("polyexponential", edm, 6, rho=2.5, sigma_min=0.1, sigma_max=100.0)
+    np.testing.assert_allclose(1000 * times, [*levels, 0], rtol=1e-12)
+    np.testing.assert_allclose(times_of("polyexponential", edm, 6), times_of("exponential", edm, 6), rtol=1e-12)
+
+
+def test_kl_optimal_is_even_in_the_angle(edm):
+    times = times_of("kl_optimal", edm, 6, sigma_min=0.1, sigma_max=100.0)
+    angles = np.arctan(1000 * times[:-1])
+    np.testing.assert_allclose(np.diff(angles), (np.arctan(0.1) - np.arctan(100)) / 5, rtol=1e-12)
+    np.testing.assert_allclose(1000 * times[[0, -2]], [100, 0.1], rtol=1e-9)
 
 
 def test_karras(edm):
@@ -335,6 +365,8 @@ LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t
             (name, {field: bad}, "edm", field)
             for name, field in [("quadratic", "power"), ("sigmoid", "scale"), ("beta", "a"), ("beta", "b"),
                                 ("beta_sigmas", "a"), ("beta_sigmas", "sigma_max"), ("to_sigma_min", "sigma_min"),
+                                ("polyexponential", "rho"), ("kl_optimal", "sigma_min"),
+                                ("linear_quadratic", "threshold_noise"),
                                 ("shifted", "shift"), ("karras", "rho"), ("karras", "sigma_min"),
                                 ("karras", "sigma_max"), ("exponential", "sigma_min"), ("exponential", "sigma_max")]
             for bad in (0, -1.0, np.nan, np.inf)
@@ -384,6 +416,7 @@ LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t
         ("given", {"times": (1, 0.8, 0.6, 0.4, 0.2, -0.1)}, "edm", "times"),
         ("given", {"times": (1, 0.8, 0.6, np.nan, 0.2, 0)}, "edm", "times"),
         ("given", {"times": (1, 0.8, 0.8, 0.4, 0.5, 0)}, "edm", "times"),
+        ("linear_quadratic", {"threshold_noise": 0.9}, "flow", "threshold_noise"),
         ("to_sigma_min", {"sigma_min": 20.0}, "edm", "sigma_min"),
         ("to_sigma_min", {"grid": "karras"}, "vp", "sigma_min"),
         ("to_sigma_min", {"grid": "restart"}, "edm", "grid"),
