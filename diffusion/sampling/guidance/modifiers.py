@@ -6,12 +6,20 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from diffusion.core.arrays import expand
+from diffusion.core.arrays import expand, per_example
 from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Schedule
+from diffusion.process.parameterization import eps, v, velocity
 from diffusion.sampling.guidance.common import Traced
+from diffusion.sampling.ode.first_order import ends_in_noise
 
 
-def rescale(guided: Denoiser, factor: Traced = 0.7) -> Denoiser:
+def rescale(
+    guided: Denoiser,
+    factor: Traced = 0.7,
+    output: Literal["x0", "eps", "v", "velocity"] = "x0",
+    *,
+    schedule: Schedule | None = None,
+) -> Denoiser:
     """Rescales the guided x0 towards the standard deviation of the conditional one.
 
         x0 <- factor x0 std(x0_cond) / std(x0) + (1 - factor) x0
@@ -21,16 +29,27 @@ def rescale(guided: Denoiser, factor: Traced = 0.7) -> Denoiser:
     Args:
       guided: a guided denoiser; others have no conditional x0 to compare with.
       factor: in [0, 1]: 0 leaves x0 unchanged, 1 restores the standard deviation fully.
+      output: what is rescaled. The authors, and diffusers, rescale the output of the network: `v` for their model,
+        `eps` for Stable Diffusion. The result differs, and that of `x0` is the same for every parameterization.
+      schedule: the schedule of the denoiser; not needed for x0.
     """
+    if output == "eps" and ends_in_noise(schedule):
+        raise InputError("output", "must not be eps for this schedule, which ends in pure noise; use v or velocity")
 
     def rescaled(x: Array, t: Array, cond: Cond) -> Denoised:
         denoised = guided(x, t, cond)
         if denoised.conditional is None:
             raise InputError("guidance.rescale", "requires guidance; apply it to the result of cfg, for example")
+        conditional, ours = denoised.conditional, denoised.x0
+        if output != "x0":
+            times = per_example(t, x)
+            coefficients = {"eps": eps, "v": v, "velocity": velocity}[output]()(schedule, times)
+            alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+            conditional, ours = (coefficients.from_x0(y, x, alpha, sigma) for y in (conditional, ours))
         axes = tuple(range(1, x.ndim))
-        std_cond, std = (jnp.std(y, axis=axes, keepdims=True) for y in (denoised.conditional, denoised.x0))
-        ratio = factor * std_cond / jnp.maximum(std, 1e-12) + 1 - factor
-        return dataclasses.replace(denoised, x0=denoised.x0 * ratio)
+        std_cond, std = (jnp.std(y, axis=axes, keepdims=True) for y in (conditional, ours))
+        ours *= factor * std_cond / jnp.maximum(std, 1e-12) + 1 - factor
+        return dataclasses.replace(denoised, x0=ours if output == "x0" else coefficients.to_x0(ours, x))
 
     return rescaled
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.core.arrays import derivative
 from diffusion.core.build import build
 from diffusion.core.types import Array, Denoised
 from diffusion.sampling.guidance import (
@@ -57,9 +58,26 @@ def test_rescale_formula(name, factor):
         np.testing.assert_array_equal(getattr(rescaled, field), getattr(guided, field))
 
 
+@pytest.mark.parametrize("output", ["eps", "v", "velocity"])
+def test_rescale_of_the_output_of_a_network(output):
+    """The guided output of a network is rescaled as diffusers does, and x0 is what it stands for."""
+    alpha, sigma = np.float64(VP.alpha(0.35)), np.float64(VP.sigma(0.35))
+    d_alpha, d_sigma = (float(derivative(of, jnp.float32(0.35))) for of in (VP.alpha, VP.sigma))
+    a, b = {"eps": (0, 1), "v": (-sigma, alpha), "velocity": (d_alpha, d_sigma)}[output]
+    denoised = cfg(model, 5.0)(X, 0.35, COND)
+    of_cond, guided = (a * x0 + b * (X - alpha * x0) / sigma for x0 in (denoised.conditional, denoised.x0))
+    ratio = np.std(of_cond, axis=(1, 2), keepdims=True) / np.std(guided, axis=(1, 2), keepdims=True)
+    expected = 0.7 * ratio * guided + 0.3 * guided
+    found = rescale(cfg(model, 5.0), 0.7, output, schedule=VP)(X, 0.35, COND).x0
+    np.testing.assert_allclose(a * found + b * (X - alpha * found) / sigma, expected, rtol=1e-4, atol=1e-4)
+    assert abs(found - rescale(cfg(model, 5.0), 0.7)(X, 0.35, COND).x0).max() > 1e-2
+
+
 def test_rescale_requires_guidance():
     with refused("guidance.rescale"):
         rescale(model)(X, 0.35, COND)
+    with refused("output"):
+        rescale(cfg(model, 5.0), output="eps", schedule=FLOW)
 
 
 # interval
