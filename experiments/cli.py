@@ -176,8 +176,10 @@ def run(main: Callable[..., None], *, together: bool = True, takes_rest: bool = 
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a full disk
                 stream.flush()
+        if code not in (HUNG, INTERRUPTED):
+            multihost.leave()
         # Any other exit waits: for threads of Orbax, ten minutes after a save that failed; for the other processes of
-        # the job, which wait for this one.
+        # the job, which may wait for this one, five minutes.
         os._exit(code)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +16,7 @@ from diffusion.core.types import InputError
 from diffusion.distributed import jax_internals, roll_call
 from diffusion.distributed.roll_call import Missing
 
+LEAVE_TIMEOUT = 10  # seconds that a process which ends with an error waits for the others to end
 HEARTBEAT_TIMEOUT = 30  # seconds of silence after which a process counts as dead and the others are ended
 LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|CoordinationService")  # in the errors that JAX raises then
 TIMEOUT = 300  # seconds that a process waits for the others: at the start, at a barrier and at the end
@@ -118,6 +120,18 @@ def wait_for_all(what: str) -> None:
             raise
         names = ", ".join(sorted(late, key=int))
         raise Missing(f"process {names} did not reach the barrier {what!r} within {TIMEOUT} s") from error
+
+
+def leave() -> None:
+    """Disconnects this process before it ends with an error, at the same time as the others if they end too.
+
+    JAX aborts a process that is connected while another ends without this. If the error is of this process alone, the
+    others do not end, so they are waited for only briefly.
+    """
+    if jax.distributed.is_initialized():
+        thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        thread.start()
+        thread.join(LEAVE_TIMEOUT)
 
 
 @contextlib.contextmanager

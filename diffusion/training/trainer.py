@@ -189,6 +189,7 @@ class Trainer:
                     if not hook.metrics:
                         self._run(hook)
         if self.step < self.options.steps:
+            multihost.wait_for_all(f"the save of step {self.step}")
             if self.data.error:
                 raise self._with_save(self.data.error)
             raise Preempted(f"stopped after step {self.step:,} and saved; start it again to resume")

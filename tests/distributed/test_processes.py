@@ -153,6 +153,27 @@ def test_processes_missing_at_a_barrier_are_named(address):
     assert first.startswith("process 1 did not") and "'lunch'" in first and third == first and not late
 
 
+LEAVES = """
+import os, sys, time
+from diffusion.distributed import multihost
+multihost.initialize(sys.argv[1], 2, int(sys.argv[2]))
+time.sleep(float(sys.argv[3]) * int(sys.argv[2]))
+multihost.LEAVE_TIMEOUT = 4
+multihost.leave()
+os._exit(75 + int(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("delay", "codes"), [(2, [75, 76]), (30, [75, -signal.SIGABRT])])
+def test_processes_that_end_wait_for_each_other_briefly(address, delay, codes):
+    """Without the wait, JAX would abort the second of two processes of which the first ends before it."""
+    command = [sys.executable, "-c", LEAVES, address]
+    running = [subprocess.Popen([*command, str(rank), str(delay)], cwd=ROOT, stderr=subprocess.DEVNULL)
+               for rank in range(2)]  # fmt: skip
+    assert [process.wait(timeout=60) for process in running] == codes
+
+
 JOINS = """
 from diffusion.distributed import multihost
 multihost.TIMEOUT = 2
