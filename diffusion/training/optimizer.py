@@ -109,7 +109,7 @@ def make_optimizer(
       **options: Keywords of the optimizer (`b1`, `b2`, `weight_decay`, ...).
 
     Raises:
-      InputError: optax has no such optimizer or option, or a number is out of range.
+      InputError: optax has no such optimizer or option, or does not accept a value of it.
     """
     common = dict(steps=steps, name=name, learning_rate=learning_rate, schedule=schedule, warmup=warmup, cycles=cycles,
                   clip=clip, groups=groups, **options)  # fmt: skip
@@ -138,16 +138,29 @@ def make_optimizer(
         cycle = optax.join_schedules([optax.linear_schedule(0, peak, warmup), after], [warmup]) if warmup else after
         return lambda step: cycle(step - jnp.minimum(step // length, cycles - 1) * length)
 
-    def transform_of(peak: float, options: Mapping[str, Any], field: str) -> optax.GradientTransformation:
+    def transform_of(peak: float, options: Mapping[str, Any], field: str = "") -> optax.GradientTransformation:
+        for key, value in options.items():
+            if isinstance(value, (Mapping, tuple, list)):
+                problem = f"must be a single value, got {value!r}; use groups to give some parameters other options"
+                raise InputError(f"{field}.{key}".lstrip("."), problem)
         keywords = {**options, "learning_rate": rate_of(peak)}
         if {"weight_decay", "mask"} <= inspect.signature(factory).parameters.keys():
             keywords.setdefault("mask", _decayed)
         try:
-            return call(factory, keywords, field=field)
-        except TypeError as error:  # optax does not annotate all of its options
-            raise InputError(field, f"optax.{name} does not accept them: {error}") from error
+            transform = call(factory, keywords, field=field)
+            if not any(map(callable, options.values())):  # those may require the names of the parameters
+                jax.eval_shape(lambda x: transform.update(x, transform.init(x), x), {"": jnp.zeros((2, 2))})
+        except InputError as error:
+            if error.field.endswith("learning_rate"):
+                problem = f"optax.{name} does not accept a learning rate schedule; use another optimizer"
+                raise InputError("name", problem) from error
+            raise InputError(error.field.lstrip("."), error.problem) from error
+        except Exception as error:  # optax does not check its options
+            given = " with " + ", ".join(f"{key}={value!r}" for key, value in options.items()) if options else ""
+            raise InputError(field or "name", f"optax.{name} cannot be used{given}: {error}") from error
+        return transform
 
-    update = transform_of(learning_rate, options, "options")
+    update = transform_of(learning_rate, options)
     if groups:
         transforms = {"": update}
         for pattern, changes in groups.items():

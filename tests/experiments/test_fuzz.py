@@ -375,6 +375,7 @@ def wrong(*given, base="digits.py", check=True):
 @wrong("guidance={'name': 'autoguidance', 'scale': 2.0}", base="moons.py:sinkhorn")
 @wrong("seed=18446744073709551616")
 @wrong("seed=-1")
+@wrong("optimizer.mask={'G': -7.8e-284}", base="digits_mean_flow.py")
 @wrong("eval={}")
 @wrong("eval.metrics={'svc_accuracy': 1}")
 @wrong("eval.metrics={'svc_accuracy': {'num': 2147483647}}")

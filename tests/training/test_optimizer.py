@@ -58,7 +58,13 @@ def test_a_short_run_shortens_the_warmup(caplog):
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"clip": -1.0}, "clip"),
         ({"name": "chain"}, "name"),
-        ({"mu_dtype": {}}, "options"),
+        ({"name": "sm3"}, "name"),
+        ({"name": "lbfgs"}, "name"),
+        ({"b1": "x"}, "b1"),
+        ({"mask": {"net": True}}, "mask"),
+        ({"mu_dtype": ()}, "mu_dtype"),
+        ({"mu_dtype": "x"}, "name"),
+        ({"groups": {"net": {"mask": {}}}}, "groups.net.mask"),
     ],
 )
 def test_bad_options(options, field):
