@@ -12,8 +12,8 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from diffusion.core import model_folder
 from diffusion.core.build import build, call, find
-from diffusion.interop import model_folder
 from diffusion.training.ema import make_ema
 from tests.refusals import refused
 

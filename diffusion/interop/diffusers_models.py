@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
+from diffusion.core import model_folder
 from diffusion.core.build import build_network, defaults, find
 from diffusion.core.types import InputError, Params, Spec
-from diffusion.interop import diffusers_dit, diffusers_unet, model_folder, tensors
+from diffusion.interop import diffusers_dit, diffusers_unet, tensors
 from diffusion.interop.tensors import Pair
 
 _NETWORKS = {"unet": diffusers_unet, "dit": diffusers_dit}

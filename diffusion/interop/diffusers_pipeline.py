@@ -5,8 +5,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion.core import model_folder
 from diffusion.core.types import InputError
-from diffusion.interop import diffusers_models, model_folder
+from diffusion.interop import diffusers_models
 from diffusion.interop.config_json import VERSION
 from diffusion.interop.diffusers_models import Model
 
