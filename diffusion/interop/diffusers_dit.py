@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.core.tensors import Pair, Tensors, copies, fused, linear, same, stacked
 from diffusion.core.types import InputError, Params, Spec
 from diffusion.interop.config_json import VERSION, check_entries, check_options, data_spec, image_size, outputs
-from diffusion.interop.tensors import Pair, Tensors, copies, fused, linear, same, stacked
 
 NAMES = {"num_heads": "num_attention_heads", "width": "attention_head_dim", "depth": "num_layers"}
 _DEFAULTS = {

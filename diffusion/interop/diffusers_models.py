@@ -12,16 +12,14 @@ from typing import Any
 
 import jax
 
-from diffusion.core import model_folder
+from diffusion.core import model_folder, tensors
 from diffusion.core.build import build_network, defaults, find
+from diffusion.core.tensors import Pair
 from diffusion.core.types import InputError, Params, Spec
-from diffusion.interop import diffusers_dit, diffusers_unet, tensors
-from diffusion.interop.tensors import Pair
+from diffusion.interop import diffusers_dit, diffusers_unet
 
 _NETWORKS = {"unet": diffusers_unet, "dit": diffusers_dit}
 _CLASSES = {"UNet2DModel": "unet", "DiTTransformer2DModel": "dit", "Transformer2DModel": "dit"}
-# Names of attention layers before diffusers 0.13, and their present names.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +53,7 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None) -> 
     kind = config.get("_class_name")
     if kind not in _CLASSES:
         raise InputError("folder", f"{path} contains a {kind}; only UNet2DModel and DiTTransformer2DModel can be read")
-    foreign = {_current_name(name): tensor for name, tensor in model_folder.read_tensors(path, variant).items()}
+    foreign = {tensors.current_name(name): tensor for name, tensor in model_folder.read_tensors(path, variant).items()}
     converter = _NETWORKS[_CLASSES[kind]]
     network, spec = converter.network_of(config, foreign, null_class)
     try:
@@ -74,13 +72,6 @@ def write(path: str, model: Model) -> None:
         raise InputError("network.name", f"must be 'unet' or 'dit' to be written for diffusers, got {name!r}")
     config = _NETWORKS[name].config_of(with_defaults(model.network), model.spec, model.params)
     model_folder.write(path, config, tensors.to_foreign(pairs(model.network, model.spec), model.params))
-
-
-def _current_name(name: str) -> str:
-    """Returns the present name of a tensor that may have a name from before diffusers 0.13."""
-    head, _, tail = name.rpartition(".")
-    stem, _, last = head.rpartition(".")
-    return f"{stem}.{OLD_NAMES[last]}.{tail}" if last in OLD_NAMES and ".attentions." in name else name
 
 
 def with_defaults(network: Mapping[str, Any]) -> dict[str, Any]:

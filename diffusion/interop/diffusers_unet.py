@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion.core.tensors import Pair, Tensors, conv, fused, linear, norm, pointwise, same, sizes
 from diffusion.core.types import InputError, Params, Spec
 from diffusion.interop.config_json import VERSION, check_entries, check_options, data_spec, image_size, outputs
-from diffusion.interop.tensors import Pair, Tensors, conv, fused, linear, norm, pointwise, same, sizes
 from diffusion.layers.norms import default_groups
 
 # Entries of `config.json` that correspond to options of the network, for error messages.

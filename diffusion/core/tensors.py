@@ -13,6 +13,8 @@ import numpy as np
 from diffusion.core.types import InputError, Params
 
 Tensors = Mapping[str, np.ndarray]
+# Names of attention layers before diffusers 0.13, and their present names.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,13 @@ def to_foreign(pairs: Sequence[Pair], params: Params) -> dict[str, np.ndarray]:
         for pair in pairs
         for name, tensor in zip(pair.foreign, pair.split(np.asarray(flat[pair.native])), strict=True)
     }
+
+
+def current_name(name: str) -> str:
+    """Returns the present name of a tensor of diffusers that may have a name from before diffusers 0.13."""
+    head, _, tail = name.rpartition(".")
+    stem, _, last = head.rpartition(".")
+    return f"{stem}.{_OLD_NAMES[last]}.{tail}" if last in _OLD_NAMES and ".attentions." in name else name
 
 
 def sizes(params: Params, last: str) -> set[int]:
