@@ -341,18 +341,25 @@ class Autoencoder:
 
     Attributes:
       params: The parameters, a pytree of arrays. They are passed to the functions, and are no part of a train state.
-      encode: `encode(params, x [B, ...], key) -> z [B, ...]`, of unit scale. `key` draws the sample of a variational
-        autoencoder; None takes the mean.
+      posterior: `posterior(params, x [B, ...]) -> moments [B, ...]`, what `sample` needs to know of x: the mean and the
+        log-variance of a variational autoencoder, and the latents themselves of others.
       decode: `decode(params, z [B, ...]) -> x [B, ...]` in [-1, 1].
       shape: The shape of one latent.
-      digest: SHA-256 of the file of the parameters, which checkpoints record; empty if there is none.
+      digest: SHA-256 of the parameters, which checkpoints record; empty if there are none.
+      sample: `sample(moments [B, ...], key) -> z [B, ...]`, of unit scale. `key` draws the sample of a variational
+        autoencoder; None takes the mean.
     """
 
     params: Params
-    encode: Callable[[Params, Array, Array | None], Array]
+    posterior: Callable[[Params, Array], Array]
     decode: Callable[[Params, Array], Array]
     shape: tuple[int, ...]
     digest: str = ""
+    sample: Callable[[Array, Array | None], Array] = lambda moments, key: moments
+
+    def encode(self, params: Params, x: Array, key: Array | None) -> Array:
+        """Returns latents `[B, ...]` of x `[B, ...]`: `sample` of `posterior`."""
+        return self.sample(self.posterior(params, x), key)
 
     def latent_spec(self, spec: Spec) -> Spec:
         """Returns the spec of the latents of data of a spec, with the same conditions."""

@@ -86,9 +86,7 @@ def test_invalid_fits(options, field, digits):
 def test_a_step_does_not_copy_the_parameters(tmp_path, digits, tiny_mlp, mesh_of):
     """They are in memory once and in no checkpoint, however large they are."""
     params = {"weights": jnp.ones(2**20)}
-    large = Autoencoder(
-        params, lambda params, x, key: x * params["weights"][:1], lambda params, z: z + 7, (8, 8, 1), "a"
-    )
+    large = Autoencoder(params, lambda params, x: x * params["weights"][:1], lambda params, z: z + 7, (8, 8, 1), "a")
     seen = []
 
     def large_buffers():

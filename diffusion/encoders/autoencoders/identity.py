@@ -9,4 +9,4 @@ def make(shape: tuple[int, ...]) -> Autoencoder:
     Args:
       shape: The shape of one example; given by the data.
     """
-    return Autoencoder({}, lambda params, x, key: x, lambda params, z: z, shape)
+    return Autoencoder({}, lambda params, x: x, lambda params, z: z, shape)

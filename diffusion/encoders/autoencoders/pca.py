@@ -86,7 +86,7 @@ def make(shape: tuple[int, ...], path: str) -> Autoencoder:
         raise InputError("path", f"{path} {problem}; fit one to these data")
     rows, columns, channels = shape[0] // side, shape[1] // side, params["std"].size
 
-    def encode(params: Params, x: Array, key: Array | None) -> Array:
+    def encode(params: Params, x: Array) -> Array:
         return (_patches(x, side) - params["mean"]) @ params["basis"] / params["std"]
 
     def decode(params: Params, z: Array) -> Array:
