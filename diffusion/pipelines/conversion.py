@@ -40,7 +40,7 @@ def export_run(workdir: str, folder: str, *, ema: str | None = None, step: int |
         raise InputError("--from", f"the run trains {', '.join(run.params)}; a diffusers model has a single network")
     model = Model(run.config["network"], run.spec, jax.device_get(run.params["net"]))
     with files.new_folder(folder, "--to") as partial:
-        return diffusers_pipeline.write(partial, model, run.config["objective"])
+        return diffusers_pipeline.write(partial, model, run.config)
 
 
 def import_folder(

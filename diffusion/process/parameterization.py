@@ -60,7 +60,7 @@ class Coefficients:
 
 
 Parameterization = Callable[[Schedule, Array], Coefficients]
-NoiseLabel = Literal["time", "unit", "index", "log_sigma"]
+NoiseLabel = Literal["time", "unit", "index", "log_sigma", "log_sigma_1000"]
 
 
 def eps(c_noise: NoiseLabel = "time") -> Parameterization:
@@ -203,14 +203,15 @@ def _label(kind: NoiseLabel, schedule: Schedule, t: Array) -> Array:
     Args:
       kind: `time`: 1000 t. `unit`: t, for methods that differentiate the network with respect to t, because the
         derivative is a thousand times smaller. `index`: the index into the schedule's table, for weights that were
-        trained with it. `log_sigma`: EDM's log(sigma / alpha) / 4, which is infinite at both ends.
+        trained with it. `log_sigma`: EDM's log(sigma / alpha) / 4, which is infinite at both ends. `log_sigma_1000`: a
+        thousand times that, for the published consistency models.
     """
     if kind == "time":
         return 1000.0 * t
     if kind == "unit":
         return t
-    if kind == "log_sigma":
-        return -schedule.log_snr(t) / 8
+    if kind.startswith("log_sigma"):
+        return -schedule.log_snr(t) / 8 * (1000 if kind == "log_sigma_1000" else 1)
     if not hasattr(schedule, "num_steps"):
         raise InputError("c_noise", "'index' requires a schedule with a table of steps (vp); use 'time'")
     return schedule.num_steps * t - 1.0

@@ -179,6 +179,7 @@ def karras(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     ends: GridSpec | None = None,
+    points: int | None = None,
 ) -> np.ndarray:
     """Returns times whose sigma / alpha are even in the power 1 / rho (Karras et al. 2022, arXiv 2206.00364, eq. 5).
 
@@ -189,12 +190,18 @@ def karras(
       sigma_min, sigma_max: the lowest and the highest level. The defaults are the schedule's own, if it has them;
         otherwise 0.002, and 80 where the schedule ends in pure noise.
       ends: another grid, whose first and last time before 0 have these levels, as in diffusers' `use_karras_sigmas`.
+      points: the length of a list of which every (points // steps)-th level is taken from the highest on, as for
+        consistency models (Song et al. 2023, arXiv 2303.01469). None: the number of steps, so that all are.
     """
     checks.positive(rho=rho)
+    if points is not None and points < max(steps, 2):
+        raise InputError("points", f"must be at least 2 and at least the number of steps, {steps}, got {points}")
     lowest, highest = _ends(schedule, steps, ends, sigma_min, sigma_max)
     # Computed in logarithms, because sigma^(1/rho) overflows for small rho and cancels for large rho. For small rho the
     # last level is lost to rounding, so it is set explicitly.
     share, last = np.linspace(0, 1, steps), (lowest - highest) / 2 / rho
+    if points is not None:
+        share = np.arange(steps) * (points // steps) / (points - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.where(share < 1, np.log1p(share * np.expm1(last)), last)
         log_snr = lowest - 2 * rho * logs

@@ -155,6 +155,9 @@ def test_noise_label():
     np.testing.assert_allclose(build("parameterization", "eps")(schedule, t).c_noise, [20, 1000])
     index = build("parameterization", {"name": "eps", "c_noise": "index"})(schedule, t)
     np.testing.assert_allclose(index.c_noise, [0, 49], atol=1e-5)
+    labels = [build("parameterization", {"name": "eps", "c_noise": name})(schedule, t).c_noise
+              for name in ("log_sigma", "log_sigma_1000")]  # fmt: skip
+    np.testing.assert_allclose(labels[1], 1000 * labels[0], rtol=1e-6)
     with refused("c_noise"):
         build("parameterization", {"name": "eps", "c_noise": "index"})(build("schedules", "flow"), t)
 

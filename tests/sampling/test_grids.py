@@ -131,6 +131,14 @@ def test_ends_of_another_grid(name, edm):
     np.testing.assert_allclose(levels, 1000 * times_of(name, edm, 6, sigma_min=3.0, sigma_max=80.0), rtol=1e-9)
 
 
+def test_karras_levels_of_a_longer_list():
+    edm = build("schedules", "edm")
+    every = times_of("karras", edm, 40)
+    for steps in (1, 2, 3, 40):
+        taken = [*every[: steps * (40 // steps) : 40 // steps], 0]
+        np.testing.assert_allclose(times_of("karras", edm, steps, points=40), taken, rtol=1e-9)
+
+
 def test_points_without_a_table():
     for schedule in (build("schedules", "flow"), build("schedules", {"name": "vp", "num_steps": 3})):
         np.testing.assert_allclose(times_of("leading", schedule, 4), [0.8, 0.6, 0.4, 0.2, 0], rtol=1e-15)
@@ -401,6 +409,7 @@ LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t
         ("karras", {"ends": "trailing", "sigma_min": 1.0}, "edm", "ends"),
         ("karras", {"ends": "trailing"}, "flow", "ends"),
         ("karras", {"ends": "restart"}, "edm", "ends"),
+        ("karras", {"points": 4}, "edm", "points"),
         ("log_snr", {"lowest": -9}, "edm", "lowest"),
         ("log_snr", {"lowest": 3, "highest": 2}, "flow", "highest"),
         ("log_snr", {"highest": 11}, LEARNED, "highest"),
