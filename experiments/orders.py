@@ -1,6 +1,6 @@
 """Measures the order of accuracy of every ODE solver, on a mixture whose denoiser is a closed form, in float64.
 
-python -m experiments.orders
+python -m experiments.orders [--samplers=heun,unipc]
 
 The error after N steps is measured against SciPy's adaptive method of eighth order; its slope in log N is the order.
 The grids are a smooth one (uniform in log-SNR) and a rough one (steps in log-SNR alternate 1 : 3), which exposes a
@@ -12,14 +12,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from scipy.integrate import solve_ivp
 
 from diffusion.core.build import build
-from diffusion.core.types import Array, Schedule
+from diffusion.core.types import Array, InputError, Schedule
 from diffusion.process.analytic import Mixture
 from diffusion.sampling.loop import sample
 from experiments import cli
 
+SAMPLERS = flags.DEFINE_list("samplers", None, "Names of samplers to measure. Default: all ODE solvers.")
 MIXTURE = Mixture([[1.0, 0.5], [-1.0, 0.2], [0.2, -1.0]], [0.5, 0.4, 0.6], [0.5, 0.3, 0.2])
 # log(alpha / sigma) at the first and the last time. Both are finite, as a step to infinity reduces the order.
 ENDS = -7.0, 2.0
@@ -113,9 +115,16 @@ def spell(solver: dict) -> str:
 
 
 def main() -> None:
+    known = {solver["name"]: None for solver, _ in SOLVERS}
+    chosen = SAMPLERS.value or known
+    for name in chosen:
+        if name not in known:
+            raise InputError("--samplers", f"{name!r} has no order here; one of: {', '.join(known)}")
     with jax.enable_x64(True):
         print(f"{'solver':44} order   smooth   rough   error at {STEPS[-1]} steps: smooth, rough")
         for solver, order in SOLVERS:
+            if solver["name"] not in chosen:
+                continue
             measured = errors(solver, STEPS)
             found = [slopes(measured[rough], STEPS)[-1] for rough in (False, True)]
             ends = [measured[rough][-1] for rough in (False, True)]

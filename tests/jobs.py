@@ -5,6 +5,7 @@ The processes are forked from one that has imported everything, because imports 
 
 import atexit
 import contextlib
+import importlib
 import multiprocessing.forkserver
 import os
 import pathlib
@@ -25,12 +26,13 @@ IMPORTED = [module.name for module in pkgutil.walk_packages(diffusion.__path__, 
 IMPORTED += ["diffusion.pipelines.comparison", "diffusion.pipelines.generator", "tests.jobs"]
 
 
-def job(name, *flags, read=True, **variables):
+def job(name, *flags, read=True, constants=None, **variables):
     """Runs `python -m experiments.NAME FLAGS` on one device, in the root of the repository.
 
     Args:
       name: The job; one with dots is that of a module outside `experiments`.
       read: Whether the standard output is read; otherwise it is a pipe that nobody reads.
+      constants: Other values of constants by their full names, which make a long job short.
       **variables: Environment variables.
     """
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT), **variables}
@@ -44,7 +46,7 @@ def job(name, *flags, read=True, **variables):
         streams = [pathlib.Path(folder) / stream for stream in ("stdout", "stderr")]
         for path in streams:
             path.touch()
-        process = context.Process(target=_run, args=(name, flags, environment, streams, read))
+        process = context.Process(target=_run, args=(name, flags, environment, streams, read, constants or {}))
         process.start()
         process.join()
         stdout, stderr = (path.read_text() for path in streams)
@@ -68,7 +70,7 @@ def children(pid):
     return sorted(found)
 
 
-def _run(name, flags, environment, streams, read):
+def _run(name, flags, environment, streams, read, constants):
     for number, path in enumerate(streams, start=1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
@@ -81,7 +83,15 @@ def _run(name, flags, environment, streams, read):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    sys.argv = [name, *flags]
     with contextlib.ExitStack() as stack:
         stack.callback(atexit._run_exitfuncs)  # multiprocessing skips exit handlers
-        runpy.run_module(name if "." in name else f"experiments.{name}", run_name="__main__", alter_sys=True)
+        start(name, flags, constants)
+
+
+def start(name, flags, constants):
+    """Runs a job in this process; see `job`."""
+    for path, value in constants.items():
+        module, _, constant = path.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
+    sys.argv = [name, *flags]
+    runpy.run_module(name if "." in name else f"experiments.{name}", run_name="__main__", alter_sys=True)
