@@ -177,16 +177,21 @@ def test_notebooks_run(path):
 
 @pytest.mark.slow
 def test_an_installed_package_needs_no_checkout(tmp_path, workdir):
-    """`pip install .` puts the package `diffusion` alone into site-packages; the example runs elsewhere."""
+    """`pip install .` installs the packages that users run and import; the example and jobs run elsewhere."""
     source, target = tmp_path / "source", tmp_path / "site"  # a copy, since building leaves files in the source
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "build"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(source)]
     subprocess.run(pip, check=True, cwd=tmp_path)
-    assert {path.name for path in target.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")} == {
-        "diffusion"
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EXAMPLE, str(workdir)], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(target)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    installed = {path.name for path in target.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")}
+    assert installed == {"configs", "diffusion", "experiments", "launch"}
+    training = [f"--config={target}/configs/digits.py", f"--workdir={tmp_path}/new"]
+    for command in (
+        ["-c", EXAMPLE, str(workdir)],
+        ["-m", "experiments.train", *training, "--check"],
+        ["-m", "launch.run", "--dry_run", "--launcher=slurm", "--", "train", *training],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(target)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
