@@ -30,7 +30,7 @@ def axes(text: str) -> dict[str, list[str]]:
     found = {}
     for axis in filter(None, text.split(";")):
         name, _, values = axis.partition("=")
-        name, values = name.strip(), [value.strip() for value in values.split(",")]
+        name, values = name.strip(), [value.strip() for value in _split(values)]
         if name not in AXES or name in found:
             problem = f"must be NAME=value,value;..., each NAME once and one of {', '.join(AXES)}; got {axis!r}"
             raise InputError("--sweep", problem)
@@ -42,6 +42,18 @@ def axes(text: str) -> dict[str, list[str]]:
     if {"steps", "evaluations"} <= found.keys():
         raise InputError("--sweep", "evaluations determine the steps; give only one of the two")
     return found
+
+
+def _split(text: str) -> list[str]:
+    """Splits a text at the commas that are not inside brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def points(text: str) -> list[dict[str, str]]:

@@ -31,6 +31,8 @@ CONFIG = {
         ({"interval": "0.3:5:sigma"}, {}, {"interval": {"low": 0.3, "high": 5.0, "unit": "sigma"}}),
         ({"rescale": "0.7", "threshold": "0.99"}, {}, {"rescale": {"factor": 0.7}, "threshold": {"percentile": 0.99}}),
         ({"evaluations": "9"}, {"steps": 9}, {}),
+        ({"guidance": "cfg:scale=3:pag={'scale':2,'layers':[1]}"}, {},
+         {"scale": 3, "pag": {"scale": 2, "layers": (1,)}}),
     ],
     ids=str,
 )  # fmt: skip
@@ -44,6 +46,8 @@ def test_another_sampler_or_guidance_does_not_inherit_keywords():
     assert sampler == {"name": "dpm_solver_pp", "order": 3, "sde": True, "steps": 4, "grid": {"name": "trailing"}}
     _, guidance = overrides.sections(CONFIG, {"guidance": "apg:scale=2:eta=0.5"})
     assert guidance == {"name": "apg", "scale": 2, "eta": 0.5, "rescale": {"factor": 0.5}}
+    _, guidance = overrides.sections(CONFIG, {"guidance": "pag:scale=3:layers=[1,2]"})
+    assert guidance == {"name": "pag", "scale": 3, "layers": (1, 2), "rescale": {"factor": 0.5}}
 
 
 @pytest.mark.parametrize(("sampler", "steps"), [("ddim", 10), ("heun", 5), ("rk4", 3), ("pndm", 9), ("unipc", 10)])
@@ -235,6 +239,11 @@ def test_the_mesh_does_not_change_samples(make_generator, mlp_params):
 def test_invalid_sweeps_are_refused(text):
     with refused("--sweep"):
         sampling_sweep.axes(text)
+
+
+def test_commas_in_brackets_do_not_separate_values():
+    found = sampling_sweep.axes("guidance=pag:layers=[1,2],cfg:pag={'scale':2,'layers':(0,1)},3;steps=1,2")
+    assert found == {"guidance": ["pag:layers=[1,2]", "cfg:pag={'scale':2,'layers':(0,1)}", "3"], "steps": ["1", "2"]}
 
 
 @pytest.mark.parametrize(
