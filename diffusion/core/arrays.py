@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core.types import Array, Cond
+from diffusion.core.types import PREVIOUS_X0, Array, Cond
 
 
 def expand(a: Array, x: Array) -> Array:
@@ -21,6 +21,8 @@ def expand(a: Array, x: Array) -> Array:
 def kept(cond: Cond, name: str | None = None) -> Array | bool:
     """Returns where a condition is kept, `[B]` bool or True; without a name, where any condition is."""
     keep = cond.get("keep", True)
+    if name == PREVIOUS_X0:
+        return True
     if not isinstance(keep, Mapping):
         return keep
     return functools.reduce(operator.or_, keep.values(), False) if name is None else keep.get(name, True)

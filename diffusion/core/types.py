@@ -24,6 +24,8 @@ Cond = Mapping[str, Any]  # arrays or `Text`, each [B, ...], and `keep`
 
 # Conditions that objectives and guidance add to those of the data; see `Network.scalar_conditions`.
 SCALAR_CONDITIONS = ("step_size", "guidance_scale")
+# The condition of self-conditioning, an earlier estimate of x0 `[B, ...]`; see `Network.self_conditioning`.
+PREVIOUS_X0 = "previous_x0"
 
 
 class InputError(ValueError):
@@ -168,7 +170,7 @@ class Spec:
 
     def __post_init__(self):
         for name in self.conditions:
-            if name in ("keep", "joint", "target_time", *SCALAR_CONDITIONS):
+            if name in ("keep", "joint", "target_time", PREVIOUS_X0, *SCALAR_CONDITIONS):
                 raise InputError("conditions", f"the name {name!r} is reserved; choose another")
             if (name == "label") != (self.conditions[name].kind == "label"):
                 raise InputError(
@@ -323,6 +325,8 @@ class Network:
       base: The key under which the parameters of an adapted network stand in `params`, or None.
       perturbed: `perturbed(perturbation)` returns the forward pass with some blocks changed. It raises InputError for
         `layers` if the network lacks these blocks, or cannot change them so. None if it has no such blocks.
+      self_conditioning: Whether the network reads `cond["previous_x0"]`, which is 0 if it is absent and is never
+        dropped.
     """
 
     init: Callable[[Array], Params]
@@ -333,6 +337,7 @@ class Network:
     trainable: tuple[str, ...] | None = None
     base: str | None = None
     perturbed: Callable[[Perturbation], Apply] | None = None
+    self_conditioning: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

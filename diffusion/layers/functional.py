@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from beartype.door import is_bearable
 from flax import nnx
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Integer, Real, Shaped, jaxtyped
 
 from diffusion.core import checks
 from diffusion.core.types import (
+    PREVIOUS_X0,
     SCALAR_CONDITIONS,
     Apply,
     Array,
@@ -100,6 +102,8 @@ def functional(
             if name in cond and name not in scalar_conditions:
                 raise InputError("network.scalar_conditions", f"the objective, sampler or guidance conditions on "
                                  f"{name!r}; train a network with {name!r} in scalar_conditions")  # fmt: skip
+        if PREVIOUS_X0 in conditions:
+            cond = {PREVIOUS_X0: jnp.zeros_like(x), **cond}
         for name in conditions:
             if name not in cond:
                 raise InputError(f"network.{name}", "is missing: the network is conditioned on it")
@@ -127,7 +131,8 @@ def functional(
                              f"{list(layers)}")  # fmt: skip
         return functools.partial(apply, perturbation=dataclasses.replace(perturbation, layers=layers))
 
-    return Network(init, apply, outputs, project, scalar_conditions, perturbed=perturbed if blocks else None)
+    return Network(init, apply, outputs, project, scalar_conditions, perturbed=perturbed if blocks else None,
+                   self_conditioning=PREVIOUS_X0 in conditions)  # fmt: skip
 
 
 def _is_known(array: AnyArray) -> bool:

@@ -11,6 +11,7 @@ from flax import nnx
 from diffusion.core import checks
 from diffusion.core.types import (
     NO_CONDITIONS,
+    PREVIOUS_X0,
     Array,
     Cond,
     ConditionSpec,
@@ -38,6 +39,7 @@ class DiTConfig:
     num_classes: int
     conditions: Mapping[str, ConditionSpec] = dataclasses.field(hash=False)
     scalar_conditions: tuple[str, ...]
+    self_conditioning: bool
     patch_size: int
     width: int
     depth: int
@@ -192,6 +194,7 @@ def make(
     num_classes: int = 0,
     conditions: Mapping[str, ConditionSpec] = NO_CONDITIONS,
     scalar_conditions: tuple[str, ...] = (),
+    self_conditioning: bool = False,
     patch_size: int = 2,
     width: int = 384,
     depth: int = 12,
@@ -221,6 +224,8 @@ def make(
       conditions: The other conditions of the data, of the kinds scalar, vector, text and image. Given by the data.
       scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
         `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
+      self_conditioning: Whether to read an earlier estimate of x0, in additional channels that have no effect at
+        initialisation. The objective needs the option of the same name.
       patch_size: The side, in pixels, of the square patch that becomes a token.
       width: The width of the tokens; divisible by 4 and by `num_heads`.
       depth: The number of blocks, which are stacked and scanned.
@@ -243,6 +248,8 @@ def make(
       outputs: The number of output values per channel; 2 for an objective with a learned variance.
       dtype: The compute dtype. Parameters, the statistics of norms and the last layer are float32.
     """
+    if self_conditioning:
+        conditions = {**conditions, PREVIOUS_X0: ConditionSpec("image", shape)}
     config = DiTConfig(**locals())
     return functional(lambda rngs: DiT(config, rngs=rngs), shape, outputs, multiple=patch_size,
                       conditions=class_labels(num_classes) | dict(conditions),

@@ -26,6 +26,7 @@ from flax import nnx
 from diffusion.core import checks
 from diffusion.core.types import (
     NO_CONDITIONS,
+    PREVIOUS_X0,
     Array,
     Cond,
     ConditionSpec,
@@ -52,6 +53,7 @@ class UNetConfig:
     num_classes: int
     conditions: Mapping[str, ConditionSpec] = dataclasses.field(hash=False)
     scalar_conditions: tuple[str, ...]
+    self_conditioning: bool
     width: int
     channel_mult: tuple[float, ...]
     num_res_blocks: int
@@ -258,6 +260,7 @@ def make(
     num_classes: int = 0,
     conditions: Mapping[str, ConditionSpec] = NO_CONDITIONS,
     scalar_conditions: tuple[str, ...] = (),
+    self_conditioning: bool = False,
     width: int = 128,
     channel_mult: tuple[float, ...] = (1, 2, 2, 2),
     num_res_blocks: int = 2,
@@ -294,6 +297,8 @@ def make(
       conditions: The other conditions of the data, of the kinds scalar, vector, text and image. Given by the data.
       scalar_conditions: Scalars to condition on in addition to the noise label, among `step_size` and
         `guidance_scale`; see `layers.embeddings.ScalarEmbedding`.
+      self_conditioning: Whether to read an earlier estimate of x0, in additional channels that have no effect at
+        initialisation. The objective needs the option of the same name.
       width: The channels of the first level; even.
       channel_mult: The channels of each level as multiples of `width`, rounded to whole numbers of channels.
       num_res_blocks: The number of residual blocks per level on the way down; one more on the way up.
@@ -329,6 +334,8 @@ def make(
       outputs: The number of output values per channel; 2 for an objective with a learned variance.
       dtype: The compute dtype. Parameters, the statistics of norms and the last convolution are float32.
     """
+    if self_conditioning:
+        conditions = {**conditions, PREVIOUS_X0: ConditionSpec("image", shape)}
     config = UNetConfig(**locals())
     return functional(lambda rngs: UNet(config, rngs=rngs), shape, outputs, multiple=2 ** (len(channel_mult) - 1),
                       conditions=class_labels(num_classes) | dict(conditions),

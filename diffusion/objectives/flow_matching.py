@@ -115,6 +115,7 @@ def make(
     offset_noise: float = 0.0,
     pyramid_noise: float = 0.0,
     input_perturbation: float = 0.0,
+    self_conditioning: bool = False,
 ) -> FlowMatching:
     """Builds flow matching from the specs of its parts, each a name or `{"name": ..., **keywords}`.
 
@@ -137,6 +138,8 @@ def make(
       pyramid_noise: The discount per level of noise at lower resolutions, such as 0.8; see `base.noise`.
       input_perturbation: The scale of noise on the network's input that the target does not contain, such as 0.1, which
         imitates the errors of sampling (Ning et al. 2023, arXiv 2301.11706).
+      self_conditioning: Whether the network reads its own earlier estimate of x0 (Chen et al. 2022, arXiv 2208.04202),
+        at the cost of one more forward pass in training. Requires `network.self_conditioning`.
     """
     checks.positive(entropy=entropy)
     checks.rate(contrastive=contrastive)
@@ -145,5 +148,5 @@ def make(
     return FlowMatching(
         **build_parts(schedule, parameterization, time_sampler, weighting), coupling=coupling, entropy=entropy,
         contrastive=contrastive, learned_weight=learned_weight, offset_noise=offset_noise,
-        pyramid_noise=pyramid_noise, input_perturbation=input_perturbation,
+        pyramid_noise=pyramid_noise, input_perturbation=input_perturbation, self_conditioning=self_conditioning,
     )  # fmt: skip

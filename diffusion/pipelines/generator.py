@@ -111,8 +111,10 @@ class Generator:
                 if autoencoder is not None:
                     start = autoencoder.encode(others["autoencoder"], start, None)
                 x = loop.noised(schedule, start, times[0], keys)
-            x = loop.sample(denoise, schedule, self.solver, x, times, keys, after_step=after_step, renoise=renoise,
-                            unroll=unroll)  # fmt: skip
+            x = loop.sample(
+                denoise, schedule, self.solver, x, times, keys, after_step=after_step, renoise=renoise,
+                self_conditioning=getattr(objective, "self_conditioning", False), unroll=unroll,
+            )  # fmt: skip
             return x if autoencoder is None else autoencoder.decode(others["autoencoder"], x)
 
         self._shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))

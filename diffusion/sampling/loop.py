@@ -16,6 +16,7 @@ A sampler sees neither conditions nor guidance: it calls `denoise(x, t)` for an 
 pair that rises, s > t, adds noise in place of a step.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -87,6 +88,7 @@ def sample(
     *,
     after_step: AfterStep | None = None,
     renoise: bool = False,
+    self_conditioning: bool = False,
     unroll: int = 1,
     trajectory: bool = False,
 ) -> Array:
@@ -108,6 +110,8 @@ def sample(
         to s (`renoised`) instead of calling the sampler and `after_step`, and the sampler restarts without its history
         (RePaint: Lugmayr et al. 2022, arXiv 2201.09865; Restart: Xu et al. 2023, arXiv 2306.14878). If it is False,
         rising times mean steps of the solver towards noise, as in `invert`.
+      self_conditioning: whether the denoiser also receives the x0 of the last step, `previous_x0 [B, ...]`, which is 0
+        in the first (Chen et al. 2022, arXiv 2208.04202, algorithm 2). All evaluations of a step receive the same.
       unroll: steps per iteration of the compiled loop. Higher values may be faster for small networks on a GPU, but
         take longer to compile.
       trajectory: whether to return x at all times.
@@ -142,27 +146,30 @@ def sample(
         i, t, s = inputs
         step_keys = fold(keys, i)
 
-        def step() -> tuple[Array, Any]:
-            x, state = carry
+        def step() -> tuple[Array, Any, Array | None]:
+            x, state, previous = carry
             noise_keys = keys if sampler.brownian else step_keys
-            moved, x0, new_state = sampler.step(x, state, denoise, schedule, t, s, noise_keys)
+            conditioned = functools.partial(denoise, previous_x0=previous) if self_conditioning else denoise
+            moved, x0, new_state = sampler.step(x, state, conditioned, schedule, t, s, noise_keys)
+            previous = x0 if self_conditioning else None
             if per_example:
                 moved = jnp.where(t == s, x, moved)
             if after_step is None:
-                return moved, new_state
+                return moved, new_state, previous
             ends = sampler.time(state, t), sampler.time(new_state, s)
             changed = after_step(moved, x0, *ends, fold(step_keys, _AFTER_STEP)).astype(moved.dtype)
-            return changed, sampler.replace(new_state, moved, changed)
+            return changed, sampler.replace(new_state, moved, changed), previous
 
-        def add_noise() -> tuple[Array, Any]:
-            return start(renoised(schedule, carry[0], t, s, step_keys), i)
+        def add_noise() -> tuple[Array, Any, Array | None]:
+            return *start(renoised(schedule, carry[0], t, s, step_keys), i), carry[2]
 
         carry = jax.lax.cond(s > t, add_noise, step) if renoise else step()
         return carry, carry[0] if trajectory else None
 
     # Step i folds its keys with i + 1, because `prior` uses 0.
     inputs = (jnp.arange(1, times.shape[0]), times[:-1], times[1:])
-    (last, _), path = jax.lax.scan(body, start(x, 0), inputs, unroll=unroll)
+    initial = *start(x, 0), jnp.zeros_like(x) if self_conditioning else None
+    (last, *_), path = jax.lax.scan(body, initial, inputs, unroll=unroll)
     return (jnp.concatenate([x[None], path]) if trajectory else last).astype(dtype)
 
 

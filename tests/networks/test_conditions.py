@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diffusion.core import trees
 from diffusion.core.build import build_network
 from diffusion.core.types import ArraySpec, ConditionSpec, Spec, Text, class_labels
 from diffusion.layers.conditioner import Conditioner
 from diffusion.layers.embeddings import fourier
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 NETWORKS = {
     "unet": {"width": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "head_dim": 8},
@@ -89,6 +91,19 @@ def test_every_condition_matters_and_padding_does_not(name, kernel):
             np.testing.assert_array_equal(apply(changed, kept(**{condition: True}))[2], dropped[2])
     empty = replaced("text", mask=MASK & (np.arange(3) < 2)[:, None])
     np.testing.assert_array_equal(apply(empty, kept()), apply(COND, kept(text=True)))
+
+
+@pytest.mark.parametrize("name", slow_except(["dit"], ["unet", "dit", "uvit"]))
+def test_the_previous_x0_is_0_unless_given_and_never_dropped(name):
+    network, params = network_of(name, class_labels(3), self_conditioning=True)
+    assert network.self_conditioning and not network_of(name, class_labels(3))[0].self_conditioning
+    apply = jax.jit(lambda cond: network.apply(params, X, C_NOISE, {"label": COND["label"], **cond}))
+    zero, some, dropped = {"previous_x0": 0 * X}, {"previous_x0": X}, {"keep": np.zeros(3, bool)}
+    np.testing.assert_allclose(apply({}), apply(zero), atol=1e-5)
+    assert abs(apply(some) - apply(zero)).max() > 1e-3
+    assert abs(apply({**some, **dropped}) - apply({**zero, **dropped})).max() > 1e-3
+    initial = {path for path, leaf in trees.by_path(network.init(jax.random.key(0))).items() if not leaf.any()}
+    assert {"unet": "conv_images/kernel"}.get(name, "patches_images/kernel") in initial
 
 
 def test_one_keep_drops_all_conditions():

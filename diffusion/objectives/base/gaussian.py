@@ -18,7 +18,19 @@ import numpy as np
 from diffusion.core import checks
 from diffusion.core.arrays import expand, flat_mean, mean_where, per_example
 from diffusion.core.build import build
-from diffusion.core.types import Apply, Array, Batch, Cond, Denoised, Denoiser, InputError, Network, Params, Schedule
+from diffusion.core.types import (
+    PREVIOUS_X0,
+    Apply,
+    Array,
+    Batch,
+    Cond,
+    Denoised,
+    Denoiser,
+    InputError,
+    Network,
+    Params,
+    Schedule,
+)
 from diffusion.objectives.base import noise, uncertainty
 from diffusion.process.parameterization import Coefficients, Parameterization
 from diffusion.process.time_sampling import TimeSampler
@@ -119,6 +131,9 @@ class Gaussian(Predictor):
       pyramid_noise: The discount of noise at lower resolutions, in [0, 1); see `noise.pyramid`.
       input_perturbation: The scale of the noise that is added to eps in the network's input, but not in its target
         (Ning et al. 2023, arXiv 2301.11706, algorithm 1).
+      self_conditioning: Whether the network reads an earlier estimate of x0 (Chen et al. 2022, arXiv 2208.04202,
+        algorithm 1). In training it is, without a gradient, the network's own for half of the examples, and 0 for the
+        others. Sampling passes that of the last step.
     """
 
     time_sampler: TimeSampler
@@ -128,12 +143,15 @@ class Gaussian(Predictor):
     offset_noise: float = 0.0
     pyramid_noise: float = 0.0
     input_perturbation: float = 0.0
+    self_conditioning: bool = False
 
     def __post_init__(self):
         checks.at_least(0, offset_noise=self.offset_noise, input_perturbation=self.input_perturbation)
         checks.rate(pyramid_noise=self.pyramid_noise)
 
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
+        if self.self_conditioning and not network.self_conditioning:
+            raise InputError("network.self_conditioning", "must be True for an objective with self_conditioning")
         params = super().init(network, key)
         return {**params, "weight": uncertainty.init()} if self.learned_weight else params
 
@@ -141,7 +159,8 @@ class Gaussian(Predictor):
         return self.time_sampler.initial_state()
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
-        """Draws `t [B]`, its importance weight `weight [B]`, `eps [B, ...]` and its `perturbation [B, ...]`, if any."""
+        """Draws `t [B]`, its importance weight `weight [B]` and `eps [B, ...]`; with the options, also its
+        `perturbation [B, ...]`, and which examples are conditioned on an estimate of x0, `self_conditioned [B]`."""
         key_t, key_eps = jax.random.split(key)
         t, weight = self.time_sampler.draw(self.schedule, key_t, batch["x"].shape[0], objective_state)
         eps = jax.random.normal(key_eps, batch["x"].shape, batch["x"].dtype)
@@ -153,6 +172,8 @@ class Gaussian(Predictor):
         if self.input_perturbation:
             more = jax.random.normal(jax.random.fold_in(key_eps, 2), eps.shape, eps.dtype)
             draws["perturbation"] = self.input_perturbation * more
+        if self.self_conditioning:
+            draws["self_conditioned"] = jax.random.bernoulli(jax.random.fold_in(key_eps, 3), shape=eps.shape[:1])
         return draws
 
     def update_state(
@@ -182,8 +203,12 @@ class Gaussian(Predictor):
         draws = batch["draws"]
         eps = draws["eps"] + draws["perturbation"] if self.input_perturbation else draws["eps"]
         x_t = corrupt(self.schedule, batch["x"], eps, draws["t"])
-        coefficients = self.parameterization(self.schedule, draws["t"])
-        return apply_network(net, params, x_t, coefficients, batch["cond"], key), x_t, coefficients
+        coefficients, cond = self.parameterization(self.schedule, draws["t"]), batch["cond"]
+        if self.self_conditioning:
+            first = apply_network(net, jax.lax.stop_gradient(params), x_t, coefficients, cond, key)
+            x0 = coefficients.to_x0(first[..., : x_t.shape[-1]], x_t)
+            cond = {**cond, PREVIOUS_X0: jnp.where(expand(draws["self_conditioned"], x0), x0, 0)}
+        return apply_network(net, params, x_t, coefficients, cond, key), x_t, coefficients
 
     def weighted_error(self, output: Array, batch: Batch, coefficients: Coefficients, params: Mapping) -> Array:
         """Returns w(t) times the error of F, `[B]`; for t `[B, T]`, the mean of this over the frames."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import kept, per_example
-from diffusion.core.types import SCALAR_CONDITIONS, Array, Cond, Denoised, Denoiser, InputError
+from diffusion.core.types import PREVIOUS_X0, SCALAR_CONDITIONS, Array, Cond, Denoised, Denoiser, InputError
 
 Traced = float | Array  # a number that may change without recompilation
 
@@ -40,7 +40,7 @@ def conditional_and_unconditional(
 
 def names(cond: Cond) -> list[str]:
     """Returns the names of the conditions of the data."""
-    return sorted(cond.keys() - {"keep", "target_time", *SCALAR_CONDITIONS})
+    return sorted(cond.keys() - {"keep", "target_time", PREVIOUS_X0, *SCALAR_CONDITIONS})
 
 
 def dot(a: Array, b: Array) -> Array:
