@@ -195,6 +195,21 @@ def test_training_on_a_gaussian_learns_the_closed_form(name):
     assert float(jnp.sqrt(jnp.mean((got - path_end(x, level)) ** 2))) < 0.06
 
 
+def test_an_example_whose_condition_is_dropped_follows_the_unconditional_ode():
+    """The guided teacher has the x0 -1 without the label, and -1 + 3 (2 - -1) = 8 with it."""
+
+    class Labelled(Exact):
+        def denoiser(self, net, params):
+            return lambda x, t, cond: Denoised(jnp.where(cond.get("keep", True), 2.0, -1.0)[..., None] + 0 * x)
+
+    teacher = Teacher(Network(None, None), Labelled(), Spec(ArraySpec((1,), "points"), class_labels(2)), 0.1)
+    objective = objective_of(solver="ddim", guidance=3.0, teacher=teacher)
+    cond = {"label": jnp.array([1, 1]), "keep": jnp.array([True, False])}
+    x, t, r = jnp.ones((2, 1)), jnp.full(2, 10 / 80), jnp.full(2, 5 / 80)
+    stepped = objective.solver_step(objective.teacher_denoiser(None, {"teacher": {}}, {}), x, t, r, cond)
+    np.testing.assert_allclose(stepped[:, 0], [(1 + 8) / 2, (1 - 1) / 2], atol=1e-5)  # half way to x0 at half the level
+
+
 @pytest.mark.slow
 def test_target_teacher_and_average_receive_no_gradient(mlp, mlp_params, digits_batch):
     teacher = Teacher(mlp, build("objectives", {"name": "denoising", "schedule": EDM, "parameterization": "edm"}),
