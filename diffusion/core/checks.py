@@ -8,7 +8,10 @@ import numpy as np
 from diffusion.core.types import ConditionSpec, InputError
 
 LARGEST = 2**16  # limit for sizes of a network: a larger one is a typing error, and building it would fill the memory
-MOST = {"num_res_blocks": 1000}  # smaller limits for the numbers of blocks, which are built one by one
+MOST = {
+    "num_res_blocks": 1000,
+    "layers_per_block": 1000,
+}  # smaller limits for the numbers of blocks, which are built one by one
 
 
 def images(network: str, shape: tuple[int, ...]) -> None:

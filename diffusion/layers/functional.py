@@ -50,6 +50,20 @@ class Blocks(NamedTuple):
     may_skip: bool = False
 
 
+def split(construct: Callable[[Keys], nnx.Module]) -> tuple[Callable[[Array], Params], Callable[[Params], nnx.Module]]:
+    """Returns the functions `init(key) -> params` and `merge(params) -> module` of an NNX module.
+
+    Args:
+      construct: Builds the module from its random keys. Its state must consist of parameters only, with string keys
+        (`nnx.Dict`, not lists).
+    """
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
+    return (
+        lambda key: nnx.to_pure_dict(nnx.state(construct(Keys(key)))),
+        lambda params: nnx.merge(graphdef, nnx.State(params)),
+    )
+
+
 def functional(
     construct: Callable[[Keys], nnx.Module],
     shape: tuple[int, ...],
@@ -65,8 +79,8 @@ def functional(
     """Returns the network of an NNX module.
 
     Args:
-      construct: Builds the module from its random keys. The module is called as `module(x, c_noise, cond, key)`. Its
-        state must consist of parameters only, with string keys (`nnx.Dict`, not lists).
+      construct: Builds the module from its random keys; see `split`. The module is called as `module(x, c_noise, cond,
+        key)`.
       shape: The shape of one example.
       multiple: If given, heights and widths other than those of `shape` are allowed if they are multiples of this.
       conditions: The conditions that the module reads. Only their batch axis is checked for others.
@@ -85,14 +99,14 @@ def functional(
     for name in scalar_conditions:
         if name not in SCALAR_CONDITIONS:
             raise InputError("scalar_conditions", f"must be among {', '.join(SCALAR_CONDITIONS)}, got {name!r}")
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
+    create, merge = split(construct)
     names = AXES.get(len(shape), [f"axis{number}" for number in range(1, len(shape) + 1)])
     free = () if multiple is None else ("height", "width")
     axes = [name if name in free else f"{name}={size}" for name, size in zip(names, shape, strict=True)]
     example, conditions = " ".join(["batch", *axes]), conditions or {}
 
     def init(key: Array) -> Params:
-        params = nnx.to_pure_dict(nnx.state(construct(Keys(key))))
+        params = create(key)
         return params if project is None else project(params)
 
     def apply(
@@ -119,7 +133,7 @@ def functional(
         if multiple and (x.shape[-3] % multiple or x.shape[-2] % multiple):
             size = f"{x.shape[-3]} x {x.shape[-2]}"
             raise InputError("network.x", f"height and width must be multiples of {multiple}, got {size}")
-        return nnx.merge(graphdef, nnx.State(params))(x, c_noise, cond, key, **more)
+        return merge(params)(x, c_noise, cond, key, **more)
 
     def perturbed(perturbation: Perturbation) -> Apply:
         if perturbation.kind == "skip" and not blocks.may_skip:
