@@ -15,6 +15,7 @@ import safetensors.numpy
 from diffusion.core import files
 from diffusion.core.types import InputError
 
+VERSION = "0.42.1"  # of diffusers, recorded in the files that are written
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _POINTER = b"version https://git-lfs"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -5,8 +5,6 @@ from typing import Any
 
 from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 
-VERSION = "0.42.1"  # of diffusers, recorded in the files that are written
-
 
 def data_spec(size: tuple[int, int], channels: int, num_classes: int) -> Spec:
     """Returns the specification of images, or of latents if there are neither 1 nor 3 channels."""

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.core import model_folder
 from diffusion.core.tensors import Pair, Tensors, copies, fused, linear, same, stacked
 from diffusion.core.types import InputError, Params, Spec
-from diffusion.interop.config_json import VERSION, check_entries, check_options, data_spec, image_size, outputs
+from diffusion.interop.config_json import check_entries, check_options, data_spec, image_size, outputs
 
 NAMES = {"num_heads": "num_attention_heads", "width": "attention_head_dim", "depth": "num_layers"}
 _DEFAULTS = {
@@ -73,7 +74,7 @@ def config_of(network: Mapping[str, Any], spec: Spec, params: Params) -> dict[st
         raise InputError("spec.shape", f"must be square for a DiT to be written for diffusers, got {shape}")
     return {
         "_class_name": "DiTTransformer2DModel",
-        "_diffusers_version": VERSION,
+        "_diffusers_version": model_folder.VERSION,
         **_DEFAULTS,
         "num_attention_heads": network["num_heads"],
         "attention_head_dim": network["width"] // network["num_heads"],

@@ -8,7 +8,6 @@ from typing import Any
 from diffusion.core import model_folder
 from diffusion.core.types import InputError
 from diffusion.interop import diffusers_models, schedulers
-from diffusion.interop.config_json import VERSION
 from diffusion.interop.diffusers_models import Model
 
 COMPONENTS = {
@@ -89,7 +88,8 @@ def write(path: str, model: Model, sections: Mapping[str, Any]) -> str:
     parts = {component: ["diffusers", kind], "scheduler": ["diffusers", scheduler]}
     if name == "dit":
         parts["vae"] = ["diffusers", "AutoencoderKL"]
-    model_folder.write_json(path, "model_index.json", {"_class_name": pipeline, "_diffusers_version": VERSION, **parts})
+    about = {"_class_name": pipeline, "_diffusers_version": model_folder.VERSION}
+    model_folder.write_json(path, "model_index.json", about | parts)
     notes = [f"{pipeline} with {scheduler}"]
     if not exact:
         notes.append(f"as diffusers has none for the sampler {sections['sampler']['name']!r} with its options")

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion.core import model_folder
 from diffusion.core.tensors import Pair, Tensors, conv, fused, linear, norm, pointwise, same, sizes
 from diffusion.core.types import InputError, Params, Spec
-from diffusion.interop.config_json import VERSION, check_entries, check_options, data_spec, image_size, outputs
+from diffusion.interop.config_json import check_entries, check_options, data_spec, image_size, outputs
 from diffusion.layers.norms import default_groups
 
 # Entries of `config.json` that correspond to options of the network, for error messages.
@@ -119,7 +120,7 @@ def config_of(network: Mapping[str, Any], spec: Spec, params: Params) -> dict[st
         raise InputError("network.middle_attention_groups", problem)
     return {
         "_class_name": "UNet2DModel",
-        "_diffusers_version": VERSION,
+        "_diffusers_version": model_folder.VERSION,
         **_DEFAULTS,
         "sample_size": size[0] if size[0] == size[1] else size,
         "in_channels": channels,

@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from diffusion.core import model_folder
 from diffusion.core.build import build, defaults, find
 from diffusion.core.types import InputError
 from diffusion.interop import other_schedulers
-from diffusion.interop.config_json import VERSION
 
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -323,7 +323,11 @@ def write(sections: Mapping[str, Any], outputs: int, *, splits: bool) -> tuple[d
             except InputError:
                 continue
             if _canonical(read_back["sampler"], read_back["guidance"]) == wanted:
-                config = {"_class_name": candidate["_class_name"], "_diffusers_version": VERSION, **candidate}
+                config = {
+                    "_class_name": candidate["_class_name"],
+                    "_diffusers_version": model_folder.VERSION,
+                    **candidate,
+                }
                 return config, choice is sampler and guidance is threshold
     raise AssertionError(f"no scheduler for {objective}")
 

@@ -531,7 +531,7 @@ def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """
     for part in ("network", "adapters", "autoencoder", "objective", "data"):
         ours, theirs = (files.plain(m.get("config", {}).get(part) or {}) for m in (meta, stored))
-        may_change = {"network": MACHINE_OPTIONS, "autoencoder": ("path",)}.get(part, ())
+        may_change = {"network": MACHINE_OPTIONS, "autoencoder": ("path", "slices", "dtype")}.get(part, ())
         if part == "data":
             may_change = pipeline.location_keywords(theirs)
         for key in [*theirs, *(() if theirs else ours)]:

@@ -242,6 +242,10 @@ def test_a_run_resumes_with_options_that_suit_another_machine():
         check_same(stored, {"config": {"network": {**stored["config"]["network"], **change}}})
     with refused("network.width"):
         check_same(stored, {"config": {"network": {**stored["config"]["network"], "width": 16}}})
+    stored = {"config": {"autoencoder": {"name": "kl", "path": "a", "tile": None, "slices": False}}}
+    check_same(stored, {"config": {"autoencoder": {"name": "kl", "path": "b", "tile": None, "slices": True}}})
+    with refused("autoencoder.tile"):
+        check_same(stored, {"config": {"autoencoder": {"name": "kl", "path": "a", "tile": 512, "slices": False}}})
 
 
 def test_a_run_resumes_with_options_that_were_added_since():
