@@ -24,6 +24,7 @@ from diffusion.core.types import (
     Network,
     Objective,
     Params,
+    Perturbation,
     Sampler,
     Schedule,
     Spec,
@@ -33,10 +34,15 @@ from diffusion.sampling import guidance as guidances
 from diffusion.sampling import loop
 
 PLACING = ("steps", "grid", "unroll")  # options of the sampler section that are not the sampler's own
-WRAPPERS = ("rescale", "interval", "threshold")  # applied around the guidance, in this order
-NEUTRAL_AT_ONE = ("cfg", "apg", "autoguidance")  # return the conditional prediction at a scale of 1
-WITHOUT_DROPPED_CONDITION = ("autoguidance", "guidance_embedding")  # work for any training
-SUPPLIED = ("denoise", "guided", "plain", "schedule", "worse")  # arguments of guidance that no config sets
+PERTURBED = ("pag", "seg", "slg")  # guidance by the network itself, also around another guidance
+# Applied around the guidance, in this order.
+WRAPPERS = (*PERTURBED, "scale_schedule", "rescale", "interval", "threshold", "cads")
+WITHOUT_GUIDANCE = ("threshold", "cads")  # the wrappers that also apply to a model without guidance
+# The scale at which guidance returns the conditional prediction.
+NEUTRAL = {"cfg": 1.0, "apg": 1.0, "autoguidance": 1.0, "icg": 1.0} | dict.fromkeys(PERTURBED, 0.0)
+WITHOUT_DROPPED_CONDITION = ("autoguidance", "guidance_embedding", "icg", *PERTURBED)  # work for any training
+# Arguments of guidance that no config sets.
+SUPPLIED = ("denoise", "guided", "plain", "schedule", "worse", "perturbed", "keys", "conditions")
 MOST_STEPS, MOST_SAMPLES = 10**5, 10**7
 
 
@@ -49,8 +55,8 @@ class Generator:
       network, objective, spec: The model, and what its samples look like.
       mesh: The devices; a batch is split over data x fsdp.
       sampler: A config's section: the sampler's `name` (or a `Sampler`) and options, `steps`, `grid` and `unroll`.
-      guidance: A config's section: its `name` and options, and optionally `rescale`, `interval` and `threshold`, each a
-        section. Guidance with a scale of 1 is left out, which halves the cost.
+      guidance: A config's section: its `name` and options, and optionally any of `WRAPPERS`, each a section. Guidance
+        with a neutral scale, such as 1 for `cfg`, is left out, which halves the cost.
       cond_drop_rate: The share of examples that the model was trained on without conditions.
       worse: The other model of autoguidance, and its parameters.
       always_guided: Compile the guidance even for a scale of 1, for use with other scales later.
@@ -88,14 +94,21 @@ class Generator:
             raise InputError("guidance.name", "autoguidance reads another run, and training does not; train with cfg, "
                              "and sample with --guidance=autoguidance:...")  # fmt: skip
 
-        def denoiser(params: Params, others: Mapping, schedule: Schedule, numbers: Mapping) -> Denoiser:
+        def denoiser(params: Params, others: Mapping, schedule: Schedule, numbers: Mapping, keys: Array) -> Denoiser:
             denoise = plain = objective.denoiser(network.apply, params)
-            supplied = {"schedule": schedule, "plain": plain}
+
+            def perturbed(perturbation: Perturbation) -> Denoiser:
+                if network.perturbed is None:
+                    raise InputError("layers", "this network has no blocks to perturb; use unet, dit, uvit or edm2")
+                return objective.denoiser(network.perturbed(perturbation), params)
+
+            supplied = {"schedule": schedule, "plain": plain, "perturbed": perturbed, "keys": keys,
+                        "conditions": self.spec.conditions}  # fmt: skip
             if self.guided:
                 more = {} if worse is None else {"worse": worse[1].denoiser(worse[0].apply, others["worse"])}
                 denoise = _wrap(guide, denoise, numbers["guidance"], static["guidance"], {**supplied, **more})
             for name in WRAPPERS:
-                if name in numbers and (self.guided or name == "threshold"):
+                if name in numbers and (self.guided or name in WITHOUT_GUIDANCE):
                     denoise = _wrap(getattr(guidances, name), denoise, numbers[name], static[name], supplied)
             return denoise
 
@@ -104,7 +117,7 @@ class Generator:
             numbers: Mapping, renoise: bool,
         ) -> Array:  # fmt: skip
             schedule = objective.schedule_for(params)
-            denoise = loop.bind(denoiser(params, others, schedule, numbers), cond)
+            denoise = loop.bind(denoiser(params, others, schedule, numbers, keys), cond)
             if start is None:
                 x = loop.prior(schedule, times[0], keys, shape, moments)
             else:
@@ -231,9 +244,9 @@ class Generator:
         if is_neutral(guidance) or guidance["name"] in WITHOUT_DROPPED_CONDITION or callable(guidance["name"]):
             return
         if not self.spec.conditions:
-            raise InputError("guidance.scale", "the data has no conditions to guide by; use 1")
+            raise InputError("guidance.scale", "the data has no conditions to guide by; use 1, or pag, for example")
         if not self.cond_drop_rate and not guidance.get("negative"):
-            problem = "the model was trained with train.cond_drop_rate = 0; use 1, or train it with a rate above 0"
+            problem = "the model was trained with train.cond_drop_rate = 0; use 1, icg, or train it with a rate above 0"
             raise InputError("guidance.scale", problem)
 
     def _trace(self) -> None:
@@ -259,7 +272,9 @@ def check_numbers(*, seed: int, **counts: int) -> None:
 
 def is_neutral(section: Mapping[str, Any]) -> bool:
     """Returns whether a guidance section returns the conditional prediction unchanged."""
-    return section["name"] in NEUTRAL_AT_ONE and section.get("scale", 1.0) == 1.0
+    if section["name"] not in list(NEUTRAL) or any(section.get(name) is not None for name in PERTURBED):
+        return False
+    return section.get("scale", 1.0) == NEUTRAL[section["name"]]
 
 
 def structure(section: Mapping[str, Any]) -> Any:
@@ -333,7 +348,7 @@ def _read_sampler(section: Mapping[str, Any], build_it: bool = True) -> tuple[di
 def _read_guidance(section: Mapping[str, Any]) -> tuple[Callable, dict[str, dict], dict[str, dict]]:
     """Returns the guidance function, and for it and each wrapper the static options and those that are traced."""
     guide = find("guidance", section.get("name", ""), field="guidance.name")
-    if section["name"] in WRAPPERS:
+    if section["name"] in WRAPPERS and section["name"] not in PERTURBED:
         raise InputError("guidance.name", f"{section['name']} wraps guidance: set guidance.{section['name']}")
     keywords = {"guidance": {k: v for k, v in section.items() if k not in ("name", "worse", *WRAPPERS)}}
     for name in WRAPPERS:

@@ -15,6 +15,7 @@ from diffusion.core import files
 from diffusion.core.build import find, names
 from diffusion.pipelines import config as configs
 from diffusion.pipelines.config import override, read_config, resolve
+from diffusion.pipelines.generator import PERTURBED, SUPPLIED
 from tests.refusals import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -78,9 +79,9 @@ def read_sparse(variant: str) -> ml_collections.ConfigDict:
      ("objective.time_sampler", "time_sampling"), ("objective.parameterization", "parameterization")],
 )  # fmt: skip
 def test_every_option_of_another_part_can_be_set(section, family):
-    supplied = {"shape", "num_classes", "schedule", "steps", "denoise", "guided", "plain", "worse"}
+    supplied = {"shape", "num_classes", "schedule", "steps", *SUPPLIED}
     for name in names(family):
-        if section == "guidance" and name in configs.WRAPPERS:
+        if section == "guidance" and name in configs.WRAPPERS and name not in PERTURBED:
             continue
         later = supplied if family in ("networks", "grids", "guidance") else set()
         for option in inspect.signature(find(family, name, field="")).parameters.keys() - later:

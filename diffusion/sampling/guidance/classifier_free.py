@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion.core.arrays import expand, kept, per_example
 from diffusion.core.types import Array, Cond, Denoised, Denoiser, InputError, Schedule
@@ -97,6 +98,31 @@ def cfg_zero(
     return guided
 
 
+def fdg(denoise: Denoiser, scale: Traced = 1.0, low_scale: Traced = 1.0, *, negative: Any = None) -> Denoiser:
+    """Frequency-decoupled guidance (Sadat et al. 2025, arXiv 2506.19713): `cfg` with two scales, for images.
+
+        x0 = x0_uncond + low_scale low(d) + scale (d - low(d)),    d = x0_cond - x0_uncond
+
+    where low(d) is what a Laplacian pyramid of two levels has at its lower resolution.
+
+    Args:
+      scale: of the high frequencies, which give detail; as in `cfg`.
+      low_scale: of the low frequencies, which high scales oversaturate.
+      negative: as in `cfg`.
+    """
+
+    def guided(x: Array, t: Array, cond: Cond) -> Denoised:
+        if x.ndim < 4 or x.shape[-3] % 2 or x.shape[-2] % 2:
+            raise InputError("guidance.name", "must be cfg: fdg requires images with an even height and width")
+        conditional, uncond = conditional_and_unconditional(denoise, x, t, cond, negative)
+        difference = conditional.x0 - uncond
+        by_row, by_column = _low_pass(x.shape[-3]), _low_pass(x.shape[-2])
+        low = jnp.einsum("ri,cj,...ijf->...rcf", by_row, by_column, difference)
+        return dataclasses.replace(conditional, x0=uncond + low_scale * low + scale * (difference - low))
+
+    return guided
+
+
 def cfg_pp(denoise: Denoiser, scale: Traced = 0.6, *, negative: Any = None) -> Denoiser:
     """CFG++ (Chung et al. 2024, arXiv 2406.08070): x0 is guided, and the noise is the unconditional one.
 
@@ -150,3 +176,17 @@ def cfg_per_condition(denoise: Denoiser, scales: Mapping[str, Traced]) -> Denois
         return dataclasses.replace(conditional, x0=x0, conditional=conditional.x0)
 
     return guided
+
+
+def _low_pass(length: int) -> np.ndarray:
+    """Returns the matrix `[length, length]` that halves a vector and doubles it again, as Laplacian pyramids do.
+
+    Halving is a blur by (1, 4, 6, 4, 1) / 16, with reflection at the ends, and the mean of pairs. Doubling is linear
+    interpolation and the same blur.
+    """
+    continued = np.pad(np.eye(length), ((2, 2), (0, 0)), mode="reflect" if length > 2 else "symmetric")
+    blur = sum(weight * continued[start : start + length] for start, weight in enumerate((1, 4, 6, 4, 1))) / 16
+    halve = np.repeat(np.eye(length // 2), 2, axis=1) / 2
+    near = np.pad(np.eye(length // 2), ((1, 1), (0, 0)), mode="edge")
+    double = np.stack([(near[:-2] + 3 * near[1:-1]) / 4, (3 * near[1:-1] + near[2:]) / 4], axis=1)
+    return np.float32(blur @ double.reshape(length, -1) @ halve @ blur)

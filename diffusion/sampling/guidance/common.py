@@ -5,11 +5,13 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from diffusion.core.arrays import kept, per_example
+from diffusion.core.arrays import fold, kept, per_example
 from diffusion.core.types import PREVIOUS_X0, SCALAR_CONDITIONS, Array, Cond, Denoised, Denoiser, InputError
 
 Traced = float | Array  # a number that may change without recompilation
+_GUIDANCE = np.uint32(2**32 - 2)  # folded into the keys of samples; the sampling loop folds in the numbers of the steps
 
 
 def conditional_and_unconditional(
@@ -46,3 +48,27 @@ def names(cond: Cond) -> list[str]:
 def dot(a: Array, b: Array) -> Array:
     """Returns the inner product per example, `[B]`."""
     return jnp.sum(a * b, axis=tuple(range(1, a.ndim)))
+
+
+def time_of(t: Array, x: Array) -> Array:
+    """Returns one time per example, `[B]`: the mean of the times of its frames, if they have any."""
+    return jnp.float32(per_example(t, x)).reshape(x.shape[0], -1).mean(axis=1)
+
+
+def keys_at(keys: Array, t: Array, index: int) -> Array:
+    """Returns keys `[B]` for the random numbers of guidance at times `[B]`.
+
+    They are functions of the sample and the time, so that a guided denoiser is one too, whichever sampler calls it.
+
+    Args:
+      keys: The keys of the samples, `[B]`.
+      index: Distinguishes several random numbers.
+    """
+    bits = jax.lax.bitcast_convert_type(t, jnp.uint32)
+    return jax.vmap(jax.random.fold_in)(fold(fold(keys, _GUIDANCE), index), bits)
+
+
+def statistics(value: Array, where: Array | None = None) -> tuple[Array, Array]:
+    """Returns the mean and the standard deviation of each example, `[B, 1, ...]`, of the entries `where` is True."""
+    options = {"axis": tuple(range(1, value.ndim)), "keepdims": True, "where": where}
+    return jnp.mean(value, **options), jnp.std(value, **options)

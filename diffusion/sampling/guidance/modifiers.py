@@ -13,6 +13,29 @@ from diffusion.sampling.guidance.common import Traced
 from diffusion.sampling.ode.first_order import ends_in_noise
 
 
+def scale_schedule(guided: Denoiser, shape: Literal["linear", "cosine"] = "cosine") -> Denoiser:
+    """Multiplies the change by guidance with a function of the time (Wang et al. 2024, arXiv 2404.13040).
+
+        x0 <- x0_cond + f(t) (x0 - x0_cond)
+
+    The scale w of `cfg`, for example, becomes 1 + f(t) (w - 1). The mean of f is 1. `interval` is the schedule that is
+    0 outside of an interval.
+
+    Args:
+      guided: a guided denoiser; others have no conditional x0 to compare with.
+      shape: `linear` for f = 2 (1 - t), `cosine` for f = 1 + cos(pi t). Both rise towards the data.
+    """
+
+    def scheduled(x: Array, t: Array, cond: Cond) -> Denoised:
+        denoised = guided(x, t, cond)
+        if denoised.conditional is None:
+            raise InputError("guidance.scale_schedule", "requires guidance; apply it to the result of cfg, for example")
+        weight = expand(2 * (1 - t) if shape == "linear" else 1 + jnp.cos(jnp.pi * t), x)
+        return dataclasses.replace(denoised, x0=denoised.conditional + weight * (denoised.x0 - denoised.conditional))
+
+    return scheduled
+
+
 def rescale(
     guided: Denoiser,
     factor: Traced = 0.7,

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.interpolate
+import scipy.ndimage
 
 from diffusion.core.arrays import normal
 from diffusion.core.build import build
 from diffusion.core.types import Denoised
-from diffusion.sampling.guidance import apg, cfg, cfg_pp, cfg_zero, interval
+from diffusion.sampling.guidance import apg, cfg, cfg_pp, cfg_zero, fdg, interval
 from diffusion.sampling.loop import bind
 from tests.refusals import refused
 from tests.sampling.guidance.closed_form import (
@@ -270,6 +272,59 @@ def test_cfg_zero_does_not_move_x_on_a_curved_path():
     step = jax.jit(lambda t, s: euler.step(X, (), denoise, VP, t, s, None)[0])
     close(step(0.3, 0.25), X)
     assert abs(step(0.2, 0.15) - X).max() > 1e-2
+
+
+# fdg
+
+IMAGES = np.random.default_rng(3).normal(size=(2, 2, 8, 6, 3)).astype(np.float32)  # x0 with and without the condition
+
+
+def of_images(x, t, cond):
+    """Returns the first of `IMAGES` where the condition is kept, and the second elsewhere."""
+    return Denoised(
+        jnp.where(cond["keep"][:, None, None, None], np.repeat(IMAGES[0], 2, 0), np.repeat(IMAGES[1], 2, 0))
+    )
+
+
+def low_frequencies(image):
+    """The lower level of a Laplacian pyramid, doubled: both by blurs that mirror the image at its last pixel."""
+    for axis in (0, 1):
+        image = scipy.ndimage.correlate1d(image, np.array([1, 4, 6, 4, 1]) / 16, axis, mode="mirror")
+        pairs = np.moveaxis(image, axis, 0)
+        half = (pairs[0::2] + pairs[1::2]) / 2
+        places = (np.arange(len(pairs)) + 0.5) / 2 - 0.5
+        doubled = scipy.interpolate.interp1d(np.arange(len(half)), half, axis=0)(np.clip(places, 0, len(half) - 1))
+        image = np.moveaxis(doubled, 0, axis)
+        image = scipy.ndimage.correlate1d(image, np.array([1, 4, 6, 4, 1]) / 16, axis, mode="mirror")
+    return image
+
+
+@pytest.mark.parametrize(("scale", "low_scale"), [(4.0, 1.0), (1.0, 3.0), (5.0, 5.0)])
+def test_fdg_formula(scale, low_scale):
+    """arXiv 2506.19713: each level of the pyramid is guided with its own scale."""
+    found = fdg(of_images, scale, low_scale)(jnp.zeros((2, 8, 6, 3)), 0.5, {"label": np.zeros(2, int)})
+    for ours, conditional, unconditional in zip(found.x0, *np.float64(IMAGES), strict=True):
+        low, low_uncond = low_frequencies(conditional), low_frequencies(unconditional)
+        high, high_uncond = conditional - low, unconditional - low_uncond
+        expected = low_uncond + low_scale * (low - low_uncond) + high_uncond + scale * (high - high_uncond)
+        close(ours, expected)
+        if scale == low_scale:
+            close(ours, unconditional + scale * (conditional - unconditional))
+    close(found.conditional, IMAGES[0])
+
+
+@pytest.mark.parametrize("size", [2, 4, 16])
+def test_the_low_frequencies_of_a_constant_are_the_constant(size):
+    def constant(x, t, cond):
+        return Denoised(jnp.where(cond["keep"][:, None, None, None], 1.0, 0.0) + 0 * x)
+
+    close(fdg(constant, 9.0, 2.0)(jnp.zeros((1, size, 4, 1)), 0.5, {"label": np.zeros(1, int)}).x0, 2.0)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 1), (2, 4, 5, 1), (2, 4)])
+def test_fdg_requires_images_of_even_size(shape):
+    with refused("guidance.name"):
+        fdg(model)(jnp.zeros(shape), 0.5, {"label": np.zeros(2)})
 
 
 # cfg_pp

@@ -1,8 +1,6 @@
 """Changes of any guidance: rescaling, intervals, thresholds; and which numbers are traced."""
 
 import dataclasses
-import inspect
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +9,13 @@ import pytest
 
 from diffusion.core.arrays import derivative
 from diffusion.core.build import build
-from diffusion.core.types import Array, Denoised
+from diffusion.core.types import Denoised
 from diffusion.sampling.guidance import (
-    apg,
     cfg,
-    cfg_per_condition,
     cfg_pp,
-    guidance_embedding,
     interval,
     rescale,
+    scale_schedule,
     threshold,
 )
 from diffusion.sampling.loop import bind
@@ -33,11 +29,39 @@ from tests.sampling.guidance.closed_form import (
     X,
     broadcast,
     close,
-    distilled,
     halves,
     model,
     sampled,
 )
+
+# scale_schedule
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 1.0, *TIMES], ids=str)
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_scale_schedule_formula(shape, t):
+    """arXiv 2404.13040, whose w multiplies the difference from the conditional prediction."""
+    weight = {"linear": 2 * (1 - broadcast(np.float64(t))), "cosine": 1 + np.cos(np.pi * broadcast(np.float64(t)))}[
+        shape
+    ]
+    conditional, unconditional = halves(t)
+    found = scale_schedule(cfg(model, 4.0), shape)(X, t, COND)
+    close(found.x0, conditional + weight * (4 - 1) * (conditional - unconditional))
+    close(found.conditional, conditional)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_the_mean_of_a_schedule_is_the_scale_itself(shape):
+    times = (np.arange(1000) + 0.5) / 1000
+    constant = lambda x, t, cond: Denoised(jnp.ones_like(x), conditional=jnp.zeros_like(x))  # noqa: E731
+    weights = scale_schedule(constant, shape)(jnp.zeros((1000, 1)), jnp.float32(times), {}).x0
+    assert abs(weights.mean() - 1) < 1e-5 and (np.diff(weights[:, 0]) < 0).all()
+
+
+def test_scale_schedule_requires_guidance():
+    with refused("guidance.scale_schedule"):
+        scale_schedule(model)(X, 0.35, COND)
+
 
 # rescale
 
@@ -259,50 +283,3 @@ def test_guidance_nests(t):
         close(clipped.x0, np.clip(expected, -0.8, 0.8))
         close(clipped.conditional, conditional)
     assert abs(expected).max() > 0.8
-
-
-# Traced keywords.
-
-ON = {"plain": model, "schedule": VP}
-TRACED = {
-    "cfg": (cfg, [(2.0,), (5.0,)]),
-    "apg": (apg, [(2.0, 0.1, 1.0), (5.0, 0.5, 0.7)]),
-    "cfg_zero": (METHODS["cfg_zero"], [(2.0, 0.9), (5.0, 0.2)]),
-    "cfg_pp": (cfg_pp, [(0.4,), (0.9,)]),
-    "cfg_per_condition": (lambda _, scale: cfg_per_condition(model, {"label": scale}), [(2.0,), (5.0,)]),
-    "autoguidance": (METHODS["autoguidance"], [(2.0,), (5.0,)]),
-    "guidance_embedding": (lambda _, scale: guidance_embedding(distilled, scale), [(2.0,), (5.0,)]),
-    "rescale": (lambda _, factor: rescale(cfg(model, 5.0), factor), [(0.1,), (0.9,)]),
-    "interval": (lambda _, low, high: interval(cfg(model, 5.0), low, high, **ON), [(0.2, 0.4), (0.4, 0.6)]),
-    "interval in sigma": (
-        lambda _, low, high: interval(cfg(model, 5.0), low, high, "sigma", **ON),
-        [(0.2, 4.0), (4.0, 6.0)],
-    ),
-    "static threshold": (lambda _, limit: threshold(model, limit=limit), [(0.9,), (0.3,)]),
-    "dynamic threshold": (lambda _, limit: threshold(model, 0.8, limit), [(0.9,), (0.3,)]),
-}
-
-
-@pytest.mark.parametrize("name", TRACED)
-def test_traced_numbers_do_not_recompile(name):
-    method, choices = TRACED[name]
-    traces = []
-
-    @jax.jit
-    def drawn(numbers, t):
-        traces.append(name)
-        return method(model, *numbers)(X, t, COND).x0
-
-    first, second = (drawn(tuple(map(jnp.asarray, numbers)), 0.35) for numbers in choices)
-    assert len(traces) == 1
-    assert abs(first - second).max() > 1e-2
-    for numbers, found in zip(choices, (first, second), strict=True):
-        close(found, method(model, *numbers)(X, 0.35, COND).x0)
-
-
-@pytest.mark.parametrize("function", [*METHODS.values(), guidance_embedding, rescale, interval, threshold])
-def test_numbers_are_annotated_as_traced(function):
-    """`Generator` traces the keywords whose annotation contains Array; only `percentile` is a static number."""
-    for name, parameter in inspect.signature(function).parameters.items():
-        if isinstance(parameter.default, float):
-            assert (Array in typing.get_args(parameter.annotation)) == (name != "percentile"), name
