@@ -55,6 +55,7 @@ from diffusion.objectives.base.teacher import Teacher, check_teacher, init_from_
 from diffusion.sampling.guidance import cfg
 from diffusion.sampling.ode.first_order import coordinate, first_order
 
+SAMPLER = {"name": "consistency", "steps": 2}  # of a config without a sampler
 Solver = Literal["ddim", "euler", "heun"]
 Weighting = Literal["one", "inverse_step", "inverse_c_out"]
 SMALLEST = 1e-30  # stands for a mean square of 0 where its root is differentiated

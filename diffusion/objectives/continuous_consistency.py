@@ -24,6 +24,7 @@ from diffusion.objectives.base.gaussian import Gaussian, apply_network, build_pa
 from diffusion.objectives.base.teacher import Teacher, check_coefficients, check_teacher, init_from_teacher
 from diffusion.process.parameterization import Coefficients, Parameterization
 
+SAMPLER = {"name": "consistency", "sigma_min": 0.0, "steps": 2}  # of a config without a sampler
 Normalization = Literal["norm", "vector_norm", "clip"]
 SOFTENING = 0.1  # c of the tangent normalisation g / (|g| + c)
 

@@ -20,6 +20,8 @@ from diffusion.core.arrays import flat_mean
 from diffusion.core.types import Apply, Array, Batch, Cond, Denoiser, Network, Params, Player
 from diffusion.objectives.base.gaussian import ParameterizationSpec, Predictor, ScheduleSpec, apply_network, build_path
 
+SAMPLER = {"name": "consistency", "sigma_min": 0.0, "steps": 1}  # of a config without a sampler
+
 
 @dataclasses.dataclass(frozen=True)
 class GAN(Predictor):

@@ -19,6 +19,7 @@ from diffusion.objectives.base.gaussian import Gaussian, ParameterizationSpec, S
 from diffusion.objectives.base.teacher import Teacher, check_coefficients, check_teacher, init_from_teacher
 
 SCHEDULE: ScheduleSpec = {"name": "vp", "betas": "scaled_linear"}  # the schedule of the paper's teachers
+SAMPLER = {"name": "lcm", "steps": 4}  # of a config without a sampler
 SIGMA_DATA = 0.5  # of the boundary scalings; the paper uses this value for all data
 
 

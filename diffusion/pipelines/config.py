@@ -190,7 +190,8 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     factory = getattr(optax, str(found["optimizer"]["name"]), None)  # `make_optimizer` reports an unknown name
     if inspect.isfunction(factory):
         found["optimizer"] = {**_simple(defaults(factory, later=("learning_rate",))), **found["optimizer"]}
-    found["sampler"] = _sampler(config.get("sampler", SAMPLER))
+    make = find("objectives", found["objective"]["name"], field="objective.name")
+    found["sampler"] = _sampler(config.get("sampler", {}), default_sampler(make))
     found["guidance"] = _guidance(config.get("guidance", GUIDANCE))
     metrics = config.get("eval", {}).get("metrics", {})
     if not isinstance(metrics, Mapping):
@@ -385,8 +386,18 @@ def _simple(keywords: Mapping[str, Any]) -> dict[str, Any]:
     return {key: from_json(value) for key, value in keywords.items() if is_simple(value)}
 
 
-def _sampler(section: Mapping[str, Any]) -> dict[str, Any]:
-    section = {"name": SAMPLER["name"], **section}
+def default_sampler(objective: Any) -> dict[str, Any]:
+    """Returns the `sampler` section for an objective without one: `SAMPLER` of its module, or the usual sampler.
+
+    Args:
+      objective: The function that builds it, or its class.
+    """
+    return getattr(inspect.getmodule(objective), "SAMPLER", SAMPLER)
+
+
+def _sampler(section: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    if section.get("name", default["name"]) == default["name"]:
+        section = {**default, **section}
     placing = {"steps": SAMPLER["steps"], **defaults(sampling_times, later=("steps",))}
     placing |= {key: section[key] for key in PLACING if key in section}
     grid = _part("grids", placing["grid"], "sampler.grid", later=("schedule", "steps"))

@@ -37,8 +37,8 @@ from diffusion.pipelines import warm_start
 from diffusion.pipelines.conditions import conditions_of, examples_of, moments_of
 from diffusion.pipelines.config import (
     GUIDANCE,
-    SAMPLER,
     cond_drop_rate,
+    default_sampler,
     external_names,
     sharding_options,
 )
@@ -419,7 +419,8 @@ def fixed_params(
 
 def run_of(trainer: Trainer) -> Run:
     """Returns the model that a trainer has trained so far, with the average that sampling uses."""
-    config = {**trainer.meta["config"], "sampler": SAMPLER, "guidance": GUIDANCE, "eval": {"metrics": {}}}
+    sampler = default_sampler(type(trainer.objective))
+    config = {**trainer.meta["config"], "sampler": sampler, "guidance": GUIDANCE, "eval": {"metrics": {}}}
     params = jax.tree.map(jnp.copy, trainer.averaged_params())  # the next step donates the trainer's own
     return Run(
         config=config, spec=trainer.spec, network=trainer.network, objective=trainer.objective, params=params,

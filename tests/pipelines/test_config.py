@@ -14,6 +14,7 @@ import pytest
 from diffusion.core import files
 from diffusion.core.build import find, names
 from diffusion.pipelines import config as configs
+from diffusion.pipelines.build_training import build_training
 from diffusion.pipelines.config import override, read_config, resolve
 from diffusion.pipelines.generator import PERTURBED, SUPPLIED
 from tests.refusals import refused
@@ -37,6 +38,24 @@ def variants(path: str) -> tuple[str, ...]:
     found = runpy.run_path(path)
     keys = next((found[name] for name in ("VARIANTS", "METHODS", "NETWORKS") if name in found), ())
     return tuple(f"{path}:{key}" for key in keys) or (path,)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "consistency", "discretization": "fixed"},
+        {"name": "continuous_consistency", "distill": False},
+        {"name": "gan"},
+    ],
+    ids=lambda spec: spec["name"],
+)
+def test_an_objective_has_a_default_sampler(spec):
+    """A config without a sampler can be trained, which checks that the sampler suits the model."""
+    config = resolve({**SPARSE, "objective": spec})
+    assert config["sampler"]["name"] == "consistency" and config["sampler"]["steps"] <= 2
+    assert resolve({**SPARSE, "objective": spec, "sampler": {"steps": 3}})["sampler"]["steps"] == 3
+    assert resolve({**SPARSE, "objective": spec, "sampler": "ddim"})["sampler"]["steps"] == 50
+    build_training(config, "none")
 
 
 def options(section, prefix=()):
