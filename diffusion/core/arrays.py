@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,11 @@ class PartialMean(NamedTuple):
 
     def __float__(self) -> float:
         return float(self.total) / float(self.count) if self.count else math.nan
+
+
+def is_empty(value: Any) -> bool:
+    """Returns whether a metric is the mean of no examples."""
+    return isinstance(value, PartialMean) and not value.count
 
 
 def mean_where(x: Array, where: Array) -> PartialMean:

@@ -16,6 +16,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from diffusion.core import files, trees
+from diffusion.core.arrays import is_empty
 from diffusion.core.build import build, build_network, call
 from diffusion.core.progress import Progress
 from diffusion.core.types import MACHINE_OPTIONS, Autoencoder, InputError, Network, Objective, Params, Source
@@ -80,7 +81,7 @@ class Trainer:
     Attributes:
       state: The train state.
       step: Number of steps done.
-      metrics: The metrics of the last step that was read, by name.
+      metrics: The metrics of the last step that was read, by name, without those of parts that had no example.
 
     Raises:
       InputError: A part cannot be built.
@@ -363,7 +364,7 @@ class Trainer:
         step, examples, metrics = pending[0], pending[1], jax.device_get(pending[2])
         norms, in_row = metrics.pop("norms"), int(metrics.pop("in_row"))
         metrics.pop("request", None)
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in metrics.items() if not is_empty(value)}
         if "skipped" in values:  # reported per step, logged for the whole run
             self.skipped += round(values["skipped"])
             values["skipped"] = self.skipped

@@ -150,17 +150,17 @@ def test_hooks_and_writers(digits, tiny_mlp):
 
     def trainer(writer, *more):
         parts = digits, tiny_mlp, "flow_matching"
-        return Trainer(*parts, optimizer=optax.sgd(1e-2), writers=[writer], hooks=more, batch_size=16, log_every=2)
+        return Trainer(*parts, optimizer=optax.sgd(1e-2), writers=[writer], hooks=more, batch_size=8, log_every=2)
 
     seen, first, second = [], Writer(), Writer()
     measure = hooks.evaluate(2, lambda params: {"a": float(short.step), "b": np.nan}, ["a", "b"])
-    short = trainer(
-        first, hooks.every(2, lambda t: seen.append((t.step, int(t.state.step), t.metrics["loss"]))), measure
-    )
+    short = trainer(first, hooks.every(2, lambda t: seen.append((t.step, int(t.state.step), t.metrics))), measure)
     short.fit(3)
     short.fit(6)
     whole = trainer(second).fit(6)
     assert [step for step, _, _ in seen] == [step for _, step, _ in seen] == [2, 3, 4, 6]
+    assert np.isfinite([value for _, _, metrics in seen for value in metrics.values()]).all()
+    assert len({len(metrics) for _, _, metrics in seen}) > 1  # those of noise levels without an example are absent
     assert_same(leaves(short.state.params), leaves(whole.params))
     for step in (2, 6):
         values = {**first.lines[step], "images_per_second": second.lines[step]["images_per_second"]}
