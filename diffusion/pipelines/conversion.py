@@ -43,11 +43,21 @@ def export_run(workdir: str, folder: str, *, ema: str | None = None, step: int |
         return diffusers_pipeline.write(partial, model, run.config)
 
 
+def _drop_rate(config: Mapping[str, Any], model: Model) -> float | Mapping[str, float]:
+    """Returns `train.cond_drop_rate`, which is above 0 if the model has a null class, so that it can be guided."""
+    if not model.spec.num_classes or not model.network.get("null_class", True):
+        return 0.0
+    return config.get("train", {}).get("cond_drop_rate") or 0.1
+
+
 def import_folder(
     folder: str, workdir: str, base_config: Callable[[str], Mapping[str, Any]], *, null_class: bool = False,
     variant: str | None = None,
 ) -> str:  # fmt: skip
     """Writes a diffusers model or pipeline as a run at step 0.
+
+    The folder does not say how often training dropped the class; a model with a null class counts as one that was
+    trained with 10 % of it, unless the config says otherwise.
 
     Args:
       folder: The folder of the model or the pipeline.
@@ -68,7 +78,9 @@ def import_folder(
     except InputError as error:
         raise error.within("--from") from None
     name = model.network["name"]
-    config = resolve({**base_config(name), **(sections or {}), "network": dict(model.network)})
+    config = {**base_config(name), **(sections or {}), "network": dict(model.network)}
+    config["train"] = {**config.get("train", {}), "cond_drop_rate": _drop_rate(config, model)}
+    config = resolve(config)
     check_config(config)
     network, objective, _ = build_model(config, model.spec)
     keywords = training(config)

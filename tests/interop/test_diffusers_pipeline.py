@@ -11,14 +11,17 @@ import pytest
 
 from diffusion.core.arrays import fold, normal, sample_keys
 from diffusion.interop import diffusers_pipeline, schedulers
+from diffusion.pipelines.config import read_config
+from diffusion.pipelines.conversion import export_run, import_folder
 from diffusion.pipelines.run import open_run
 from tests.interop.test_diffusers_models import UNET as TINY
 from tests.interop.test_diffusers_models import random_model
 from tests.jobs import job
 from tests.refusals import refused, refused_field
+from tests.tiers import slow_except
 
 SHORT = "--config.train.steps=3 --config.train.batch_size=4 --config.train.preview_every=0 --config.optimizer.warmup=0"
-UNET = ("--config=configs/cifar10_ddpm.py --config.network.channel_mult=(1,1) "
+UNET = ("--config=configs/cifar10_ddpm.py --config.network.channel_mult=(1,1) --config.sampler.grid=leading "
         "--config.network.num_res_blocks=1 --config.network.attention_resolutions=(4,)")  # fmt: skip
 DIT = ("--config=configs/imagenet256_dit.py:S/2 --config.network.width=16 --config.network.depth=2 "
        "--config.network.num_heads=2 --config.network.freq_shift=1")  # fmt: skip
@@ -138,6 +141,22 @@ def test_a_given_table_of_betas_is_written(tmp_path):
     assert config["trained_betas"] == [0.1, 0.2] and config["num_train_timesteps"] == 2
 
 
+@pytest.mark.parametrize("null_class", slow_except((True,), (True, False)))
+def test_a_model_with_a_null_class_can_be_guided(null_class, tmp_path):
+    _, model = random_model(TINY | {"null_class": null_class}, True)
+    diffusers_pipeline.write(str(tmp_path / "folder"), model, {"objective": OBJECTIVE})
+    run = tmp_path / "run"
+    import_folder(str(tmp_path / "folder"), str(run), lambda name: read_config("configs/cifar10_ddpm.py"),
+                  null_class=null_class)  # fmt: skip
+    opened = open_run(str(run))
+    if null_class:
+        plain, guided = (opened.sample(2, labels=[0, 1], steps=2, guidance=scale) for scale in (1.0, 2.0))
+        assert abs(plain - guided).max() > 1e-3
+    else:
+        with refused("guidance.scale"):
+            opened.sample(2, labels=[0, 1], steps=2, guidance=2.0)
+
+
 # Comparison with diffusers.
 
 needs_peer = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
@@ -167,7 +186,8 @@ def test_a_ddpm_pipeline_draws_the_same_images(unet, monkeypatch):
     from diffusers import DDPMPipeline
 
     run, folder = unet
-    x, opened = native_samples(run, None, 3, {"name": "ancestral", "steps": 20, "grid": {"name": "leading"}})
+    opened = open_run(str(run))
+    x = opened.sample(3, steps=20)  # with the run's own sampler and clipping
     stream = noises(opened, 3, 951 / 1000)
     for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *args, **kwargs: next(stream))
@@ -195,4 +215,41 @@ def test_a_dit_pipeline_draws_the_same_images(dit, scale, monkeypatch):
     with torch.no_grad():
         decoded = vae.decode(torch.tensor(np.array(x).transpose(0, 3, 1, 2)) / vae.config.scaling_factor).sample
     np.testing.assert_allclose(images, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-4)
+    assert images.std() > 0.05
+
+
+@pytest.mark.peers
+@needs_peer
+@pytest.mark.parametrize(
+    ("name", "pipeline", "steps"),
+    [("DDIMScheduler", "DDIMPipeline", 10), ("DDPMScheduler", "DDPMPipeline", 10),
+     ("DPMSolverMultistepScheduler", "DDPMPipeline", 10),
+     ("CMStochasticIterativeScheduler", "ConsistencyModelPipeline", 1),
+     ("CMStochasticIterativeScheduler", "ConsistencyModelPipeline", 4)],
+)  # fmt: skip
+def test_pipelines_of_diffusers_draw_the_same_images(name, pipeline, steps, tmp_path, monkeypatch):
+    """A pipeline that diffusers saved is read, sampled, written, and sampled by diffusers."""
+    import diffusers
+
+    _, model = random_model(TINY, False)
+    folder, run, back = (tmp_path / part for part in ("folder", "run", "back"))
+    diffusers_pipeline.write(str(folder), model, {"objective": OBJECTIVE})
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet").eval()
+    getattr(diffusers, pipeline)(unet, getattr(diffusers, name)()).save_pretrained(folder / "again")
+    import_folder(str(folder / "again"), str(run), lambda name: read_config("configs/cifar10_ddpm.py"))
+    opened = open_run(str(run))
+    assert pipeline in export_run(str(run), str(back))
+    x = opened.sample(3, steps=steps)
+
+    pipe = getattr(diffusers, pipeline).from_pretrained(back)
+    assert type(pipe.scheduler).__name__ == name
+    stream = noises(opened, 3, opened.generator(sampler={**opened.config["sampler"], "steps": steps},
+                                                guidance=opened.config["guidance"]).times[0])  # fmt: skip
+    modules = {type(part).__module__ for part in (pipe, pipe.scheduler)}
+    for module in modules:
+        monkeypatch.setattr(f"{module}.randn_tensor", lambda *args, **kwargs: next(stream), raising=False)
+    if name.startswith("CM"):
+        monkeypatch.setattr(pipe.scheduler, "init_noise_sigma", 1.0, raising=False)  # the noise is scaled already
+    images = pipe(batch_size=3, num_inference_steps=steps, output_type="np").images
+    np.testing.assert_allclose(images, np.clip(x / 2 + 0.5, 0, 1), atol=1e-4)
     assert images.std() > 0.05
