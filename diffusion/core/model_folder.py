@@ -87,7 +87,7 @@ def _weight_files(folder: str, variant: str | None) -> list[str]:
     if found:
         known = ", ".join(str(name) for name in found if name) or "none"
         problem = f"has no variant {variant!r}" if variant else "has several variants of the weights, and none without"
-        raise InputError("folder", f"{folder} {problem}; choose with --variant among: {known}")
+        raise InputError("folder", f"{folder} {problem}; choose the variant among: {known}")
     pickles = [path for pattern in PICKLES for path in glob(os.path.join(escape(folder), pattern))]
     if pickles:
         raise InputError("folder", f"{pickles[0]} is a pickle, which can run arbitrary code when it is loaded; save "

@@ -183,10 +183,11 @@ def _check(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> None
     checks.images(name, shape)
     if not config["in_channels"] == config["out_channels"] == shape[-1]:
         counts = f"{config['in_channels']} and {config['out_channels']}"
-        raise InputError("config.json.in_channels", f"and out_channels are {counts}, and the data have {shape[-1]}")
+        problem = f"and out_channels are {counts}, and the data have {shape[-1]}; change the data"
+        raise InputError("config.json.in_channels", problem)
     if levels and any(side % 2 ** (levels - 1) for side in shape[:2]):
         problem = f"has {levels} levels, so that {2 ** (levels - 1)} must divide height and width; the data have"
-        raise InputError(f"config.json.{field}", f"{problem} {shape[0]} x {shape[1]}")
+        raise InputError(f"config.json.{field}", f"{problem} {shape[0]} x {shape[1]}: crop or resize them")
 
 
 def write(path: str, stored: Stored) -> None:

@@ -171,6 +171,9 @@ def test_data_and_weights_that_do_not_fit_are_refused(folder_of, tmp_path):
         with refused("autoencoders.path") as caught:
             read(folder_of("kl"), "kl", shape)
         assert words in str(caught.value)
+    with refused("autoencoders.path") as caught:
+        read(folder_of("kl"), "kl", variant="fp16")
+    assert "no variant 'fp16'" in str(caught.value)
     for options in ({"tile": 7}, {"tile": 8, "overlap": 0.1}, {"tile": 8, "overlap": 0.75}):
         with refused("autoencoders.tile"):
             read(folder_of("kl"), "kl", **options)
