@@ -170,7 +170,7 @@ class Spec:
 
     def __post_init__(self):
         for name in self.conditions:
-            if name in ("keep", "joint", "target_time", PREVIOUS_X0, *SCALAR_CONDITIONS):
+            if name in ("keep", "joint", "target_time", "memory", PREVIOUS_X0, *SCALAR_CONDITIONS):
                 raise InputError("conditions", f"the name {name!r} is reserved; choose another")
             if (name == "label") != (self.conditions[name].kind == "label"):
                 raise InputError(
@@ -240,6 +240,9 @@ class Denoised:
       conditional: The model's own E[x0 | x_t, cond], if guidance has changed `x0`.
       x0_for_eps: The x0 from which eps is computed, if it is not `x0` itself (CFG++, or clipping that keeps the noise).
         Solvers that use x0 alone cannot follow it, and `sampling.loop.sample` rejects the combination.
+      memory: What the first evaluation of a step leaves for those of the next step, which receive it as
+        `cond["memory"]`: an array `[B, ...]`, zeros at first; None for a denoiser without memory. See
+        `sampling.loop.sample`.
       kind: What `x0` estimates. `posterior_mean`: E[x0 | x_t]. `consistency`: the end, at t = 0, of the ODE trajectory
         through x_t. `flow_map`: the x0 for which one first-order step from t lands on the ODE trajectory at time
         `cond["target_time"]`.
@@ -249,6 +252,7 @@ class Denoised:
     log_variance: Array | None = None
     conditional: Array | None = None
     x0_for_eps: Array | None = None
+    memory: Array | None = None
     kind: Literal["posterior_mean", "consistency", "flow_map"] = dataclasses.field(
         default="posterior_mean", metadata={"static": True}
     )

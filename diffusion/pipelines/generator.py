@@ -126,7 +126,8 @@ class Generator:
                 x = loop.noised(schedule, start, times[0], keys)
             x = loop.sample(
                 denoise, schedule, self.solver, x, times, keys, after_step=after_step, renoise=renoise,
-                self_conditioning=getattr(objective, "self_conditioning", False), unroll=unroll,
+                self_conditioning=getattr(objective, "self_conditioning", False),
+                memory=self.guided and bool(static["guidance"].get("momentum")), unroll=unroll,
             )  # fmt: skip
             return x if autoencoder is None else autoencoder.decode(others["autoencoder"], x)
 

@@ -89,6 +89,7 @@ def sample(
     after_step: AfterStep | None = None,
     renoise: bool = False,
     self_conditioning: bool = False,
+    memory: bool = False,
     unroll: int = 1,
     trajectory: bool = False,
 ) -> Array:
@@ -112,6 +113,8 @@ def sample(
         rising times mean steps of the solver towards noise, as in `invert`.
       self_conditioning: whether the denoiser also receives the x0 of the last step, `previous_x0 [B, ...]`, which is 0
         in the first (Chen et al. 2022, arXiv 2208.04202, algorithm 2). All evaluations of a step receive the same.
+      memory: whether the denoiser has a memory (`Denoised.memory`), as `apg` with momentum. The memory of the first
+        evaluation of a step is passed to all those of the next; it is forgotten where noise is added.
       unroll: steps per iteration of the compiled loop. Higher values may be faster for small networks on a GPU, but
         take longer to compile.
       trajectory: whether to return x at all times.
@@ -125,7 +128,9 @@ def sample(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # a raw key has a trailing axis, which could be taken for the batch
     keys = key if key.shape == x.shape[:1] else sample_keys(key, jnp.arange(x.shape[0]))
-    denoise = _checked(denoise, sampler)
+    if memory and sampler.evaluations(1) is None:
+        raise InputError("sampler.name", "must not be adaptive for guidance with momentum; use unipc, for example")
+    denoise = _checked(denoise, sampler, memory)
     dtype = x.dtype
     if jnp.finfo(dtype).bits < 32:
         denoise, x = _in_half_precision(denoise, dtype), x.astype(jnp.float32)
@@ -138,37 +143,43 @@ def sample(
         denoise = _with_broadcast_times(denoise, times.ndim - 1)
         times = times.reshape(*times.shape, *(1,) * (x.ndim + 1 - times.ndim))
 
-    def start(x: Array, index: Array | int) -> tuple[Array, Any]:
+    nothing = None
+    if memory:
+        shape = jax.eval_shape(denoise, x, times[0]).memory
+        nothing = jnp.zeros(shape.shape, shape.dtype)
+
+    def start(x: Array, index: Array | int, previous: Array | None) -> tuple[Array, Any, Array | None, Array | None]:
         state = sampler.init(x, times, index)
-        return x, state if after_step is None else sampler.replace(state, x, x)
+        return x, state if after_step is None else sampler.replace(state, x, x), previous, nothing
 
     def body(carry, inputs):
         i, t, s = inputs
         step_keys = fold(keys, i)
 
-        def step() -> tuple[Array, Any, Array | None]:
-            x, state, previous = carry
-            noise_keys = keys if sampler.brownian else step_keys
+        def step() -> tuple[Array, Any, Array | None, Array | None]:
+            x, state, previous, remembered = carry
             conditioned = functools.partial(denoise, previous_x0=previous) if self_conditioning else denoise
-            moved, x0, new_state = sampler.step(x, state, conditioned, schedule, t, s, noise_keys)
-            previous = x0 if self_conditioning else None
+            evaluate, left = _remembering(conditioned, remembered) if memory else (conditioned, [None])
+            noise_keys = keys if sampler.brownian else step_keys
+            moved, x0, new_state = sampler.step(x, state, evaluate, schedule, t, s, noise_keys)
+            kept = x0 if self_conditioning else None, left[0]
             if per_example:
                 moved = jnp.where(t == s, x, moved)
             if after_step is None:
-                return moved, new_state, previous
+                return moved, new_state, *kept
             ends = sampler.time(state, t), sampler.time(new_state, s)
             changed = after_step(moved, x0, *ends, fold(step_keys, _AFTER_STEP)).astype(moved.dtype)
-            return changed, sampler.replace(new_state, moved, changed), previous
+            return changed, sampler.replace(new_state, moved, changed), *kept
 
-        def add_noise() -> tuple[Array, Any, Array | None]:
-            return *start(renoised(schedule, carry[0], t, s, step_keys), i), carry[2]
+        def add_noise() -> tuple[Array, Any, Array | None, Array | None]:
+            return start(renoised(schedule, carry[0], t, s, step_keys), i, carry[2])
 
         carry = jax.lax.cond(s > t, add_noise, step) if renoise else step()
         return carry, carry[0] if trajectory else None
 
     # Step i folds its keys with i + 1, because `prior` uses 0.
     inputs = (jnp.arange(1, times.shape[0]), times[:-1], times[1:])
-    initial = *start(x, 0), jnp.zeros_like(x) if self_conditioning else None
+    initial = start(x, 0, jnp.zeros_like(x) if self_conditioning else None)
     (last, *_), path = jax.lax.scan(body, initial, inputs, unroll=unroll)
     return (jnp.concatenate([x[None], path]) if trajectory else last).astype(dtype)
 
@@ -234,14 +245,29 @@ def _in_half_precision(denoise: Denoiser, dtype: jnp.dtype) -> Denoiser:
     return widened
 
 
-def _checked(denoise: Denoiser, sampler: Sampler) -> Denoiser:
-    """Wraps a denoiser: raises InputError if the sampler does not support its kind of x0, or a separate eps."""
+def _remembering(denoise: Denoiser, memory: Array) -> tuple[Denoiser, list[Array]]:
+    """Wraps a denoiser so that it receives a memory. The memories that it leaves are appended to the list."""
+    left = []
+
+    def evaluate(x: Array, t: Array, **more: Array) -> Denoised:
+        denoised = denoise(x, t, **more, memory=memory)
+        left.append(denoised.memory)
+        return denoised
+
+    return evaluate, left
+
+
+def _checked(denoise: Denoiser, sampler: Sampler, memory: bool = False) -> Denoiser:
+    """Wraps a denoiser: raises InputError if the sampler does not support its kind of x0, or a separate eps, or if it
+    has a memory that the loop does not pass on."""
 
     def checked(x: Array, t: Array, **more: Array) -> Denoised:
         denoised = denoise(x, t, **more)
         if denoised.kind == "consistency" and not sampler.few_step:
             raise InputError("sampler.name", "must be consistency, lcm or tcd for this model, which maps to the end of "
                              "the ODE's trajectory and has no direction that a solver could follow")  # fmt: skip
+        if denoised.memory is not None and not memory:
+            raise InputError("guidance.momentum", "requires sampling.loop.sample(..., memory=True); inversion has none")
         if denoised.x0_for_eps is not None and not sampler.uses_separate_eps:
             raise InputError(
                 "guidance.name",

@@ -37,12 +37,14 @@ def apg(
     scale: Traced = 1.0,
     eta: Traced = 0.0,
     norm: Traced = float("inf"),
+    momentum: float = 0.0,
     *,
     negative: Any = None,
 ) -> Denoiser:
-    """Adaptive projected guidance without momentum (Sadat et al. 2024, arXiv 2410.02416):
+    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416):
 
-        d  = (x0_cond - x0_uncond) min(1, norm / |x0_cond - x0_uncond|)
+        m  = x0_cond - x0_uncond + momentum m_previous
+        d  = m min(1, norm / |m|)
         x0 = x0_cond + (scale - 1) (d_orthogonal + eta d_parallel)
 
     where d_parallel is the projection of d onto x0_cond, which causes oversaturation.
@@ -51,13 +53,22 @@ def apg(
       scale: as in `cfg`, which is the special case of eta = 1 and an infinite norm.
       eta: the weight of the parallel part.
       norm: the largest length of the difference, as a vector over the whole example.
+      momentum: the share of the last step's m, in (-1, 1); the paper's is negative, -0.5 or -0.75. Other than at 0, the
+        denoiser has a memory (`Denoised.memory`), so that it requires `sampling.loop.sample(..., memory=True)`.
       negative: as in `cfg`.
     """
 
+    if not -1 < momentum < 1:
+        raise InputError("momentum", f"must be above -1 and below 1, got {momentum}")
+
     def guided(x: Array, t: Array, cond: Cond) -> Denoised:
+        previous, cond = cond.get("memory"), {key: value for key, value in cond.items() if key != "memory"}
         conditional, uncond = conditional_and_unconditional(denoise, x, t, cond, negative)
         x0 = conditional.x0
         difference = x0 - uncond
+        if momentum:
+            difference += momentum * (0 if previous is None else previous)
+            conditional = dataclasses.replace(conditional, memory=difference)
         length = jnp.sqrt(dot(difference, difference))
         difference *= expand(jnp.minimum(1, norm / jnp.maximum(length, 1e-12)), x)
         parallel = expand(dot(difference, x0) / jnp.maximum(dot(x0, x0), 1e-12), x) * x0

@@ -105,6 +105,7 @@ def interval(
                 denoised,
                 conditional=None if like.conditional is None else denoised.x0,
                 x0_for_eps=None if like.x0_for_eps is None else denoised.x0,
+                memory=None if like.memory is None else cond.get("memory", jnp.zeros_like(denoised.x0)),
             )
 
         if jnp.ndim(inside) == 0:

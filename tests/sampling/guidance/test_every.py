@@ -35,7 +35,7 @@ from tests.sampling.guidance.closed_form import COND, METHODS, VP, X, close, dis
 from tests.tiers import slow_except
 
 NAMES = names("guidance")
-STATIC = [("threshold", "percentile"), ("seg", "sigma")]  # numbers that are compiled in
+STATIC = [("threshold", "percentile"), ("seg", "sigma"), ("apg", "momentum")]  # numbers that are compiled in
 
 # Traced keywords.
 
@@ -125,7 +125,7 @@ NETWORKS = {
     "unet": {"width": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "head_dim": 4},
     "uvit": {"width": 8, "depth": 3, "num_heads": 2, "patch_size": 4},
 }
-OPTIONS = {"cfg_per_condition": {"scales": {"label": 2.0}}, "cfg_pp": {"scale": 0.6}}
+OPTIONS = {"apg": {"momentum": -0.5}, "cfg_per_condition": {"scales": {"label": 2.0}}, "cfg_pp": {"scale": 0.6}}
 DATA = Spec(ArraySpec((8, 8, 1), "image"), class_labels(3))
 WITH_VECTOR = Spec(ArraySpec((8, 8, 1), "image"), {"vector": ConditionSpec("vector", (6,))})
 
