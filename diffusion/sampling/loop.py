@@ -75,7 +75,8 @@ def renoised(schedule: Schedule, x: Array, t: Array, s: Array, keys: Array) -> A
     """
     ratio = expand(schedule.alpha(s) / schedule.alpha(t), x)
     variance = expand(schedule.sigma(s), x) ** 2 - (ratio * expand(schedule.sigma(t), x)) ** 2
-    return (ratio * x + jnp.sqrt(jnp.maximum(variance, 0)) * normal(keys, x.shape[1:], x.dtype)).astype(x.dtype)
+    variance = jnp.where(expand(s > t, x), jnp.maximum(variance, 0), 0)  # for s = t it is a rounding error
+    return (ratio * x + jnp.sqrt(variance) * normal(keys, x.shape[1:], x.dtype)).astype(x.dtype)
 
 
 def sample(

@@ -5,18 +5,20 @@
 writes `schedulers.npz` next to this file. `CASES` and `lcm_scalings` require neither torch nor diffusers.
 
 Only the update of a peer is compared. It receives the exact x0 at the noise level that its update uses, even if it
-would pass a rounded timestep to a network; float32 is replaced by float64; and the last step ends at sigma = 0. Other
+would pass a rounded timestep to a network; float32 is replaced by float64; and the stored runs end at sigma = 0. Other
 deviations from the normal use of a peer are stated in its case.
 """
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import itertools
 import pathlib
+import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 from unittest import mock
 
@@ -27,6 +29,7 @@ import numpy as np
 from diffusion.core.arrays import fold, normal, sample_keys
 from diffusion.core.build import build
 from diffusion.process.analytic import Mixture
+from diffusion.sampling.ode.brownian import path_noise
 
 PATH = pathlib.Path(__file__).with_suffix(".npz")
 ORACLE = Mixture([[1, 0.5], [-1, 0.2], [0.2, -1]], [0.3, 0.2, 0.4], [0.5, 0.3, 0.2])
@@ -45,7 +48,8 @@ class Case:
       peer, options: The class in diffusers, and its keywords.
       levels: What the peer iterates over. `table`: indices of the table of betas. `ratio`: sigma / alpha. `scaled`:
         sigma / alpha, with x / alpha in place of x. `flow`: sigma = 1 - alpha, and the model predicts the velocity.
-        `edm`: sigma with alpha = 1, and the model predicts EDM's raw F.
+        `edm`: sigma with alpha = 1, and the model predicts EDM's raw F. `trig`: sigma on the circle, and the model
+        predicts v.
       step: Further keywords of the peer's `step`.
       nearly_zero: Whether the peer's last step ends at `NEARLY_ZERO`, because at sigma = 0 it would divide 0 by 0 or
         multiply 0 by infinity.
@@ -54,6 +58,7 @@ class Case:
       peer_halves_second_derivative: Whether the peer's third-order multistep update contains only half of the correct
         second derivative of x0 (or of the noise) in log(alpha / sigma), which makes it second order. "/x" is its result
         as it is; "/mended" is its result with the other half added, as from a correct solver.
+      threshold: Keywords of `threshold` that are equivalent to the peer's clipping of x0.
       lcm_boundary: Whether the peer uses c_out x0 + c_skip x as the model's x0; see `lcm_scalings`.
     """
 
@@ -63,11 +68,12 @@ class Case:
     steps: int
     peer: str
     options: Mapping[str, Any]
-    levels: Literal["table", "ratio", "scaled", "flow", "edm"]
+    levels: Literal["table", "ratio", "scaled", "flow", "edm", "trig"]
     step: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     nearly_zero: bool = False
     first_order_end: bool = False
     peer_halves_second_derivative: bool = False
+    threshold: Mapping[str, Any] | None = None
     lcm_boundary: bool = False
 
 
@@ -221,12 +227,23 @@ def run_peer(case: Case) -> dict[str, np.ndarray]:
     return result
 
 
-def _run(case: Case, mend: bool = False) -> dict[str, np.ndarray]:
+@functools.cache
+def _module(peer: str) -> types.ModuleType:
+    """Returns the module of a peer."""
     import diffusers
+
+    if peer != "DPMSolverSDEScheduler":
+        return importlib.import_module(getattr(diffusers, peer).__module__)
+    # It requires torchsde for its noise alone, which `_path_noise` replaces.
+    with mock.patch.dict(sys.modules, torchsde=types.ModuleType("torchsde")):
+        return importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+
+
+def _run(case: Case, mend: bool = False) -> dict[str, np.ndarray]:
     import torch
 
     with _in_float64(case):
-        scheduler = getattr(diffusers, case.peer)(**case.options)
+        scheduler = getattr(_module(case.peer), case.peer)(**case.options)
         scheduler.set_timesteps(case.steps)
         if case.levels != "table":
             scheduler.set_begin_index(0)
@@ -235,6 +252,11 @@ def _run(case: Case, mend: bool = False) -> dict[str, np.ndarray]:
             scheduler.sigmas[-1] = NEARLY_ZERO
         if mend:
             _mend_third_order(scheduler)
+        if case.threshold:
+            dynamic = scheduler._threshold_sample  # which requires three axes
+            scheduler._threshold_sample = lambda x: dynamic(x[..., None])[..., 0]
+        if case.peer == "DPMSolverSDEScheduler":
+            scheduler.noise_sampler = _path_noise(build("schedules", case.schedule))
 
         grid = _grid(case, scheduler)
         alpha, sigma = _alpha_sigma(case, grid[0])
@@ -252,16 +274,18 @@ def _run(case: Case, mend: bool = False) -> dict[str, np.ndarray]:
 
 
 def _grid(case: Case, scheduler) -> np.ndarray:
-    """Returns the levels at which this project's steps begin, `[steps]`."""
+    """Returns the levels at which this project's steps begin, and the last one's end, `[steps + 1]`."""
+    if case.levels == "trig":
+        return scheduler.betas.numpy()
     if case.levels == "table":
         # PNDM has several `timesteps` per step, but one of the increasing `_timesteps` per step.
         indices = scheduler._timesteps[::-1] if case.peer == "PNDMScheduler" else scheduler.timesteps.numpy()
-        return np.array([_ratio(scheduler, index) for index in indices])
+        end = _ratio(scheduler, 0) if case.peer == "TCDScheduler" else 0
+        return np.array([*(_ratio(scheduler, index) for index in indices), end])
     sigmas = scheduler.sigmas.numpy()
     if scheduler.order == 2:  # all but the first appear twice
         sigmas = np.append(sigmas[0], sigmas[1::2])
-    assert case.nearly_zero or sigmas[case.steps] == 0
-    return sigmas[: case.steps]
+    return np.append(sigmas[: case.steps], 0 if case.nearly_zero else sigmas[case.steps])
 
 
 def _level(case: Case, scheduler, k: int) -> float:
@@ -270,6 +294,10 @@ def _level(case: Case, scheduler, k: int) -> float:
         return _ratio(scheduler, scheduler.timesteps[k])
     if case.peer.startswith("KDPM2") and not scheduler.state_in_first_order:
         return float(scheduler.sigmas_interpol[k - ("Ancestral" in case.peer)])
+    if case.peer == "DPMSolverSDEScheduler" and not scheduler.state_in_first_order:
+        return float(scheduler.mid_point_sigma)
+    if case.levels == "trig":
+        return float(scheduler.betas[k])
     return float(scheduler.sigmas[k])
 
 
@@ -281,16 +309,19 @@ def _ratio(scheduler, index: int) -> float:
 def _alpha_sigma(case: Case, level: float) -> tuple[float, float]:
     if case.levels == "flow":
         return 1 - level, level
+    if case.levels == "trig":
+        return (1 - level**2) ** 0.5, level
     alpha = 1.0 if case.levels == "edm" else (1 + level**2) ** -0.5
     return alpha, level * alpha
 
 
 def _times(case: Case, grid: np.ndarray) -> np.ndarray:
-    """Returns the times of the levels, followed by 0."""
+    """Returns the times of the levels."""
     schedule = build("schedules", case.schedule)
+    alpha, sigma = np.array([_alpha_sigma(case, level) for level in grid if level > 0]).T
     with np.errstate(divide="ignore"):  # alpha of `flow` is 0 at t = 1
-        log_snr = 2 * np.array([np.log(alpha / sigma) for alpha, sigma in (_alpha_sigma(case, u) for u in grid)])
-    return np.append(np.asarray(schedule.time(log_snr), np.float64), 0)
+        times = np.asarray(schedule.time(2 * np.log(alpha / sigma)), np.float64)
+    return np.append(times, np.zeros(len(grid) - len(times)))
 
 
 _denoise = jax.jit(ORACLE.denoise)
@@ -303,6 +334,8 @@ def _network(case: Case, x: np.ndarray, alpha: float, sigma: float) -> np.ndarra
         data = 0.5  # EDM's sigma_data
         return (x0 - data**2 / (sigma**2 + data**2) * x) * (sigma**2 + data**2) ** 0.5 / (sigma * data)
     eps = (x - alpha * x0) / sigma
+    if case.levels == "trig":
+        return alpha * eps - sigma * x0
     return eps - x0 if case.levels == "flow" else eps
 
 
@@ -315,16 +348,28 @@ def _noise() -> Iterator:
         yield torch.tensor(np.asarray(normal(fold(keys, i + 1), (2,), jnp.float64)))
 
 
+def _path_noise(schedule) -> Callable:
+    """Returns a noise sampler of k-diffusion with this project's Brownian path, for x of alpha = 1."""
+    import torch
+
+    keys = fold(sample_keys(jax.random.key(0), jnp.arange(BATCH)), 0)
+
+    @jax.jit
+    def noise(levels):
+        return path_noise(keys, schedule, *schedule.time(-2 * jnp.log(levels)), jnp.zeros((BATCH, 2), jnp.float64))
+
+    return lambda start, end: torch.tensor(np.asarray(noise(jnp.array([float(start), float(end)]))))
+
+
 @contextlib.contextmanager
 def _in_float64(case: Case) -> Iterator[None]:
     """Replaces float32 by float64 and the random numbers by `_noise` in the peer's module.
 
     All peers draw once per step, in order.
     """
-    import diffusers
     import torch
 
-    module = importlib.import_module(getattr(diffusers, case.peer).__module__)
+    module = _module(case.peer)
     draws = _noise()
     patches = {
         "torch": _Double(torch),

@@ -39,6 +39,7 @@ class TCD(OneStep):
         if points is not None:  # point i of the table is at (i + 1) / points
             index = jnp.floor((1 - self.gamma) * (points * s - 1) + 1e-4)
             r = jnp.clip((index + 1) / points, 0, s)
+            r = jnp.where(s - r < 0.5 / points, s, r)  # without a rounding error, which would become noise
         denoised = denoise(x, t, target_time=jnp.broadcast_to(r, x.shape[:1]))
         if denoised.kind not in ("consistency", "flow_map"):
             raise InputError("sampler.name", "requires a consistency model or a flow map, but this one predicts the "

@@ -290,6 +290,14 @@ def test_a_step_of_length_0_leaves_x(spec):
     np.testing.assert_allclose(with_it, without, atol=atol)
 
 
+def test_tcd_without_noise_depends_on_no_key():
+    """The variance of a step back to the same point of the table is exactly 0, not a rounding error."""
+    schedule, x = build("schedules", "vp"), jnp.array([[0.3, -1.2], [1.5, 0.4]])
+    args = optimal(schedule), schedule, build("samplers", {"name": "tcd", "gamma": 0.0}), x
+    one, other = (sample(*args, jnp.array([1.0, 0.76, 0.301, 0.05]), jax.random.key(seed)) for seed in (0, 1))
+    np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("name", ["heun", "dpm2", "lms", "rk4"])
 def test_rejects_a_coordinate_that_is_infinite(name):
     sampler = build("samplers", {"name": name, "coordinate": "noise_level"})

@@ -4,6 +4,8 @@ Both have the same initial x, times, noise and closed-form model. Without `make 
 `make parity` also runs the installed peers.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from diffusion.core.arrays import expand
 from diffusion.core.build import build
 from diffusion.core.types import Denoised
-from diffusion.sampling.loop import sample
+from diffusion.sampling.guidance import threshold
+from diffusion.sampling.loop import bind, sample
 from tests.golden.schedulers import CASES, ORACLE, lcm_scalings
 from tests.tiers import first_of_each, slow_except
 
@@ -32,6 +35,10 @@ DEFAULT = first_of_each(lambda case: case.sampler["name"], SELECTED)
 
 def denoiser_of(case, schedule):
     denoise = ORACLE.denoiser(schedule)
+    if case.threshold:
+        return bind(threshold(lambda x, t, cond: denoise(x, t), **case.threshold), {})
+    if case.sampler["name"] == "tcd":
+        return lambda x, t, target_time: dataclasses.replace(denoise(x, t), kind="flow_map")
     if not case.lcm_boundary:
         return denoise
 
