@@ -3,7 +3,8 @@
 python -m experiments.convert --from=DIR --to=runs/NAME     a UNet2DModel, a DiTTransformer2DModel or a pipeline of one
 python -m experiments.convert --from=runs/NAME --to=DIR     a run to a pipeline (or a model, if no scheduler fits)
 
-The resulting run can be sampled, and trained further with any config whose network has the same arrays.
+The resulting run can be sampled, and another run can start from it (`init_from`). docs/interop.md says what is read,
+written and refused.
 """
 
 import os

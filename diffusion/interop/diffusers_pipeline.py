@@ -17,8 +17,10 @@ COMPONENTS = {
 _SCHEDULER = "scheduler_config.json"
 # Schedulers that have a pipeline of their own for a UNet2DModel; with the others it is a DDPMPipeline.
 PIPELINES = {"DDIMScheduler": "DDIMPipeline", "CMStochasticIterativeScheduler": "ConsistencyModelPipeline"}
-# Schedulers whose input must be scaled, which no pipeline of these models does completely.
+# Schedulers whose noise must be scaled, which no pipeline of these models does, and those that take no generator, which
+# DDPMPipeline passes.
 SCALED = ("Euler", "EDM", "Heun", "KDPM2", "LMS")
+NO_GENERATOR = ("PNDM", "UniPC", "DEIS")
 
 
 def read(path: str, *, null_class: bool = False, variant: str | None = None) -> tuple[Model, dict[str, Any] | None]:
@@ -93,8 +95,8 @@ def write(path: str, model: Model, sections: Mapping[str, Any]) -> str:
     notes = [f"{pipeline} with {scheduler}"]
     if not exact:
         notes.append(f"as diffusers has none for the sampler {sections['sampler']['name']!r} with its options")
-    if scheduler.startswith(SCALED):
-        notes.append("which does not scale noise and inputs as this scheduler needs: call the scheduler in a loop")
+    if scheduler.startswith(SCALED if name == "dit" else SCALED + NO_GENERATOR):
+        notes.append("which cannot call it as it needs: call model and scheduler in a loop")
     if name == "dit":
         notes.append("which requires a vae: from_pretrained(..., vae=vae)")
     return ", ".join(notes)

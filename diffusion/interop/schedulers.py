@@ -172,8 +172,8 @@ def read(config: Mapping[str, Any], outputs: int = 1) -> dict[str, Any]:
     if name in other_schedulers.CLASSES:
         return other_schedulers.read(name, config)
     if name not in CLASSES:
-        known = ", ".join([*CLASSES, *other_schedulers.CLASSES])
-        raise InputError(f"{_FIELD}._class_name", f"{name} cannot be read; these can: {known}")
+        problem = f"{name} cannot be read; convert the model's folder alone, with the objective of --config"
+        raise InputError(f"{_FIELD}._class_name", problem)
     kind = CLASSES[name]
     config = {**kind.defaults, **{key: value for key, value in config.items() if key in kind.defaults}}
     for key, values in kind.aliases.items():
