@@ -103,6 +103,28 @@ def test_defaults_are_those_of_the_class():
 
 
 @pytest.mark.parametrize(
+    ("name", "config", "timesteps"),
+    [
+        ("DDIMScheduler", {**SD, **LEADING}, [853, 711, 569, 427, 285, 143, 1]),
+        ("EulerDiscreteScheduler", {**SD, **TRAILING}, [999, 749, 499, 249]),
+        ("HeunDiscreteScheduler", SD, [999, 499.5, 0]),
+        ("DPMSolverMultistepScheduler", SD, [999, 799, 599, 400, 200]),
+        ("DPMSolverMultistepScheduler", {**SD, **LEADING}, [831, 665, 499, 333, 167]),
+        ("DPMSolverMultistepScheduler", {**SD, **KARRAS}, [999, 786, 427, 59, 0]),  # rounded
+        ("LCMScheduler", SD, [999, 759, 499, 259]),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, [999, 856.692, 601.151, 7.929]),  # 1000 sigma - 1
+    ],
+)
+def test_timesteps_are_those_of_diffusers(name, config, timesteps):
+    sections = schedulers.read({"_class_name": name, **config})
+    schedule = build("schedules", sections["objective"]["schedule"])
+    times = sampling_times(schedule, len(timesteps), sections["sampler"]["grid"])
+    tolerance = 0.5 if config.get("use_karras_sigmas") else 1e-3
+    np.testing.assert_allclose(1000 * times[:-1] - 1, timesteps, atol=tolerance)
+    assert times[-1] == 0
+
+
+@pytest.mark.parametrize(
     ("name", "config", "field"),
     [
         ("ScoreSdeVeScheduler", {}, "_class_name"),
