@@ -262,7 +262,7 @@ def _grid(kind: Class, config: Mapping[str, Any]) -> dict[str, Any]:
     else:
         grid = {"name": config.get("timestep_spacing", "linspace")}
         if grid["name"] == "leading":
-            grid["offset"] = config["steps_offset"]
+            grid["steps_offset"] = config["steps_offset"]
         if grid["name"] == "linspace" and kind.spacing == "between":
             grid["rounded"] = False
         if grid["name"] != "trailing" and kind.spacing == "multistep":
@@ -371,7 +371,7 @@ def _candidates(
         for value, native in kind.samplers.items():
             if not native.items() <= options.items():
                 continue
-            fixed = {**_table(objective), "variance_type": learned, "steps_offset": inner.get("offset", 0)}
+            fixed = {**_table(objective), "variance_type": learned, "steps_offset": inner.get("steps_offset", 0)}
             fixed |= {"original_inference_steps": inner.get("points", 50), **_clipping(threshold)}
             fixed |= {foreign: options[own] for foreign, own in kind.options.items() if options[own] is not None}
             fixed |= {kind.key: value} if kind.key else {}

@@ -97,7 +97,7 @@ def test_defaults_are_those_of_the_class():
     heun = schedulers.read({"_class_name": "HeunDiscreteScheduler"})
     assert ddim["guidance"]["threshold"] == {"percentile": 1.0, "limit": 1.0, "keep_noise": True}
     assert "threshold" not in euler["guidance"]
-    assert ddim["sampler"]["grid"] == {"name": "leading", "offset": 0}
+    assert ddim["sampler"]["grid"] == {"name": "leading", "steps_offset": 0}
     assert euler["sampler"]["grid"] == {"name": "linspace", "rounded": False}
     assert (euler["objective"]["schedule"]["beta_end"], heun["objective"]["schedule"]["beta_end"]) == (0.02, 0.012)
 

@@ -110,8 +110,8 @@ def test_options_of_the_points_of_the_table():
     """Timesteps of diffusers: steps_offset, multistep solvers, those that do not round, and LCM."""
     schedule = build("schedules", "vp")
     for name, steps, options, indices in (
-        ("leading", 10, {"offset": 1}, [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]),
-        ("leading", 5, {"offset": 1, "endpoint": False}, [831, 665, 499, 333, 167]),
+        ("leading", 10, {"steps_offset": 1}, [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]),
+        ("leading", 5, {"steps_offset": 1, "endpoint": False}, [831, 665, 499, 333, 167]),
         ("linspace", 5, {"endpoint": False}, [999, 799, 599, 400, 200]),
         ("linspace", 5, {"rounded": False}, [999, 749.25, 499.5, 249.75, 0]),
         ("lattice", 4, {}, [999, 759, 499, 259]),
@@ -400,9 +400,9 @@ LEARNED = {"name": "learned", "gamma_min": -10.0}  # sigma / alpha = 0.0067 at t
                 ({}, LEARNED, "sigma_min"),
             ]
         ],
-        ("leading", {"offset": -1}, "vp", "offset"),
-        ("leading", {"offset": 200}, "vp", "offset"),
-        ("leading", {"offset": 1}, "flow", "offset"),
+        ("leading", {"steps_offset": -1}, "vp", "steps_offset"),
+        ("leading", {"steps_offset": 200}, "vp", "steps_offset"),
+        ("leading", {"steps_offset": 1}, "flow", "steps_offset"),
         ("lattice", {"points": 4}, "vp", "points"),
         ("shifted", {"last": 1.0}, "flow", "last"),
         ("shifted", {"last": 0.0}, "flow", "last"),

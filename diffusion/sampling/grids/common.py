@@ -1,17 +1,29 @@
-"""Noise levels for the grids: a schedule's own ends, those that a user gives, and the times of levels.
+"""What the grids share: another grid as an option, a schedule's noise levels, and the times of levels.
 
 A level is given as sigma / alpha, or as the log-SNR, log(alpha^2 / sigma^2).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core import checks
+from diffusion.core.build import build
 from diffusion.core.types import InputError, Schedule
+
+GridSpec = Annotated[str | Mapping[str, Any] | Callable[..., np.ndarray], "grids", ("schedule", "steps")]
+
+
+def falling(grid: GridSpec, schedule: Schedule, steps: int, field: str = "grid") -> np.ndarray:
+    """Returns the times of a grid that another one uses; raises InputError if they rise."""
+    times = np.asarray(build("grids", grid, field=field, schedule=schedule, steps=steps), np.float64)
+    if not (np.diff(times) < 0).all():
+        raise InputError(field, "must have falling times; use another grid")
+    return times
 
 
 def log_snr_range(schedule: Schedule) -> tuple[float, float]:
@@ -72,3 +84,8 @@ def decreasing(times: np.ndarray, field: str) -> np.ndarray:
         raise InputError(field, f"must be less extreme, or the steps fewer: two of {len(steps)} steps are at the same "
                          f"time, {times[np.argmin(steps)]:g}")  # fmt: skip
     return times
+
+
+def extreme(a: float, b: float) -> str:
+    """Returns which parameter of a beta distribution is further from 1, for error messages."""
+    return "a" if abs(math.log(a)) >= abs(math.log(b)) else "b"
