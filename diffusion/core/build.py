@@ -2,8 +2,8 @@
 
 There is no registry. A family is either a package whose modules each define `make` (`diffusion.sampling.samplers`), or
 a module or package whose parts are the functions listed in its `__all__` (`diffusion.sampling.guidance`), or a module
-without `__all__` whose parts are its public functions (`diffusion.process.weighting`). Adding a file or a function adds a
-part. Wherever a name is accepted, so are `"package.module:attribute"` and a callable, so that a part may be defined
+without `__all__` whose parts are its public functions (`diffusion.process.weighting`). Adding a file or a function adds
+a part. Wherever a name is accepted, so are `"package.module:attribute"` and a callable, so that a part may be defined
 outside this package.
 """
 
