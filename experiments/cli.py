@@ -89,6 +89,7 @@ DETERMINISTIC = flags.DEFINE_bool(
     "deterministic", False, "Compute the same bits at every start on a GPU too, which is slower. A CPU always does."
 )
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+flags.disclaim_key_flags()  # those that the functions here define belong to the job that calls them, and to its --help
 
 
 class Config:

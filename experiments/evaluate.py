@@ -11,6 +11,7 @@ import os
 from absl import flags
 
 from diffusion.core import files
+from diffusion.core.types import InputError
 from diffusion.pipelines import overrides
 from diffusion.pipelines.generator import check_numbers
 from diffusion.pipelines.run import open_run
@@ -20,12 +21,16 @@ from experiments.sampling_flags import ALLOW_IMPORTS, BATCH_SIZE, EMA, STEP
 WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
 SEED = flags.DEFINE_integer("seed", 1, "Seed of the noise.")
 OUT = cli.define_path("out", None, "Folder for evaluation.json and evaluations.jsonl. Default: WORKDIR.")
+flags.adopt_module_key_flags(sampling_flags)
 flags.mark_flags_as_required(["workdir"])
 
 
 def main() -> None:
     check_numbers(seed=SEED.value, batch_size=BATCH_SIZE.value)
     run = open_run(WORKDIR.value, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value)
+    if not run.config["eval"]["metrics"]:
+        problem = "is empty, so that there is nothing to measure; train or convert with a config that lists metrics"
+        raise InputError("config.eval.metrics", problem)
     out = files.make_folder(OUT.value or WORKDIR.value, "--out" if OUT.value else "--workdir")
     sampler, guidance = overrides.sections(run.config, sampling_flags.chosen())
     results = {}

@@ -35,6 +35,7 @@ OUT = cli.define_path("out", None, "Folder for samples.png and the samples. Defa
 OUT_FORMAT = flags.DEFINE_enum(
     "out_format", "npz", FORMATS, "npz: samples.npz, or samples_00000.npz, ... of 10,000 samples each; png: images/."
 )
+flags.adopt_module_key_flags(sampling_flags)
 flags.mark_flags_as_required(["workdir"])
 
 MOST_COLUMNS = 50  # of a sheet with one column per class

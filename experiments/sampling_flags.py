@@ -13,8 +13,9 @@ FLAGS = {
         "evaluations": "Number of evaluations of the model, in place of --steps: takes as many steps as fit.",
         "guidance": "Guidance: its scale (1 is none), or apg:scale=2:eta=0.5. Default: the config's.",
         "interval": "Guide only at times lo,hi, or at noise levels sigma / alpha lo,hi,sigma.",
-        "rescale": "Rescale the guided x0 to its standard deviation before guidance, by this share in [0, 1].",
-        "threshold": "Keep x0 in range: 1 clips it, a number below 1 is the percentile of dynamic thresholding.",
+        "rescale": "Rescale the guided x0 to its standard deviation before guidance by a share in [0, 1]; 0.7:output=v",
+        "threshold": "Keep x0 in range: 1 clips it, a number below 1 is the percentile of dynamic thresholding; "
+        "1:keep_noise=true.",
         "unroll": "Sampler steps per iteration of the loop.",
     }.items()
 }

@@ -252,7 +252,8 @@ def _import(name: str, field: str) -> Callable[..., Any]:
     try:
         found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise InputError(field, f"cannot import {name!r}: {error}") from error
+        hint = "; options are given as {'name': 'cfg', 'scale': 2}" if "=" in attribute else ""
+        raise InputError(field, f"cannot import {name!r}: {error}{hint}") from error
     if not callable(found):
         raise InputError(field, f"{name!r} is not callable")
     try:
@@ -278,7 +279,7 @@ def _has_make(module: str) -> bool:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    guess = difflib.get_close_matches(name, known, n=1)
+    guess = [other for other in known if name and other.startswith(name)] or difflib.get_close_matches(name, known, n=1)
     return (f"; did you mean {guess[0]!r}?" if guess else ";") + f" one of: {', '.join(known)}"
 
 

@@ -192,7 +192,7 @@ class ConsistencyObjective(Gaussian):
 
 
 def make(
-    discretization: DiscretizationSpec,
+    discretization: DiscretizationSpec = "fixed",
     schedule: ScheduleSpec = "edm",
     parameterization: ParameterizationSpec = "consistency",
     time_sampler: TimeSamplerSpec = "karras",

@@ -27,7 +27,7 @@ from diffusion.core.checks import at_least, at_most
 from diffusion.core.types import InputError, Spec
 from diffusion.distributed.mesh import make_mesh
 from diffusion.distributed.sharding import FSDP_MIN_SIZE, Rule
-from diffusion.pipelines.generator import MOST_SAMPLES, PLACING, WRAPPERS, sampling_times
+from diffusion.pipelines.generator import MOST_SAMPLES, PLACING, WRAPPERS, not_a_section, sampling_times
 from diffusion.sampling import guidance
 from diffusion.training.ema import make_ema
 from diffusion.training.optimizer import make_optimizer
@@ -241,7 +241,10 @@ def parse_value(text: str) -> Any:
     """Returns what a text stands for: a number, tuple, dict, boolean or None; otherwise the text itself."""
     if text in ("true", "false"):
         return text == "true"
-    for spelling in (text, re.sub(r"\binf\b", "1e999", text)):  # Python has no literal for infinity
+    in_python = re.sub(r"\binf\b", "1e999", text)  # Python has no literal for infinity
+    if text[:1] in ("{", "(", "["):
+        in_python = re.sub(r"(?<=[:,(\[ ])(true|false)(?=[,)\]} ])", lambda match: match[1].capitalize(), in_python)
+    for spelling in (text, in_python):
         try:
             return from_json(ast.literal_eval(spelling))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -410,7 +413,7 @@ def _guidance(section: Mapping[str, Any]) -> dict[str, Any]:
     wrappers = {name: section.get(name) for name in WRAPPERS}
     for name, keywords in wrappers.items():
         if keywords is not None and not isinstance(keywords, Mapping):
-            raise InputError(f"guidance.{name}", f"must be a section, as {{'name': value}}, got {keywords!r}")
+            raise not_a_section(name, keywords)
         if keywords is not None:
             wrappers[name] = _keywords(getattr(guidance, name), keywords, f"guidance.{name}")
     part = {key: value for key, value in section.items() if key not in WRAPPERS}

@@ -278,6 +278,13 @@ def is_neutral(section: Mapping[str, Any]) -> bool:
     return section.get("scale", 1.0) == NEUTRAL[section["name"]]
 
 
+def not_a_section(wrapper: str, value: Any) -> InputError:
+    """Returns the error for a wrapper of guidance that is not a section of options."""
+    parameters = inspect.signature(getattr(guidances, wrapper)).parameters
+    option = next((key, p.default) for key, p in parameters.items() if p.default is not inspect.Parameter.empty)
+    return InputError(f"guidance.{wrapper}", f"must be a section of options, as {dict([option])}, got {value!r}")
+
+
 def structure(section: Mapping[str, Any]) -> Any:
     """Returns what is compiled into a function with this guidance: everything except its numbers."""
     _, static, numbers = _read_guidance(section)
@@ -355,7 +362,7 @@ def _read_guidance(section: Mapping[str, Any]) -> tuple[Callable, dict[str, dict
     for name in WRAPPERS:
         if section.get(name) is not None:
             if not isinstance(section[name], Mapping):
-                raise InputError(f"guidance.{name}", f"must be a section, as {{'name': value}}, got {section[name]!r}")
+                raise not_a_section(name, section[name])
             keywords[name] = dict(section[name])
     static, numbers = {}, {}
     for name, given in keywords.items():

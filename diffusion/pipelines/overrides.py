@@ -87,9 +87,9 @@ def sections(config: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict
     if "interval" in chosen:
         guidance["interval"] = _interval(chosen["interval"])
     if "rescale" in chosen:
-        guidance["rescale"] = {"factor": _number(chosen["rescale"], "--rescale")}
+        guidance["rescale"] = _with_number("factor", chosen["rescale"], "--rescale")
     if "threshold" in chosen:
-        guidance["threshold"] = {"percentile": _number(chosen["threshold"], "--threshold")}
+        guidance["threshold"] = _with_number("percentile", chosen["threshold"], "--threshold")
     return sampler, guidance
 
 
@@ -125,6 +125,13 @@ def _interval(text: str) -> dict[str, Any]:
         raise InputError("--interval", f"must be lo,hi or lo,hi,sigma, as in 0.2,0.8; got {text!r}")
     ends = {"low": _number(low, "--interval"), "high": _number(high, "--interval")}
     return ends | ({"unit": unit[0]} if unit else {})
+
+
+def _with_number(key: str, text: str, field: str) -> dict[str, Any]:
+    """Parses options of which the first is a number: `0.99:keep_noise=true`."""
+    number, *pairs = re.split(r":(?=\w+=)", text)
+    options = (pair.partition("=") for pair in pairs)
+    return {key: _number(number, field)} | {name: parse_value(value) for name, _, value in options}
 
 
 def _number(text: str, field: str) -> float:

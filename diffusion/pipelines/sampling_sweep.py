@@ -166,6 +166,8 @@ def sweep(
         if problem:
             logger.warning("%s: %s", spell(point), problem)
             bad.append(spell(point))
+        figures = "  ".join(f"{name} {value:.4f}" for found in values for name, value in found.items())
+        logger.info("%s:  %s", spell(point), figures or f"{row['seconds']} s")
         rows.append(row)
         shown.append(drawn.x)
         images.save_png(images.picture(drawn.x), os.path.join(pictures, f"{len(rows):04d}.png"))

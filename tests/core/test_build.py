@@ -176,6 +176,9 @@ def test_errors_suggest_the_nearest_name():
     with refused("samplers.etta") as caught:
         build("samplers", {"name": "ddim", "etta": 1.0})
     assert "'eta'" in caught.value.problem
+    with refused("objectives.name") as caught:
+        build("objectives", "flow")
+    assert "did you mean 'flow_matching'" in caught.value.problem
 
 
 def test_a_grid_is_built_with_its_schedule():

@@ -206,6 +206,9 @@ def test_points_in_the_plane(tmp_path):
     done = job("evaluate", f"--workdir={run}")
     assert done.returncode == 0, done.stderr
     assert set(json.loads((run / "evaluation.json").read_text())) == {"nll", "bound", "entropy", "settings"}
+    done = job("train", "--config=configs/mixture.py:vdm", *flags, "--config.eval={}", f"--workdir={tmp_path}/none")
+    assert done.returncode == 0, done.stderr
+    assert refused_field(job("evaluate", f"--workdir={tmp_path}/none")) == "config.eval.metrics"
 
 
 def test_debug_shows_the_traceback(workdir):

@@ -106,7 +106,8 @@ def test_a_generator_passes_it_through_guidance(mesh_of):
     params = {"net": jax.tree.map(lambda leaf: 0.3 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), shapes)}
 
     def drawn(objective, steps):
-        generator = Generator(network, objective, spec, mesh_of(1, 1, 1), sampler={"name": "ddim", "steps": steps},
+        read = dataclasses.replace(network, self_conditioning=objective.self_conditioning)
+        generator = Generator(read, objective, spec, mesh_of(1, 1, 1), sampler={"name": "ddim", "steps": steps},
                               guidance={"name": "cfg", "scale": 2.0}, cond_drop_rate=0.1)  # fmt: skip
         return generator(params, {"label": np.array([0, 2])}, 2, seed=0)
 
@@ -118,3 +119,13 @@ def test_a_generator_passes_it_through_guidance(mesh_of):
 def test_the_network_must_read_it():
     with refused("network.self_conditioning"):
         objective_of("denoising").init(Network(lambda key: {}, linear), jax.random.key(0))
+    with refused("network.self_conditioning"):
+        other = build("objectives", "denoising")
+        other.init(Network(lambda key: {}, linear, self_conditioning=True), jax.random.key(0))
+
+
+def test_the_network_must_know_x0_at_t_1():
+    for name, schedule in (("eps", "vp"), ("score", "vp"), ("eps", "flow")):
+        with refused("objectives.parameterization"):
+            build("objectives", {"name": "denoising", "self_conditioning": True, "parameterization": name,
+                                 "schedule": schedule})  # fmt: skip

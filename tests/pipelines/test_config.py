@@ -43,7 +43,7 @@ def variants(path: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     "spec",
     [
-        {"name": "consistency", "discretization": "fixed"},
+        {"name": "consistency"},
         {"name": "continuous_consistency", "distill": False},
         {"name": "gan"},
     ],

@@ -47,6 +47,7 @@ DiscretizationSpec = Annotated[PartSpec, "discretization"]
 ObjectiveSpec = Annotated[PartSpec, "objectives", ("schedule",)]
 
 MOST_TERMINAL_SNR = 0.01  # above it, noise alone is not what the network has seen at t = 1
+LARGEST_C_OUT = 10.0  # above it, an error of the output is so much enlarged in x0 that a network cannot read x0
 LOG_SNR_EDGES = (-4, -2, 0, 2, 4)  # edges of the bins for which the loss is logged separately
 
 logger = logging.getLogger(__name__)
@@ -148,10 +149,22 @@ class Gaussian(Predictor):
     def __post_init__(self):
         checks.at_least(0, offset_noise=self.offset_noise, input_perturbation=self.input_perturbation)
         checks.rate(pyramid_noise=self.pyramid_noise)
+        if not self.self_conditioning:
+            return
+        with jax.ensure_compile_time_eval():
+            c_out = self.parameterization(self.schedule, jnp.float32(1)).c_out
+        if not abs(c_out) < LARGEST_C_OUT:
+            problem = (
+                "must be x0, v, velocity or edm with self_conditioning; with others x0 is only known near the data"
+            )
+            raise InputError("parameterization", problem)
 
     def init(self, network: Network, key: Array, teacher: Mapping | None = None) -> dict[str, Params]:
         if self.self_conditioning and not network.self_conditioning:
             raise InputError("network.self_conditioning", "must be True for an objective with self_conditioning")
+        if network.self_conditioning and not self.self_conditioning:
+            problem = "must be False, unless the objective has self_conditioning too; this one passes no estimate of x0"
+            raise InputError("network.self_conditioning", problem)
         params = super().init(network, key)
         return {**params, "weight": uncertainty.init()} if self.learned_weight else params
 
