@@ -95,4 +95,7 @@ def import_folder(
         files.write_json(os.path.join(partial, "config.json"), config)
     count = sum(leaf.size for leaf in jax.tree.leaves(net))
     origin = "from its scheduler" if sections else "from the config, as there is no scheduler"
-    return f"{name}, {count:,} parameters; objective {origin}"
+    return (
+        f"{name}, {count:,} parameters; objective {origin}; data ({config['data']['name']}), optimizer and metrics "
+        "from the config"
+    )
