@@ -400,6 +400,9 @@ class Objective(Protocol):
 
     An objective with several losses defines, in place of `loss`, `players: Mapping[str, Player]` and `losses`, which
     takes the arguments of `loss` and returns the loss `[B]` of each player by name, and metrics.
+
+    An objective that trains an autoencoder defines `reconstruct(net, params, x [B, ...]) -> x [B, ...]`, and raises
+    InputError for the schedule and the denoiser, since there is nothing to sample.
     """
 
     schedule: Schedule

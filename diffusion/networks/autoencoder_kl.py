@@ -42,6 +42,12 @@ def moments(encoded: Array) -> tuple[Array, Array]:
 
 
 class Apply(AutoencoderApply):
+    def kl(self, encoded: Array) -> Array:
+        """Returns the divergence `[B]` of the Gaussians from N(0, 1), summed over the latent, from what `encode`
+        returns."""
+        mean, log_variance = moments(encoded)
+        return 0.5 * jnp.sum(mean**2 + jnp.exp(log_variance) - 1 - log_variance, axis=(1, 2, 3))
+
     def sample(self, encoded: Array, key: Array | None) -> Array:
         mean, log_variance = moments(encoded)
         if key is None:

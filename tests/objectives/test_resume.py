@@ -19,6 +19,7 @@ from tests.tiers import slow_except
 
 DISCRETIZATION = {"name": "square_root", "steps": 4, "start": 2, "end": 9}
 CASES = {name: {} for name in names("objectives")} | {
+    "autoencoder": {"disc_weight": 0.5, "disc_start": 2, "disc_layers": 1, "disc_width": 4, "equivariance": 0.1},
     "consistency": {"discretization": DISCRETIZATION, "target": "average", "sigma_min": 0.002},
     "continuous_consistency": {"warmup": 4},
     "denoising": {
@@ -29,6 +30,7 @@ CASES = {name: {} for name in names("objectives")} | {
     "progressive_distillation": {"round_steps": 2},
     "reflow": {"round_steps": 2, "rounds": 2},
 }  # fmt: skip
+AUTOENCODER = {"name": "autoencoder_kl", "block_out_channels": (2, 4), "layers_per_block": 1, "norm_num_groups": 2}
 SAVED, STEPS = 3, 5
 
 
@@ -40,7 +42,8 @@ def network(digits):
 
 @pytest.mark.parametrize("name", slow_except(STATEFUL, CASES))
 def test_resumed_is_uninterrupted(name, network, digits, digits_batch, tmp_path):
-    plain = build("networks", {"name": "mlp", "width": 8, "depth": 1}, shape=digits.spec.shape, num_classes=10)
+    section = AUTOENCODER if name == "autoencoder" else {"name": "mlp", "width": 8, "depth": 1}
+    plain = build("networks", section, shape=digits.spec.shape, num_classes=10)
     spec = spec_of(name, None, None, plain, digits.spec) | CASES[name]
     objective, network = build("objectives", spec), network if name in SCALAR_CONDITIONS else plain
     opt, averages = optimizer.make_optimizer(steps=STEPS, learning_rate=1e-2, cycles=1), ema.make_ema(decays=(0.5, 0.9))
