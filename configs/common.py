@@ -84,6 +84,23 @@ def toy(kind: str, **sections: Any) -> ml_collections.ConfigDict:
     return config(base, **sections)
 
 
+def shapes64(**sections: Any) -> ml_collections.ConfigDict:
+    """Returns a config for an autoencoder of 64x64 pictures of coloured shapes, to a quarter of the side."""
+    base = dict(
+        data=dict(name="shapes", size=64),
+        objective=dict(name="autoencoder"),
+        network=dict(
+            block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False
+        ),
+        optimizer=dict(learning_rate=1e-3, schedule="cosine", warmup=100),
+        ema=dict(decays=(0.99,)),
+        train=dict(steps=1000, batch_size=16, cond_drop_rate=0.0, preview_every=250),
+        checkpoint=dict(every=250, keep=2),
+        eval=dict(data=dict(name="shapes", size=64, split="test"), metrics=dict(reconstruction=dict(num=200))),
+    )
+    return config(base, **sections)
+
+
 def cifar10(**sections: Any) -> ml_collections.ConfigDict:
     """Returns a config for CIFAR-10 without classes: 50,000 images of 32x32 pixels, with random flips."""
     return config(_tfds("cifar10", "test", labels=False), **sections)

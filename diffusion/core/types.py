@@ -599,3 +599,31 @@ class ModelMetric(Protocol):
           params: The dict of networks.
         """
         ...
+
+
+class AutoencoderMetric(Protocol):
+    """A metric of an autoencoder that an objective trains (`Objective`, `reconstruct`).
+
+    Attributes:
+      kind: `"autoencoder"`.
+      names: Names of the values that a call returns.
+    """
+
+    kind: Literal["autoencoder"]
+    names: tuple[str, ...]
+
+    def check(self, network: Any) -> None:
+        """Raises InputError for an `AutoencoderApply` that it cannot measure."""
+        ...
+
+    def __call__(self, network: Any, params: Params) -> Mapping[str, float]:
+        """Returns the values by name.
+
+        Args:
+          network: The functions of the autoencoder, an `AutoencoderApply`.
+          params: Its parameters.
+        """
+        ...
+
+
+Metric = SampleMetric | ModelMetric | AutoencoderMetric

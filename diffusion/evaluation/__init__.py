@@ -1,1 +1,1 @@
-"""Metrics, one per file: `make(train, held_out, **options)` returns a `SampleMetric` or a `ModelMetric`."""
+"""Metrics, one per file: `make(train, held_out, **options)` returns a metric of `core.types`."""

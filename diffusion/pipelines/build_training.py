@@ -16,7 +16,7 @@ from diffusion.core.build import build, call
 from diffusion.core.types import InputError, Params, Source, Spec
 from diffusion.data.pipeline import check_position, decoded_spec, is_encoded
 from diffusion.distributed.mesh import make_mesh
-from diffusion.pipelines import warm_start
+from diffusion.pipelines import autoencoder_training, warm_start
 from diffusion.pipelines.conditions import conditions_of, moments_of
 from diffusion.pipelines.config import check_config, external_names, sharding_options
 from diffusion.pipelines.encoding import check_source
@@ -54,13 +54,17 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     keywords = training(config)
     options = keywords["options"]
     start = start_of(config, meta, model, teacher, keywords["mesh"])
-    generator = Generator(
-        model.network, model.objective, spec, keywords["mesh"], autoencoder=model.autoencoder,
-        sampler=config["sampler"], guidance=config["guidance"],
-        cond_drop_rate=options.unconditional_share(source.spec.conditions),
-        moments=moments_of(model.objective.schedule, lambda: source, model.autoencoder),
-    )  # fmt: skip
-    draw = lambda params: preview(generator, params, source)  # noqa: E731
+    if hasattr(model.objective, "reconstruct"):
+        autoencoder_training.check(model.objective, options.steps)
+        draw = autoencoder_training.preview(model, keywords["mesh"], source)
+    else:
+        generator = Generator(
+            model.network, model.objective, spec, keywords["mesh"], autoencoder=model.autoencoder,
+            sampler=config["sampler"], guidance=config["guidance"],
+            cond_drop_rate=options.unconditional_share(source.spec.conditions),
+            moments=moments_of(model.objective.schedule, lambda: source, model.autoencoder),
+        )  # fmt: skip
+        draw = lambda params: preview(generator, params, source)  # noqa: E731
     found = [hooks.preview(options.preview_every, draw)] if options.preview_every else []
     if config["eval"]["every"]:
         found.append(evaluation_hook(config, source, spec, model, keywords))
@@ -86,16 +90,16 @@ def evaluation_hook(
         at the step of a checkpoint.
     """
     section, checkpoint = config["eval"], keywords["checkpoint"]
-    moments = moments_of(model.objective.schedule, lambda: source, model.autoencoder)
 
     def generator(scale: float) -> Generator:
+        moments = moments_of(model.objective.schedule, lambda: source, model.autoencoder)
         return Generator(
             model.network, model.objective, spec, keywords["mesh"], sampler=config["sampler"],
             guidance={**config["guidance"], "scale": scale}, autoencoder=model.autoencoder,
             cond_drop_rate=keywords["options"].unconditional_share(spec.conditions), moments=moments,
         )  # fmt: skip
 
-    metrics = list(build_metrics(config, source, model.autoencoder).values())
+    metrics = list(build_metrics(config, source, model).values())
     evaluation = Evaluation(metrics, generator, model, spec, lambda num: conditions_of(spec, num, lambda: source))
 
     def measure(params: Params) -> dict[str, float]:

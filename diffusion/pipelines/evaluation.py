@@ -14,7 +14,7 @@ from diffusion.core.types import (
     Cond,
     Denoiser,
     InputError,
-    ModelMetric,
+    Metric,
     Params,
     SampleMetric,
     Schedule,
@@ -42,13 +42,14 @@ class Evaluation:
     """
 
     def __init__(
-        self, metrics: Sequence[SampleMetric | ModelMetric], generator: Callable[[float], Generator],
+        self, metrics: Sequence[Metric], generator: Callable[[float], Generator],
         model: Model, spec: Spec, conditions: Callable[[int], Cond],
     ):  # fmt: skip
         def of_params(params: Params) -> tuple[Denoiser, Schedule]:
             return model.objective.denoiser(model.network.apply, params), model.objective.schedule_for(params)
 
         self.metrics, self.spec, self._model, self._conditions = metrics, spec, of_params, conditions
+        self._network = model.network.apply
         scales = {metric.guidance for metric in metrics if metric.kind == "samples"}
         self._generators = {scale: generator(scale) for scale in scales}
 
@@ -70,6 +71,9 @@ class Evaluation:
             if metric.kind == "model":
                 yield dict(metric(self._model, params, jax.random.key(seed))), ""
                 continue
+            if metric.kind == "autoencoder":
+                yield dict(metric(self._network, params["net"])), ""
+                continue
             key = metric.guidance, metric.num
             if key not in shared:
                 group = [m for m in self.metrics if m.kind == "samples" and (m.guidance, m.num) == key]
@@ -83,19 +87,19 @@ class Evaluation:
             yield next(values), note
 
 
-def build_metrics(
-    config: Mapping[str, Any], train: Source, autoencoder: Autoencoder | None = None
-) -> dict[str, SampleMetric | ModelMetric]:
+def build_metrics(config: Mapping[str, Any], train: Source, model: Model | None = None) -> dict[str, Metric]:
     """Builds the metrics of a config's `eval` section, by name.
 
     Args:
       train: The training data.
-      autoencoder: The model's autoencoder. It decodes data that were encoded in advance, so that metrics see images.
+      model: What is measured, or None. Its autoencoder decodes data that were encoded in advance, so that metrics see
+        images.
 
     Raises:
-      InputError: A metric is invalid, or measures the network itself, and the network models latents.
+      InputError: A metric is invalid or cannot measure the model: it measures the network itself, and the network
+        models latents; or it is not of the kind that autoencoders in training have.
     """
-    section = config["eval"]
+    section, autoencoder = config["eval"], None if model is None else model.autoencoder
     real = {
         "train": Decoded.of(train, autoencoder),
         "held_out": Decoded.of(build("data", section["data"], field="eval.data"), autoencoder),
@@ -110,10 +114,23 @@ def build_metrics(
         for name, options in section["metrics"].items()
     }
     for name, metric in metrics.items():
+        if model is not None:
+            _check_kind(f"eval.metrics.{name}", metric, model)
         if metric.kind == "model" and autoencoder is not None:
             problem = "measures the network on the data, and this network models the latents of an autoencoder"
             raise InputError(f"eval.metrics.{name}", f"{problem}; remove it")
     return metrics
+
+
+def _check_kind(field: str, metric: Metric, model: Model) -> None:
+    """Raises InputError if a metric is for autoencoders in training and the model is none, or the opposite."""
+    if metric.kind == "autoencoder":
+        if not hasattr(model.objective, "reconstruct"):
+            raise InputError(field, "measures an autoencoder in training, and the objective is another; remove it")
+        metric.check(model.network.apply)
+    elif hasattr(model.objective, "reconstruct"):
+        problem = "measures samples or a denoiser, and the objective autoencoder has neither; use reconstruction"
+        raise InputError(field, problem)
 
 
 def measure_samples(

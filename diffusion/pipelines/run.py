@@ -21,11 +21,10 @@ from diffusion.core.types import (
     Denoiser,
     InputError,
     Label,
-    ModelMetric,
+    Metric,
     Network,
     Objective,
     Params,
-    SampleMetric,
     Sampler,
     Source,
     Spec,
@@ -238,11 +237,11 @@ class Run:
             moments=moments_of(self.objective.schedule, lambda: self.source, self.autoencoder),
         )  # fmt: skip
 
-    def metrics(self) -> list[SampleMetric | ModelMetric]:
+    def metrics(self) -> list[Metric]:
         """Builds the metrics of the config's `eval` section."""
         if not self.config["eval"]["metrics"]:
             return []  # without opening the data
-        return list(build_metrics(self.config, self.source, self.autoencoder).values())
+        return list(build_metrics(self.config, self.source, self.model).values())
 
     def _generator(
         self, sampler: Mapping[str, Any], guidance: Mapping[str, Any], after_step: AfterStep | None

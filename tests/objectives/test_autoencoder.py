@@ -22,7 +22,6 @@ from diffusion.training.state import init_state
 from diffusion.training.step import make_step
 from tests.objectives.drawing import with_draws
 from tests.refusals import refused
-from tests.tiers import slow_except
 
 SHAPE, B = (8, 8, 1), 4
 CRITIC = {"disc_weight": 0.5, "disc_layers": 1, "disc_width": 2}
@@ -235,7 +234,8 @@ def test_patches():
     assert abs(kernel.std() / 0.02 - 1) < 0.3
 
 
-@pytest.mark.parametrize("kind", slow_except(("tiny",), NETWORKS))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_trains_on_devices(kind, mesh_of):
     """The loss and the gradient reach every parameter, on two devices and with accumulation."""
     network = build("networks", NETWORKS[kind], shape=SHAPE)

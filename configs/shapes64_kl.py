@@ -1,0 +1,17 @@
+"""A variational autoencoder of 64x64 pictures of coloured shapes: latents of 16x16 pixels with four channels.
+
+Command:   python -m experiments.train --config=configs/shapes64_kl.py --workdir=runs/shapes64_kl
+           python -m experiments.convert --from=runs/shapes64_kl --to=models/shapes64_kl
+Hardware:  two CPU cores, or any accelerator.
+Expected:  python -m experiments.evaluate --workdir=runs/shapes64_kl
+           psnr, readable_shapes: not measured yet.
+"""
+
+from configs import common
+
+
+def get_config():
+    return common.shapes64(
+        objective=dict(kl_weight=1e-4),
+        network=dict(name="autoencoder_kl", latent_channels=4),
+    )

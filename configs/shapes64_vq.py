@@ -1,0 +1,17 @@
+"""A vector-quantised autoencoder of 64x64 pictures of coloured shapes: 16x16 codes of 512, with three channels.
+
+Command:   python -m experiments.train --config=configs/shapes64_vq.py --workdir=runs/shapes64_vq
+           python -m experiments.convert --from=runs/shapes64_vq --to=models/shapes64_vq
+Hardware:  two CPU cores, or any accelerator.
+Expected:  python -m experiments.evaluate --workdir=runs/shapes64_vq
+           psnr, readable_shapes, codes_used, perplexity: not measured yet.
+"""
+
+from configs import common
+
+
+def get_config():
+    return common.shapes64(
+        network=dict(name="autoencoder_vq", latent_channels=3, num_vq_embeddings=512),
+        eval=dict(metrics=dict(reconstruction=dict(codes=True))),
+    )

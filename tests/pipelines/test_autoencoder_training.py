@@ -1,0 +1,131 @@
+"""A run that trains an autoencoder: previews, metrics, the folder that it becomes, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.core.build import build
+from diffusion.core.types import ArraySpec, Spec
+from diffusion.networks import autoencoder_vq
+from diffusion.pipelines.build_training import build_training
+from diffusion.pipelines.config import resolve
+from diffusion.pipelines.run import open_run
+from diffusion.training.trainer import Trainer
+from tests.refusals import refused
+
+TRUNK = {"block_out_channels": (2,), "layers_per_block": 1, "norm_num_groups": 2, "mid_block_add_attention": False}
+CONFIG = {
+    "data": {"name": "shapes", "length": 40},
+    "objective": {"name": "autoencoder", "disc_weight": 0.5, "disc_start": 1, "disc_layers": 1, "disc_width": 2},
+    "network": {"name": "autoencoder_kl", "latent_channels": 2, **TRUNK},
+    "ema": {"decays": (0.5,)},
+    "train": {"steps": 2, "batch_size": 8, "log_every": 1, "preview_every": 2},
+    "eval": {"data": {"name": "shapes", "split": "test"}, "every": 2,
+             "metrics": {"reconstruction": {"num": 5, "batch_size": 3}}},
+}  # fmt: skip
+
+
+def config_of(**sections):
+    return resolve({**CONFIG, **{name: {**CONFIG[name], **options} for name, options in sections.items()}})
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    config = config_of()
+    Trainer(**build_training(config, str(path)), workdir=str(path)).fit()
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(workdir):
+    return open_run(str(workdir))
+
+
+def test_the_preview_shows_originals_above_reconstructions(workdir, run):
+    sheet = np.asarray(Image.open(workdir / "previews" / "step_0000002.png"))
+    side, gap = 2 * 32, 2  # each image is enlarged to at least 48 pixels
+    assert sheet.shape[:2] == (gap + 8 * (side + gap), gap + 10 * (side + gap))
+
+    def cell(row, column):
+        top, left = (gap + number * (side + gap) for number in (row, column))
+        return sheet[top : top + side : 2, left : left + side : 2].astype(int)
+
+    x = np.stack([run.source[index]["x"] for index in (0, 1, 10)])
+    y = np.asarray(run.objective.reconstruct(run.network.apply, run.params, x))
+    for found, expected in zip([cell(0, 0), cell(0, 1), cell(2, 0)], x, strict=True):
+        assert np.abs(found - (expected + 1) * 127.5).max() <= 1
+    for found, expected in zip([cell(1, 0), cell(1, 1), cell(3, 0)], y, strict=True):
+        assert np.abs(found - (np.clip(expected, -1, 1) + 1) * 127.5).max() <= 1
+
+
+def test_metrics_of_a_run(workdir, run):
+    """PSNR as its formula says, over the batches of which the last is filled up."""
+    held_out = build("data", CONFIG["eval"]["data"])
+    x = np.stack([held_out[index]["x"] for index in range(5)])
+    y = np.clip(run.objective.reconstruct(run.network.apply, run.params, x), -1, 1)
+    psnr = (-10 * np.log10((((x - y) / 2) ** 2).mean((1, 2, 3)))).mean()
+    values = run.evaluate()
+    assert values.keys() == {"psnr", "readable_shapes"} and values["readable_shapes"] < 1
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([values["psnr"], lines[-1]["eval/psnr"]], psnr, rtol=1e-5)
+    assert {"error", "kl", "adaptive_weight", "loss_critic", "loss_generator"} <= lines[-1].keys()
+
+
+class Data:
+    """Three images, whose values are codes 0, 1, 1 of a codebook of three."""
+
+    spec = Spec(ArraySpec((2, 2, 1)))
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"x": np.full((2, 2, 1), (-1.0, 0.5, 0.5)[index], np.float32), "cond": {}}
+
+
+def test_codes_and_perfect_reconstructions():
+    class Coded:
+        encode = staticmethod(lambda x: x)
+        output = features = encode
+
+        def quantize(self, z):
+            codes = jnp.array([-1.0, 0.5, 0.75])
+            indices = jnp.argmin(jnp.abs(z - codes), -1)
+            return autoencoder_vq.Quantized(z, z, indices)
+
+    network = autoencoder_vq.Apply("autoencoder_vq", lambda params: Coded(), (2, 2, 1), (2, 2, 1), ())
+    metric = build("evaluation", {"name": "reconstruction", "codes": True, "batch_size": 2}, train=Data(),
+                   held_out=Data())  # fmt: skip
+    metric.check(network)
+    expected = {"psnr": 100.0, "codes_used": 2.0, "perplexity": 3 / 4 ** (1 / 3)}
+    assert metric(network, {}) == pytest.approx(expected)
+    kl = build("networks", CONFIG["network"], shape=(32, 32, 3)).apply
+    with refused("eval.metrics.reconstruction.codes"):
+        metric.check(kl)
+
+
+def test_refusals(run, tmp_path):
+    with refused("objective.name"):
+        run.sample(2)
+    with refused("objective.name"):
+        run.denoiser()
+    for field, sections in (
+        ("network.name", {"network": {"name": "mlp", "width": 4, "depth": 1}}),
+        ("objective.disc_start", {"objective": {**CONFIG["objective"], "disc_start": 2}}),
+        ("eval.metrics.held_out_loss", {"eval": {**CONFIG["eval"], "metrics": {"held_out_loss": {}}}}),
+        ("eval.metrics.readable_shapes", {"eval": {**CONFIG["eval"], "metrics": {"readable_shapes": {}}}}),
+        ("eval.metrics.reconstruction.codes",
+         {"eval": {**CONFIG["eval"], "metrics": {"reconstruction": {"codes": True}}}}),
+    ):  # fmt: skip
+        with refused(field):
+            keywords = build_training(resolve({**CONFIG, **sections}), str(tmp_path))
+            jax.eval_shape(lambda: keywords["objective"].init(keywords["network"], jax.random.key(0)))  # noqa: B023
+    denoising = {"objective": "flow_matching", "network": {"name": "mlp", "width": 4, "depth": 1}}
+    with refused("eval.metrics.reconstruction"):
+        build_training(resolve({**CONFIG, **denoising}), str(tmp_path))
+    build_training(config_of(objective={"disc_weight": 0.0, "disc_start": 9}), str(tmp_path))
