@@ -2,6 +2,8 @@
 
 python -m experiments.convert --from=DIR --to=runs/NAME     a UNet2DModel, a DiTTransformer2DModel or a pipeline of one
 python -m experiments.convert --from=runs/NAME --to=DIR     a run to a pipeline (or a model, if no scheduler fits)
+python -m experiments.convert --from=runs/NAME --to=DIR     a run that trains an autoencoder to an AutoencoderKL,
+                                                            VQModel or AutoencoderTiny
 
 The resulting run can be sampled, and another run can start from it (`init_from`). docs/interop.md says what is read,
 written and refused.
@@ -32,6 +34,9 @@ EMA = flags.DEFINE_string(
     "ema", None, "From a run: the average of the parameters, or none for the raw ones. Default: the config's last."
 )
 STEP = flags.DEFINE_integer("step", None, "From a run: the step of the checkpoint. Default: the newest.")
+SHIFT = flags.DEFINE_bool(
+    "shift", False, "From a run that trains an autoencoder: write the mean of the latents as shift_factor."
+)
 flags.mark_flags_as_required(["from", "to"])
 
 # For runs made without --config: the configs that complete an imported network, by its name.
@@ -44,7 +49,7 @@ def main() -> None:
     if os.path.isdir(to) and os.listdir(to):
         raise InputError("--to", f"{to} is not empty; use an empty folder")
     if os.path.isdir(os.path.join(source, "checkpoints")):
-        written = export_run(source, to, ema=EMA.value, step=STEP.value)
+        written = export_run(source, to, ema=EMA.value, step=STEP.value, shift=SHIFT.value)
     elif os.path.isdir(source):
         written = import_folder(source, to, base_config, null_class=NULL_CLASS.value, variant=VARIANT.value)
     else:

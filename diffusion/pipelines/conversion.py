@@ -12,6 +12,7 @@ from diffusion.core import files
 from diffusion.core.types import InputError
 from diffusion.interop import diffusers_pipeline
 from diffusion.interop.diffusers_models import Model
+from diffusion.pipelines import autoencoder_training
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, resolve
 from diffusion.pipelines.model import build_model
@@ -20,14 +21,19 @@ from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.state import init_state
 
 
-def export_run(workdir: str, folder: str, *, ema: str | None = None, step: int | None = None) -> str:
+def export_run(
+    workdir: str, folder: str, *, ema: str | None = None, step: int | None = None, shift: bool = False
+) -> str:
     """Writes a run as a diffusers pipeline, or as a model if diffusers has no scheduler for its objective.
+
+    An autoencoder is written as a model with the scale of its latents.
 
     Args:
       workdir: The workdir of the run.
       folder: The folder to write.
       ema: The average of the parameters to write: the config's last if None, the raw parameters if "none".
       step: The step of the checkpoint; the newest if None.
+      shift: For an autoencoder, write the mean of its latents as their shift.
 
     Returns:
       What was written, in words.
@@ -36,6 +42,11 @@ def export_run(workdir: str, folder: str, *, ema: str | None = None, step: int |
       InputError: The run cannot be read, or diffusers has no such model.
     """
     run = open_run(workdir, ema, step)
+    if hasattr(run.objective, "reconstruct"):
+        with files.new_folder(folder, "--to") as partial:
+            return autoencoder_training.write_folder(run, partial, shift)
+    if shift:
+        raise InputError("--shift", "is for runs that train an autoencoder; leave it out")
     if run.params.keys() != {"net"}:
         raise InputError("--from", f"the run trains {', '.join(run.params)}; a diffusers model has a single network")
     model = Model(run.config["network"], run.spec, jax.device_get(run.params["net"]))

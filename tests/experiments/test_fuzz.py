@@ -482,6 +482,7 @@ FLAGS = {
     "convert": {
         "from": st.sampled_from(("run", "none", "run/checkpoints", "run/config.json", "")), "step": counts,
         "ema": DRAWING["ema"], "null_class": st.sampled_from(("true", "x")),
+        "shift": st.sampled_from(("true", "x")),
     },
     "inspect_data": {"num": counts},
     "goodput_report": {},

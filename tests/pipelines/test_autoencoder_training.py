@@ -1,6 +1,7 @@
 """A run that trains an autoencoder: previews, metrics, the folder that it becomes, and what is refused."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from PIL import Image
 from diffusion.core.build import build
 from diffusion.core.types import ArraySpec, Spec
 from diffusion.networks import autoencoder_vq
+from diffusion.pipelines.autoencoder_training import write_folder
 from diffusion.pipelines.build_training import build_training
 from diffusion.pipelines.config import resolve
+from diffusion.pipelines.conversion import export_run
 from diffusion.pipelines.run import open_run
 from diffusion.training.trainer import Trainer
 from tests.refusals import refused
@@ -74,6 +77,41 @@ def test_metrics_of_a_run(workdir, run):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose([values["psnr"], lines[-1]["eval/psnr"]], psnr, rtol=1e-5)
     assert {"error", "kl", "adaptive_weight", "loss_critic", "loss_generator"} <= lines[-1].keys()
+
+
+def test_a_run_becomes_a_folder_whose_latents_have_unit_scale(workdir, run, tmp_path):
+    """It is deterministic, holds the averaged parameters, and encodes and decodes as the run does."""
+    scale = {}
+    for name in ("plain", "again", "shifted"):
+        text = export_run(str(workdir), str(tmp_path / name), shift=name == "shifted")
+        entries = json.loads((tmp_path / name / "config.json").read_text())
+        scale[name] = entries["scaling_factor"], entries["shift_factor"]
+        assert f"scaling_factor {entries['scaling_factor']:.5g}" in text
+    assert scale["plain"] == scale["again"] and scale["plain"][1] is None
+    loaded = build("autoencoders", {"name": "kl", "path": str(tmp_path / "plain")}, shape=(32, 32, 3))
+    x = np.stack([run.source[index]["x"] for index in range(40)])
+    z = loaded.encode(loaded.params, x, jax.random.key(5))
+    factor = scale["plain"][0]
+    assert abs(z.std() - 1) < 0.02 and scale["shifted"] == (factor, pytest.approx(float(z.mean()) / factor, abs=0.02))
+    y = loaded.decode(loaded.params, loaded.encode(loaded.params, x, None))
+    np.testing.assert_allclose(y, run.objective.reconstruct(run.network.apply, run.params, x), atol=2e-5)
+    trained = open_run(str(workdir), ema="none").params
+    kernels = [net["encoder"]["conv_in"]["kernel"] for net in (run.params["net"], loaded.params, trained["net"])]
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert (kernels[0] != kernels[2]).any()
+
+
+def test_scales_that_cannot_be_written(run, tmp_path):
+    section = {"name": "autoencoder_vq", "latent_channels": 2, "num_vq_embeddings": 4, **TRUNK}
+    network = build("networks", section, shape=(32, 32, 3))
+    params = {"net": network.init(jax.random.key(0))}
+    given = {"network": network, "params": params, "config": {"network": section}, "source": run.source,
+             "spec": run.spec}  # fmt: skip
+    with refused("--shift"):
+        write_folder(types.SimpleNamespace(**given), str(tmp_path / "a"), True)
+    given["params"] = jax.tree.map(jnp.zeros_like, params)
+    with refused("--from"):
+        write_folder(types.SimpleNamespace(**given), str(tmp_path / "b"), False)
 
 
 class Data:
