@@ -94,8 +94,8 @@ def shapes64(**sections: Any) -> ml_collections.ConfigDict:
         ),
         optimizer=dict(learning_rate=1e-3, schedule="cosine", warmup=100),
         ema=dict(decays=(0.99,)),
-        train=dict(steps=1000, batch_size=16, cond_drop_rate=0.0, preview_every=250),
-        checkpoint=dict(every=250, keep=2),
+        train=dict(steps=600, batch_size=16, cond_drop_rate=0.0, preview_every=200),
+        checkpoint=dict(every=200, keep=2),
         eval=dict(data=dict(name="shapes", size=64, split="test"), metrics=dict(reconstruction=dict(num=200))),
     )
     return config(base, **sections)

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/shapes64_kl.py --workdir=runs/shapes64_kl
            python -m experiments.convert --from=runs/shapes64_kl --to=models/shapes64_kl
-Hardware:  two CPU cores, or any accelerator.
+Hardware:  two CPU cores, or one accelerator; the time has not been measured.
 Expected:  python -m experiments.evaluate --workdir=runs/shapes64_kl
            psnr, readable_shapes: not measured yet.
 """

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.train --config=configs/shapes64_vq.py --workdir=runs/shapes64_vq
            python -m experiments.convert --from=runs/shapes64_vq --to=models/shapes64_vq
-Hardware:  two CPU cores, or any accelerator.
+Hardware:  two CPU cores, or one accelerator; the time has not been measured.
 Expected:  python -m experiments.evaluate --workdir=runs/shapes64_vq
            psnr, readable_shapes, codes_used, perplexity: not measured yet.
 """

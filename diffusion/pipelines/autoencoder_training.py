@@ -11,11 +11,10 @@ from PIL import Image
 
 from diffusion.core import images
 from diffusion.core.arrays import scaled
-from diffusion.core.types import InputError, Objective, Params, Source
+from diffusion.core.types import InputError, Params, Source
 from diffusion.distributed import sharding
 from diffusion.encoders import autoencoder_folder
 from diffusion.encoders.autoencoder_folder import Scale, Stored
-from diffusion.evaluation.reference import first_of
 from diffusion.pipelines.conditions import MEASURED
 from diffusion.pipelines.model import Model
 from diffusion.pipelines.run import Run
@@ -26,24 +25,27 @@ BATCH_SIZE = 16  # of images that are encoded at once
 logger = logging.getLogger(__name__)
 
 
-def check(objective: Objective, steps: int) -> None:
-    """Raises InputError if a run of `steps` steps ends before its critic starts."""
-    start = getattr(objective, "disc_start", 0)
-    if objective.players is not None and start >= steps:
+def check(model: Model, steps: int) -> None:
+    """Raises InputError if a run of `steps` steps ends before its critic starts, or would train on latents."""
+    if model.autoencoder is not None:
+        raise InputError("autoencoder", "must be None for the objective autoencoder, which trains on images")
+    start = getattr(model.objective, "disc_start", 0)
+    if getattr(model.objective, "players", None) is not None and start >= steps:
         raise InputError("objective.disc_start", f"must be below train.steps = {steps:,}, got {start:,}; or set "
                          "objective.disc_weight to 0")  # fmt: skip
 
 
 def preview(model: Model, mesh: Mesh, source: Source) -> Callable[[Params], Image.Image]:
     """Returns the function that draws a grid for parameters: rows of the first examples, each above the row of their
-    reconstructions from the most probable latents."""
+    reconstructions from the most probable latents. Those of another size than the first are left out."""
     reconstruct = jax.jit(
         lambda params, x: model.objective.reconstruct(model.network.apply, params, x),
         out_shardings=sharding.replicated(mesh),
     )
 
     def draw(params: Params) -> Image.Image:
-        x, _ = first_of(source, PREVIEW_ROWS * PREVIEW_COLUMNS)
+        found = [scaled(source[index]["x"]) for index in range(min(PREVIEW_ROWS * PREVIEW_COLUMNS, len(source)))]
+        x = np.stack([image for image in found if image.shape == found[0].shape]).astype(np.float32)
         y = np.asarray(reconstruct(params, x))
         bad = int((~np.isfinite(y)).any(axis=(1, 2, 3)).sum())
         if bad:

@@ -154,6 +154,7 @@ def test_refusals(run, tmp_path):
         run.denoiser()
     for field, sections in (
         ("network.name", {"network": {"name": "mlp", "width": 4, "depth": 1}}),
+        ("autoencoder", {"autoencoder": "identity"}),
         ("objective.disc_start", {"objective": {**CONFIG["objective"], "disc_start": 2}}),
         ("eval.metrics.held_out_loss", {"eval": {**CONFIG["eval"], "metrics": {"held_out_loss": {}}}}),
         ("eval.metrics.readable_shapes", {"eval": {**CONFIG["eval"], "metrics": {"readable_shapes": {}}}}),
