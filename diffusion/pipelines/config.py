@@ -190,8 +190,9 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     factory = getattr(optax, str(found["optimizer"]["name"]), None)  # `make_optimizer` reports an unknown name
     if inspect.isfunction(factory):
         found["optimizer"] = {**_simple(defaults(factory, later=("learning_rate",))), **found["optimizer"]}
-    make = find("objectives", found["objective"]["name"], field="objective.name")
-    found["sampler"] = _sampler(config.get("sampler", {}), default_sampler(make))
+    name = found["objective"].get("name")  # absent in a stored run whose objective was an object
+    default = SAMPLER if name is None else default_sampler(find("objectives", name, field="objective.name"))
+    found["sampler"] = _sampler(config.get("sampler", {}), default)
     found["guidance"] = _guidance(config.get("guidance", GUIDANCE))
     metrics = config.get("eval", {}).get("metrics", {})
     if not isinstance(metrics, Mapping):
