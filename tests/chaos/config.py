@@ -53,6 +53,7 @@ STEPS, EVERY = 60, 6
 def get_config(name: str) -> ml_collections.ConfigDict:
     config = runpy.run_path("configs/digits.py")["get_config"]()
     config.objective = {**CASES, **TEACHERS}[name]
+    del config.sampler  # the default is that of the objective
     config.network = {"name": "mlp", "width": 8, "depth": 1}
     if name in ("mean_flow", "shortcut", "latent_consistency"):
         config.network.scalar_conditions = ("step_size", "guidance_scale")

@@ -94,7 +94,7 @@ def test_one_of_two_processes_is_suspended(start, tmp_path):
     suspended.send_signal(signal.SIGCONT)
     assert suspended.wait(60) != 0
     again = start("denoising", tmp_path / "run", 2)
-    assert again.wait() == [0, 0] and "resuming from step 6" in again.output()
+    assert again.wait() == [0, 0] and "resuming from step 6" in again.output(), again.output()
 
 
 @pytest.mark.chaos

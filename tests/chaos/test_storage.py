@@ -82,7 +82,8 @@ def test_a_folder_that_is_removed(start, tmp_path):
     training.until_doing(f"step {EVERY + 2}")
     while (tmp_path / "run").exists():  # a save in progress may create files again
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    assert re.search("was removed|No such file|does not exist", line := ends_with_one_line(training)), line
+    line = ends_with_one_line(training)  # Orbax has many words for it
+    assert re.search("was removed|No such file|does not exist|cannot save a checkpoint", line), line
     assert not (tmp_path / "run").exists()
 
 
