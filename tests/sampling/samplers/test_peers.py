@@ -189,7 +189,7 @@ GRIDS = [
     ("beta_sigmas", {}, "EulerDiscreteScheduler", {"use_beta_sigmas": True, "timestep_spacing": "linspace"}),
     ("beta_sigmas", {}, MULTI, {"use_beta_sigmas": True}),
     ("karras", {}, "EulerDiscreteScheduler", {"use_karras_sigmas": True, "timestep_spacing": "linspace"}),
-    ("leading", {"offset": 1}, "EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+    ("leading", {"steps_offset": 1}, "EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
     ("lattice", {"points": 50}, "LCMScheduler", {}),
     ("lattice", {"points": 30}, "TCDScheduler", {"original_inference_steps": 30}),
     ("to_sigma_min", {"grid": "trailing"}, UNIPC, {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}),
