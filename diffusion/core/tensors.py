@@ -5,11 +5,10 @@ A network is a list of `Pair`s, each of one native array and the foreign tensors
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
+from diffusion.core import trees
 from diffusion.core.types import InputError, Params
 
 Tensors = Mapping[str, np.ndarray]
@@ -124,7 +123,7 @@ def to_native(pairs: Sequence[Pair], tensors: Tensors, shapes: Params) -> Params
     Raises:
       InputError: if a tensor is missing, is not in the table, or has the wrong shape.
     """
-    native = _flat(shapes)
+    native = trees.by_path(shapes)
     known = {name for pair in pairs for name in pair.foreign}
     for name in sorted(tensors.keys() - known):
         raise InputError(f"tensors.{name}", f"of shape {list(tensors[name].shape)} belongs to no layer of config.json")
@@ -139,12 +138,12 @@ def to_native(pairs: Sequence[Pair], tensors: Tensors, shapes: Params) -> Params
                 raise InputError(f"tensors.{name}", f"must have shape {expected} by config.json, got {actual}")
         flat[pair.native] = pair.join([tensors[name] for name in pair.foreign])
     assert flat.keys() == native.keys(), "the table does not cover the network"
-    return _nested(flat)
+    return trees.nest(flat)
 
 
 def to_foreign(pairs: Sequence[Pair], params: Params) -> dict[str, np.ndarray]:
     """Converts native parameters to foreign tensors."""
-    flat = _flat(params)
+    flat = trees.by_path(params)
     assert flat.keys() == {pair.native for pair in pairs}, "the table does not cover the network"
     return {
         name: tensor
@@ -162,19 +161,4 @@ def current_name(name: str) -> str:
 
 def sizes(params: Params, last: str) -> set[int]:
     """Returns the sizes of the native arrays whose path ends with the name `last`."""
-    return {array.size for path, array in _flat(params).items() if path.rpartition("/")[2] == last}
-
-
-def _flat(params: Params) -> dict[str, Any]:
-    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-
-
-def _nested(flat: Mapping[str, np.ndarray]) -> Params:
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        parent = nested
-        for name in parents:
-            parent = parent.setdefault(name, {})
-        parent[last] = value
-    return nested
+    return {array.size for path, array in trees.by_path(params).items() if path.rpartition("/")[2] == last}
