@@ -421,8 +421,8 @@ class Objective(Protocol):
         """Returns the schedule to sample with."""
         ...
 
-    def initial_state(self) -> Mapping[str, Array]:
-        """Returns the objective state before the first step.
+    def initial_state(self, params: Mapping) -> Mapping[str, Array]:
+        """Returns the objective state before the first step, from the networks that `init` returns.
 
         The objective state holds what the method carries from step to step in addition to its parameters. It is stored
         in the train state.
@@ -440,7 +440,8 @@ class Objective(Protocol):
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:
         """Runs before each step and returns the updated dict of networks and objective state.
 
-        It updates the networks that are not trained by gradients (an EMA target, the teacher of the next round).
+        It updates what is not trained by gradients (an EMA target, the teacher of the next round, a codebook). The
+        updates depend on the arguments alone, and are kept if the step is bad.
         """
         ...
 
@@ -452,10 +453,15 @@ class Objective(Protocol):
         ...
 
     def update_state(
-        self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Array
+        self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Any
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
-        """Returns the objective state after a step, and metrics, from the whole batch's draws and losses `[B]`; see
-        `loss`."""
+        """Returns the objective state after a step, and metrics.
+
+        Args:
+          objective_state: What `before_step` returned.
+          draws: What `draw` returned.
+          loss: The losses of the whole batch, `[B]`, summed over players, or `for_state` in their place; see `loss`.
+        """
         ...
 
     def loss(
@@ -463,8 +469,9 @@ class Objective(Protocol):
     ) -> tuple[Array, dict[str, Array]]:
         """Returns the loss `[B]` and scalar metrics. `batch["draws"]` must hold the result of `draw`.
 
-        If only a part of the loss depends on the time, the entry `loss_of_t [B]` of the metrics is that part, which
-        `update_state` receives in place of the loss.
+        The entry `for_state` of the metrics, if there is one, is not a metric: `update_state` receives it in place of
+        the loss. It is one array `[B, ...]`, or a dict of them: the part of the loss that depends on the time, or
+        what else of the forward pass the objective state depends on.
         """
         ...
 

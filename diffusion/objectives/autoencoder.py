@@ -110,7 +110,7 @@ class AutoencoderTraining:
         key_net, key_critic = jax.random.split(key)
         return {"net": network.init(key_net), "critic": self._critic(net.shape[-1])[0](key_critic)}
 
-    def initial_state(self) -> Mapping[str, Array]:
+    def initial_state(self, params: Mapping) -> Mapping[str, Array]:
         return {}
 
     def before_step(

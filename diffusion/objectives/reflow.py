@@ -42,11 +42,11 @@ class Reflow(Rounds):
             raise InputError("guidance", "must be 1, except for a teacher that was trained with conditions and with "
                              "train.cond_drop_rate above 0")  # fmt: skip
 
-    def initial_state(self) -> Mapping[str, Array]:
+    def initial_state(self, params: Mapping) -> Mapping[str, Array]:
         spec = self.teacher.spec
         pairs = {name: jnp.zeros((self.pool, *spec.shape)) for name in ("x0", "eps")}
         pairs |= jax.tree.map(jnp.asarray, spec.zeros(self.pool))
-        return {"pairs": pairs, "blocks": jnp.zeros((), jnp.int32), "time_sampler": super().initial_state()}
+        return {"pairs": pairs, "blocks": jnp.zeros((), jnp.int32), "time_sampler": super().initial_state(params)}
 
     def before_step(
         self,

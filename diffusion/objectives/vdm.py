@@ -93,7 +93,7 @@ class VDM(Gaussian):
         weighted = draws["weight"] * term
         bound = weighted + prior + reconstruction
         metrics = {
-            "loss_of_t": weighted,
+            "for_state": weighted,
             "bits_per_dim": jnp.mean(bound) / math.log(2),
             "diffusion": jnp.mean(weighted),
             "prior": jnp.mean(prior),

@@ -85,7 +85,8 @@ def init_state(
     players = players_of(objective)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params={**fixed, **learned}, ema=ema.init(averages(learned, objective)),
-        opt_state=optimizer.init(learned, players), objective_state=objective.initial_state(), guard=guards.counters(),
+        opt_state=optimizer.init(learned, players), objective_state=objective.initial_state(params),
+        guard=guards.counters(),
     )  # fmt: skip
 
 

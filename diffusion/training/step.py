@@ -47,7 +47,7 @@ def make_step(
         batch size. All randomness of the loss is drawn for the whole batch, so only dropout depends on it.
       guard: Decides whether a step is good; by default, whether its numbers are finite. A bad step changes no
         parameter, average or optimizer state, and discards the result of `update_state`. The changes of `before_step`,
-        which depend on the step number alone, are kept, and the step number increases.
+        which depend on the state and the step number alone, are kept, and the step number increases.
       matches: Whether the leaf of a path is trained; None for all.
       autoencoder: Encodes the batch into the latents that are trained on; None to train on the data themselves.
     """
@@ -88,22 +88,23 @@ def make_step(
                 params = trees.merge(prepared, learned)
                 losses, metrics = losses_of(network.apply, params, ema_params, micro, key, state.step)
                 means = {name: jnp.mean(loss) for name, loss in losses.items()}
-                of_t = {"loss_of_t": metrics["loss_of_t"]} if "loss_of_t" in metrics else {}
-                metrics = {name: value for name, value in metrics.items() if name not in of_t}
-                return means, (metrics, {**losses, **of_t})
+                metrics = dict(metrics)
+                for_state = metrics.pop("for_state", None)
+                return means, (metrics, (losses, for_state))
 
-            grads, (metrics, losses) = gradients(mean_losses, learned, players)
-            return (metrics, grads), losses
+            grads, (metrics, each) = gradients(mean_losses, learned, players)
+            return (metrics, grads), each
 
         if accumulate == 1:
-            (metrics, grads), losses = gradient(batch, key_net)
+            (metrics, grads), each = gradient(batch, key_net)
         else:
             keys = jax.random.split(key_net, accumulate)
-            (metrics, grads), losses = _mean_over(gradient, _split(batch, accumulate), keys)
-            losses = {name: loss.swapaxes(0, 1).reshape(-1) for name, loss in losses.items()}  # in the batch's order
-        of_t = losses.pop("loss_of_t", None)
+            (metrics, grads), each = _mean_over(gradient, _split(batch, accumulate), keys)
+            each = _joined(each)
+        losses, for_state = each
         loss = functools.reduce(jnp.add, losses.values())
-        updated_state, seen = objective.update_state(objective_state, batch["draws"], loss if of_t is None else of_t)
+        given = loss if for_state is None else for_state
+        updated_state, seen = objective.update_state(objective_state, batch["draws"], given)
         metrics = {"loss": jnp.mean(loss), **metrics, **seen}
         if players is not None:
             metrics |= {f"loss_{name}": jnp.mean(loss) for name, loss in losses.items()}
@@ -182,6 +183,11 @@ def _projected(learned: dict[str, Params], network: Network, params: dict[str, P
 def _split(batch: Batch, parts: int) -> Batch:
     """Splits `[B, ...]` into `[parts, B / parts, ...]` with stride `parts`, so that each device keeps its examples."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _joined(parts):
+    """Returns arrays `[B, ...]` in the order of the batch from `[parts, B / parts, ...]`; the inverse of `_split`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
 def _mean_over(function, *stacked):

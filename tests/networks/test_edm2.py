@@ -349,7 +349,7 @@ class Several:
         return {"net": network.init(key), "critic": {"w": jnp.ones(2)}, "teacher": {"w": jnp.full(2, 5.0)},
                 "gamma": {"ends": jnp.full(2, 3.0)}}  # fmt: skip
 
-    def initial_state(self):
+    def initial_state(self, params):
         return {}
 
     def before_step(self, params, ema_params, batch, objective_state, key, step):

@@ -93,7 +93,7 @@ def before_step(objective, step, objective_state, params=PARAMS, average=None, l
 def test_new_pairs_replace_the_oldest():
     """A batch of pairs is added every second step, and the pool holds three. Labels stay with their pairs."""
     objective = objective_of(round_steps=100)
-    objective_state, written = objective.initial_state(), []
+    objective_state, written = objective.initial_state({}), []
     shapes = jax.tree.map(jnp.shape, objective_state)
     for step in range(10):
         _, objective_state = before_step(objective, step, objective_state, label=step % 6)
@@ -112,7 +112,7 @@ def test_new_pairs_replace_the_oldest():
 
 def test_all_pairs_of_this_round_and_no_others_are_drawn():
     objective = objective_of(rounds=2)
-    objective_state = objective.initial_state()
+    objective_state = objective.initial_state({})
     draw = jax.jit(jax.vmap(objective.draw, (None, 0, None, None)))
     keys = jax.random.split(jax.random.key(0), 40)
     for step, blocks in {0: 1, 1: 1, 2: 2, 3: 2, 4: 3, 5: 3, 6: 4, 9: 5, 10: 1, 11: 1, 12: 2, 30: 11}.items():
@@ -128,7 +128,7 @@ def test_all_pairs_of_this_round_and_no_others_are_drawn():
 
 def test_loss_is_flow_matching_on_the_pairs_and_their_labels():
     objective = objective_of()
-    _, objective_state = before_step(objective, 0, objective.initial_state(), label=5)
+    _, objective_state = before_step(objective, 0, objective.initial_state({}), label=5)
     batch = batch_of(label=2)
     draws = objective.draw(batch, jax.random.key(1), jnp.int32(0), objective_state)
     np.testing.assert_allclose(draws["x0"], 5, atol=1e-5)
@@ -150,7 +150,7 @@ def test_average_is_the_teacher_of_the_next_round():
     params = {"net": {"shift": jnp.full(2, 0.1)}, "teacher": {"net": {"shift": jnp.full(2, 0.2)}}}
     average = {"net": {"shift": jnp.full(2, 0.3)}}
     for step in (0, 1, 2, 9, 10, 12, 19, 20, 22, 30, 40):
-        prepared, objective_state = before_step(objective, step, objective.initial_state(), params, average)
+        prepared, objective_state = before_step(objective, step, objective.initial_state({}), params, average)
         shift = 0.3 if step in (10, 20) else 0.2
         assert (prepared["net"]["shift"] == jnp.float32(0.1)).all()
         np.testing.assert_allclose(prepared["teacher"]["net"]["shift"], shift, rtol=1e-6)
@@ -162,7 +162,7 @@ def test_average_is_the_teacher_of_the_next_round():
 def test_distillation_trains_at_pure_noise_alone(rounds):
     objective = objective_of(rounds=rounds, distill=True, time_sampler="importance")
     for step in (0, 9, 10, 19, 20, 25, 50):
-        _, objective_state = before_step(objective, step - step % 2, objective.initial_state())
+        _, objective_state = before_step(objective, step - step % 2, objective.initial_state({}))
         objective_state["time_sampler"] = {
             "losses": jnp.tile(jnp.arange(100.0)[:, None], 10),
             "counts": jnp.full(100, 10),
@@ -275,4 +275,4 @@ def test_invalid_options_are_rejected(options, field):
 def test_pool_must_be_a_multiple_of_the_batch_size():
     objective = objective_of(pool=10)
     with refused("objective.pool"):
-        before_step(objective, 0, objective.initial_state())
+        before_step(objective, 0, objective.initial_state({}))

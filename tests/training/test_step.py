@@ -27,7 +27,7 @@ class Linear:
     def init(self, network, key, teacher=None):
         return {"net": network.init(key), "teacher": {"w": jnp.float32(5)}}
 
-    def initial_state(self):
+    def initial_state(self, params):
         return {"losses": jnp.zeros(16)}
 
     def before_step(self, params, ema_params, batch, objective_state, key, step):

@@ -95,7 +95,7 @@ class Predictor:
     def schedule_for(self, params: Mapping) -> Schedule:
         return self.schedule
 
-    def initial_state(self) -> Mapping[str, Array]:
+    def initial_state(self, params: Mapping) -> Mapping[str, Array]:
         return {}
 
     def before_step(
@@ -168,7 +168,7 @@ class Gaussian(Predictor):
         params = super().init(network, key)
         return {**params, "weight": uncertainty.init()} if self.learned_weight else params
 
-    def initial_state(self) -> Mapping[str, Array]:
+    def initial_state(self, params: Mapping) -> Mapping[str, Array]:
         return self.time_sampler.initial_state()
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:

@@ -29,8 +29,8 @@ AVERAGES = make_ema(decays=(0.5,), warmup=True)
 class Counting(Linear):
     """Counts the calls of `before_step` in its state, and changes its teacher in each."""
 
-    def initial_state(self):
-        return {**super().initial_state(), "calls": jnp.int32(0)}
+    def initial_state(self, params):
+        return {**super().initial_state(params), "calls": jnp.int32(0)}
 
     def before_step(self, params, ema_params, batch, objective_state, key, step):
         teacher = {"w": params["teacher"]["w"] + 1}
