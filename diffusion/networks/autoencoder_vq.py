@@ -131,7 +131,7 @@ def make(
       latent_channels: The channels of the encoder's output.
       block_out_channels, layers_per_block, norm_num_groups, mid_block_add_attention: See
         `networks.autoencoder_kl.make`.
-      num_vq_embeddings: The number of codes. It has no effect with `fsq_levels`.
+      num_vq_embeddings: The number of codes, at least 2. It has no effect with `fsq_levels`.
       vq_embed_dim: The components of a code, and of a latent; None: `latent_channels`, or as many as `fsq_levels` has.
       fsq_levels: Quantises by rounding, to this number of levels per component (8, 8, 8, 6, 5 for about 2^14 codes);
         empty: by a codebook.
@@ -139,7 +139,7 @@ def make(
     """
     width = (len(fsq_levels) or latent_channels) if vq_embed_dim is None else vq_embed_dim
     checks.network_size(latent_channels=latent_channels, vq_embed_dim=width)
-    checks.positive(num_vq_embeddings=num_vq_embeddings)
+    checks.at_least(2, num_vq_embeddings=num_vq_embeddings)
     checks.at_most(2**24, num_vq_embeddings, "num_vq_embeddings")
     if fsq_levels and (len(fsq_levels) != width or min(fsq_levels) < 2 or math.prod(fsq_levels) >= 2**31):
         problem = f"must be {width} numbers of at least 2 with a product below 2^31, got {fsq_levels}"

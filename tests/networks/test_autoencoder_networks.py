@@ -56,7 +56,7 @@ def test_the_defaults_have_the_published_sizes(name, tensors, parameters, latent
         (KL | {"layers_per_block": 0}, "layers_per_block"),
         (KL | {"latent_channels": 0}, "latent_channels"),
         (VQ | {"vq_embed_dim": 0}, "vq_embed_dim"),
-        (VQ | {"num_vq_embeddings": 0}, "num_vq_embeddings"),
+        (VQ | {"num_vq_embeddings": 1}, "num_vq_embeddings"),
         (VQ | {"fsq_levels": (4, 1)}, "fsq_levels"),
         (VQ | {"fsq_levels": (4, 3, 2)}, "fsq_levels"),
         (TINY | {"encoder_block_out_channels": (4, 8)}, "encoder_block_out_channels"),
