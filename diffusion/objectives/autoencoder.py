@@ -7,20 +7,22 @@
 
     lambda = disc_weight min(|d error / d K| / (|d C(y) / d K| + 1e-4), 1e4)    K, the kernel of the last convolution
     L_q    = mean (z - sg[q])^2 + beta mean (sg[z] - q)^2                       q, the codes of `autoencoder_vq`
+           = beta mean (z - sg[q])^2                                            codebook = ema
 
 sg stops the gradient, and f is 1 from step `disc_start` and 0 before. The error of a variational autoencoder is summed
 over the pixels and channels of an image, and so is KL over the latent; the error of the others is their mean. As in the
 published code, the factor beta is on the term that moves the codes; with `legacy=False` it is on the other one, as in
 the paper.
 
-The perceptual term of the papers needs the weights of a trained network, and is left out. The codebook is trained by
-gradients, not by a moving average.
+The perceptual term of the papers needs the weights of a trained network, and is left out. With `codebook=ema` the codes
+are moving averages of their latents, and unused ones restart (`base.codebook`); they are computed after a step and are
+in the parameters from the next step on.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +34,11 @@ from diffusion.layers.autoencoder import AutoencoderApply
 from diffusion.layers.functional import split
 from diffusion.layers.patch_critic import PatchCritic, smallest_side
 from diffusion.layers.resample import BOX, halve
+from diffusion.objectives.base.codebook import CodebookUpdate
 
 PLAYERS = {"critic": Player(("critic",), averaged=False), "generator": Player(("net",))}
 MOST_WEIGHT, EPSILON = 1e4, 1e-4  # of lambda
+RESTART_THRESHOLD = 0.1  # of the averages by default
 
 
 class Reconstruction(NamedTuple):
@@ -45,7 +49,7 @@ class Reconstruction(NamedTuple):
       y: The reconstructions `[B, H, W, C]`.
       error: The distance of x and y, `[B]`.
       loss: The loss without the adversarial term, `[B]`.
-      metrics: The mean of each term, before it is weighted.
+      metrics: The mean of each term, before it is weighted, and what `Objective.loss` adds to the metrics.
     """
 
     features: Array
@@ -64,6 +68,7 @@ class AutoencoderTraining:
     codebook_weight: float
     beta: float
     legacy: bool
+    codebook: CodebookUpdate | None
     equivariance: float
     disc_weight: float
     disc_start: int
@@ -103,33 +108,42 @@ class AutoencoderTraining:
             problem = "requires square images with an even number of latents per side; the latents are of shape "
             raise InputError("objective.equivariance", f"{problem}{net.latent_shape}; use 0")
         if not self.disc_weight:
-            return {"net": network.init(key)}
+            return {"net": self._checked(network.init(key), net.name)}
         if min(height, width) < smallest_side(self.disc_layers):
             problem = f"{self.disc_layers} layers require images of at least {smallest_side(self.disc_layers)} pixels"
             raise InputError("objective.disc_layers", f"{problem} per side, got {height} x {width}; use fewer")
         key_net, key_critic = jax.random.split(key)
-        return {"net": network.init(key_net), "critic": self._critic(net.shape[-1])[0](key_critic)}
+        params = self._checked(network.init(key_net), net.name)
+        return {"net": params, "critic": self._critic(net.shape[-1])[0](key_critic)}
 
     def initial_state(self, params: Mapping) -> Mapping[str, Array]:
-        return {}
+        return self.codebook.initial_state(_codebook(params["net"])) if self.codebook else {}
 
     def before_step(
         self, params: Mapping, ema_params: Mapping, batch: Batch, objective_state: Mapping[str, Array], key: Array,
         step: Array,
     ) -> tuple[dict[str, Params], Mapping[str, Array]]:  # fmt: skip
-        return dict(params), objective_state
+        """Replaces the codes by those that follow from the last step."""
+        if not self.codebook:
+            return dict(params), objective_state
+        codes = self.codebook.codes(objective_state, _codebook(params["net"]))
+        change = {"net": {"quantize": {"embedding": {"embedding": codes}}}}
+        return trees.merge(params, change), objective_state
 
     def draw(self, batch: Batch, key: Array, step: Array, objective_state: Mapping[str, Array]) -> dict[str, Array]:
-        """Draws `keys [B]`, for the sample of each posterior, and `turns [B]`, a number of quarter turns."""
+        """Draws `keys [B]`, for the sample of each posterior or the restart of codes, and `turns [B]`, a number of
+        quarter turns."""
         size = len(batch["x"])
         key_sample, key_turns = jax.random.split(key)
         draws = {"keys": jax.random.split(key_sample, size)}
         return draws | ({"turns": jax.random.randint(key_turns, (size,), 0, 4)} if self.equivariance else {})
 
     def update_state(
-        self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Array
+        self, objective_state: Mapping[str, Array], draws: Mapping[str, Array], loss: Any
     ) -> tuple[Mapping[str, Array], dict[str, Array]]:
-        return objective_state, {}
+        if not self.codebook:
+            return objective_state, {}
+        return self.codebook.update_state(objective_state, loss["z"], loss["indices"], draws["keys"][0])
 
     def loss(
         self, net: AutoencoderApply, params: Mapping, ema_params: Mapping, batch: Batch, key: Array | None, step: Array
@@ -169,6 +183,8 @@ class AutoencoderTraining:
     def codebook_loss(self, z: Array, codes: Array) -> Array:
         """Returns L_q `[B]` of latents `[B, h, w, c]` and their codes."""
         commitment = flat_mean(jnp.square(jax.lax.stop_gradient(codes) - z))
+        if self.codebook and self.codebook.averages:
+            return self.beta * commitment
         codebook = flat_mean(jnp.square(codes - jax.lax.stop_gradient(z)))
         return commitment + self.beta * codebook if self.legacy else codebook + self.beta * commitment
 
@@ -197,6 +213,14 @@ class AutoencoderTraining:
         """Returns `init` and `merge` of the critic."""
         return split(lambda rngs: PatchCritic(channels, self.disc_width, self.disc_layers, rngs=rngs))
 
+    def _checked(self, params: Params, name: str) -> Params:
+        """Returns the parameters of a network after checking that it has a codebook, if one is to be updated."""
+        if self.codebook and _codebook(params) is None:
+            field = "codebook" if self.codebook.averages else "restart_threshold"
+            problem = f"requires a codebook, and the network {name} has none; use autoencoder_vq without fsq_levels"
+            raise InputError(f"objective.{field}", problem)
+        return params
+
     def _forward(self, net: AutoencoderApply, params: Params, batch: Batch) -> Reconstruction:
         x, draws = batch["x"], batch["draws"]
         encoded = net.encode(params, x)
@@ -208,17 +232,24 @@ class AutoencoderTraining:
         if hasattr(net, "kl"):
             kl = net.kl(encoded)
             loss, metrics["kl"] = loss + self.kl_weight * kl, jnp.mean(kl)
-        if params.get("quantize"):  # rounding to levels has no codebook
+        if (codebook := _codebook(params)) is not None:
             quantized = net.quantize(params, z)
             distance = self.codebook_loss(z, quantized.codes)
             loss += self.codebook_weight * distance
-            num = len(params["quantize"]["embedding"]["embedding"])
-            metrics |= {"codebook_loss": jnp.mean(distance), "perplexity": _perplexity(quantized.indices, num)}
+            perplexity = _perplexity(quantized.indices, len(codebook))
+            metrics |= {"codebook_loss": jnp.mean(distance), "perplexity": perplexity}
+            if self.codebook:
+                metrics["for_state"] = {"z": z, "indices": quantized.indices}
         if self.equivariance:
             small_x, small_z = (halve(_turned(images, draws["turns"]), BOX) for images in (x, z))
             change = self.error(net, small_x, net.decode(params, small_z))
             loss, metrics["equivariance"] = loss + self.equivariance * change, jnp.mean(change)
         return Reconstruction(features, y, error, loss, metrics)
+
+
+def _codebook(params: Params) -> Array | None:
+    """Returns the codes `[K, d]` of an autoencoder; None if it has none, as one that rounds to levels."""
+    return params["quantize"]["embedding"]["embedding"] if params.get("quantize") else None
 
 
 def _sums(x: Array) -> Array:
@@ -244,6 +275,9 @@ def make(
     codebook_weight: float = 1.0,
     beta: float = 0.25,
     legacy: bool = True,
+    codebook: Literal["gradient", "ema"] = "gradient",
+    codebook_decay: float = 0.99,
+    restart_threshold: float | None = None,
     equivariance: float = 0.0,
     disc_weight: float = 0.0,
     disc_start: int = 0,
@@ -256,8 +290,14 @@ def make(
       loss: The error per pixel and channel, |x - y| or (x - y)^2.
       kl_weight: The weight of the divergence of the posterior from N(0, 1), of `autoencoder_kl` alone.
       codebook_weight: The weight of L_q, of `autoencoder_vq` with a codebook alone.
-      beta: The weight of the second term of L_q.
-      legacy: Whether beta is on the term that moves the codes; otherwise on the one that moves the latents.
+      beta: The weight of the second term of L_q, and with averages of its only one.
+      legacy: Whether beta is on the term that moves the codes; otherwise on the one that moves the latents. It has no
+        effect on averages.
+      codebook: `gradient` trains the codes by the gradient of L_q, `ema` makes each the moving average of its latents.
+      codebook_decay: The decay of the averages of latents and of the usage of codes, in [0, 1).
+      restart_threshold: A code restarts at a random latent of the batch if its average usage is below this share of
+        that of a code in a codebook whose codes are used equally often, in [0, 1); 0 for none. None: 0.1 with `ema`,
+        where it makes the codes start from data, and 0 with `gradient`, as published.
       equivariance: The weight of the error of transformed latents (EQ-VAE: Kouzelis et al. 2025, arXiv 2502.09509, eq.
         5), 0 for none. The transform is a random number of quarter turns, followed by halving; the paper also draws the
         scale.
@@ -271,5 +311,10 @@ def make(
     checks.at_least(1, disc_layers=disc_layers, disc_width=disc_width)
     checks.at_most(12, disc_layers, "disc_layers")
     checks.at_most(checks.LARGEST, disc_width, "disc_width")
-    return AutoencoderTraining(loss == "l2", kl_weight, codebook_weight, beta, legacy, equivariance, disc_weight,
+    if restart_threshold is None:
+        restart_threshold = RESTART_THRESHOLD if codebook == "ema" else 0.0
+    checks.rate(codebook_decay=codebook_decay, restart_threshold=restart_threshold)
+    update = CodebookUpdate(codebook == "ema", codebook_decay, restart_threshold)
+    return AutoencoderTraining(loss == "l2", kl_weight, codebook_weight, beta, legacy,
+                               update if codebook == "ema" or restart_threshold else None, equivariance, disc_weight,
                                disc_start, disc_layers, disc_width)  # fmt: skip

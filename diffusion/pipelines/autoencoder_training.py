@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusion.core import images
 from diffusion.core.arrays import scaled
+from diffusion.core.trees import matcher
 from diffusion.core.types import InputError, Params, Source
 from diffusion.distributed import sharding
 from diffusion.encoders import autoencoder_folder
@@ -18,21 +19,27 @@ from diffusion.encoders.autoencoder_folder import Scale, Stored
 from diffusion.pipelines.conditions import MEASURED
 from diffusion.pipelines.model import Model
 from diffusion.pipelines.run import Run
+from diffusion.training.options import Options
 
 PREVIEW_ROWS, PREVIEW_COLUMNS = 4, 10
+CODEBOOK = "net/quantize/embedding/embedding"
 BATCH_SIZE = 16  # of images that are encoded at once
 
 logger = logging.getLogger(__name__)
 
 
-def check(model: Model, steps: int) -> None:
-    """Raises InputError if a run of `steps` steps ends before its critic starts, or would train on latents."""
+def check(model: Model, options: Options) -> None:
+    """Raises InputError if a run ends before its critic starts, or would train on latents or change fixed codes."""
     if model.autoencoder is not None:
         raise InputError("autoencoder", "must be None for the objective autoencoder, which trains on images")
     start = getattr(model.objective, "disc_start", 0)
-    if getattr(model.objective, "players", None) is not None and start >= steps:
-        raise InputError("objective.disc_start", f"must be below train.steps = {steps:,}, got {start:,}; or set "
-                         "objective.disc_weight to 0")  # fmt: skip
+    if getattr(model.objective, "players", None) is not None and start >= options.steps:
+        raise InputError("objective.disc_start", f"must be below train.steps = {options.steps:,}, got {start:,}; or "
+                         "set objective.disc_weight to 0")  # fmt: skip
+    trained = options.trainable is None or matcher(options.trainable, "train.trainable")(CODEBOOK)
+    if getattr(model.objective, "codebook", None) is not None and not trained:
+        problem = f"must include {CODEBOOK}, or set objective.codebook to gradient and objective.restart_threshold to 0"
+        raise InputError("train.trainable", problem)
 
 
 def preview(model: Model, mesh: Mesh, source: Source) -> Callable[[Params], Image.Image]:

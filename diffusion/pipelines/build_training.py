@@ -55,7 +55,7 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     options = keywords["options"]
     start = start_of(config, meta, model, teacher, keywords["mesh"])
     if hasattr(model.objective, "reconstruct"):
-        autoencoder_training.check(model, options.steps)
+        autoencoder_training.check(model, options)
         draw = autoencoder_training.preview(model, keywords["mesh"], source)
     else:
         generator = Generator(
