@@ -201,6 +201,38 @@ def test_the_adversarial_game(kind, batch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), grads, wanted)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "reached"),
+    [
+        ("tiny", {}, {"net/A", "net/last/kernel"}),
+        ("kl", {"kl_weight": 1.0}, {"net/A"}),
+        ("vq", {"codebook_weight": 1.0, "beta": 0.0}, {"net/A"}),
+        ("vq", {"codebook_weight": 1.0, "beta": 0.0, "legacy": False}, {"net/quantize/embedding/embedding"}),
+        ("vq", {"codebook_weight": 1.0, "codebook": "ema"}, {"net/A"}),
+        ("tiny", {"equivariance": 1.0}, {"net/A", "net/last/kernel"}),
+        ("tiny", CRITIC, {"net/A", "net/last/kernel"}),
+        ("vq", CRITIC, {"net/A", "net/last/kernel"}),
+    ],
+)
+def test_which_parameters_a_term_moves(kind, options, reached, batch):
+    """A term adds exactly 0 to the gradient of all other parameters, those of the critic included."""
+    params = params_of(kind, objective_of(**CRITIC))
+    batch = with_draws(objective_of(equivariance=1.0), batch, jax.random.key(1))
+
+    def slope(**options):
+        objective = objective_of(**{"kl_weight": 0.0, "codebook_weight": 0.0, **options})
+
+        def loss(params):
+            if objective.players is None:
+                return jnp.sum(objective.loss(linear(kind), params, {}, batch, None, 0)[0])
+            return jnp.sum(objective.losses(linear(kind), params, {}, batch, None, 0)[0]["generator"])
+
+        return trees.by_path(jax.grad(loss)(params))
+
+    with_term, without = slope(**options), slope() if options else {}
+    assert {path for path, leaf in with_term.items() if (leaf != without.get(path, 0)).any()} == reached
+
+
 def test_the_critic_starts_at_a_step(batch):
     *_, before, _ = run("tiny", batch, step=2, disc_start=3, **CRITIC)
     *_, plain, _ = run("tiny", batch)
