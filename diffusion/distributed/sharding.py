@@ -4,7 +4,7 @@ import collections
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,16 +61,11 @@ def of_state(state: Any, mesh: Mesh, rules: Sequence[Rule] = (), fsdp_min_size: 
       InputError: A rule is not a regular expression, or has an unknown axis, the same axis twice, more axes than the
         array has dimensions, or an axis that does not divide its dimension.
     """
-    compiled = [
-        (matcher([pattern], f"sharding.rules[{index}]"), spec, index) for index, (pattern, spec) in enumerate(rules)
-    ]
-    unused = {index: pattern for index, (pattern, _) in enumerate(rules)}
+    rule_of = _rule_of(rules)
 
     def place(path, leaf) -> NamedSharding:
-        name = path_name(path)
-        found = ((spec, index) for matches, spec, index in compiled if leaf.ndim and matches(name))
-        spec, index = next(found, ((), None))
-        unused.pop(index, None)
+        name, index = path_name(path), rule_of(path, leaf)
+        spec = () if index is None else rules[index][1]
         if spec is None:
             return replicated(mesh)
         split = [_axes(axes, mesh) for axes in spec]
@@ -81,10 +76,16 @@ def of_state(state: Any, mesh: Mesh, rules: Sequence[Rule] = (), fsdp_min_size: 
                 split[dimension] = axes
         return NamedSharding(mesh, _spec(split))
 
-    placed = jax.tree.map_with_path(place, state)
-    for index, pattern in unused.items():
-        logger.warning("sharding.rules[%d] (%r) decides the sharding of no array", index, pattern)
-    return placed
+    return jax.tree.map_with_path(place, state)
+
+
+def warn_of_unused(rules: Sequence[Rule], *states: Any) -> None:
+    """Logs each rule that decides the sharding of no leaf of the states, because of a spelling error for example."""
+    rule_of = _rule_of(rules)
+    used = {rule_of(path, leaf) for state in states for path, leaf in jax.tree.leaves_with_path(state)}
+    for index, (pattern, _) in enumerate(rules):
+        if index not in used:
+            logger.warning("sharding.rules[%d] (%r) decides the sharding of no array", index, pattern)
 
 
 def replicated_arrays(state: Any, fsdp_min_size: int = FSDP_MIN_SIZE) -> dict[str, int]:
@@ -128,6 +129,17 @@ def spread(tree: Any, sharding: NamedSharding) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
 
     return jax.tree.map(place, tree)
+
+
+def _rule_of(rules: Sequence[Rule]) -> Callable[[Any, Any], int | None]:
+    """Returns a function of a path and its leaf that returns the number of the first rule that applies, or None."""
+    matchers = [matcher([pattern], f"sharding.rules[{index}]") for index, (pattern, _) in enumerate(rules)]
+
+    def rule_of(path: Any, leaf: Any) -> int | None:
+        name = path_name(path)
+        return next((index for index, matches in enumerate(matchers) if leaf.ndim and matches(name)), None)
+
+    return rule_of
 
 
 def _fsdp_axes(mesh: Mesh) -> tuple[str, ...]:

@@ -143,6 +143,7 @@ def make_program(
     shardings = sharding.of_state(shapes, mesh, rules, fsdp_min_size)
     state = with_places(shapes, shardings)
     frozen = with_places(frozen, sharding.of_state(frozen, mesh, rules, fsdp_min_size))
+    sharding.warn_of_unused(rules, state, frozen)
     batch = sharding.by_example(mesh)
     step = make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=cond_drop_rate,
                      accumulate=accumulate, guard=guard, matches=matches, autoencoder=autoencoder)  # fmt: skip
