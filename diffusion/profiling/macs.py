@@ -14,17 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-from diffusion.core.types import Network, Spec
+from diffusion.core.types import Autoencoder, Network, Spec
+from diffusion.layers.autoencoder import AutoencoderApply
 
 REPEATING = ("while", "pallas_call", "shard_map")  # primitives that run their bodies an unknown number of times
 OPAQUE = ("dot", "matmul", "ffi_call")  # parts of the names of other primitives whose products are not in their jaxprs
 
 
 def network_macs(network: Network, spec: Spec) -> int:
-    """Returns the MACs of one example's forward pass of a network that was built for the spec."""
-    params = jax.eval_shape(network.init, jax.random.key(0))
+    """Returns the MACs of one example's forward pass of a network that was built for the spec.
+
+    That of an autoencoder encodes and decodes.
+    """
+    params, apply = jax.eval_shape(network.init, jax.random.key(0)), network.apply
     x, c_noise = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in (spec.shape, ()))
-    return macs(network.apply, params, x, c_noise, spec.zeros(1))
+    if isinstance(apply, AutoencoderApply):
+        return macs(lambda params, x: apply.decode(params, apply.sample(apply.encode(params, x), None)), params, x)
+    return macs(apply, params, x, c_noise, spec.zeros(1))
+
+
+def encoder_macs(autoencoder: Autoencoder, spec: Spec) -> int:
+    """Returns the MACs with which an autoencoder encodes one example of a spec."""
+    return macs(autoencoder.posterior, autoencoder.params, jax.ShapeDtypeStruct((1, *spec.shape), jnp.float32))
 
 
 def macs(function: Callable[..., Any], *args: Any) -> int:

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from diffusion.core.build import build, build_network
-from diffusion.core.types import ArraySpec, Spec, class_labels
-from diffusion.profiling.macs import macs, network_macs
+from diffusion.core.types import ArraySpec, Autoencoder, Spec, class_labels
+from diffusion.profiling.macs import encoder_macs, macs, network_macs
+from tests.vae_folders import VAE
 
 DOT = 7**3  # MACs of `dot`
 SQUARE = jax.ShapeDtypeStruct((7, 7), jnp.float32)
@@ -259,3 +260,15 @@ def test_published_unets(options, size, classes, attention, published):
     work = macs_of({"name": "unet", **options}, shape, classes)
     products = sum(2 * pixels**2 * channels * count for pixels, channels, count in attention)
     assert (work - products) / 1e9 == pytest.approx(published, rel=0.01)
+
+
+def test_autoencoders_in_closed_form():
+    """A forward pass encodes and decodes. All blocks are convolutions of four channels, without attention."""
+    spec = Spec(ArraySpec((8, 8, 1)))
+    network = build("networks", VAE, shape=spec.shape)
+    params, apply = jax.eval_shape(network.init, jax.random.key(0)), network.apply
+    large, small, conv = 8 * 8, 4 * 4, 9 * 4 * 4
+    encoder = large * (9 * 4 + 2 * conv) + small * ((1 + 2 + 4 + 1) * conv + 4 * 4)
+    decoder = small * (2 * 2 + 9 * 2 * 4 + (4 + 4) * conv) + large * ((1 + 4) * conv + 9 * 4)
+    assert encoder_macs(Autoencoder(params, apply.encode, apply.decode, apply.latent_shape), spec) == encoder
+    assert network_macs(network, spec) == encoder + decoder
