@@ -22,8 +22,9 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice to compile for, as v
 DEVICES = flags.DEFINE_integer("mesh_devices", None, "Number of virtual CPU devices to compile for instead.")
 CHIP = flags.DEFINE_enum("chip", None, list(CHIPS), "With --mesh_devices: the chip whose memory and speed to assume.")
 SHAPE = flags.DEFINE_string(
-    "shape", None, "Shape of an example, as 32,32,4, if the config's data are not on this machine."
-)
+    "shape", None, "If the config's data are not on this machine: the shape of an image, as 256,256,3, which the step "
+    "encodes if the config has an autoencoder, or of a latent, as 32,32,4."
+)  # fmt: skip
 CLASSES = flags.DEFINE_integer("classes", None, "With --shape: number of classes. Default: num_classes of the data.")
 EFFORT = flags.DEFINE_float(
     "effort", 0.0, "The compiler's optimisation effort: 0 as in training; -1 is the least, for large U-Nets.", -1.0, 0.0
@@ -47,13 +48,13 @@ def main() -> None:
     check_config(config)
     if JSON.value:
         files.make_folder(os.path.dirname(JSON.value) or ".", "--json")
-    spec = capacity.data_spec(config, SHAPE.value, CLASSES.value)
-    found, excess = capacity.estimate(config, spec, devices, chip, EFFORT.value)
+    source = capacity.data_source(config, SHAPE.value, CLASSES.value)
+    found, excess = capacity.estimate(config, source, devices, chip, EFFORT.value)
     print(capacity.report(found, TOP.value))
     if JSON.value:
         files.write_json(JSON.value, found)
     if excess:
-        change = capacity.suggest_change(config, spec, devices, chip, EFFORT.value, excess)
+        change = capacity.suggest_change(config, source, devices, chip, EFFORT.value, excess)
         raise InputError("config", f"does not fit: {excess}; {change}")
 
 

@@ -74,8 +74,8 @@ def estimate(model: str, topology: str, mesh: tuple[int, int], images: int) -> M
     """Returns the figures of a training with `images` per chip, or by how much it does not fit."""
     devices, chip = capacity.tpu_devices(topology)
     config = config_of(model, *mesh, images * len(devices))
-    spec = capacity.data_spec(config, SHAPES[model], 1000)
-    found, excess = capacity.estimate(config, spec, devices, chip, EFFORT[model])
+    source = capacity.data_source(config, SHAPES[model], 1000)
+    found, excess = capacity.estimate(config, source, devices, chip, EFFORT[model])
     return excess or found
 
 
@@ -110,8 +110,8 @@ def weak_scaling(devices: Sequence[Any]) -> str:
     for count in DEVICES:
         fsdp = min(count, 8)
         config = config_of("DiT-S/2", count // fsdp, fsdp, 4 * count)
-        spec = capacity.data_spec(config, SHAPES["DiT-S/2"], 1000)
-        found, _ = capacity.estimate(config, spec, devices[:count], None)
+        source = capacity.data_source(config, SHAPES["DiT-S/2"], 1000)
+        found, _ = capacity.estimate(config, source, devices[:count], None)
         held, xla = found["bytes_per_device"], found["xla"]
         rows.append([str(count), str(fsdp), f"{xla['flops'] / 1e9:,.2f}", f"{xla['bytes_accessed'] / 2**20:,.0f}",
                      f"{held['temporaries'] / 2**20:,.0f}", f"{held['state'] / 2**20:,.1f}",

@@ -349,7 +349,8 @@ class Autoencoder:
     """A frozen autoencoder next to the network, which then models its latents.
 
     Attributes:
-      params: The parameters, a pytree of arrays. They are passed to the functions, and are no part of a train state.
+      params: The parameters, a pytree of arrays, or of their shapes to plan with. They are passed to the functions, and
+        are no part of a train state.
       posterior: `posterior(params, x [B, ...]) -> moments [B, ...]`, what `sample` needs to know of x: the mean and the
         log-variance of a variational autoencoder, and the latents themselves of others.
       decode: `decode(params, z [B, ...]) -> x [B, ...]` in [-1, 1].

@@ -102,7 +102,7 @@ class Stored:
 
     Attributes:
       network: The section `network` of a config, `{"name": "autoencoder_kl", ...}`.
-      params: The parameters, float32.
+      params: The parameters, float32, or their shapes.
       shape: The shape of one image.
       scale: The scale of the latents.
     """
@@ -114,8 +114,9 @@ class Stored:
 
 
 def read(
-    path: str, name: str, shape: tuple[int, ...], variant: str | None = None, dtype: str = "float32"
-) -> tuple[Stored, AutoencoderApply]:
+    path: str, name: str, shape: tuple[int, ...], variant: str | None = None, dtype: str = "float32",
+    weights: bool = True,
+) -> tuple[Stored, AutoencoderApply]:  # fmt: skip
     """Reads a model folder; also returns the functions of its network.
 
     Args:
@@ -124,6 +125,8 @@ def read(
       shape: The shape of one image, `(H, W, C)`.
       variant: The variant of the weights; see `model_folder.read_tensors`.
       dtype: The compute dtype.
+      weights: Whether to read the parameters. Without them the folder needs `config.json` alone, and their shapes are
+        returned.
 
     Raises:
       InputError: for `path`; the folder cannot be read, the model is not supported or is not for these images, or a
@@ -133,14 +136,14 @@ def read(
         if os.path.isfile(os.path.join(path, "model_index.json")) and os.path.isdir(os.path.join(path, part)):
             path = os.path.join(path, part)
     try:
-        return _read(path, name, shape, variant, dtype)
+        return _read(path, name, shape, variant, dtype, weights)
     except InputError as error:
         problem = error.problem if error.field == "folder" else f"{path}: {error}"
         raise InputError("path", problem) from None
 
 
 def _read(
-    path: str, name: str, shape: tuple[int, ...], variant: str | None, dtype: str
+    path: str, name: str, shape: tuple[int, ...], variant: str | None, dtype: str, weights: bool
 ) -> tuple[Stored, AutoencoderApply]:
     config = model_folder.read_json(path, "config.json")
     kind = config.get("_class_name")
@@ -159,6 +162,8 @@ def _read(
     scale = Scale(**{field.name: config[field.name] for field in dataclasses.fields(Scale) if field.name in entries})
     scale.check(built.apply.latent_shape[-1], "config.json.")
     like = jax.eval_shape(built.init, jax.random.key(0))
+    if not weights:
+        return Stored(network, like, shape, scale), built.apply
     foreign = {}
     for key, tensor in model_folder.read_tensors(path, variant).items():
         if ".attentions." in key and tensor.shape[2:] == (1, 1):  # files of latent diffusion have 1x1 convolutions
@@ -231,10 +236,10 @@ def _pairs(params: Params) -> list[tensors.Pair]:
 
 def frozen(
     path: str, name: str, shape: tuple[int, ...], *, variant: str | None, tile: int | None, overlap: float,
-    slices: bool, dtype: str,
+    slices: bool, dtype: str, weights: bool,
 ) -> Autoencoder:  # fmt: skip
     """Returns the autoencoder in a model folder; see `encoders.autoencoders.kl.make` for the arguments, and `read`."""
-    stored, apply = read(path, name, shape, variant, dtype)
+    stored, apply = read(path, name, shape, variant, dtype, weights)
     shift, factor, halved = stored.scale.shift, stored.scale.factor, apply.factor
 
     def encode(params: Params, x: Array) -> Array:
@@ -258,6 +263,8 @@ def frozen(
     def sample(moments: Array, key: Array | None) -> Array:
         return (apply.sample(moments, key) - shift) * factor
 
+    if not weights:
+        return Autoencoder(stored.params, encode, decode, apply.latent_shape, sample=sample)
     params = jax.tree.map(jnp.asarray, stored.params)
     return Autoencoder(params, encode, decode, apply.latent_shape, digest(stored), sample)
 

@@ -1,7 +1,8 @@
 """Estimates what the training of a config needs on given devices, which need not exist: memory, communication and time.
 
-The train step is compiled for the devices and the compiled program is read; nothing runs. If the training does not fit
-into the devices' memory, `suggest_change` searches for the cheapest change of the config after which it does.
+The train step is compiled for the devices and the compiled program is read; nothing runs. Of an autoencoder in a model
+folder, `config.json` is enough. If the training does not fit into the devices' memory, `suggest_change` searches for
+the cheapest change of the config after which it does.
 """
 
 import contextlib
@@ -17,13 +18,14 @@ from jax.sharding import Mesh
 
 from diffusion.core.build import build, check, defaults, find
 from diffusion.core.checks import at_most
-from diffusion.core.types import ArraySpec, InputError, Spec, class_labels, earlier_kind
+from diffusion.core.types import ArraySpec, InputError, Source, Spec, class_labels, earlier_kind
+from diffusion.data.pipeline import decoded_spec, is_encoded
 from diffusion.distributed import sharding
 from diffusion.pipelines.build_training import meta_of, program_of, training
 from diffusion.pipelines.model import build_model, model_spec, teacher_of
 from diffusion.profiling import cost_model
 from diffusion.profiling.chips import CHIPS, Chip
-from diffusion.profiling.macs import network_macs
+from diffusion.profiling.macs import encoder_macs, network_macs
 from diffusion.training.program import abstract_batch
 
 MOST_DEVICES = 4096
@@ -73,12 +75,25 @@ def virtual_devices(count: int, chip: str | None) -> tuple[Sequence[Any], Chip |
     return jax.devices(), CHIPS[chip] if chip else None
 
 
-def data_spec(config: Mapping[str, Any], shape: str | None = None, classes: int | None = None) -> Spec:
-    """Returns the spec of a config's data, from the data source or from the flags `--shape` and `--classes`.
+class Described:
+    """Stands for data that are not on this machine.
+
+    Attributes:
+      spec: What the data look like.
+      encoder: "" for latents, which count as encoded in advance if the config has an autoencoder; otherwise None.
+    """
+
+    def __init__(self, spec: Spec):
+        self.spec, self.encoder = spec, "" if spec.x.kind == "latent" else None
+
+
+def data_source(config: Mapping[str, Any], shape: str | None = None, classes: int | None = None) -> Source | Described:
+    """Returns a config's data, or what the flags `--shape` and `--classes` say of them.
 
     Args:
       config: The resolved config.
-      shape: Shape of an example as text, for example `32,32,4`, for data that are not on this machine.
+      shape: Shape of an example as text, for data that are not on this machine. Three axes with one or three channels
+        are an image, and with another number, as in `32,32,4`, a latent.
       classes: Number of classes, used with `shape`; by default the option `num_classes` of the data, or 0.
 
     Raises:
@@ -87,7 +102,7 @@ def data_spec(config: Mapping[str, Any], shape: str | None = None, classes: int 
     data = config["data"]
     if shape is None:
         try:
-            return build("data", data, field="data").spec
+            return build("data", data, field="data")
         except InputError as error:
             problem = f"{error.problem}; to plan without the data, describe them with --shape=H,W,C [--classes=N]"
             raise InputError(error.field, problem) from None
@@ -103,34 +118,40 @@ def data_spec(config: Mapping[str, Any], shape: str | None = None, classes: int 
     count = data.get("num_classes", 0) if classes is None else classes
     if count < 0:
         raise InputError("--classes", f"must be at least 0, got {count}")
-    return Spec(ArraySpec(sizes, earlier_kind(sizes, 0, 255)), class_labels(at_most(10**7, count, "--classes")))
+    x = ArraySpec(sizes, earlier_kind(sizes, 0, 255))
+    return Described(Spec(x, class_labels(at_most(10**7, count, "--classes"))))
 
 
-def train_program(config: Mapping[str, Any], spec: Spec, devices: Sequence[Any]) -> dict[str, Any]:
+def train_program(config: Mapping[str, Any], source: Source | Described, devices: Sequence[Any]) -> dict[str, Any]:
     """Returns the train step of a config on a mesh of the devices, and the parts that it is made of.
 
+    The step encodes the examples unless they are latents.
+
     Returns:
-      A dict of the `program` (`training.program.Program`), an abstract `batch`, the `mesh`, the `network`, the
-      `objective`, the `options` of the section `train`, and the `spec` of what the network models.
+      A dict of the `program` (`training.program.Program`), an abstract `batch`, the `mesh`, the `model`, the `options`
+      of the section `train`, and the `spec` of what the network models.
     """
-    meta, teacher = meta_of(config, spec, NO_WORKDIR)
-    model = build_model(config, spec, teacher_of(meta))
+    meta, teacher = meta_of(config, decoded_spec(source), NO_WORKDIR)
+    if is_encoded(source):
+        config = {**config, "autoencoder": None}
+    model = build_model(config, source.spec, teacher_of(meta), weights=False)
     keywords = training(config, devices)
     mesh, options = keywords["mesh"], keywords["options"]
     program = program_of(model, teacher, **keywords)
-    batch = abstract_batch(spec, options.batch_size, program.batch)
-    return dict(program=program, batch=batch, mesh=mesh, network=model.network, objective=model.objective,
-                options=options, spec=model_spec(spec, model.autoencoder))  # fmt: skip
+    batch = abstract_batch(source.spec, options.batch_size, program.batch)
+    return dict(program=program, batch=batch, mesh=mesh, model=model, options=options,
+                spec=model_spec(source.spec, model.autoencoder))  # fmt: skip
 
 
 def estimate(
-    config: Mapping[str, Any], spec: Spec, devices: Sequence[Any], chip: Chip | None, effort: float = 0.0
-) -> tuple[dict[str, Any], cost_model.TooLarge | None]:
+    config: Mapping[str, Any], source: Source | Described, devices: Sequence[Any], chip: Chip | None,
+    effort: float = 0.0,
+) -> tuple[dict[str, Any], cost_model.TooLarge | None]:  # fmt: skip
     """Compiles the train step of a config for the devices and returns its figures.
 
     Args:
       config: The resolved config.
-      spec: The spec of the data.
+      source: From `data_source`.
       devices: From `tpu_devices` or `virtual_devices`.
       chip: The chip whose memory and speed the program is compared with; None for no prediction.
       effort: The compiler's optimisation effort; see `cost_model.compiled`.
@@ -139,21 +160,27 @@ def estimate(
       The figures, and by how much the program exceeds the memory, or None if it fits. If the compiler rejects the
       program as too large, the figures that are read from the compiled program are missing.
     """
-    parts = train_program(config, spec, devices)
-    program, batch, mesh, options = (parts[name] for name in ("program", "batch", "mesh", "options"))
-    forward = 2 * network_macs(parts["network"], parts["spec"])
+    parts = train_program(config, source, devices)
+    program, batch, mesh, options, model = (parts[name] for name in ("program", "batch", "mesh", "options", "model"))
+    forward = 2 * network_macs(model.network, parts["spec"])
+    encoding = 2 * encoder_macs(model.autoencoder, source.spec) if model.autoencoder else 0
     dtype = network_option(config, "dtype") or "float32"
     modules = cost_model.parameters(program.state.params)
     found = {
         "devices": {"kind": devices[0].device_kind, "count": mesh.size, "mesh": dict(mesh.shape)},
         "batch_size": options.batch_size,
-        "parameters": {"count": sum(module["count"] for module in modules), "modules": modules},
+        "parameters": {
+            "count": sum(module["count"] for module in modules),
+            "modules": modules,
+            "frozen": cost_model.parameters(program.frozen),
+        },
         "flops": {
             "forward_of_an_image": forward,
-            "training": 3 * forward * options.batch_size,
+            "encoding_of_an_image": encoding,
+            "training": (encoding + 3 * forward) * options.batch_size,
             "as_traced": cost_model.products(program, batch),
         },
-        "bytes_per_device": cost_model.state_memory(program, mesh),
+        "bytes_per_device": cost_model.state_memory(program, mesh) | cost_model.frozen_memory(program),
         "arrays": cost_model.arrays(program.state),
     }
     began = time.monotonic()
@@ -169,9 +196,7 @@ def estimate(
     # XLA counts the body of a loop once, so these figures compare programs and do not give the cost of a step.
     found["xla"] = {"flops": cost.get("flops"), "bytes_accessed": cost.get("bytes accessed")}
     found["collectives"] = cost_model.traffic(step, mesh)
-    found["collectives"]["ideal"] = cost_model.ideal_traffic(
-        program, parts["objective"], mesh, dtype, options.accumulate
-    )
+    found["collectives"]["ideal"] = cost_model.ideal_traffic(program, model.objective, mesh, dtype, options.accumulate)
     excess = None
     if chip:
         memory["limit"] = chip.memory
@@ -196,7 +221,7 @@ def network_option(config: Mapping[str, Any], name: str) -> Any:
 
 def suggest_change(
     config: Mapping[str, Any],
-    spec: Spec,
+    source: Source | Described,
     devices: Sequence[Any],
     chip: Chip | None,
     effort: float,
@@ -207,7 +232,7 @@ def suggest_change(
     The candidates are compiled one after the other; see `candidate_changes`. The arguments are those of `estimate`, and
     the excess that it returned.
     """
-    parts = train_program(config, spec, devices)
+    parts = train_program(config, source, devices)
     mesh = parts["mesh"]
     state = cost_model.state_memory(parts["program"], mesh)
     whole = state["state_ideal"] * mesh.size / mesh.shape["data"]  # bytes of all shards, if `model` splits none
@@ -219,7 +244,7 @@ def suggest_change(
         for path, value in change.items():
             section, key = path.split(".")
             changed[section] = {**changed[section], key: value}
-        _, still = estimate(changed, spec, devices, chip, effort)
+        _, still = estimate(changed, source, devices, chip, effort)
         if still is None:
             return "it fits with " + " ".join(f"--config.{path}={value}" for path, value in change.items())
     return "remat, accumulation and more fsdp do not suffice; use more devices or a smaller train.batch_size"
@@ -275,16 +300,25 @@ def report(found: Mapping[str, Any], top: int) -> str:
     for module in found["parameters"]["modules"]:
         lines.append(f"  {module['module']:<28} {module['count']:>15,} {_size(module['bytes'])}")
     lines.append(f"  {'all':<28} {found['parameters']['count']:>15,}")
+    for module in found["parameters"]["frozen"]:
+        lines.append(f"  {module['module']:<28} {module['count']:>15,} {_size(module['bytes'])}  frozen")
     flops = found["flops"]
     lines += ["", "FLOPs of matrix products and convolutions",
-              f"  forward, per image           {flops['forward_of_an_image']:>15.4g}",
-              f"  step: 3 x forward x batch    {flops['training']:>15.4g}"]  # fmt: skip
+              f"  forward, per image           {flops['forward_of_an_image']:>15.4g}"]  # fmt: skip
+    encoding, step = flops["encoding_of_an_image"], "step: 3 x forward x batch"
+    if encoding:
+        share = encoding * found["batch_size"] / (flops["as_traced"] or flops["training"])
+        lines.append(f"  encoding, per image          {encoding:>15.4g}  {share:.1%} of the step")
+        step = "step: encoding, 3 x forward"
+    lines.append(f"  {step:<28} {flops['training']:>15.4g}")
     if flops["as_traced"]:
         lines.append(f"  step, as traced              {flops['as_traced']:>15.4g}  includes rematerialisation")
     lines += ["", "bytes per device"]
     notes = {"state": f"{memory['state'] / memory['state_ideal']:.3f} of an even share",
              "temporaries": "activations, gathered parameters and gradients, as allocated by XLA"}  # fmt: skip
-    for name in ("parameters", "optimizer", "ema", "state", "batch", "temporaries", "program", "total", "limit"):
+    rows = ("parameters", "optimizer", "ema", "state", "untrained", "autoencoder", "batch", "temporaries", "program",
+            "total", "limit")  # fmt: skip
+    for name in rows:
         if name in memory:
             lines.append(f"  {name:<28} {_size(memory[name])}  {notes.get(name, '')}".rstrip())
     lines += ["", "arrays of the state, the largest per device first"]

@@ -37,6 +37,7 @@ REQUIRED = ("data", "objective", "network", "train")
 SAMPLER = {"name": "ddim", "steps": 50}
 GUIDANCE = {"name": "cfg", "scale": 1.0}
 SUPPLIED_TO_NETWORKS = ("shape", "num_classes", "conditions")
+SUPPLIED_TO_AUTOENCODERS = ("shape", "weights")
 
 
 def sharding_options(
@@ -180,7 +181,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         "seed": seed,
         "init_from": init_from,
         "data": data,
-        "autoencoder": autoencoder and _part("autoencoders", autoencoder, "autoencoder", later=("shape",)),
+        "autoencoder": autoencoder and _part("autoencoders", autoencoder, "autoencoder", SUPPLIED_TO_AUTOENCODERS),
         "objective": _part("objectives", config["objective"], "objective"),
         "network": _part("networks", config["network"], "network", later=SUPPLIED_TO_NETWORKS),
         "adapters": {name: _adapter(name, keywords) for name, keywords in config.get("adapters", {}).items()},

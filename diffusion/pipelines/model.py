@@ -1,9 +1,10 @@
 """Builds networks, objectives and autoencoders from configs."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from diffusion.core.build import build, build_network
+from diffusion.core.build import build, build_network, find
 from diffusion.core.types import Autoencoder, InputError, Network, Objective, Spec
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.pipelines.config import cond_drop_rate
@@ -24,12 +25,15 @@ class Model(NamedTuple):
     autoencoder: Autoencoder | None = None
 
 
-def build_model(config: Mapping[str, Any], spec: Spec, teacher: Teacher | None = None) -> Model:
+def build_model(
+    config: Mapping[str, Any], spec: Spec, teacher: Teacher | None = None, *, weights: bool = True
+) -> Model:
     """Builds the model of a config.
 
     Args:
       spec: What the data look like.
       teacher: Replaces the workdir that `objective.teacher` names.
+      weights: See `build_autoencoder`.
 
     Raises:
       InputError: A part cannot be built, or was an object that the config does not describe.
@@ -39,7 +43,7 @@ def build_model(config: Mapping[str, Any], spec: Spec, teacher: Teacher | None =
             kind = config[part]["object"]
             problem = f"was an object of type {kind}; pass it: load(workdir, network=..., objective=...)"
             raise InputError(part, problem)
-    autoencoder = build_autoencoder(config, spec)
+    autoencoder = build_autoencoder(config, spec, weights=weights)
     network = build_network(config["network"], model_spec(spec, autoencoder))
     for name, keywords in config["adapters"].items():
         network = build("adapters", {"name": name, **keywords}, field=f"adapters.{name}", network=network)
@@ -47,11 +51,19 @@ def build_model(config: Mapping[str, Any], spec: Spec, teacher: Teacher | None =
     return Model(network, build("objectives", objective, field="objective"), autoencoder)
 
 
-def build_autoencoder(config: Mapping[str, Any], spec: Spec) -> Autoencoder | None:
-    """Builds the autoencoder of a config, with its parameters; None if the config has none."""
-    if config["autoencoder"] is None:
+def build_autoencoder(config: Mapping[str, Any], spec: Spec, *, weights: bool = True) -> Autoencoder | None:
+    """Builds the autoencoder of a config; None if the config has none.
+
+    Args:
+      spec: What the data look like.
+      weights: Whether to read its parameters. Otherwise it has their shapes, if it can be built without them.
+    """
+    section = config["autoencoder"]
+    if section is None:
         return None
-    return build("autoencoders", config["autoencoder"], field="autoencoder", shape=spec.shape)
+    parameters = inspect.signature(find("autoencoders", section["name"], field="autoencoder.name")).parameters
+    given = {"weights": weights} if "weights" in parameters else {}
+    return build("autoencoders", section, field="autoencoder", shape=spec.shape, **given)
 
 
 def model_of(meta: Mapping[str, Any]) -> Model:

@@ -102,11 +102,18 @@ def state_memory(program: Program, mesh: Mesh) -> dict[str, float]:
     return found
 
 
+def frozen_memory(program: Program) -> dict[str, float]:
+    """Returns the bytes per device of the arrays that a step reads and never changes: `untrained` parameters of the
+    networks and the `autoencoder`, as far as there are any."""
+    names = {"params": "untrained", "autoencoder": "autoencoder"}
+    return {names[name]: sum(map(_bytes_per_device, jax.tree.leaves(part))) for name, part in program.frozen.items()}
+
+
 def step_memory(step: jax.stages.Compiled, batch: Batch) -> dict[str, float]:
     """Returns the bytes per device that a step needs in addition to the state, according to XLA.
 
     These are the `batch`, the `temporaries` (activations, gathered parameters, gradients) and the `program`. The
-    `total` includes the state, whose buffers the results of the step reuse.
+    `total` includes the frozen arrays and the state, whose buffers the results of the step reuse.
     """
     found = step.memory_analysis()
     temporaries, program = found.temp_size_in_bytes, found.generated_code_size_in_bytes

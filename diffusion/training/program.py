@@ -138,7 +138,7 @@ def make_program(
         params = jax.eval_shape(lambda: initial_params(objective, network, jax.random.key(seed), teacher))
         frozen["params"] = trees.split(learned_networks(params, objective), matches)[1]
     if autoencoder is not None:
-        frozen["autoencoder"] = jax.eval_shape(lambda: autoencoder.params)
+        frozen["autoencoder"] = autoencoder.params
     _check_patterns(shapes, patterns, optimizer, objective)
     shardings = sharding.of_state(shapes, mesh, rules, fsdp_min_size)
     state = with_places(shapes, shardings)
@@ -152,7 +152,8 @@ def make_program(
     return Program(
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(step, in_shardings=(shardings, batch, jax.tree.map(lambda leaf: leaf.sharding, frozen)),
-                     out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
+                     out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0,
+                     keep_unused=True),  # so that its memory includes all arguments, such as an autoencoder's decoder
         state=state,
         frozen=frozen,
         batch=batch,

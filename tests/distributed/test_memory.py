@@ -14,7 +14,6 @@ PROCESSES = 2
 PROCESS = """
 import json, sys
 import jax
-from diffusion.core.types import ArraySpec, Spec, class_labels
 from diffusion.distributed import multihost
 from diffusion.pipelines import capacity
 from diffusion.pipelines.config import read_config
@@ -29,7 +28,8 @@ multihost.initialize(address, 2, rank)
 config = read_config("configs/imagenet256_dit.py:B/2")
 config["mesh"] |= {"data": 1, "fsdp": 2}
 config["train"]["batch_size"] = 8
-program = capacity.train_program(config, Spec(ArraySpec((32, 32, 4)), class_labels(1000)), jax.devices())["program"]
+data = capacity.data_source(config, "32,32,4", 1000)
+program = capacity.train_program(config, data, jax.devices())["program"]
 checkpoints = Checkpoints(workdir)
 if checkpoints.latest() is None:
     state = jax.block_until_ready(program.init(None, {}))

@@ -6,11 +6,14 @@ import json
 import jax
 import pytest
 
+from diffusion.core.build import build
 from diffusion.pipelines import capacity
 from diffusion.pipelines.config import resolve
+from diffusion.profiling import cost_model
 from diffusion.profiling.cost_model import TooLarge
 from tests.jobs import job
 from tests.refusals import refused_field
+from tests.vae_folders import VAE, write_vae
 
 MOONS = "--config=configs/moons.py"
 WIDE = ("--config.network.width=16384", "--config.network.depth=2")  # a state of 40 GiB
@@ -95,21 +98,46 @@ def small_config(network, **sections):
 
 UNET = {"name": "unet", "width": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (),
         "head_dim": 8}  # fmt: skip
+MLP = {"name": "mlp", "width": 8, "depth": 1}
 
 
 @pytest.mark.parametrize(
     ("network", "proposed"),
-    [(UNET, True), ({**UNET, "remat": "full"}, False), ({"name": "mlp", "width": 8, "depth": 1}, False)],
+    [(UNET, True), ({**UNET, "remat": "full"}, False), (MLP, False)],
     ids=["unet, default remat", "unet, full remat", "mlp without remat"],
 )
 def test_rematerialisation_is_proposed_by_the_networks_default(network, proposed):
     """A U-Net that does not set `remat` does no rematerialisation, so the planner may turn it on."""
     config = resolve(small_config(network))
     config["network"] = network  # a config from Python need not be resolved
-    parts = capacity.train_program(config, capacity.data_spec(config), jax.devices()[:1])
+    parts = capacity.train_program(config, capacity.data_source(config), jax.devices()[:1])
     changes = capacity.candidate_changes(config, parts, TooLarge(used=2.0**30, limit=2.0**29))
     assert ({"network.remat": "full"} in changes) == proposed
     assert any("train.accumulate" in change for change in changes)
+
+
+def test_an_autoencoder_in_the_step_is_counted(tmp_path, caplog):
+    """Its weights are not needed. Latents, as of a cache, have none of it in the step."""
+    vae = {"name": "kl", "path": write_vae(tmp_path, (8, 8, 1))}
+    config = resolve(small_config(MLP, autoencoder=vae, sharding={"rules": (("net/", None),)}))
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    devices = jax.devices()[:1]
+    found, excess = capacity.estimate(config, capacity.data_source(config), devices, None)
+    latents = capacity.train_program(config, capacity.data_source(config, "4,4,2", 10), devices)
+    assert excess is None and not latents["program"].frozen
+
+    flops, memory = found["flops"], found["bytes_per_device"]
+    without = cost_model.products(latents["program"], latents["batch"])
+    assert flops["as_traced"] - without == 16 * flops["encoding_of_an_image"] > 0
+    assert flops["training"] == 16 * (3 * flops["forward_of_an_image"] + flops["encoding_of_an_image"])
+    params = jax.eval_shape(build("networks", VAE, shape=(8, 8, 1)).init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert memory["autoencoder"] == 4 * count == 4 * sum(module["count"] for module in found["parameters"]["frozen"])
+    held = memory["state"] + memory["autoencoder"] + memory["batch"]  # with the decoder, which the step does not use
+    assert memory["total"] - memory["temporaries"] - memory["program"] >= held
+    share = 16 * flops["encoding_of_an_image"] / flops["as_traced"]
+    assert f"{share:.1%} of the step" in capacity.report(found, 0)
+    assert not caplog.messages  # the rule is for the network alone
 
 
 @NEEDS_LIBTPU

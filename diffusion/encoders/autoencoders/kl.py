@@ -15,6 +15,7 @@ def make(
     overlap: float = 0.25,
     slices: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    weights: bool = True,
 ) -> Autoencoder:
     """Reads an autoencoder, without pickles.
 
@@ -27,9 +28,10 @@ def make(
       overlap: The share of a tile that overlaps with the next, in [0, 0.5].
       slices: Encodes and decodes one image at a time.
       dtype: The compute dtype. Half precision overflows in some of these networks and is not offered.
+      weights: Whether to read the weights; given by the caller. A plan does without them and needs `config.json` alone.
 
     Raises:
       InputError: The folder cannot be read, or its model is not supported or not for images of this shape.
     """
     return frozen(path, "autoencoder_kl", shape, variant=variant, tile=tile, overlap=overlap, slices=slices,
-                  dtype=dtype)  # fmt: skip
+                  dtype=dtype, weights=weights)  # fmt: skip
