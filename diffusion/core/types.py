@@ -26,6 +26,9 @@ Cond = Mapping[str, Any]  # arrays or `Text`, each [B, ...], and `keep`
 SCALAR_CONDITIONS = ("step_size", "guidance_scale")
 # The condition of self-conditioning, an earlier estimate of x0 `[B, ...]`; see `Network.self_conditioning`.
 PREVIOUS_X0 = "previous_x0"
+# The condition of noisy labels: a pytree of arrays `[B, ...]` that, called with the embeddings of the labels `[B, D]`,
+# returns noisy ones; see `guidance.cads`. A module calls it through `layers.conditioner.with_noise`.
+LABEL_NOISE = "label_noise"
 
 
 class InputError(ValueError):
@@ -170,7 +173,7 @@ class Spec:
 
     def __post_init__(self):
         for name in self.conditions:
-            if name in ("keep", "joint", "target_time", "memory", PREVIOUS_X0, *SCALAR_CONDITIONS):
+            if name in ("keep", "joint", "target_time", "memory", PREVIOUS_X0, LABEL_NOISE, *SCALAR_CONDITIONS):
                 raise InputError("conditions", f"the name {name!r} is reserved; choose another")
             if (name == "label") != (self.conditions[name].kind == "label"):
                 raise InputError(

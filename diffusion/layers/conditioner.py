@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core.arrays import expand, kept
-from diffusion.core.types import NO_CONDITIONS, Array, Cond, ConditionSpec, Text
+from diffusion.core.types import LABEL_NOISE, NO_CONDITIONS, Array, Cond, ConditionSpec, Text
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.embeddings import ScalarEmbedding, fourier, sinusoidal
 from diffusion.layers.keys import Keys
@@ -80,9 +80,9 @@ class Conditioner(nnx.Module):
         if self.num_classes:
             label, keep = cond["label"], kept(cond, "label")
             if self.null_class:
-                emb_BxD += self.label(jnp.where(keep, label, self.num_classes))
+                emb_BxD += with_noise(self.label(jnp.where(keep, label, self.num_classes)), cond)
             else:
-                emb_BxD += jnp.where(jnp.reshape(keep, (-1, 1)), self.label(label), 0)
+                emb_BxD += jnp.where(jnp.reshape(keep, (-1, 1)), with_noise(self.label(label), cond), 0)
         embedded = self.conditions(emb_BxD, cond)
         return embedded._replace(vector=constrain(embedded.vector))
 
@@ -165,6 +165,13 @@ class TextEmbedding(nnx.Module):
         null_LxD = jnp.where(first_L[:, None], self.null[...].astype(self.dtype), 0)
         sequence_BxLxD = jnp.where(keep_B[:, None, None], tokens_BxLxD, null_LxD)
         return sequence_BxLxD, jnp.where(keep_B[:, None], text.mask, first_L)
+
+
+def with_noise(label_BxD: Array, cond: Cond) -> Array:
+    """Returns the embeddings of the labels, with the noise that `cond` may hold where the label is kept."""
+    if LABEL_NOISE not in cond:
+        return label_BxD
+    return jnp.where(jnp.reshape(kept(cond, "label"), (-1, 1)), cond[LABEL_NOISE](label_BxD), label_BxD)
 
 
 def has_text(conditions: Mapping[str, ConditionSpec]) -> bool:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Integer, Real, Shaped, jaxtyped
 
 from diffusion.core import checks
 from diffusion.core.types import (
+    LABEL_NOISE,
     PREVIOUS_X0,
     SCALAR_CONDITIONS,
     Apply,
@@ -133,7 +134,18 @@ def functional(
         if multiple and (x.shape[-3] % multiple or x.shape[-2] % multiple):
             size = f"{x.shape[-3]} x {x.shape[-2]}"
             raise InputError("network.x", f"height and width must be multiples of {multiple}, got {size}")
-        return merge(params)(x, c_noise, cond, key, **more)
+        if LABEL_NOISE not in cond:
+            return merge(params)(x, c_noise, cond, key, **more)
+        noise, calls = cond[LABEL_NOISE], []
+
+        def noisy(embeddings: Array) -> Array:
+            calls.append(embeddings)
+            return noise(embeddings)
+
+        output = merge(params)(x, c_noise, {**cond, LABEL_NOISE: noisy}, key, **more)
+        if not calls:
+            raise InputError("network.label", "this network cannot add noise to its labels; leave out guidance.cads")
+        return output
 
     def perturbed(perturbation: Perturbation) -> Apply:
         if perturbation.kind == "skip" and not blocks.may_skip:

@@ -15,6 +15,7 @@ from diffusion.core.arrays import kept
 from diffusion.core.types import Array, Cond, InputError, Network, Perturbation, class_labels
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.attention import Kernel, attention
+from diffusion.layers.conditioner import with_noise
 from diffusion.layers.embeddings import fourier_with_phases
 from diffusion.layers.functional import Blocks, functional
 from diffusion.layers.keys import Keys
@@ -223,7 +224,7 @@ class EDM2(nnx.Module):
         if num_classes:
             index = jnp.where(kept(cond, "label"), cond["label"], num_classes)
             rows = num_classes + 1
-            label_BxE = self.emb_label(jax.nn.one_hot(index, rows) * rows**0.5)
+            label_BxE = with_noise(self.emb_label(jax.nn.one_hot(index, rows) * rows**0.5), cond)
             emb_BxE = mp_sum(emb_BxE, label_BxE, LABEL_BALANCE)
         return constrain(mp_silu(emb_BxE))
 

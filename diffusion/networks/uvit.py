@@ -24,7 +24,7 @@ from diffusion.core.types import (
     class_labels,
 )
 from diffusion.layers.attention import Kernel, attention
-from diffusion.layers.conditioner import ConditionEmbedding, image_channels, images_of
+from diffusion.layers.conditioner import ConditionEmbedding, image_channels, images_of, with_noise
 from diffusion.layers.embeddings import ScalarEmbedding, sinusoidal
 from diffusion.layers.functional import Blocks, functional
 from diffusion.layers.keys import Keys
@@ -202,7 +202,8 @@ class UViT(nnx.Module):
         embedded = self.conditions(self.numbers(time_BxD, cond), cond)
         tokens = [embedded.vector[:, None]]
         if num_classes:
-            tokens = [self.label(jnp.where(kept(cond, "label"), cond["label"], num_classes))[:, None], *tokens]
+            label_BxD = self.label(jnp.where(kept(cond, "label"), cond["label"], num_classes))
+            tokens = [with_noise(label_BxD, cond)[:, None], *tokens]
         return tokens + [embedded.sequence] * (embedded.sequence is not None), embedded.mask
 
 

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from diffusion.core.build import build
-from diffusion.core.types import ArraySpec, ConditionSpec, Spec
+from diffusion.core.types import ArraySpec, ConditionSpec, Spec, class_labels
 from diffusion.layers.functional import functional
+from diffusion.sampling.guidance.conditions import Noise
 from tests.refusals import refused
 
 GOOD = {"x": np.zeros((3, 8, 8, 1), np.float32), "c_noise": np.zeros(3, np.float32), "label": np.zeros(3, np.int32)}
@@ -51,6 +52,18 @@ def test_a_label_that_is_no_class_is_refused(label, tiny_mlp, mlp_params):
         apply(mlp_params["net"], x, c_noise, {"label": jnp.array([3, label])})
     dropped = {"label": np.array([3, 9]), "keep": np.zeros(2, bool)}
     assert np.isfinite(apply(mlp_params["net"], x, c_noise, dropped)).all()
+
+
+def test_a_network_that_ignores_the_noise_of_labels_is_refused():
+    class Ignorant(nnx.Module):
+        def __call__(self, x, c_noise, cond, key):
+            return x
+
+    network = functional(lambda rngs: Ignorant(), (2,), conditions=class_labels(3))
+    inputs = np.zeros((4, 2), np.float32), np.zeros(4, np.float32)
+    network.apply({}, *inputs, {"label": np.zeros(4, int)})
+    with refused("network.label"):
+        network.apply({}, *inputs, {"label": np.zeros(4, int), "label_noise": Noise(*np.ones((4, 4)))})
 
 
 CONDITIONS = {

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.core.arrays import fold, kept, per_example
-from diffusion.core.types import PREVIOUS_X0, SCALAR_CONDITIONS, Array, Cond, Denoised, Denoiser, InputError
+from diffusion.core.types import (
+    LABEL_NOISE,
+    PREVIOUS_X0,
+    SCALAR_CONDITIONS,
+    Array,
+    Cond,
+    Denoised,
+    Denoiser,
+    InputError,
+)
 
 Traced = float | Array  # a number that may change without recompilation
 _GUIDANCE = np.uint32(2**32 - 2)  # folded into the keys of samples; the sampling loop folds in the numbers of the steps
@@ -35,6 +44,9 @@ def conditional_and_unconditional(
             if name not in cond:
                 raise InputError("guidance.negative", f"must name conditions of the model, got {name!r}")
             doubled[name] = jax.tree.map(lambda rows, value: rows.at[1::2].set(value), doubled[name], value)
+        if LABEL_NOISE in doubled:
+            noise = doubled[LABEL_NOISE]
+            doubled[LABEL_NOISE] = noise._replace(gamma=noise.gamma.at[1::2].set(1))
     both = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(per_example(t, x), 2, axis=0), doubled)
     conditional = jax.tree.map(lambda rows: rows[0::2], both)
     return dataclasses.replace(conditional, conditional=conditional.x0), both.x0[1::2]
@@ -42,7 +54,7 @@ def conditional_and_unconditional(
 
 def names(cond: Cond) -> list[str]:
     """Returns the names of the conditions of the data."""
-    return sorted(cond.keys() - {"keep", "target_time", PREVIOUS_X0, *SCALAR_CONDITIONS})
+    return sorted(cond.keys() - {"keep", "target_time", PREVIOUS_X0, LABEL_NOISE, *SCALAR_CONDITIONS})
 
 
 def dot(a: Array, b: Array) -> Array:

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from diffusion.core.arrays import expand, fold, normal
-from diffusion.core.types import Array, Cond, ConditionSpec, Denoised, Denoiser, InputError, Text
+from diffusion.core.types import LABEL_NOISE, Array, Cond, ConditionSpec, Denoised, Denoiser, InputError, Text
 from diffusion.sampling.guidance.common import Traced, conditional_and_unconditional, keys_at, statistics, time_of
 
 
@@ -61,44 +61,66 @@ def cads(
         y_noisy = sqrt(gamma) y + noise_scale sqrt(1 - gamma) z
         y <- psi (y_noisy normalised to the mean and standard deviation of y) + (1 - psi) y_noisy
 
-    It changes vectors, images and texts whose tokens are vectors; the other conditions stay as they are.
+    It changes vectors, images, texts whose tokens are vectors, and the embeddings of labels inside the network; the
+    other conditions stay as they are.
 
     Args:
       guided: any denoiser, whose conditions are changed.
       tau1: from this time on the condition is the original one.
       tau2: above this time the condition is noise alone.
-      noise_scale: the paper's s.
+      noise_scale: the paper's s, in the units of the condition.
       psi: in [0, 1]: how far mean and standard deviation are restored.
       keys, conditions: as in `icg`.
     """
     changed = [name for name, spec in sorted(conditions.items()) if spec.kind in ("vector", "image", "text")
                and not spec.vocabulary]  # fmt: skip
-    if not changed:
-        problem = "requires a condition that is a vector, an image or a text of vectors; a label has no noisy values"
-        raise InputError("conditions", problem)
+    if not changed and "label" not in conditions:
+        raise InputError("conditions", "requires a condition that is a label, a vector, an image or a text of vectors")
 
     def annealed(x: Array, t: Array, cond: Cond) -> Denoised:
         time = time_of(t, x)
         gamma = jnp.clip((tau2 - time) / (tau2 - tau1), 0, 1)
+        scale, restored = (jnp.broadcast_to(number, time.shape) for number in (noise_scale, psi))
 
-        def anneal(value: Array, index: int, where: Array | None = None) -> Array:
-            noise = normal(keys_at(keys, time, index), value.shape[1:])
-            noisy = jnp.sqrt(expand(gamma, value)) * value + noise_scale * jnp.sqrt(1 - expand(gamma, value)) * noise
-            (mean, std), (noisy_mean, noisy_std) = statistics(value, where), statistics(noisy, where)
-            normalised = (noisy - noisy_mean) / jnp.maximum(noisy_std, 1e-12) * std + mean
-            return psi * normalised + (1 - psi) * noisy
+        def noise(index: int) -> Noise:
+            return Noise(keys_at(keys, time, index), gamma, scale, restored)
 
         values = dict(cond)
+        if "label" in conditions:
+            values[LABEL_NOISE] = noise(2 * len(changed))
         for index, name in enumerate(changed):
             value = cond[name]
             if isinstance(value, Text):
-                pooled = None if value.pooled is None else anneal(value.pooled, 2 * index + 1)
-                values[name] = Text(anneal(value.tokens, 2 * index, value.mask[..., None]), value.mask, pooled)
+                pooled = None if value.pooled is None else noise(2 * index + 1)(value.pooled)
+                values[name] = Text(noise(2 * index)(value.tokens, value.mask[..., None]), value.mask, pooled)
             else:
-                values[name] = anneal(value, 2 * index)
+                values[name] = noise(2 * index)(value)
         return guided(x, t, values)
 
     return annealed
+
+
+class Noise(NamedTuple):
+    """The noise of `cads`, a function of a condition `[B, ...]`.
+
+    Attributes:
+      keys: a random key per example, `[B]`.
+      gamma, scale, psi: its numbers, `[B]` each; at gamma = 1 there is none.
+    """
+
+    keys: Array
+    gamma: Array
+    scale: Array
+    psi: Array
+
+    def __call__(self, value: Array, where: Array | None = None) -> Array:
+        """Returns the noisy condition, whose statistics are those of the entries `where` is True."""
+        gamma, scale, psi = (expand(number, value) for number in self[1:])
+        noise = normal(self.keys, value.shape[1:])
+        noisy = jnp.sqrt(gamma) * value + scale * jnp.sqrt(1 - gamma) * noise
+        (mean, std), (noisy_mean, noisy_std) = statistics(value, where), statistics(noisy, where)
+        normalised = (noisy - noisy_mean) / jnp.maximum(noisy_std, 1e-12) * std + mean
+        return jnp.where(gamma < 1, psi * normalised + (1 - psi) * noisy, value).astype(value.dtype)
 
 
 def _random(spec: ConditionSpec, value: Any, keys: Array) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build_network, find, names
-from diffusion.core.types import Array, ArraySpec, ConditionSpec, Denoised, Spec, class_labels
+from diffusion.core.types import Array, ArraySpec, Denoised, Spec, class_labels
 from diffusion.pipelines.generator import PERTURBED, WRAPPERS, Generator
 from diffusion.sampling.guidance import (
     apg,
@@ -53,15 +53,13 @@ def of_images(_, *scales):
     return lambda x, t, cond: fdg(denoise, *scales)(jnp.zeros((4, 4, 4, 1)), t, cond)
 
 
-def of_vectors(_, *numbers):
-    """Returns `cads` of a model whose condition is a vector."""
+def of_embeddings(_, *numbers):
+    """Returns `cads` of a model that embeds its labels."""
 
     def denoise(x, t, cond):
-        return Denoised(x + cond["vector"].reshape(x.shape))
+        return Denoised(x + cond["label_noise"](X.reshape(4, 6)).reshape(x.shape))
 
-    conditions = {"vector": ConditionSpec("vector", (6,))}
-    annealed = cads(denoise, *numbers, keys=KEYS, conditions=conditions)
-    return lambda x, t, cond: annealed(x, t, {**cond, "vector": X.reshape(4, 6)})
+    return cads(denoise, *numbers, keys=KEYS, conditions=class_labels(3))
 
 
 ON = {"plain": model, "schedule": VP}
@@ -78,7 +76,7 @@ TRACED = {
     "seg": (lambda _, scale: seg(model, scale, **POOR), [(2.0,), (5.0,)]),
     "slg": (lambda _, scale, low, high: slg(model, scale, (), low, high, **POOR), [(2.0, 0.3, 0.4), (2.0, 0.4, 0.5)]),
     "icg": (lambda _, scale: icg(model, scale, keys=KEYS, conditions=class_labels(3)), [(2.0,), (5.0,)]),
-    "cads": (of_vectors, [(0.1, 0.5, 0.2, 0.9), (0.2, 0.6, 0.5, 0.1)]),
+    "cads": (of_embeddings, [(0.1, 0.5, 0.2, 0.9), (0.2, 0.6, 0.5, 0.1)]),
     "rescale": (lambda _, factor: rescale(cfg(model, 5.0), factor), [(0.1,), (0.9,)]),
     "interval": (lambda _, low, high: interval(cfg(model, 5.0), low, high, **ON), [(0.2, 0.4), (0.4, 0.6)]),
     "interval in sigma": (
@@ -127,7 +125,6 @@ NETWORKS = {
 }
 OPTIONS = {"apg": {"momentum": -0.5}, "cfg_per_condition": {"scales": {"label": 2.0}}, "cfg_pp": {"scale": 0.6}}
 DATA = Spec(ArraySpec((8, 8, 1), "image"), class_labels(3))
-WITH_VECTOR = Spec(ArraySpec((8, 8, 1), "image"), {"vector": ConditionSpec("vector", (6,))})
 
 
 def refusal(name, network):
@@ -144,7 +141,7 @@ def is_quick(combination):
 
 def combinations():
     for name in NAMES:
-        yield from ((name, network) for network in NETWORKS if name in PERTURBED or network == "mlp")
+        yield from ((name, network) for network in NETWORKS if name in (*PERTURBED, "cads") or network == "mlp")
 
 
 def generator_of(name, network, objective, mesh):
@@ -152,8 +149,7 @@ def generator_of(name, network, objective, mesh):
     options = {"name": network, **NETWORKS[network]}
     if name == "guidance_embedding":
         options["scalar_conditions"] = ("guidance_scale",)
-    data = WITH_VECTOR if name == "cads" else DATA
-    network = build_network(options, data)
+    network = build_network(options, DATA)
     guidance = {"name": name, "scale": 2.0, **OPTIONS.get(name, {})}
     if name in WRAPPERS and name not in PERTURBED:
         guidance = {"name": "cfg", "scale": 2.0, name: {}}
@@ -161,7 +157,7 @@ def generator_of(name, network, objective, mesh):
         del guidance["scale"]
     worse = (network, objective, {"net": jax.jit(network.init)(jax.random.key(1))}) if name == "autoguidance" else None
     settings = {"sampler": {"name": "ddim", "steps": 2}, "guidance": guidance, "cond_drop_rate": 0.1}
-    return network, Generator(network, objective, data, mesh, worse=worse, **settings)
+    return network, Generator(network, objective, DATA, mesh, worse=worse, **settings)
 
 
 @pytest.mark.parametrize(("name", "network"), slow_except(is_quick, combinations()))

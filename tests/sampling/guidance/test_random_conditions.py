@@ -105,23 +105,29 @@ def test_icg_requires_conditions_that_it_can_draw(conditions):
 # Condition-annealed sampling.
 
 VECTOR = {"vector": ConditionSpec("vector", (SIZE,))}
+BOTH = [VECTOR, LABELS]
 VALUES = np.float32([[1.0], [-2.0], [0.0], [3.0]]) + RNG.normal(size=(4, SIZE)).astype(np.float32)
 
 
 def annealed(t, conditions=VECTOR, cond=None, keys=KEYS, **options):
-    """Returns the conditions that the denoiser receives from `cads`."""
+    """Returns the conditions that the denoiser receives from `cads`, with what becomes of `VALUES` as `vector`.
+
+    If the condition is a label, `VALUES` are the embeddings of the labels.
+    """
     calls = []
-    cond = {"vector": VALUES} if cond is None else cond
+    cond = {"vector": VALUES, "label": np.arange(4)} if cond is None else cond
     denoise = cads(lambda x, t, cond: calls.append(cond) or Denoised(x), keys=keys, conditions=conditions, **options)
     denoise(jnp.zeros((len(keys), 2)), t, cond)
-    return calls[0]
+    (found,) = calls
+    return {**found, "vector": found["label_noise"](VALUES)} if "label_noise" in found else found
 
 
+@pytest.mark.parametrize("conditions", BOTH, ids=["vector", "label"])
 @pytest.mark.parametrize("t", [0.65, 0.75, 0.9, 1.0, np.float32([0.5, 0.7, 0.8, 1.0])], ids=str)
-def test_noisy_conditions(t):
+def test_noisy_conditions(t, conditions):
     """Eq. 1 and 2 of arXiv 2310.17347: the share of the condition, and the variance of the noise."""
     gamma = np.broadcast_to(np.clip((0.9 - np.float64(t)) / 0.3, 0, 1), 4)
-    found = np.float64(annealed(t, psi=0.0, noise_scale=0.5)["vector"])
+    found = np.float64(annealed(t, conditions, psi=0.0, noise_scale=0.5)["vector"])
     noise = found - np.sqrt(gamma)[:, None] * VALUES
     np.testing.assert_allclose(noise.std(axis=1), 0.5 * np.sqrt(1 - gamma), rtol=0.02, atol=1e-6)
     np.testing.assert_allclose(noise.mean(axis=1), 0, atol=0.02)
@@ -131,18 +137,21 @@ def test_noisy_conditions(t):
     assert abs(np.atleast_2d(others) - np.eye(len(np.atleast_2d(others)))).max() < 0.03
 
 
+@pytest.mark.parametrize("conditions", BOTH, ids=["vector", "label"])
 @pytest.mark.parametrize("psi", [0.3, 1.0])
-def test_restored_statistics(psi):
+def test_restored_statistics(psi, conditions):
     """Eq. 3 and 4: psi mixes the noisy condition with the one that has the mean and deviation of the original."""
-    noisy, found = (np.float64(annealed(0.7, psi=value)["vector"]) for value in (0.0, psi))
+    noisy, found = (np.float64(annealed(0.7, conditions, psi=value)["vector"]) for value in (0.0, psi))
     normal = (noisy - noisy.mean(axis=1, keepdims=True)) / noisy.std(axis=1, keepdims=True)
     restored = normal * VALUES.std(axis=1, keepdims=True) + VALUES.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(found, psi * restored + (1 - psi) * noisy, rtol=1e-3, atol=1e-3)
 
 
-def test_conditions_are_unchanged_at_low_noise():
-    np.testing.assert_allclose(annealed(0.599)["vector"], VALUES, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(annealed(0.299, tau1=0.3, tau2=0.31)["vector"], VALUES, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("conditions", BOTH, ids=["vector", "label"])
+def test_conditions_are_unchanged_at_low_noise(conditions):
+    np.testing.assert_array_equal(annealed(0.599, conditions)["vector"], VALUES)
+    np.testing.assert_array_equal(annealed(0.299, conditions, tau1=0.3, tau2=0.31)["vector"], VALUES)
+    assert abs(annealed(0.601, conditions)["vector"] - VALUES).max() > 0.01
 
 
 def test_texts_are_annealed_without_their_padding_and_other_conditions_stay():
@@ -174,7 +183,19 @@ def test_the_unconditional_prediction_is_not_annealed():
     np.testing.assert_array_equal(guided(jnp.zeros((4, 2)), 1.0, {"vector": VALUES}).x0, 7.0)
 
 
-@pytest.mark.parametrize("conditions", [LABELS, {}, {"words": ConditionSpec("text", (3,), vocabulary=5)}])
+def test_negative_labels_are_not_annealed():
+    calls = []
+    guided = cfg(lambda x, t, cond: calls.append(cond) or Denoised(x), 3.0, negative={"label": 4})
+    cads(guided, keys=KEYS, conditions=LABELS)(jnp.zeros((4, 2)), 1.0, {"label": np.arange(4)})
+    (found,) = calls
+    np.testing.assert_array_equal(found["label"], [0, 4, 1, 4, 2, 4, 3, 4])
+    np.testing.assert_array_equal(found["label_noise"].gamma, [0, 1] * 4)
+    np.testing.assert_array_equal(*(jax.random.key_data(found["label_noise"].keys[rows::2]) for rows in (0, 1)))
+
+
+@pytest.mark.parametrize(
+    "conditions", [{}, {"size": ConditionSpec("scalar")}, {"words": ConditionSpec("text", (3,), vocabulary=5)}]
+)
 def test_cads_requires_conditions_with_noisy_values(conditions):
     with refused("conditions"):
         cads(model, keys=KEYS, conditions=conditions)
