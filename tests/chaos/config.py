@@ -36,6 +36,8 @@ def distilled(name, teacher, **options):
 
 
 CASES = {
+    "autoencoder": {"name": "autoencoder", "disc_weight": 0.5, "disc_start": 10, "disc_layers": 1, "disc_width": 4,
+                    "codebook": "ema", "codebook_decay": 0.9},
     "denoising": {"name": "denoising", "time_sampler": {"name": "importance", "bins": 4, "history": 2}},
     "flow_matching": {"name": "flow_matching"},
     "vdm": {"name": "vdm"},
@@ -46,7 +48,7 @@ CASES = {
     "progressive_distillation": distilled("progressive_distillation", "v", start_steps=4, round_steps=15),
     "reflow": distilled("reflow", "velocity", round_steps=20, rounds=2, pool=32, every=4, ode_steps=2),
     "shortcut": {"name": "shortcut"},
-}
+}  # fmt: skip
 STEPS, EVERY = 60, 6
 
 
@@ -57,6 +59,9 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     config.network = {"name": "mlp", "width": 8, "depth": 1}
     if name in ("mean_flow", "shortcut", "latent_consistency"):
         config.network.scalar_conditions = ("step_size", "guidance_scale")
+    if name == "autoencoder":
+        config.network = {"name": "autoencoder_vq", "block_out_channels": (4, 4), "layers_per_block": 1,
+                          "norm_num_groups": 2, "num_vq_embeddings": 16}  # fmt: skip
     config.optimizer.warmup = 1
     config.train.update(
         steps=2 if name in TEACHERS else STEPS,

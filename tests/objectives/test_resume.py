@@ -18,8 +18,10 @@ from tests.test_coverage import SCALAR_CONDITIONS, STATEFUL, spec_of
 from tests.tiers import slow_except
 
 DISCRETIZATION = {"name": "square_root", "steps": 4, "start": 2, "end": 9}
+ADVERSARIAL = {"disc_weight": 0.5, "disc_start": 2, "disc_layers": 1, "disc_width": 4}
 CASES = {name: {} for name in names("objectives")} | {
-    "autoencoder": {"disc_weight": 0.5, "disc_start": 2, "disc_layers": 1, "disc_width": 4, "equivariance": 0.1},
+    "autoencoder": ADVERSARIAL | {"equivariance": 0.1},
+    "vector-quantised autoencoder": ADVERSARIAL | {"name": "autoencoder", "codebook": "ema", "codebook_decay": 0.5},
     "consistency": {"discretization": DISCRETIZATION, "target": "average", "sigma_min": 0.002},
     "continuous_consistency": {"warmup": 4},
     "denoising": {
@@ -30,7 +32,11 @@ CASES = {name: {} for name in names("objectives")} | {
     "progressive_distillation": {"round_steps": 2},
     "reflow": {"round_steps": 2, "rounds": 2},
 }  # fmt: skip
-AUTOENCODER = {"name": "autoencoder_kl", "block_out_channels": (2, 4), "layers_per_block": 1, "norm_num_groups": 2}
+TRUNK = {"block_out_channels": (2, 4), "layers_per_block": 1, "norm_num_groups": 2}
+NETWORKS = {
+    "autoencoder": TRUNK | {"name": "autoencoder_kl"},
+    "vector-quantised autoencoder": TRUNK | {"name": "autoencoder_vq", "num_vq_embeddings": 16},
+}
 SAVED, STEPS = 3, 5
 
 
@@ -42,7 +48,7 @@ def network(digits):
 
 @pytest.mark.parametrize("name", slow_except(STATEFUL, CASES))
 def test_resumed_is_uninterrupted(name, network, digits, digits_batch, tmp_path):
-    section = AUTOENCODER if name == "autoencoder" else {"name": "mlp", "width": 8, "depth": 1}
+    section = NETWORKS.get(name, {"name": "mlp", "width": 8, "depth": 1})
     plain = build("networks", section, shape=digits.spec.shape, num_classes=10)
     spec = spec_of(name, None, None, plain, digits.spec) | CASES[name]
     objective, network = build("objectives", spec), network if name in SCALAR_CONDITIONS else plain
