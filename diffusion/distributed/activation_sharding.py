@@ -43,6 +43,14 @@ def constrain(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
+def num_shards(size: int) -> int:
+    """Returns the number of parts into which `constrain` shards a leading axis of a size; 1 if it does not."""
+    if _sharding.value is None:
+        return 1
+    count = _num_shards(_sharding.value[0])
+    return 1 if size % count else count
+
+
 def enabled(function: Callable, batch_sharding: NamedSharding, sequence_axis: str | None = None) -> Callable:
     """Returns `function` with the constraints of `constrain` switched on while it is traced.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.core.types import Array
+from diffusion.distributed import activation_sharding
 
 
 def tiled(
@@ -58,5 +59,15 @@ def _blended(before: Array, tile: Array, overlap: int, axis: int) -> Array:
 
 
 def one_by_one(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Returns a function that applies `function` to one example of a batch `[B, ...]` at a time."""
-    return lambda x: jax.lax.map(lambda example: function(example[None])[0], x)
+    """Returns a function that applies `function` to one example of a batch `[B, ...]` at a time.
+
+    If the batch is sharded, every device applies it to one of its own examples at a time.
+    """
+
+    def apply(x: Array) -> Array:
+        shards = activation_sharding.num_shards(len(x))
+        parts = x.reshape(shards, -1, *x.shape[1:]).swapaxes(0, 1)  # one example of every shard each
+        y = jax.lax.map(lambda part: function(activation_sharding.constrain(part)), parts)
+        return y.swapaxes(0, 1).reshape(len(x), *y.shape[2:])
+
+    return apply

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from diffusion.core.build import build
 from diffusion.distributed.activation_sharding import constrain, enabled
+from diffusion.encoders.tiling import one_by_one
 from tests.refusals import refused
 from tests.tiers import slow_except
 
@@ -70,3 +71,14 @@ def test_a_batch_that_is_not_divisible_has_no_constraint(mesh_of):
     for rows, count in ((16, 1), (12, 0)):
         jaxpr = jax.make_jaxpr(enabled(constrain, sharding))(jnp.zeros((rows, 2)))
         assert str(jaxpr).count("sharding_constraint") == count
+
+
+def test_one_example_at_a_time_is_one_per_device(mesh_of):
+    """Each device applies the function to its own examples, of which it needs no others."""
+    sharding = NamedSharding(mesh_of(1, 4, 1), P("fsdp"))
+    centred = lambda x: x - x.mean((1, 2), keepdims=True)  # noqa: E731
+    sliced = jax.jit(enabled(one_by_one(centred), sharding), in_shardings=sharding, out_shardings=sharding)
+    x = np.random.default_rng(0).normal(size=(8, 4, 3)).astype(np.float32)
+    np.testing.assert_allclose(sliced(x), centred(x), atol=1e-6)
+    text = sliced.lower(x).compile().as_text()
+    assert "all-gather" not in text and '"known_trip_count":{"n":"2"}' in text
