@@ -255,8 +255,8 @@ def candidate_changes(
 ) -> list[dict[str, Any]]:
     """Returns changes of a config that may make its training fit, the cheapest first.
 
-    They are full rematerialisation, smaller micro-batches, sharding the state over more devices, and combinations of
-    these. Changes that the size of the state rules out are left out.
+    They are encoding the images of a device one at a time, full rematerialisation, smaller micro-batches, sharding the
+    state over more devices, and combinations of these. Changes that the size of the state rules out are left out.
 
     Args:
       config: The config.
@@ -284,6 +284,8 @@ def candidate_changes(
         most = {"mesh.data": 1, "mesh.fsdp": _fsdp_size(mesh) * replicas}
         accumulate = {"train.accumulate": local_batch} if local_batch > options.accumulate else {}
         changes += [more, most, most | remat | accumulate]
+    if parts["model"].autoencoder and config["autoencoder"].get("slices") is False:
+        changes = [{"autoencoder.slices": True} | change for change in [{}, *changes]]
     return [change for index, change in enumerate(changes) if change and change not in changes[:index]]
 
 
