@@ -38,6 +38,8 @@ ADM64 = dict(
     null_class=False,
     dtype="bfloat16",
 )
+# Stable Diffusion's autoencoder with the decoder that was trained further, by the name of its model on Hugging Face.
+SD_VAE = dict(name="kl", path="models/sd-vae-ft-ema")
 # Width, depth and heads of transformers, by the names of DiT (Peebles & Xie 2023, arXiv 2212.09748, table 1).
 DIT_SIZES = dict(S=(384, 12, 6), B=(768, 12, 12), L=(1024, 24, 16), XL=(1152, 28, 16))
 # Tensor parallelism as in Megatron (Shoeybi et al. 2019, arXiv 1909.08053): the inner width of a block is split over
@@ -111,21 +113,57 @@ def imagenet64(**sections: Any) -> ml_collections.ConfigDict:
     return config(_tfds("imagenet_resized/64x64", "validation"), **sections)
 
 
-def imagenet256(model: str, sizes: Mapping[str, tuple[int, int, int]] = DIT_SIZES, **sections: Any):
-    """Returns a config for a transformer `SIZE/PATCH` on latents of ImageNet 256x256 as arrays on disk."""
+def imagenet256(variant: str, sizes: Mapping[str, tuple[int, int, int]] = DIT_SIZES, **sections: Any):
+    """Returns a config for a transformer on latents of ImageNet 256x256.
+
+    Args:
+      variant: `SIZE/PATCH` reads images that `experiments.encode` has encoded, and `SIZE/PATCH,images` reads images and
+        encodes them in the train step.
+      sizes: Width, depth and heads by the name of the size.
+      **sections: See `config`.
+    """
     models = {f"{size}/{patch}": (*numbers, patch) for size, numbers in sizes.items() for patch in (2, 4, 8)}
-    width, depth, heads, patch = choose("model", model, models)
+    sources = {"": imagenet_encoded, ",images": imagenet_images}
+    variants = {model + source: (*models[model], sources[source]) for model in models for source in sources}
+    width, depth, heads, patch, source = choose("model", variant, variants)
     base = dict(
-        data=dict(name="npy", path="data/imagenet256/train", num_classes=1000),
+        data=source("train"),
+        autoencoder=SD_VAE,
         network=dict(name="dit", patch_size=patch, width=width, depth=depth, num_heads=heads),
         optimizer=dict(learning_rate=1e-4, clip=None),
         ema=dict(decays=(0.9999,), warmup=False),
         train=dict(batch_size=256, log_every=100, preview_every=10_000),
         checkpoint=dict(every=10_000),
-        eval=dict(data=dict(name="npy", path="data/imagenet256/validation", num_classes=1000)),
+        eval=dict(data=source("validation")),
         sharding=dict(rules=DIT_RULES),
     )
     return config(base, **sections)
+
+
+def imagenet256_autoencoder(**sections: Any):
+    """Returns a config for an autoencoder of images of ImageNet 256x256."""
+    batch_size = 24
+    base = dict(
+        data=dict(imagenet_images("train"), crop="random", labels=False),
+        objective=dict(name="autoencoder"),
+        optimizer=dict(name="adam", learning_rate=4.5e-6 * batch_size, b1=0.5, b2=0.9, clip=None),
+        train=dict(batch_size=batch_size, cond_drop_rate=0.0, log_every=100, preview_every=10_000),
+        checkpoint=dict(every=10_000),
+        eval=dict(
+            data=dict(imagenet_images("validation"), labels=False), metrics=dict(reconstruction=dict(num=50_000))
+        ),
+    )
+    return config(base, **sections)
+
+
+def imagenet_images(split: str) -> dict[str, Any]:
+    """Returns images of ImageNet with their classes: the central square at 256x256, and random flips in training."""
+    return dict(name="folder", path=f"data/imagenet/{split}", size=256, flip=split == "train")
+
+
+def imagenet_encoded(split: str) -> dict[str, Any]:
+    """Returns the same images, as encoded by `experiments.encode`, without flips."""
+    return dict(name="array_record", path=f"data/imagenet256/{split}")
 
 
 def scm(variant: str, teacher: str) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """DiT on latents of ImageNet at 256x256, as in Peebles & Xie 2023 (arXiv 2212.09748).
 
-Command:   python -m experiments.train --config=configs/imagenet256_dit.py:XL/2 --workdir=runs/imagenet256_dit
-           the argument is SIZE/PATCH: S, B, L or XL, with patches of 2, 4 or 8 latent pixels per side
-Data:      data/imagenet256/train/x.npy, float16 [2562334, 32, 32, 4], samples of the posterior of Stable Diffusion's
-           VAE (ft-ema) times 0.18215, of each image's central square and of its horizontal flip, and label.npy,
-           integers [2562334] from 0 to 999; the same of the 50,000 in data/imagenet256/validation, without flips.
-           The paper's code samples the posterior again at every visit of an image.
+Command:   python -m experiments.encode --config=configs/imagenet256_dit.py:XL/2,images --out=data/imagenet256/train
+           python -m experiments.encode --config=configs/imagenet256_dit.py:XL/2,images \
+               --out=data/imagenet256/validation --config.data.path=data/imagenet/validation
+           python -m experiments.train --config=configs/imagenet256_dit.py:XL/2 --workdir=runs/imagenet256_dit
+           the argument is SIZE/PATCH: S, B, L or XL, with patches of 2, 4 or 8 latent pixels per side; XL/2,images
+           trains on the images, which every step encodes, so that the first two commands are not needed
+Data:      data/imagenet/train and data/imagenet/validation, 1,281,167 and 50,000 images in a folder per class, of which
+           the central square is read, and models/sd-vae-ft-ema, Stable Diffusion's autoencoder in a folder of diffusers
+           (stabilityai/sd-vae-ft-ema). The encoded images take 21 GB: the means of the posterior, float32 [32, 32, 4],
+           without mirror images. With XL/2,images every visit flips half of the images and draws a sample of the
+           posterior, as the paper's code does.
 Hardware:  the paper's: a TPU v3-256, 5.7 steps per second for XL/2 (recalled). In float32 as here; bfloat16 is faster.
 Expected:  FID of 50,000 samples of the averaged parameters, 250 evaluations each: XL/2 after 7 M steps 2.27 at guidance
            1.5 (of three of the four channels; of all of them here) and 9.62 without (recalled). After 400,000 steps
@@ -16,9 +21,9 @@ Expected:  FID of 50,000 samples of the averaged parameters, 250 evaluations eac
 from configs import common
 
 
-def get_config(model: str = "XL/2"):
+def get_config(variant: str = "XL/2"):
     return common.imagenet256(
-        model,
+        variant,
         objective=dict(
             name="denoising",
             schedule=dict(name="vp", betas="linear", beta_start=1e-4, beta_end=0.02, num_steps=1000),
@@ -28,7 +33,7 @@ def get_config(model: str = "XL/2"):
         ),
         network=dict(outputs=2, freq_shift=0),  # freq_shift = 1 for a model that diffusers shall read
         optimizer=dict(name="adamw", weight_decay=0.0),
-        train=dict(steps=7_000_000 if model == "XL/2" else 400_000),
+        train=dict(steps=7_000_000 if variant.startswith("XL/2") else 400_000),
         sampler=dict(name="ancestral", variance="learned", steps=250, grid=dict(name="linspace")),
         guidance=dict(scale=1.5),
     )

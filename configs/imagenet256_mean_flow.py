@@ -1,9 +1,9 @@
 """MeanFlow on latents of ImageNet at 256x256, as in Geng et al. 2025 (arXiv 2505.13447): DiT's networks in one step.
 
 Command:   python -m experiments.train --config=configs/imagenet256_mean_flow.py:XL/2 --workdir=runs/imagenet256
-           the argument is SIZE/PATCH: S, B, M, L or XL, with patches of 2, 4 or 8 latent pixels per side
-Data:      data/imagenet256/train/x.npy, float16 [2562334, 32, 32, 4], and label.npy, and the same in
-           data/imagenet256/validation: see configs/imagenet256_dit.py.
+           the argument is SIZE/PATCH: S, B, M, L or XL, with patches of 2, 4 or 8 latent pixels per side; XL/2,images
+           trains on the images, which every step encodes
+Data:      data/imagenet256, or with XL/2,images data/imagenet and models/sd-vae-ft-ema: see configs/imagenet256_dit.py.
 Hardware:  not stated in the paper.
 Expected:  FID of 50,000 samples of the averaged parameters in one step, after 240 epochs: B/4 11.4, B/2 6.17, M/2 5.01
            (recalled), L/2 3.84 (recalled), XL/2 3.43; XL/2 in two steps (--steps=2) 2.93. Guidance is
@@ -15,13 +15,13 @@ from configs import common
 SIZES = dict(common.DIT_SIZES, M=(1024, 16, 16))
 
 
-def get_config(model: str = "XL/2"):
+def get_config(variant: str = "XL/2"):
     # The paper's omega and kappa are 1.0 and 0.5 for the small models, and 0.2 and 0.92 for the large (recalled).
-    size = model.partition("/")[0]
+    size = variant.partition("/")[0]
     large = size in ("L", "XL")
     guidance, kappa = (2.5, 0.92) if large else (2.0, 0.5)
     return common.imagenet256(
-        model,
+        variant,
         SIZES,
         objective=dict(
             name="mean_flow",

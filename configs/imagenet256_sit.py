@@ -1,9 +1,9 @@
 """SiT on latents of ImageNet at 256x256, as in Ma et al. 2024 (arXiv 2401.08740): DiT's networks by flow matching.
 
 Command:   python -m experiments.train --config=configs/imagenet256_sit.py:XL/2 --workdir=runs/imagenet256_sit
-           the argument is SIZE/PATCH: S, B, L or XL, with patches of 2, 4 or 8 latent pixels per side
-Data:      data/imagenet256/train/x.npy, float16 [2562334, 32, 32, 4], and label.npy, and the same in
-           data/imagenet256/validation: see configs/imagenet256_dit.py.
+           the argument is SIZE/PATCH: S, B, L or XL, with patches of 2, 4 or 8 latent pixels per side; XL/2,images
+           trains on the images, which every step encodes
+Data:      data/imagenet256, or with XL/2,images data/imagenet and models/sd-vae-ft-ema: see configs/imagenet256_dit.py.
 Hardware:  the paper's: a TPU v4-64, 6.8 steps per second for XL/2 (recalled).
 Expected:  FID of 50,000 samples of the averaged parameters, 250 evaluations each: XL/2 after 7 M steps at guidance 1.5
            2.06 by this sampler and 2.15 by the ODE (heun, recalled). After 400,000 steps without guidance about: S/2
@@ -15,14 +15,14 @@ Expected:  FID of 50,000 samples of the averaged parameters, 250 evaluations eac
 from configs import common
 
 
-def get_config(model: str = "XL/2"):
+def get_config(variant: str = "XL/2"):
     # Even steps from noise to t = 0.04, then one to the mean.
     times = (*(1 - 0.96 * step / 249 for step in range(250)), 0.0)
     return common.imagenet256(
-        model,
+        variant,
         objective=dict(name="flow_matching", parameterization=dict(name="velocity", c_noise="time")),
         optimizer=dict(name="adamw", weight_decay=0.0),
-        train=dict(steps=7_000_000 if model == "XL/2" else 400_000),
+        train=dict(steps=7_000_000 if variant.startswith("XL/2") else 400_000),
         sampler=dict(
             name="euler_maruyama",
             diffusion="sigma",

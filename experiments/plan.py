@@ -1,8 +1,8 @@
 """Estimates what a training will need, and about how fast it will be, without the accelerators: compiles the train step
 for a TPU topology or for virtual devices and reads the compiled program.
 
-python -m experiments.plan --config=configs/imagenet256_dit.py:XL/2 --shape=32,32,4 --config.network.dtype=bfloat16 \\
-    --config.mesh.fsdp=4 --config.train.batch_size=64 --topology=v5e:2x2 [--json=plan.json]
+python -m experiments.plan --config=configs/imagenet256_dit.py:XL/2 --shape=32,32,4 --classes=1000 \\
+    --config.network.dtype=bfloat16 --config.mesh.fsdp=4 --config.train.batch_size=64 --topology=v5e:2x2 [--json=FILE]
 python -m experiments.plan --config=configs/digits.py --mesh_devices=8 [--chip=H100]
 """
 

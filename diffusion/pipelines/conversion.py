@@ -15,7 +15,7 @@ from diffusion.interop.diffusers_models import Model
 from diffusion.pipelines import autoencoder_training
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, resolve
-from diffusion.pipelines.model import build_model
+from diffusion.pipelines.model import build_model, model_spec
 from diffusion.pipelines.run import open_run
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.state import init_state
@@ -49,7 +49,8 @@ def export_run(
         raise InputError("--shift", "is for runs that train an autoencoder; leave it out")
     if run.params.keys() != {"net"}:
         raise InputError("--from", f"the run trains {', '.join(run.params)}; a diffusers model has a single network")
-    model = Model(run.config["network"], run.spec, jax.device_get(run.params["net"]))
+    spec = model_spec(run.spec, run.autoencoder)
+    model = Model(run.config["network"], spec, jax.device_get(run.params["net"]))
     with files.new_folder(folder, "--to") as partial:
         return diffusers_pipeline.write(partial, model, run.config)
 
@@ -67,8 +68,9 @@ def import_folder(
 ) -> str:  # fmt: skip
     """Writes a diffusers model or pipeline as a run at step 0.
 
-    The folder does not say how often training dropped the class; a model with a null class counts as one that was
-    trained with 10 % of it, unless the config says otherwise.
+    The run has no autoencoder, so that a model of latents samples latents. The folder does not say how often training
+    dropped the class; a model with a null class counts as one that was trained with 10 % of it, unless the config says
+    otherwise.
 
     Args:
       folder: The folder of the model or the pipeline.
@@ -89,7 +91,7 @@ def import_folder(
     except InputError as error:
         raise error.within("--from") from None
     name = model.network["name"]
-    config = {**base_config(name), **(sections or {}), "network": dict(model.network)}
+    config = {**base_config(name), **(sections or {}), "network": dict(model.network), "autoencoder": None}
     config["train"] = {**config.get("train", {}), "cond_drop_rate": _drop_rate(config, model)}
     config = resolve(config)
     check_config(config)

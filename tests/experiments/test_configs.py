@@ -3,21 +3,23 @@
 import dataclasses
 import importlib.util
 import inspect
+import json
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from diffusion.core.build import build
+from diffusion.core.types import ArraySpec, Spec, class_labels
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, read_config
 from diffusion.pipelines.generator import Generator
-from diffusion.pipelines.model import build_model
+from diffusion.pipelines.model import build_model, model_spec
 from diffusion.training.state import init_state
 from tests.refusals import refused
 from tests.tiers import slow_except
@@ -36,8 +38,10 @@ ARGUMENTS = {
     "imagenet64_progressive": ("1",),
     "imagenet64_scm": ("scd",),
     "imagenet256_mean_flow": ("S/2",),
-    "imagenet256_dit": ("S/2", "B/2", "L/2", "XL/2"),
-    "imagenet256_sit": ("S/2", "B/4", "L/8", "XL/2"),
+    "imagenet256_dit": ("S/2", "B/2", "L/2", "XL/2", "XL/2,images"),
+    "imagenet256_kl": ("f4", "f8", "f16", "f32"),
+    "imagenet256_sit": ("S/2", "B/4", "L/8", "XL/2", "L/4,images"),
+    "imagenet256_vq": ("f4", "f8", "f16"),
     "mixture": ("ddpm_eps", "ddpm_x0", "ddpm_v", "flow", "vdm"),
     "moons": ("independent", "exact", "sinkhorn"),
 }
@@ -52,6 +56,7 @@ PUBLISHED = {
     ("imagenet256_dit", "L/2"): "458",
     ("imagenet256_dit", "XL/2"): "675",
     ("imagenet256_sit", "XL/2"): "675",
+    ("imagenet256_kl", "f8"): "83.7",
 }
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
 CASES = [(path, argument) for path in FILES for argument in ARGUMENTS.get(path.stem, ("",))]
@@ -68,19 +73,28 @@ def module_of(path):
     return module
 
 
-def with_data(config, path, doc, folder):
-    """Returns the config; data that are arrays on disk become two examples as the docstring describes them."""
+# Entries of config.json of Stable Diffusion's autoencoder.
+SD_VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+
+
+def data_of(config, path, doc):
+    """Returns the training data and the held-out data; of ImageNet at 256x256 only what they decode to."""
     if config["data"]["name"] == "tfds":
         assert f"experiments.prepare_data --config=configs/{path.name}\n" in doc.replace("    (", "\n")
-    if config["data"]["name"] != "npy":
-        return config
-    kind, sides = re.search(r"x.npy, (\w+) \[\d+, (\d+, \d+, \d+)\]", doc).groups()
-    np.save(folder / "x.npy", np.zeros((2, *map(int, sides.split(", "))), kind))
-    np.save(folder / "label.npy", np.arange(2))
-    for section in (config["data"], config["eval"]["data"]):
-        assert section["path"] in doc
-        section["path"] = str(folder)
-    return config
+    sections = config["data"], config["eval"]["data"]
+    if not path.stem.startswith("imagenet256"):
+        with tfds.testing.mock_data(num_examples=2):
+            return [build("data", section) for section in sections]
+    for section in sections:
+        assert section["path"].rpartition("/")[0] in doc
+    specs = [Spec(ArraySpec((256, 256, 3)), class_labels(1000 * section["labels"])) for section in sections]
+    return [types.SimpleNamespace(spec=spec) for spec in specs]
 
 
 def teacher_of(config, spec):
@@ -128,11 +142,14 @@ TRACED = [
 )
 def test_parts_fit(path, argument, tmp_path):
     doc, config = read(path, argument)
-    config = with_data(config, path, doc, tmp_path)
-    with tfds.testing.mock_data(num_examples=2):
-        source, held_out = build("data", config["data"]), build("data", config["eval"]["data"])
+    source, held_out = data_of(config, path, doc)
     assert source.spec == held_out.spec
-    network, objective, _ = build_model(config, source.spec, teacher_of(config, source.spec))
+    if config["autoencoder"]:
+        assert config["autoencoder"]["path"] in doc
+        config["autoencoder"]["path"] = str(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps(SD_VAE))
+    teacher = teacher_of(config, source.spec)
+    network, objective, autoencoder = build_model(config, source.spec, teacher, weights=False)
     keywords = training(config)
     key = jax.random.key(0)
     shapes = jax.eval_shape(network.init, key)
@@ -146,8 +163,8 @@ def test_parts_fit(path, argument, tmp_path):
     if config["objective"]["name"] == "autoencoder":
         return  # it has nothing to sample
     generator = Generator(
-        network, objective, source.spec, keywords["mesh"], sampler=config["sampler"], guidance=config["guidance"],
-        cond_drop_rate=keywords["options"].cond_drop_rate,
+        network, objective, model_spec(source.spec, autoencoder), keywords["mesh"], sampler=config["sampler"],
+        guidance=config["guidance"], cond_drop_rate=keywords["options"].cond_drop_rate,
     )  # fmt: skip
     for stated in re.findall(r"([\d,]+)\s+evaluations", doc):
         assert int(stated.replace(",", "")) == generator.solver.evaluations(config["sampler"]["steps"])
@@ -167,7 +184,7 @@ def test_no_argument_is_forgotten():
     assert PUBLISHED.keys() <= {(path.stem, argument) for path, argument in CASES}
 
 
-@pytest.mark.parametrize("name", ["cifar10_edm", "imagenet256_dit", "imagenet256_sit", "mixture"])
+@pytest.mark.parametrize("name", ["cifar10_edm", "imagenet256_dit", "imagenet256_kl", "imagenet256_vq", "mixture"])
 def test_an_unknown_argument_lists_the_choices(name):
     get_config = module_of(ROOT / "configs" / f"{name}.py").get_config
     with pytest.raises(LookupError) as caught:

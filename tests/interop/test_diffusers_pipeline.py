@@ -24,7 +24,7 @@ SHORT = "--config.train.steps=3 --config.train.batch_size=4 --config.train.previ
 UNET = ("--config=configs/cifar10_ddpm.py --config.network.channel_mult=(1,1) --config.sampler.grid=leading "
         "--config.network.num_res_blocks=1 --config.network.attention_resolutions=(4,)")  # fmt: skip
 DIT = ("--config=configs/imagenet256_dit.py:S/2 --config.network.width=16 --config.network.depth=2 "
-       "--config.network.num_heads=2 --config.network.freq_shift=1")  # fmt: skip
+       "--config.network.num_heads=2 --config.network.freq_shift=1 --config.autoencoder=None")  # fmt: skip
 
 
 def data_flags(folder, classes=0):
