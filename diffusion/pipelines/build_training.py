@@ -147,10 +147,14 @@ def check_training(keywords: Mapping[str, Any], workdir: str) -> str:
     if position:  # converted weights have none
         check_position(source, position, options.batch_size)
     check_keep_best(keywords["checkpoint"], keywords["hooks"], program, source, options.batch_size)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
+    count, encoder = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for tree in (program.state.params, program.frozen.get("autoencoder"))
+    )
+    encoded = f", encoded in the step by an autoencoder of {encoder:,} parameters" if encoder else ""
     devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
     return (f"{count:,} parameters on {devices}, {options.steps:,} steps of {options.batch_size:,} of the "
-            f"{len(source):,} examples")  # fmt: skip
+            f"{len(source):,} examples{encoded}")  # fmt: skip
 
 
 def preview(generator: Generator, params: Params, source: Source) -> Image.Image:

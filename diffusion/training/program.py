@@ -53,10 +53,11 @@ class Program:
             try:
                 _, metrics = jax.eval_shape(self.step, self.state, batch, self.frozen)
             except (TypeError, ValueError) as error:
-                if isinstance(error, InputError) or buckets is None:
+                of_size = not isinstance(error, InputError) or error.field == "network.x"
+                if buckets is None or not of_size:
                     raise
                 size = " x ".join(map(str, batch["x"].shape[1:3]))
-                problem = f"the network cannot be trained on images of {size}; choose sizes that its levels divide"
+                problem = f"network or autoencoder cannot read images of {size}; choose sizes that their levels divide"
                 raise InputError("data.size", problem) from error
         return metrics
 
