@@ -137,6 +137,9 @@ def test_an_autoencoder_in_the_step_is_counted(tmp_path, caplog):
     assert memory["total"] - memory["temporaries"] - memory["program"] >= held
     share = 16 * flops["encoding_of_an_image"] / flops["as_traced"]
     assert f"{share:.1%} of the step" in capacity.report(found, 0)
+    parts = capacity.train_program(config, capacity.data_source(config), devices)
+    changes = capacity.candidate_changes(config, parts, TooLarge(used=2.0**30, limit=2.0**29))
+    assert changes[0] == {"autoencoder.slices": True} and len(changes) > 1
     assert not caplog.messages  # the rule is for the network alone
 
 
