@@ -163,7 +163,7 @@ def estimate(
     parts = train_program(config, source, devices)
     program, batch, mesh, options, model = (parts[name] for name in ("program", "batch", "mesh", "options", "model"))
     forward = 2 * network_macs(model.network, parts["spec"])
-    encoding = 2 * encoder_macs(model.autoencoder, source.spec) if model.autoencoder else 0
+    encoding = 2 * encoder_macs(model.autoencoder, source.spec) if "autoencoder" in program.frozen else 0
     dtype = network_option(config, "dtype") or "float32"
     modules = cost_model.parameters(program.state.params)
     found = {
@@ -284,7 +284,7 @@ def candidate_changes(
         most = {"mesh.data": 1, "mesh.fsdp": _fsdp_size(mesh) * replicas}
         accumulate = {"train.accumulate": local_batch} if local_batch > options.accumulate else {}
         changes += [more, most, most | remat | accumulate]
-    if parts["model"].autoencoder and config["autoencoder"].get("slices") is False:
+    if "autoencoder" in parts["program"].frozen and config["autoencoder"].get("slices") is False:
         changes = [{"autoencoder.slices": True} | change for change in [{}, *changes]]
     return [change for index, change in enumerate(changes) if change and change not in changes[:index]]
 
