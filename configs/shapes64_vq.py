@@ -12,6 +12,7 @@ from configs import common
 
 def get_config():
     return common.shapes64(
+        objective=dict(codebook="ema"),
         network=dict(name="autoencoder_vq", latent_channels=3, num_vq_embeddings=512),
         eval=dict(metrics=dict(reconstruction=dict(codes=True))),
     )
