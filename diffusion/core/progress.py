@@ -14,7 +14,8 @@ class Progress:
     """A progress line such as `train 120/2,000 (6 %)  loss 0.0312  1,234 images/s  1:32 left`.
 
     On a terminal it is rewritten in place; elsewhere a new line is printed every 30 seconds. The rate is the median
-    over the last updates, so that compilation and pauses do not affect it.
+    over the last updates, so that compilation and pauses do not affect it. The line of the first update, before which
+    everything is compiled, shows no rate.
 
     Args:
       title: Name of the work.
@@ -50,18 +51,16 @@ class Progress:
             self.stream.flush()
 
     def rate(self) -> float:
-        """Returns the units per second, the median over the last updates."""
+        """Returns the units per second, the median over the last updates but the first, if there are others."""
         rates = [(n - m) / max(b - a, 1e-9) for (a, m), (b, n) in itertools.pairwise(self.marks)]
-        return statistics.median(rates) if rates else 0.0
+        return statistics.median(rates[1:] or rates) if rates else 0.0
 
     def _line(self, now: float, done: int, values: dict[str, float]) -> str:
         rate = self.rate()
-        left = (self.total - done) / rate if rate > 0 else 0
         shown = "".join(f"  {name} {value:.4f}" for name, value in values.items())
-        return (
-            f"{self.title} {done:,}/{self.total:,} ({100 * done // self.total} %){shown}"
-            f"  {rate * self.weight:,.0f} images/s  {_clock(left)} left"
-        )
+        if len(self.marks) > 2 and rate > 0:
+            shown += f"  {rate * self.weight:,.0f} images/s  {_clock((self.total - done) / rate)} left"
+        return f"{self.title} {done:,}/{self.total:,} ({100 * done // self.total} %){shown}"
 
 
 def _clock(seconds: float) -> str:
