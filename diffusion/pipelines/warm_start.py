@@ -9,6 +9,7 @@ from diffusion.core import trees
 from diffusion.core.types import InputError, Params
 
 MOST_NAMED = 8  # arrays that a message names
+NEW = "new"  # why an array has none to start from, other than by its shape
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def matching(
         if base and path.startswith(f"net/{base}/") and path not in given:
             theirs = "net/" + path.removeprefix(f"net/{base}/")
         if theirs not in given or not wanted(theirs):
-            missing[path] = "new"
+            missing[path] = NEW
         elif given[theirs].shape != leaf.shape:
             missing[path] = f"{list(leaf.shape)}, not {list(given[theirs].shape)}"
         else:
@@ -65,14 +66,22 @@ def report(
       InputError: No array fits.
     """
     count = len(trees.by_path(dict(found)))
-    named = ", ".join(f"{path} ({reason})" for path, reason in list(missing.items())[:MOST_NAMED])
-    more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
     if not count:
-        raise InputError("init_from", f"no array of the run fits: {named}{more}; use its network section")
-    rest = f"; not taken over: {named}{more}" if missing else ""
+        problem = _named([f"{path} ({reason})" for path, reason in missing.items()])
+        raise InputError("init_from", f"no array of the run fits: {problem}; use its network section")
+    new = [path for path, reason in missing.items() if reason == NEW]
+    others = [f"{path} ({reason})" for path, reason in missing.items() if reason != NEW]
+    rest = f"; not taken over: {_named(others)}" if others else ""
+    rest += f"; new: {_named(new)}" if new else ""
     logger.info("%s of %s arrays start from %s%s", count, count + len(missing), config["init_from"], rest)
     for key in ("schedule", "parameterization"):
         ours, theirs = (section["objective"].get(key) for section in (config, source))
         if ours != theirs:
             logger.warning("objective.%s differs from that of the run to start from, so the network has to learn "
                            "another output: %s, not %s", key, ours, theirs)  # fmt: skip
+
+
+def _named(arrays: list[str]) -> str:
+    """Returns the first names of a list, and the number of the others."""
+    more = f" and {len(arrays) - MOST_NAMED} more" if len(arrays) > MOST_NAMED else ""
+    return ", ".join(arrays[:MOST_NAMED]) + more

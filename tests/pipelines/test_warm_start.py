@@ -72,6 +72,12 @@ def test_another_number_of_classes(source, tmp_path, caplog):
     assert "net/embed/inner/kernel" in found
 
 
+def test_the_matrices_of_an_adapter_are_new(source, caplog):
+    caplog.set_level("INFO")
+    start_of(source, *LORA)
+    assert "; new: net/lora/" in caplog.text and "not taken over" not in caplog.text
+
+
 def test_an_expression_selects_arrays_and_an_objective_that_differs_is_reported(source, caplog):
     found, _ = start_of(f"{source}::embed", ("objective", {"name": "denoising"}))
     assert found and all("embed" in path for path in found)
