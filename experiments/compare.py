@@ -29,7 +29,7 @@ flags.mark_flags_as_required(["runs"])
 
 
 def main() -> None:
-    check_numbers(seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
+    check_numbers("--", seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
     compare(RUNS.value, NFE.value, out=OUT.value, docs=DOCS.value, num=NUM.value, seed=SEED.value,
             batch_size=BATCH_SIZE.value, ema=EMA.value)  # fmt: skip
 

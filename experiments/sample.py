@@ -42,7 +42,7 @@ MOST_COLUMNS = 50  # of a sheet with one column per class
 
 
 def main() -> None:
-    check_numbers(seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
+    check_numbers("--", seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
     run = open_run(WORKDIR.value, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value)
     cond = _conditions(run)
     labels = cond.get("label")

@@ -257,18 +257,22 @@ class Generator:
         jax.eval_shape(lambda *arrays: self._draw(*arrays, _rises(self.times)), *arrays)
 
 
-def check_numbers(*, seed: int, **counts: int) -> None:
-    """Checks the values of the flags of these names.
+def check_numbers(prefix: str = "", *, seed: int, **counts: int) -> None:
+    """Checks the values of these names.
+
+    Args:
+      prefix: What precedes the names in an error: `--` for flags.
+      seed, counts: The values.
 
     Raises:
       InputError: The seed is not in [0, 2^32), or a count is not in [1, 10^7].
     """
     if not 0 <= seed < 2**32:
-        raise InputError("--seed", f"must be from 0 to 2^32 - 1, got {seed}")
+        raise InputError(f"{prefix}seed", f"must be from 0 to 2^32 - 1, got {seed}")
     for name, count in counts.items():
         if count < 1:
-            raise InputError(f"--{name}", f"must be at least 1, got {count}")
-        at_most(MOST_SAMPLES, count, f"--{name}")
+            raise InputError(f"{prefix}{name}", f"must be at least 1, got {count}")
+        at_most(MOST_SAMPLES, count, f"{prefix}{name}")
 
 
 def is_neutral(section: Mapping[str, Any]) -> bool:

@@ -114,6 +114,12 @@ def test_bad_starts_are_refused(run, options, field):
         run.sample(**{"start": np.zeros((2, 8, 8, 1), np.float32), **options})
 
 
+@pytest.mark.parametrize(("name", "value"), [("num", 0), ("num", 10**8), ("seed", -1), ("batch_size", 0)])
+def test_bad_numbers_are_refused(run, name, value):
+    with refused(name):
+        run.sample(**{name: value})
+
+
 @pytest.mark.parametrize("labels", [[-1], 10, [1.0], [True], [], [[1, 2]], [1, 2, 3], [10**30]])
 def test_bad_labels_are_refused(run, labels):
     for draw in (run.sample, functools.partial(df.sample, run)):
