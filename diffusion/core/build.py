@@ -110,7 +110,7 @@ def find(family: str, name: str | Callable[..., Any], *, field: str) -> Callable
     if isinstance(name, str) and is_external(name):
         return _import(name, field)
     if not isinstance(name, str) or name not in names(family):
-        raise InputError(field, f"no {name!r} in {family}{_nearest(str(name), names(family))}")
+        raise InputError(field, f"no {name!r} in {family}{nearest(str(name), names(family))}")
     module = importlib.import_module(FAMILIES[family])
     if _has_files(module):
         return importlib.import_module(f"{FAMILIES[family]}.{name}").make
@@ -189,7 +189,7 @@ def check(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str, 
         if key not in named:
             if takes_any:
                 continue
-            raise InputError(f"{field}.{key}", f"{where} takes no {key!r}{_nearest(key, named)}")
+            raise InputError(f"{field}.{key}", f"{where} takes no {key!r}{nearest(key, named)}")
         _check_numbers(value, f"{field}.{key}", by_default=parameters[key].default)
         expected = parameters[key].annotation
         if expected is inspect.Parameter.empty or isinstance(expected, str):
@@ -278,7 +278,8 @@ def _has_make(module: str) -> bool:
         return any(line.startswith("def make(") for line in source)
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """Returns the end of a message about an unknown name: the known one that it resembles, if any, and all of them."""
     guess = [other for other in known if name and other.startswith(name)] or difflib.get_close_matches(name, known, n=1)
     return (f"; did you mean {guess[0]!r}?" if guess else ";") + f" one of: {', '.join(known)}"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 
 from diffusion.core import files, trees
 from diffusion.core.arrays import is_empty
-from diffusion.core.build import build, build_network, call
+from diffusion.core.build import build, build_network, call, nearest
 from diffusion.core.progress import Progress
 from diffusion.core.types import MACHINE_OPTIONS, Autoencoder, InputError, Network, Objective, Params, Source
 from diffusion.data import pipeline
@@ -84,7 +85,7 @@ class Trainer:
       metrics: The metrics of the last step that was read, by name, without those of parts that had no example.
 
     Raises:
-      InputError: A part cannot be built.
+      InputError: A part cannot be built, or there is no such option.
     """
 
     def __init__(
@@ -124,6 +125,11 @@ class Trainer:
         self.objective = (
             objective if hasattr(objective, "denoiser") else build("objectives", objective, field="objective")
         )
+        fields = [field.name for field in dataclasses.fields(Options)]
+        for name in train_options:
+            if name not in fields:
+                own = [key for key, p in inspect.signature(Trainer).parameters.items() if p.kind is not p.VAR_KEYWORD]
+                raise InputError(name, f"Trainer takes no {name!r}{nearest(name, [*own, *fields])}")
         self.options = dataclasses.replace(options or Options(), **train_options)
         check_drop_rate(self.options.cond_drop_rate, spec.conditions)
         self.ema = ema if isinstance(ema, EMA) else call(make_ema, ema or {}, field="ema")

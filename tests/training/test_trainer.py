@@ -270,3 +270,11 @@ def test_a_second_training_in_the_workdir_is_refused(run, whole, tmp_path):
         assert Checkpoints(str(workdir), read_only=True).latest() == STEPS
     run(workdir, STEPS + 2)
     assert Checkpoints(str(workdir), read_only=True).latest() == STEPS + 2
+
+
+@pytest.mark.parametrize("name", ["batch_sise", "optimiser"])
+def test_an_unknown_option_is_named(name, digits, tiny_mlp):
+    near = {"batch_sise": "batch_size", "optimiser": "optimizer"}[name]
+    with refused(name) as caught:
+        Trainer(digits, tiny_mlp, "denoising", **{name: 3})
+    assert f"did you mean '{near}'?" in str(caught.value)
