@@ -5,6 +5,7 @@ python -m experiments.train --config=configs/digits.py --workdir=runs/digits [--
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 
 from absl import flags
@@ -38,6 +39,8 @@ def main() -> None:
     )
     del training  # with the arrays of a warm start, which the state takes over
     trainer.fit()
+    job = "evaluate" if hasattr(trainer.objective, "reconstruct") else "sample"
+    print(f"done; next: python -m experiments.{job} --workdir={shlex.quote(WORKDIR.value)}")
 
 
 @contextlib.contextmanager

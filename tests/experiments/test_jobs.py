@@ -24,6 +24,7 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "tiny"
     done = job("train", *TINY, f"--workdir={path}")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"python -m experiments.sample --workdir={path}\n")
     return path
 
 
