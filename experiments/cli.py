@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -231,6 +232,9 @@ def _parse(argv: list[str], takes_rest: bool) -> list[str]:
     except (InputError, flags.Error) as error:
         if "--debug" in argv:
             raise
+        missing = re.search(r"Flag --(\S+) must have a value other than None", str(error))
+        if missing:
+            error = InputError(f"--{missing[1]}", "is missing")
         # absl wraps what the parser of a flag raises.
         cause = error.__context__ if isinstance(error, flags.Error) else None
         _fail(cause if isinstance(cause, InputError) else error, BAD_INPUT)

@@ -129,6 +129,10 @@ def test_train_refuses(name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_missing_flag_is_named():
+    assert refused_field(job("train", *TINY)) == "--workdir"
+
+
 def test_train_refuses_a_workdir_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
     done = job("train", *TINY, f"--workdir={tmp_path}/file/run")
