@@ -2,10 +2,12 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.pipelines import capacity
 from diffusion.pipelines.build_training import build_training, check_training
 from diffusion.pipelines.config import read_config
 from tests.jobs import ROOT, job
@@ -47,7 +49,7 @@ def test_images_are_encoded_in_the_step_or_in_advance(folders, tmp_path):
     done = job("train", *images, f"--workdir={tmp_path / 'images'}", "--check")
     assert done.returncode == 0, done.stderr
     assert "the 32 examples, encoded in the step by an autoencoder of 3,905 parameters" in done.stdout
-    encoded = {"autoencoder.path": folders[1], "data.path": cache, "eval.data.path": cache, **SMALL}
+    encoded = {"autoencoder.path": folders[1], "data.path": str(cache), "eval.data.path": str(cache), **SMALL}
     for arguments in (
         ("train", *images, f"--workdir={tmp_path / 'images'}"),
         ("encode", *images, f"--out={cache}"),
@@ -60,6 +62,9 @@ def test_images_are_encoded_in_the_step_or_in_advance(folders, tmp_path):
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (2, 16, 16, 3)
     written = json.loads((tmp_path / "folder" / "transformer" / "config.json").read_text())
     assert (written["sample_size"], written["in_channels"]) == (8, 2)
+    config = read_config(f"{ROOT}/{CONFIG}", encoded.items())
+    planned = capacity.train_program(config, capacity.data_source(config), jax.devices()[:1])
+    assert planned["spec"].shape == (8, 8, 2) and not planned["program"].frozen
     done = job("train", *flags(CONFIG, encoded), f"--workdir={tmp_path / 'other'}", "--check")
     assert done.returncode == 0 and "in the step" not in done.stdout
 
