@@ -9,15 +9,13 @@ from glob import escape, glob
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from diffusion.core import files
+from diffusion.core import files, tensor_file
 from diffusion.core.types import InputError
 
 VERSION = "0.42.1"  # of diffusers, recorded in the files that are written
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-_POINTER = b"version https://git-lfs"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -51,20 +49,8 @@ def read_tensors(folder: str, variant: str | None = None) -> dict[str, np.ndarra
     tensors = {}
     for name in _weight_files(folder, variant):
         path = os.path.join(folder, os.path.basename(name))  # an index must not refer to files elsewhere
-        try:
-            loaded = safetensors.numpy.load_file(path)
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            if _is_pointer(path):
-                problem = f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` where it was cloned"
-                raise InputError("folder", problem) from None
-            raise InputError("folder", f"{path} cannot be read: {error}") from None
-        tensors |= {key: value.astype(np.float32) for key, value in loaded.items()}
-    for name, tensor in tensors.items():
-        bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
-        if bad:
-            raise InputError(f"tensors.{name}", f"has {bad} of {tensor.size} values that are NaN or infinite; the "
-                             "training diverged or the file is damaged")  # fmt: skip
-    return tensors
+        tensors |= tensor_file.read(path, "folder")
+    return tensor_file.to_float32(tensors)
 
 
 def _weight_files(folder: str, variant: str | None) -> list[str]:
@@ -103,15 +89,6 @@ def _shards(folder: str, index: str) -> list[str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError("folder", f"{os.path.join(folder, index)} must contain a weight_map of names to files")
     return sorted(set(weight_map.values()))
-
-
-def _is_pointer(path: str) -> bool:
-    """Returns whether a file is the text that Git LFS leaves in place of a file that was not downloaded."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(_POINTER)) == _POINTER
-    except (OSError, ValueError):  # there is no such file, or it cannot exist
-        return False
 
 
 def write(folder: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
