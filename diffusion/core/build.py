@@ -148,7 +148,8 @@ def defaults(make: Callable[..., Any], *, later: Collection[str] = ()) -> dict[s
 def call(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str) -> Any:
     """Returns `make(**keywords)` after `check`.
 
-    Integers become floats where `make` expects floats, and `~` at the start of a text becomes the home folder.
+    Integers become floats where `make` expects floats, and `~` at the start of a text becomes the home folder, also in
+    tuples.
 
     Raises:
       InputError: See `check`; errors that `make` itself raises get `field` as a prefix.
@@ -160,15 +161,18 @@ def call(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str) -
         for key, value in keywords.items()
         if type(value) is int and key in parameters and _expects_float(parameters[key].annotation)
     }
-    paths = {
-        key: os.path.expanduser(value)
-        for key, value in keywords.items()
-        if isinstance(value, str) and value.startswith("~")
-    }
+    paths = {key: _expanded(value) for key, value in keywords.items()}
     try:
-        return make(**{**keywords, **floats, **paths})
+        return make(**{**keywords, **paths, **floats})
     except InputError as error:
         raise error.within(field) from None
+
+
+def _expanded(value: Any) -> Any:
+    """Returns a text, or the texts of a tuple, with the home folder in place of a `~` at the start."""
+    if type(value) is tuple:
+        return tuple(map(_expanded, value))
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def check(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str, later: Collection[str] = ()) -> None:

@@ -36,6 +36,12 @@ def test_an_int_for_a_float_becomes_a_float():
     assert eta == 1 and type(eta) is float
 
 
+def test_the_home_folder_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = build("samplers", {"name": lambda path, paths: (path, paths), "path": "~/a", "paths": ("~/b", "c", 3)})
+    assert paths == ("/home/me/a", ("/home/me/b", "c", 3))
+
+
 def test_names_are_found_by_listing():
     assert {"ancestral", "ddim"} <= set(names("samplers"))
     assert {"eps", "x0", "v"} <= set(names("parameterization"))
