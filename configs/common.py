@@ -162,7 +162,7 @@ def imagenet_images(split: str) -> dict[str, Any]:
 
 
 def imagenet_encoded(split: str) -> dict[str, Any]:
-    """Returns the same images, as encoded by `experiments.encode`, without flips."""
+    """Returns the same images, as encoded by `experiments.encode`, those for training with `--flip`."""
     return dict(name="array_record", path=f"data/imagenet256/{split}")
 
 

@@ -1,6 +1,7 @@
 """DiT on latents of ImageNet at 256x256, as in Peebles & Xie 2023 (arXiv 2212.09748).
 
-Command:   python -m experiments.encode --config=configs/imagenet256_dit.py:XL/2,images --out=data/imagenet256/train
+Command:   python -m experiments.encode --config=configs/imagenet256_dit.py:XL/2,images --flip \
+               --out=data/imagenet256/train
            python -m experiments.encode --config=configs/imagenet256_dit.py:XL/2,images \
                --out=data/imagenet256/validation --config.data.path=data/imagenet/validation
            python -m experiments.train --config=configs/imagenet256_dit.py:XL/2 --workdir=runs/imagenet256_dit
@@ -8,9 +9,9 @@ Command:   python -m experiments.encode --config=configs/imagenet256_dit.py:XL/2
            trains on the images, which every step encodes, so that the first two commands are not needed
 Data:      data/imagenet/train and data/imagenet/validation, 1,281,167 and 50,000 images in a folder per class, of which
            the central square is read, and models/sd-vae-ft-ema, Stable Diffusion's autoencoder in a folder of diffusers
-           (stabilityai/sd-vae-ft-ema). The encoded images take 21 GB: the means of the posterior, float32 [32, 32, 4],
-           without mirror images. With XL/2,images every visit flips half of the images and draws a sample of the
-           posterior, as the paper's code does.
+           (stabilityai/sd-vae-ft-ema). The encoded images take 86 GB: the moments of the posterior, float32
+           [32, 32, 8], of the images for training and their mirror images, and of the others. Every visit draws a
+           sample of the posterior, as the paper's code does, and with XL/2,images flips half of the images.
 Hardware:  the paper's: a TPU v3-256, 5.7 steps per second for XL/2 (recalled). In float32 as here; bfloat16 is faster.
 Expected:  FID of 50,000 samples of the averaged parameters, 250 evaluations each: XL/2 after 7 M steps 2.27 at guidance
            1.5 (of three of the four channels; of all of them here) and 9.62 without (recalled). After 400,000 steps

@@ -219,8 +219,8 @@ class Source(Protocol):
       draw(index, rng: np.random.Generator): Returns the example for training, with a random crop and flip.
       buckets: Integers `[len]`. Examples with the same number have the same shape of `x`, and a batch has one number.
       stages: Pairs of a name and a function. Composed in order, the functions map `index` to `source[index]`.
-      encoder, decoded_spec: For latents that were encoded in advance, the digest of the autoencoder and the spec of
-        what it decodes them to.
+      encoder, decoded_spec: For data that were encoded in advance, the digest of the autoencoder and the spec of what
+        it decodes them to. Then x is what `Autoencoder.posterior` returns.
     """
 
     spec: Spec

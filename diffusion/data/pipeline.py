@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from diffusion.core.build import find, is_external
-from diffusion.core.types import InputError, Source, Spec
+from diffusion.core.types import Autoencoder, InputError, Source, Spec
 
 THREADS = 4  # number of reading threads when there are no worker processes
 UNGUARDED = 64  # exit code of a worker process that runs the whole program again
@@ -137,13 +137,33 @@ def in_order(
 
 
 def is_encoded(source: Source) -> bool:
-    """Returns whether the examples of a source are latents that were encoded in advance."""
+    """Returns whether the examples of a source were encoded in advance: x is what `Autoencoder.posterior` returns."""
     return getattr(source, "encoder", None) is not None
 
 
 def decoded_spec(source: Source) -> Spec:
-    """Returns the spec of what an autoencoder decodes a source to; `source.spec` if its examples are no latents."""
+    """Returns the spec of what an autoencoder decodes a source to; `source.spec` if it was not encoded in advance."""
     return getattr(source, "decoded_spec", source.spec)
+
+
+def check_encoder(source: Source, autoencoder: Autoencoder | None, field: str = "data") -> None:
+    """Checks that a source that was encoded in advance was encoded by an autoencoder.
+
+    Args:
+      field: The section of the config that names the source.
+
+    Raises:
+      InputError: It was encoded by another one, or there is none.
+    """
+    if not is_encoded(source):
+        return
+    if autoencoder is None:
+        problem = f"is missing, and {field} holds latents; set the autoencoder that they were encoded with"
+        raise InputError("autoencoder", problem)
+    if source.encoder != autoencoder.digest:
+        problem = f"is not the autoencoder that {field} was encoded with; encode it again"
+        digests = f"SHA-256 {source.encoder[:12]}..., got {autoencoder.digest[:12]}..."
+        raise InputError("autoencoder.path", f"{problem} ({digests})")
 
 
 def location_keywords(section: Mapping[str, Any]) -> tuple[str, ...]:

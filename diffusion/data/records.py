@@ -8,14 +8,16 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from diffusion.core import files, images
 from diffusion.core.types import ArraySpec, InputError, Source
+from diffusion.data.pipeline import is_encoded
 
 FORMAT = 1
 INFO = "info.json"
@@ -52,8 +54,10 @@ def check_fits(source: Source) -> None:
     """Checks that records can hold the examples of a source.
 
     Raises:
-      InputError: They have several sizes, or conditions other than a label.
+      InputError: They have several sizes, or conditions other than a label, or were encoded in advance.
     """
+    if is_encoded(source):
+        raise InputError("data", "has been encoded already; give the images, or copy its folder")
     if hasattr(source, "buckets"):
         raise InputError("data.size", "must be a single size, as all records of a data set have one shape")
     others = source.spec.conditions.keys() - {"label"}
@@ -93,6 +97,13 @@ def write_shard(folder: str, number: int, examples: Iterable[Mapping[str, Any]],
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{path}.partial")
     return count
+
+
+def read_shard(path: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Yields the data of the examples of a shard of float32 arrays of a shape."""
+    shard = ArrayRecordDataSource([path])
+    for index in range(len(shard)):
+        yield np.frombuffer(shard[index], "<f4", math.prod(shape)).reshape(shape)
 
 
 def shard_path(folder: str, number: int) -> str:

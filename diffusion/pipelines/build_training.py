@@ -14,12 +14,11 @@ from PIL import Image
 from diffusion.core import images
 from diffusion.core.build import build, call
 from diffusion.core.types import InputError, Params, Source, Spec
-from diffusion.data.pipeline import check_position, decoded_spec, is_encoded
+from diffusion.data.pipeline import check_encoder, check_position, decoded_spec, is_encoded
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import autoencoder_training, warm_start
 from diffusion.pipelines.conditions import conditions_of, moments_of
 from diffusion.pipelines.config import check_config, external_names, sharding_options
-from diffusion.pipelines.encoding import check_source
 from diffusion.pipelines.evaluation import Evaluation, build_metrics, not_finite
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import Model, model_of
@@ -50,7 +49,7 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     spec = decoded_spec(source)
     meta, teacher = meta_of(config, spec, workdir)
     model = model_of(meta)
-    check_source(source, model.autoencoder)
+    check_encoder(source, model.autoencoder)
     keywords = training(config)
     options = keywords["options"]
     start = start_of(config, meta, model, teacher, keywords["mesh"])
@@ -135,9 +134,8 @@ def check_training(keywords: Mapping[str, Any], workdir: str) -> str:
     source, options, mesh = keywords["source"], keywords["options"], keywords["mesh"]
     model = Model(**{name: keywords[name] for name in Model._fields})
     others = {*Model._fields, "source", "meta", "hooks", "start"}
-    if is_encoded(source):
-        model = model._replace(autoencoder=None)
-    program = program_of(model, **{name: keywords[name] for name in keywords.keys() - others})
+    given = {name: keywords[name] for name in keywords.keys() - others}
+    program = program_of(model, encoded=is_encoded(source), **given)
     program.check_frozen(keywords["start"])
     program.trace(source, options.batch_size)
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -247,15 +245,19 @@ def training(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     }
 
 
-def program_of(model: Model, teacher: Mapping | None, *, options: Options, checkpoint: Any, **keywords: Any) -> Program:
+def program_of(
+    model: Model, teacher: Mapping | None, *, encoded: bool, options: Options, checkpoint: Any, **keywords: Any
+) -> Program:
     """Returns the program that `Trainer` would run, without computing anything.
 
     Args:
       model: The model.
       teacher: The parameters of its teacher, or their shapes.
+      encoded: See `make_step`.
       options, checkpoint, keywords: As `training` returns them.
     """
     return make_program(
         **model._asdict(), teacher=teacher, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate,
-        accumulate=options.accumulate, guard=Guard(options.spike), trainable=options.trainable, **keywords,
+        accumulate=options.accumulate, guard=Guard(options.spike), trainable=options.trainable, encoded=encoded,
+        **keywords,
     )  # fmt: skip

@@ -125,22 +125,23 @@ def data_source(config: Mapping[str, Any], shape: str | None = None, classes: in
 def train_program(config: Mapping[str, Any], source: Source | Described, devices: Sequence[Any]) -> dict[str, Any]:
     """Returns the train step of a config on a mesh of the devices, and the parts that it is made of.
 
-    The step encodes the examples unless they are latents.
+    The step encodes the examples unless they were encoded in advance.
 
     Returns:
       A dict of the `program` (`training.program.Program`), an abstract `batch`, the `mesh`, the `model`, the `options`
       of the section `train`, and the `spec` of what the network models.
     """
-    meta, teacher = meta_of(config, decoded_spec(source), NO_WORKDIR)
-    if is_encoded(source):
+    spec, encoded = decoded_spec(source), is_encoded(source)
+    meta, teacher = meta_of(config, spec, NO_WORKDIR)
+    if encoded and isinstance(source, Described):  # nothing says what the latents are decoded to
         config = {**config, "autoencoder": None}
-    model = build_model(config, source.spec, teacher_of(meta), weights=False)
+    model = build_model(config, spec, teacher_of(meta), weights=False)
     keywords = training(config, devices)
     mesh, options = keywords["mesh"], keywords["options"]
-    program = program_of(model, teacher, **keywords)
+    program = program_of(model, teacher, encoded=encoded, **keywords)
     batch = abstract_batch(source.spec, options.batch_size, program.batch)
     return dict(program=program, batch=batch, mesh=mesh, model=model, options=options,
-                spec=model_spec(source.spec, model.autoencoder))  # fmt: skip
+                spec=model_spec(spec, model.autoencoder))  # fmt: skip
 
 
 def estimate(

@@ -12,7 +12,7 @@ import numpy as np
 
 from diffusion.core import checks
 from diffusion.core.arrays import scaled
-from diffusion.core.types import Autoencoder, Cond, InputError, Label, Schedule, Source, Spec
+from diffusion.core.types import Array, Autoencoder, Cond, InputError, Label, Schedule, Source, Spec
 from diffusion.data.pipeline import is_encoded
 from diffusion.objectives.base.gaussian import MOST_TERMINAL_SNR, terminal_snr
 
@@ -70,9 +70,16 @@ def moments_of(schedule: Schedule, source: Callable[[], Source], autoencoder: Au
     except InputError as error:
         logger.warning("samples start from noise of mean 0 and variance 1, since the data cannot be read: %s", error)
         return jnp.float32(0), jnp.float32(1)
-    if autoencoder is not None and not is_encoded(data):
-        x = autoencoder.encode(autoencoder.params, x, None)
+    x = modelled(x, data, autoencoder)
     return jnp.mean(x, axis=0), jnp.var(x, axis=0)
+
+
+def modelled(x: Array, source: Source, autoencoder: Autoencoder | None) -> Array:
+    """Returns what the network models of examples x `[B, ...]` of a source: with an autoencoder, the most probable
+    latents."""
+    if autoencoder is None:
+        return x
+    return autoencoder.sample(x if is_encoded(source) else autoencoder.posterior(autoencoder.params, x), None)
 
 
 def numbers_of(labels: Sequence[Label] | Label | None, class_names: Sequence[str]) -> Sequence[int] | None:

@@ -1,5 +1,10 @@
-"""Encodes a data set with an autoencoder once, so that training reads its latents."""
+"""Encodes a data set with an autoencoder once, so that training need not.
 
+What is stored is the result of `Autoencoder.posterior`, from which every step draws its latents as if it had encoded
+the images itself.
+"""
+
+import itertools
 import json
 import math
 import os
@@ -8,17 +13,32 @@ from typing import Any
 
 import jax
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from diffusion.core import files
 from diffusion.core.arrays import scaled
-from diffusion.core.types import ArraySpec, Autoencoder, InputError, Source
+from diffusion.core.types import Array, ArraySpec, Autoencoder, InputError, Source
 from diffusion.data import records
 from diffusion.data.pipeline import in_order
 from diffusion.distributed import multihost
 
-PLAN = "encoding.json"  # what is being encoded; in a folder that is not finished
+PLAN = "encoding.json"  # what is being encoded
 SHARD_SIZE = 4096  # examples per shard, at most
+MEASURED_AT_ONCE = 256  # examples of a shard whose latents are drawn with one key to measure them
+
+
+class Mirrored:
+    """A source followed by the mirror images of its examples: example N + i is example i mirrored left to right."""
+
+    def __init__(self, source: Source):
+        self.source, self.spec = source, source.spec
+
+    def __len__(self) -> int:
+        return 2 * len(self.source)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        is_mirrored, index = divmod(index, len(self.source))
+        example = self.source[index]
+        return {**example, "x": example["x"][:, ::-1]} if is_mirrored else example
 
 
 def encode(
@@ -26,103 +46,111 @@ def encode(
     autoencoder: Autoencoder,
     folder: str,
     *,
+    flip: bool = False,
     batch_size: int = 256,
     workers: int = 0,
     shard_size: int = SHARD_SIZE,
-    process: int = 0,
-    processes: int = 1,
     progress: Callable[[int], None] = lambda done: None,
-) -> int:
-    """Writes the latents of a source as an `array_record` data set.
+) -> dict[str, Any]:
+    """Writes a source as an `array_record` data set of what `Autoencoder.posterior` returns.
 
-    A call that was interrupted is continued by the same call: complete shards stay. Several processes may share the
-    work; process p writes every shard whose number is p modulo the number of processes.
+    A call that was interrupted is continued by the same call: complete shards stay. The processes of a job share the
+    work; process p writes every shard whose number is p modulo the number of processes. The files are the same bytes
+    however often it was interrupted and however many processes there are.
 
     Args:
       source: The examples; without random augmentation.
-      autoencoder: The autoencoder; a variational one encodes to its mean.
+      autoencoder: The autoencoder.
       folder: The folder to write.
-      batch_size: Number of examples that are encoded at once.
+      flip: Whether the mirror images, left to right, follow the examples.
+      batch_size: Number of examples that are encoded at once. Compilers may sum in another order for another number, so
+        that the results are the same bits as in a step if it has as many examples per device.
       workers: Number of processes that read the examples; 0 reads in threads.
       shard_size: Number of examples per shard.
-      process, processes: The index of this process, and the number of processes.
       progress: Called with the number of examples that this process has written or found.
 
     Returns:
-      The number of examples in the data set.
+      What `info.json` says of the data set, with the number of examples as `count`, and in `latents` the `mean` and the
+      standard deviation `std` of each channel of the latents that training draws, measured on all examples.
 
     Raises:
-      InputError: The folder holds something else, another job writes there, or records cannot hold the examples.
+      InputError: The folder holds something else, another job writes there, records cannot hold the examples, they are
+        no images to mirror, or the autoencoder encodes one to numbers that are not finite.
     """
     records.check_fits(source)
+    if flip and not source.spec.is_image:
+        raise InputError("--flip", f"mirrors images, and the data are {source.spec.x.kind}; leave it out")
+    images, source = len(source), Mirrored(source) if flip else source
     num = len(source)
-    latents = ArraySpec(autoencoder.shape, "latent", low=-1.0, high=1.0)
+    like = jax.ShapeDtypeStruct((1, *source.spec.shape), np.float32)
+    shape = jax.eval_shape(autoencoder.posterior, autoencoder.params, like).shape[1:]
+    stored = ArraySpec(shape, "latent", low=-1.0, high=1.0)
     decoded = records.describe(source, source.spec.x)
     decoded = {name: decoded[name] for name in ("shape", "kind", "low", "high", "dtype")}
-    plan = {**records.describe(source, latents), "encoder": autoencoder.digest, "decoded": decoded}
-    plan = files.plain({"num": num, "shard_size": shard_size, "info": plan})
-    _start(folder, plan, 4 * num * math.prod(autoencoder.shape))
-    apply, place = jax.jit(autoencoder.encode), jax.local_devices()[0]
+    info = {**records.describe(source, stored), "encoder": autoencoder.digest, "decoded": decoded}
+    _start(folder, files.plain({"num": num, "flip": flip, "shard_size": shard_size, "info": info}),
+           4 * num * math.prod(shape))  # fmt: skip
+    apply, place = jax.jit(autoencoder.posterior), jax.local_devices()[0]
     params = jax.device_put(autoencoder.params, place)
 
-    def latents_of(examples: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        pending: list[Mapping[str, Any]] = []
-
-        def flush() -> Iterator[dict[str, Any]]:
-            x = scaled(np.stack([example["x"] for example in pending]))
+    def encoded(examples: Iterable[Mapping[str, Any]], start: int) -> Iterator[dict[str, Any]]:
+        """Yields the examples from number `start` with x encoded, without those that are skipped."""
+        readable = (pair for pair in enumerate(examples, start) if not pair[1].get("skipped", False))
+        while pending := list(itertools.islice(readable, batch_size)):
+            x = scaled(np.stack([example["x"] for _, example in pending]))
             padded = np.concatenate([x, np.repeat(x[-1:], batch_size - len(x), axis=0)])  # one compiled size
-            z = np.asarray(apply(params, jax.device_put(padded, place), None))
-            for example, latent in zip(pending, z, strict=False):
-                yield {**example, "x": latent}
-            pending.clear()
+            moments = np.asarray(apply(params, jax.device_put(padded, place)))
+            for (index, example), found in zip(pending, moments, strict=False):
+                if not np.isfinite(found).all():
+                    name = f"example {index % images}" + (", mirrored," if index >= images else "")
+                    problem = f"encodes {name} of the data to numbers that are not finite"
+                    raise InputError("autoencoder", f"{problem} (SHA-256 {autoencoder.digest[:12]}...); use another, "
+                                     "in float32, or leave the example out")  # fmt: skip
+                yield {**example, "x": found}
 
-        for example in examples:
-            if not example.get("skipped", False):
-                pending.append(example)
-            if len(pending) == batch_size:
-                yield from flush()
-        if pending:
-            yield from flush()
-
-    done, mine = 0, range(process, -(-num // shard_size), processes)
+    shards = [records.shard_path(folder, number) for number in range(-(-num // shard_size))]
+    sums, done = np.zeros((len(shards), 3, autoencoder.shape[-1])), 0
+    sample, key = jax.jit(autoencoder.sample), jax.random.key(0)
     with multihost.locked(folder, "--out", remove=True):
-        for number in mine:
+        for number in range(jax.process_index(), len(shards), jax.process_count()):
             start, stop = number * shard_size, min((number + 1) * shard_size, num)
-            if not os.path.exists(records.shard_path(folder, number)):
-                examples = in_order(source, stop, start=start, workers=workers)
+            if not os.path.exists(shards[number]):
+                examples = encoded(in_order(source, stop, start=start, workers=workers), start)
                 with files.writing(folder, "--out"):
-                    records.write_shard(folder, number, latents_of(examples), np.dtype(np.float32))
+                    records.write_shard(folder, number, examples, np.dtype(np.float32))
+            if os.path.exists(shards[number]):  # it does not if all of its examples are skipped
+                moments = records.read_shard(shards[number], shape)
+                sums[number] = _sums(moments, sample, jax.random.fold_in(key, number))
             done += stop - start
             progress(done)
         multihost.wait_for_all("all shards are written")
-        shards = [records.shard_path(folder, number) for number in range(-(-num // shard_size))]
-        count = len(ArrayRecordDataSource([shard for shard in shards if os.path.exists(shard)]))
+        count, total, squares = multihost.summed(sums).sum(axis=0)
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        info |= {"count": int(count[0]) // math.prod(autoencoder.shape[:-1]), "latents": {"mean": mean, "std": std}}
         if files.writes():
-            records.write_info(folder, {**plan["info"], "count": count})
-    return count
+            records.write_info(folder, info)
+    return info
 
 
-def check_source(source: Source, autoencoder: Autoencoder | None) -> None:
-    """Checks that latents that were encoded in advance are those of the config's autoencoder.
+def _sums(moments: Iterator[np.ndarray], sample: Callable[[Array, Array], Array], key: Array) -> np.ndarray:
+    """Draws latents, and returns for each channel the count, the sum and the sum of squares of their values, `[3, C]`.
 
-    Raises:
-      InputError: They are those of another one, or the config has none.
+    They are float64, and depend on the moments and the key alone.
     """
-    encoder = getattr(source, "encoder", None)
-    if encoder is None:
-        return
-    if autoencoder is None:
-        problem = "is missing, and the data are latents; set the autoencoder that they were encoded with"
-        raise InputError("autoencoder", problem)
-    if encoder != autoencoder.digest:
-        problem = "is not the autoencoder that the data were encoded with; encode them again"
-        raise InputError("autoencoder.path", f"{problem} (SHA-256 {encoder[:12]}..., got {autoencoder.digest[:12]}...)")
+    sums = 0
+    while chunk := list(itertools.islice(moments, MEASURED_AT_ONCE)):
+        key, key_sample = jax.random.split(key)
+        z = np.asarray(sample(np.stack(chunk), key_sample), np.float64)
+        z = z.reshape(-1, z.shape[-1])
+        sums += np.stack([np.full(z.shape[-1], len(z)), z.sum(axis=0), (z**2).sum(axis=0)])
+    return sums
 
 
 def _start(folder: str, plan: Mapping[str, Any], size: int) -> None:
     """Makes the folder for `size` bytes, or checks that an earlier call with the same plan has made it."""
     path = os.path.join(folder, PLAN)
-    if os.path.isdir(folder) and os.listdir(folder):
+    if os.path.isdir(folder) and not all(name.endswith(".partial") for name in os.listdir(folder)):
         try:
             with open(path, encoding="utf-8") as file:
                 found = json.load(file)

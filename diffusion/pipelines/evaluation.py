@@ -21,7 +21,7 @@ from diffusion.core.types import (
     Source,
     Spec,
 )
-from diffusion.data.pipeline import is_encoded
+from diffusion.data.pipeline import check_encoder, is_encoded
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import Model
 from diffusion.training.resilience.guards import Diverged
@@ -100,10 +100,10 @@ def build_metrics(config: Mapping[str, Any], train: Source, model: Model | None 
         models latents; or it is not of the kind that autoencoders in training have.
     """
     section, autoencoder = config["eval"], None if model is None else model.autoencoder
-    real = {
-        "train": Decoded.of(train, autoencoder),
-        "held_out": Decoded.of(build("data", section["data"], field="eval.data"), autoencoder),
-    }
+    held_out = build("data", section["data"], field="eval.data")
+    for source, field in ((train, "data"), (held_out, "eval.data")):
+        check_encoder(source, autoencoder, field)
+    real = {"train": Decoded.of(train, autoencoder), "held_out": Decoded.of(held_out, autoencoder)}
     names = [source.spec.class_names for source in real.values()]
     if all(names) and names[0] != names[1]:
         other = ", ".join(sorted(set(names[0]) ^ set(names[1]))[:10]) or "the same ones in another order"
@@ -155,15 +155,16 @@ def measure_samples(
 
 
 class Decoded:
-    """A source of latents that were encoded in advance, decoded one by one."""
+    """A source that was encoded in advance, whose most probable latents are decoded one by one."""
 
     def __init__(self, source: Source, autoencoder: Autoencoder):
         self.source, self.spec = source, source.decoded_spec
-        self._decode = jax.jit(lambda z: autoencoder.decode(autoencoder.params, z[None])[0])
+        decode = lambda x: autoencoder.decode(autoencoder.params, autoencoder.sample(x[None], None))[0]  # noqa: E731
+        self._decode = jax.jit(decode)
 
     @classmethod
     def of(cls, source: Source, autoencoder: Autoencoder | None) -> Source:
-        """Returns the source, decoded if its examples are latents."""
+        """Returns the source, decoded if it was encoded in advance."""
         return cls(source, autoencoder) if is_encoded(source) else source
 
     def __len__(self) -> int:

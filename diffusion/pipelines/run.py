@@ -29,11 +29,11 @@ from diffusion.core.types import (
     Source,
     Spec,
 )
-from diffusion.data.pipeline import is_encoded
+from diffusion.data.pipeline import check_encoder
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import warm_start
-from diffusion.pipelines.conditions import conditions_of, examples_of, moments_of
+from diffusion.pipelines.conditions import conditions_of, examples_of, modelled, moments_of
 from diffusion.pipelines.config import (
     GUIDANCE,
     cond_drop_rate,
@@ -95,6 +95,7 @@ class Run:
         """The training data."""
         if self._source is None:
             self._source = build("data", self.config["data"], field="data")
+            check_encoder(self._source, self.autoencoder)
         return self._source
 
     def sample(
@@ -269,8 +270,7 @@ class Run:
         num = min(num, len(self.source))
         x0 = jnp.stack([scaled(self.source[index]["x"]) for index in range(num)])
         cond = jax.tree.map(jnp.asarray, examples_of(self.source, self.spec.conditions, num))
-        if self.autoencoder and not is_encoded(self.source):
-            x0 = self.autoencoder.encode(self.autoencoder.params, x0, None)
+        x0 = modelled(x0, self.source, self.autoencoder)
         times = jnp.arange(1, points + 1) / points
         return x0_errors(self.denoiser(**cond), self.objective.schedule_for(self.params), x0, times, jax.random.key(0))
 

@@ -95,7 +95,7 @@ def make_program(
     rules: tuple[sharding.Rule, ...] = (), sequence: str | None = None, fsdp_min_size: int = sharding.FSDP_MIN_SIZE,
     seed: int, batch_size: int, cond_drop_rate: float | Mapping[str, float] = 0.0, accumulate: int = 1,
     guard: Guard | None = None, teacher: Mapping | None = None, trainable: tuple[str, ...] | None = None,
-    autoencoder: Autoencoder | None = None,
+    autoencoder: Autoencoder | None = None, encoded: bool = False,
 ) -> Program:  # fmt: skip
     """Builds the program without computing anything of the model or creating any of its arrays.
 
@@ -110,7 +110,7 @@ def make_program(
       teacher: The networks of the objective's teacher, or their shapes; see `Objective.init`.
       trainable: Regular expressions on the paths of the leaves that are trained; None for those of the network, which
         are all unless an adapter chooses them.
-      autoencoder: See `make_step`.
+      autoencoder, encoded: See `make_step`.
 
     Raises:
       InputError: The mesh does not divide the batch, an expression for leaves is invalid or found in no path, or a
@@ -138,7 +138,7 @@ def make_program(
     if matches is not None:
         params = jax.eval_shape(lambda: initial_params(objective, network, jax.random.key(seed), teacher))
         frozen["params"] = trees.split(learned_networks(params, objective), matches)[1]
-    if autoencoder is not None:
+    if autoencoder is not None and not encoded:
         frozen["autoencoder"] = autoencoder.params
     _check_patterns(shapes, patterns, optimizer, objective)
     shardings = sharding.of_state(shapes, mesh, rules, fsdp_min_size)
@@ -147,7 +147,8 @@ def make_program(
     sharding.warn_of_unused(rules, state, frozen)
     batch = sharding.by_example(mesh)
     step = make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=cond_drop_rate,
-                     accumulate=accumulate, guard=guard, matches=matches, autoencoder=autoencoder)  # fmt: skip
+                     accumulate=accumulate, guard=guard, matches=matches, autoencoder=autoencoder,
+                     encoded=encoded)  # fmt: skip
     if mesh.size > 1:
         step = activation_sharding.enabled(step, batch, sequence)
     return Program(

@@ -33,6 +33,7 @@ def make_step(
     guard: Guard | None = None,
     matches: trees.Matches | None = None,
     autoencoder: Autoencoder | None = None,
+    encoded: bool = False,
 ) -> Step:
     """Returns the step as a pure function `step(state, batch, frozen)`, to be jitted with the state donated.
 
@@ -50,6 +51,7 @@ def make_step(
         which depend on the state and the step number alone, are kept, and the step number increases.
       matches: Whether the leaf of a path is trained; None for all.
       autoencoder: Encodes the batch into the latents that are trained on; None to train on the data themselves.
+      encoded: Whether batches hold the results of `autoencoder.posterior` in place of the data.
     """
     guard, players = guard or Guard(), players_of(objective)
 
@@ -69,7 +71,8 @@ def make_step(
         skipped, request = batch.get("skipped"), batch.get("request")
         batch = Batch(x=scaled(batch["x"]), cond={**batch["cond"], "keep": keep})
         if autoencoder is not None:
-            batch["x"] = autoencoder.encode(frozen["autoencoder"], batch["x"], jax.random.fold_in(key, 4))
+            moments = batch["x"] if encoded else autoencoder.posterior(frozen["autoencoder"], batch["x"])
+            batch["x"] = autoencoder.sample(moments, jax.random.fold_in(key, 4))
         fixed = frozen.get("params", {})
         prepared, objective_state = objective.before_step(
             trees.merge(state.params, fixed),

@@ -70,7 +70,7 @@ class Trainer:
         that does not train all leaves (`options.trainable`, or an adapter) also reads the others from here when it
         resumes, and neither its state nor its checkpoints contain them.
       autoencoder: A frozen autoencoder, whose latents the network models; its parameters are in no checkpoint. Batches
-        are encoded in the step, unless the source has latents already.
+        are encoded in the step, unless the source has been encoded in advance.
       hooks: What to do at certain steps: before the checkpoint of that step if it returns metrics, otherwise after it.
       writers: Receive the metrics in addition to the workdir's own (`metrics.jsonl`, TensorBoard).
       should_stop: Returns whether to save and stop after this step.
@@ -85,7 +85,7 @@ class Trainer:
       metrics: The metrics of the last step that was read, by name, without those of parts that had no example.
 
     Raises:
-      InputError: A part cannot be built, or there is no such option.
+      InputError: A part cannot be built, there is no such option, or another autoencoder has encoded the source.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class Trainer:
         **train_options: Any,
     ):
         self.source = source if hasattr(source, "__getitem__") and hasattr(source, "spec") else build("data", source)
+        pipeline.check_encoder(self.source, autoencoder)
         spec = self.spec = pipeline.decoded_spec(self.source)
         if spec.captions:
             raise InputError("data.captions", "no network reads captions yet; set it False to train without")
@@ -225,7 +226,7 @@ class Trainer:
             network=self.network, objective=self.objective, optimizer=optimizer, ema=self.ema, mesh=self.mesh,
             **self.sharding, seed=self.seed, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate,
             accumulate=options.accumulate, guard=Guard(options.spike), teacher=self.teacher,
-            trainable=options.trainable, autoencoder=None if pipeline.is_encoded(self.source) else self.autoencoder,
+            trainable=options.trainable, autoencoder=self.autoencoder, encoded=pipeline.is_encoded(self.source),
         ), steps  # fmt: skip
         if hasattr(self.source, "buckets"):  # a size that comes late must not end the run
             self.program.trace(self.source, options.batch_size)

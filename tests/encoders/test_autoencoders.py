@@ -11,8 +11,9 @@ import pytest
 
 from diffusion.core.build import build
 from diffusion.core.types import Autoencoder, InputError, Spec, class_labels
+from diffusion.data.pipeline import check_encoder
 from diffusion.encoders.autoencoders import pca
-from diffusion.pipelines.encoding import check_source, encode
+from diffusion.pipelines.encoding import encode
 from diffusion.pipelines.run import open_run
 from diffusion.training.hooks import every
 from diffusion.training.trainer import Trainer
@@ -137,8 +138,7 @@ def test_encoding_in_advance(fitted, digits, tmp_path):
         build("data", {"name": "array_record", "path": out})
     first = (tmp_path / "latents" / shards[0]).stat().st_mtime_ns
     source.breaks = False
-    encode(source, autoencoder, out, process=1, processes=2, **options)
-    assert encode(source, autoencoder, out, process=0, processes=2, **options) == 250
+    assert encode(source, autoencoder, out, **options)["count"] == 250
     assert (tmp_path / "latents" / shards[0]).stat().st_mtime_ns == first
 
     cache = build("data", {"name": "array_record", "path": out})
@@ -153,11 +153,11 @@ def test_encoding_in_advance(fitted, digits, tmp_path):
     for action in (lambda: encode(source, other, out, **options), lambda: encode(digits, autoencoder, out, **options)):
         with refused("--out"):
             action()
-    check_source(cache, autoencoder)
+    check_encoder(cache, autoencoder)
     with refused("autoencoder.path"):
-        check_source(cache, other)
+        check_encoder(cache, other)
     with refused("autoencoder"):
-        check_source(cache, None)
+        check_encoder(cache, None)
 
 
 @pytest.mark.slow

@@ -39,10 +39,11 @@ class ArrayRecord:
     """Examples with `label` and `caption` if the data set has them and they are requested.
 
     A record holds `x` in the dtype of the data set, the label as int32 if there are classes, and the caption in UTF-8
-    if there are captions, as `info.json` next to the shards states. The uint8 values 0 to 255 stand for -1 to 1.
+    if there are captions, as `info.json` next to the shards states. The uint8 values 0 to 255 stand for -1 to 1. In a
+    data set of `experiments.encode`, x is what `Autoencoder.posterior` returns.
 
     Attributes:
-      encoder: SHA-256 of the autoencoder whose latents the examples are; None if they are the data themselves.
+      encoder: SHA-256 of the autoencoder that has encoded the examples; None if they are the data themselves.
       decoded_spec: The spec of what the autoencoder decodes them to; `spec` without an autoencoder.
     """
 
@@ -93,11 +94,11 @@ class ArrayRecord:
 
 
 def make(path: str, flip: bool = False, labels: bool = True, captions: bool = False) -> ArrayRecord:
-    """Opens a data set written by `python -m experiments.prepare_data --config=... --out=PATH`.
+    """Opens a data set written by `experiments.prepare_data --out=PATH` or `experiments.encode --out=PATH`.
 
     Args:
       path: The folder of the data set.
-      flip: Whether to mirror half of the images left to right in training.
+      flip: Whether to mirror half of the images left to right in training. Latents cannot be mirrored.
       labels: Whether to return labels, if the data set has classes.
       captions: Whether to return captions, which the data set must have.
     """
@@ -117,6 +118,12 @@ def make(path: str, flip: bool = False, labels: bool = True, captions: bool = Fa
     if len(info["class_names"]) not in (0, info["num_classes"]):
         problem = f"has {len(info['class_names'])} names of {info['num_classes']} classes"
         raise InputError("path", f"{os.path.join(path, INFO)} {problem}; prepare the data set again")
+    if "encoder" in info and "latents" not in info:
+        raise InputError("path", f"{path} holds latents without their posteriors, as of an earlier version; encode the "
+                         "images again")  # fmt: skip
+    if flip and info["kind"] == "latent":
+        problem = f"must be False, as {path} holds latents, and a mirrored latent is not that of the mirrored image"
+        raise InputError("flip", f"{problem}; encode the mirror images too: experiments.encode --flip")
     if captions and not info["captions"]:
         raise InputError("captions", f"{path} has no captions; prepare it again with data.captions=True")
     try:
