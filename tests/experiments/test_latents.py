@@ -44,7 +44,7 @@ def flags(config, options):
 
 @pytest.mark.slow
 def test_images_are_encoded_in_the_step_or_in_advance(folders, tmp_path):
-    """Samples of both are images."""
+    """Both trainings see the same latents."""
     images, cache = flags(f"{CONFIG},images", options(folders)), tmp_path / "cache"
     done = job("train", *images, f"--workdir={tmp_path / 'images'}", "--check")
     assert done.returncode == 0, done.stderr
@@ -59,6 +59,9 @@ def test_images_are_encoded_in_the_step_or_in_advance(folders, tmp_path):
     ):
         done = job(*arguments)
         assert done.returncode == 0, done.stderr
+    losses = [json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+              for run in ("images", "cache_run")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (2, 16, 16, 3)
     written = json.loads((tmp_path / "folder" / "transformer" / "config.json").read_text())
     assert (written["sample_size"], written["in_channels"]) == (8, 2)
