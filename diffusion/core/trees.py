@@ -1,10 +1,12 @@
-"""Parts of parameter trees, selected by patterns on the paths of their leaves."""
+"""Parts of parameter trees, selected by patterns on the paths of their leaves, and the digest of a tree."""
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from diffusion.core.types import InputError, Params
 
@@ -69,3 +71,12 @@ def merge(tree: Params, update: Params) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
         merged[name] = merge(merged[name], value) if both else value
     return merged
+
+
+def sha256(tree: Params, start: bytes = b"") -> str:
+    """Returns the SHA-256 of `start` and of the paths, shapes and values of the leaves, in hexadecimal."""
+    found = hashlib.sha256(start)
+    for path, array in jax.tree.leaves_with_path(tree):
+        found.update(f"{jax.tree_util.keystr(path)}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()

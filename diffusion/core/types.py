@@ -405,6 +405,10 @@ class Objective(Protocol):
     An objective with several losses defines, in place of `loss`, `players: Mapping[str, Player]` and `losses`, which
     takes the arguments of `loss` and returns the loss `[B]` of each player by name, and metrics.
 
+    An objective whose loss reads trained networks that nothing changes defines `pretrained: Mapping[str, Params]`, with
+    names that are also in `frozen`; its option `NAME_path` says where they are. The loss finds them in `params`. They
+    are in neither the train state nor its checkpoints, which record their SHA-256.
+
     An objective that trains an autoencoder defines `reconstruct(net, params, x [B, ...]) -> x [B, ...]`, and raises
     InputError for the schedule and the denoiser, since there is nothing to sample.
     """

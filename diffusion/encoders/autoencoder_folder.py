@@ -5,7 +5,6 @@ The options of the networks are named like the entries of `config.json`, and the
 """
 
 import dataclasses
-import hashlib
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core import checks, model_folder, tensors
+from diffusion.core import checks, model_folder, tensors, trees
 from diffusion.core.build import build, defaults, find
 from diffusion.core.types import Array, Autoencoder, InputError, Params
 from diffusion.encoders.tiling import one_by_one, tiled
@@ -277,8 +276,5 @@ def _by_parts(function: Callable[[Params, Array], Array], apply: Callable) -> Ca
 def digest(stored: Stored) -> str:
     """Returns the SHA-256 of the weights, float32, and of the scale. It does not depend on how the weights are
     distributed over files."""
-    found = hashlib.sha256(np.ravel([stored.scale.shift]).tobytes() + np.ravel([stored.scale.factor]).tobytes())
-    for path, array in jax.tree.leaves_with_path(stored.params):
-        found.update(f"{jax.tree_util.keystr(path)}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()
+    scale = np.ravel([stored.scale.shift]).tobytes() + np.ravel([stored.scale.factor]).tobytes()
+    return trees.sha256(stored.params, scale)

@@ -130,7 +130,7 @@ def check_training(keywords: Mapping[str, Any], workdir: str) -> str:
       InputError: The step cannot be traced, the mesh does not fit, `checkpoint.keep_best` names no metric, or the
         workdir has a run that cannot resume so.
     """
-    Trainer(**keywords)  # for the checks that it makes itself
+    trainer = Trainer(**keywords)  # for the checks that it makes itself
     source, options, mesh = keywords["source"], keywords["options"], keywords["mesh"]
     model = Model(**{name: keywords[name] for name in Model._fields})
     others = {*Model._fields, "source", "meta", "hooks", "start"}
@@ -140,6 +140,8 @@ def check_training(keywords: Mapping[str, Any], workdir: str) -> str:
     program.trace(source, options.batch_size)
     checkpoints = Checkpoints(workdir, read_only=True)
     step, position, _ = checkpoints.newest_valid(lambda step: checkpoints.check_fits(step, program.state))
+    if step:
+        check_same(checkpoints.meta(step), trainer.meta)
     checkpoints.close()
     check_steps(step or 0, options.steps, workdir)
     if position:  # converted weights have none

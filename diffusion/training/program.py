@@ -9,12 +9,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from diffusion.core import trees
-from diffusion.core.types import Autoencoder, Batch, InputError, Network, Objective, Source, Spec
+from diffusion.core.types import Autoencoder, Batch, InputError, Network, Objective, Params, Source, Spec
 from diffusion.distributed import activation_sharding, sharding
 from diffusion.training.ema import EMA
 from diffusion.training.optimizer import Optimizer
 from diffusion.training.resilience.guards import Guard
-from diffusion.training.state import TrainState, init_state, initial_params
+from diffusion.training.state import TrainState, init_state, initial_params, pretrained_of
 from diffusion.training.state import trainable as learned_networks
 from diffusion.training.step import make_step
 
@@ -73,18 +73,22 @@ class Program:
                 problem = f"leaves out {path}, which init_from does not provide"
                 raise InputError("train.trainable", f"{problem}; train it, or start from a run that has it")
 
-    def place_frozen(self, start: Mapping[str, Any], autoencoder: Autoencoder | None) -> dict[str, Any]:
+    def place_frozen(
+        self, start: Mapping[str, Any], pretrained: Mapping[str, Params], autoencoder: Autoencoder | None
+    ) -> dict[str, Any]:
         """Returns the arrays that a step reads and never changes, with their shardings.
 
         Args:
           start: The leaves of a warm start.
+          pretrained: See `Objective`.
           autoencoder: The autoencoder, if there is one.
 
         Raises:
           InputError: See `check_frozen`.
         """
         self.check_frozen(start)
-        given = trees.by_path({"params": dict(start), "autoencoder": autoencoder.params if autoencoder else {}})
+        encoder = autoencoder.params if autoencoder else {}
+        given = trees.by_path({"params": dict(start), "pretrained": dict(pretrained), "autoencoder": encoder})
         return jax.tree.map_with_path(
             lambda path, leaf: jax.device_put(given[trees.path_name(path)], leaf.sharding), self.frozen
         )
@@ -138,6 +142,9 @@ def make_program(
     if matches is not None:
         params = jax.eval_shape(lambda: initial_params(objective, network, jax.random.key(seed), teacher))
         frozen["params"] = trees.split(learned_networks(params, objective), matches)[1]
+    pretrained = pretrained_of(objective)
+    if pretrained:
+        frozen["pretrained"] = dict(pretrained)
     if autoencoder is not None and not encoded:
         frozen["autoencoder"] = autoencoder.params
     _check_patterns(shapes, patterns, optimizer, objective)

@@ -3,6 +3,7 @@
 objective.init -> params ----+-- frozen networks of the objective (a teacher)     state.params
                              +-- trained leaves                                   state.params, state.ema, opt_state
                              +-- leaves that are not trained (`train.trainable`)  frozen["params"], not in the state
+objective.pretrained, read by the loss                                            frozen["pretrained"], not in the state
 """
 
 import dataclasses
@@ -96,6 +97,11 @@ def trainable(
     """Returns the networks that the objective does not freeze, with those of their leaves that are trained."""
     learned = {name: value for name, value in params.items() if name not in objective.frozen}
     return learned if matches is None else trees.split(learned, matches)[0]
+
+
+def pretrained_of(objective: Objective) -> Mapping[str, Params]:
+    """Returns the networks that the loss of an objective reads and nothing changes."""
+    return getattr(objective, "pretrained", {})
 
 
 def averages(learned: Mapping[str, Params], objective: Objective) -> dict[str, Params]:

@@ -38,7 +38,8 @@ def make_step(
     """Returns the step as a pure function `step(state, batch, frozen)`, to be jitted with the state donated.
 
     `frozen` holds the arrays that a step reads and never changes: `params`, the leaves of the networks that are not
-    trained, and `autoencoder`, its parameters. They are in neither the state nor its checkpoints.
+    trained, `pretrained`, the networks that the loss reads, and `autoencoder`, its parameters. They are in neither the
+    state nor its checkpoints.
 
     Args:
       objective, network, optimizer, ema: The parts of the training.
@@ -73,7 +74,7 @@ def make_step(
         if autoencoder is not None:
             moments = batch["x"] if encoded else autoencoder.posterior(frozen["autoencoder"], batch["x"])
             batch["x"] = autoencoder.sample(moments, jax.random.fold_in(key, 4))
-        fixed = frozen.get("params", {})
+        fixed = {**frozen.get("params", {}), **frozen.get("pretrained", {})}
         prepared, objective_state = objective.before_step(
             trees.merge(state.params, fixed),
             trees.merge(averaged(state, ema.main), fixed),
@@ -131,7 +132,7 @@ def make_step(
         updated, new_ema, opt_state, objective_state = select_if_ok(
             ok, (updated, new_ema, opt_state, updated_state), (learned, state.ema, state.opt_state, objective_state)
         )
-        others = {name: prepared[name] for name in objective.frozen if name in prepared}
+        others = {name: prepared[name] for name in objective.frozen if name in state.params}
         return TrainState(state.step + 1, {**others, **updated}, new_ema, opt_state, objective_state, counters), metrics
 
     return step

@@ -35,7 +35,7 @@ from diffusion.training.program import Program, make_program
 from diffusion.training.resilience.goodput import Goodput
 from diffusion.training.resilience.guards import DUMP, Diverged, Guard, dump
 from diffusion.training.resilience.preemption import Preempted
-from diffusion.training.state import TrainState, averaged
+from diffusion.training.state import TrainState, averaged, pretrained_of
 
 CONTINUE, SAVE, STOP = 0, 1, 2  # requests that a process sends to all others
 FORESIGHT = 2  # batches that a process has read when it sends a request, which takes two steps to be followed
@@ -146,6 +146,9 @@ class Trainer:
         self.meta = dict(meta) if meta else self._describe(parts)
         if autoencoder:
             self.meta["autoencoder"] = {"sha256": autoencoder.digest}
+        pretrained = pretrained_of(self.objective)
+        if pretrained:
+            self.meta["pretrained"] = {name: trees.sha256(params) for name, params in pretrained.items()}
         self.state: TrainState | None = None
         self.program, self._program_steps, self._position, self.frozen = None, None, {}, {}
         self.step, self.skipped, self.rollbacks, self.metrics, self._measured = 0, 0, 0, {}, {}
@@ -231,7 +234,7 @@ class Trainer:
         if hasattr(self.source, "buckets"):  # a size that comes late must not end the run
             self.program.trace(self.source, options.batch_size)
         if not self.frozen:
-            self.frozen = self.program.place_frozen(self.start, self.autoencoder)
+            self.frozen = self.program.place_frozen(self.start, pretrained_of(self.objective), self.autoencoder)
 
     def _describe(self, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the `meta` of a run whose parts were given from Python."""
@@ -539,7 +542,11 @@ def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """
     for part in ("network", "adapters", "autoencoder", "objective", "data"):
         ours, theirs = (files.plain(m.get("config", {}).get(part) or {}) for m in (meta, stored))
-        may_change = {"network": MACHINE_OPTIONS, "autoencoder": ("path", "slices", "dtype")}.get(part, ())
+        may_change = {
+            "network": MACHINE_OPTIONS,
+            "autoencoder": ("path", "slices", "dtype"),
+            "objective": [f"{name}_path" for name in stored.get("pretrained", {})],
+        }.get(part, ())
         if part == "data":
             may_change = pipeline.location_keywords(theirs)
         for key in [*theirs, *(() if theirs else ours)]:
@@ -549,6 +556,11 @@ def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
                     f"is {ours.get(key)!r}, but the workdir was trained with {theirs.get(key)!r}; "
                     "restore it or give another --workdir",
                 )
+    for name, sha256 in meta.get("pretrained", {}).items():
+        before = stored.get("pretrained", {}).get(name, sha256)
+        if before != sha256:
+            problem = "has other weights than the run was trained with; restore them"
+            raise InputError(f"objective.{name}_path", f"{problem} (SHA-256 {before[:12]}..., got {sha256[:12]}...)")
     _check_classes(stored, meta)
 
 

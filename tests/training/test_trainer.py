@@ -248,6 +248,17 @@ def test_a_run_resumes_with_options_that_suit_another_machine():
         check_same(stored, {"config": {"autoencoder": {"name": "kl", "path": "a", "tile": 512, "slices": False}}})
 
 
+def test_a_run_resumes_with_the_pretrained_networks_that_it_started_with():
+    stored = {"config": {"objective": {"perceptual_path": ["a"], "other_path": "a"}}, "pretrained": {"perceptual": "1"}}
+    moved = {"config": {"objective": {"perceptual_path": ["b"], "other_path": "a"}}}
+    check_same(stored, moved)
+    check_same(stored, {**moved, "pretrained": {"perceptual": "1"}})
+    with refused("objective.perceptual_path"):
+        check_same(stored, {**moved, "pretrained": {"perceptual": "2"}})
+    with refused("objective.other_path"):
+        check_same(stored, {"config": {"objective": {"perceptual_path": ["a"], "other_path": "b"}}})
+
+
 def test_a_run_resumes_with_options_that_were_added_since():
     stored = {"config": {"objective": {"name": "denoising", "schedule": {"name": "vp"}}}}
     new = {"name": "denoising", "schedule": {"name": "vp", "shift": 1.0}, "huber": None}
