@@ -14,6 +14,7 @@ from diffusion.core import trees
 from diffusion.core.build import build
 from diffusion.core.types import Network
 from diffusion.distributed import sharding
+from diffusion.encoders.vision import lpips
 from diffusion.layers.autoencoder import AutoencoderApply
 from diffusion.networks import autoencoder_kl, autoencoder_vq
 from diffusion.training.ema import make_ema
@@ -21,8 +22,10 @@ from diffusion.training.optimizer import make_optimizer
 from diffusion.training.players import gradients
 from diffusion.training.state import init_state
 from diffusion.training.step import make_step
+from tests.encoders import vgg
 from tests.objectives.drawing import with_draws
 from tests.refusals import refused
+from tests.tiers import slow_except
 
 SHAPE, B = (8, 8, 1), 4
 CRITIC = {"disc_weight": 0.5, "disc_layers": 1, "disc_width": 2}
@@ -40,7 +43,7 @@ def objective_of(**options):
     return build("objectives", {"name": "autoencoder", **options}, field="objective")
 
 
-def linear(kind):
+def linear(kind, shape=SHAPE):
     """Returns the functions of a linear autoencoder with a latent of each pixel."""
 
     def merge(params):
@@ -56,16 +59,16 @@ def linear(kind):
         )  # fmt: skip
 
     parts = {"kl": autoencoder_kl.Apply, "vq": autoencoder_vq.Apply, "tiny": AutoencoderApply}
-    return parts[kind](kind, merge, SHAPE, (8, 8, 3), ("last",))
+    return parts[kind](kind, merge, shape, (*shape[:2], 3), ("last",))
 
 
-def params_of(kind, objective):
+def params_of(kind, objective, shape=SHAPE):
     rng = np.random.default_rng(0)
     net = {"A": rng.normal(size=(1, 6 if kind == "kl" else 3)), "last": {"kernel": rng.normal(size=(3, 1))}}
     if kind == "vq":
         codes = np.array([[-1.5], [-0.3], [0.3], [1.5]]) @ net["A"] + 0.1 * rng.normal(size=(4, 3))
         net["quantize"] = {"embedding": {"embedding": codes}}
-    params = objective.init(Network(lambda key: jax.tree.map(jnp.asarray, net), linear(kind)), jax.random.key(0))
+    params = objective.init(Network(lambda key: jax.tree.map(jnp.asarray, net), linear(kind, shape)), jax.random.key(0))
     dtype = jax.dtypes.canonicalize_dtype(float)
     # Logits on both sides of the hinges.
     scaled = lambda w: 6 * w.astype(dtype)  # noqa: E731
@@ -170,7 +173,7 @@ def test_the_adversarial_game(kind, batch):
     def fooled(y):
         return -jnp.mean(objective.judge(params["critic"], y))
 
-    of_error = kernel_norm(lambda y: jnp.mean(objective.error(net, x, y)))
+    of_error = kernel_norm(lambda y: jnp.mean(objective.distance(net, params, x, y)[0]))
     expected = 0.5 * of_error / (kernel_norm(fooled) + 1e-4)
     np.testing.assert_allclose(metrics["adaptive_weight"], expected, rtol=1e-10)
 
@@ -231,6 +234,61 @@ def test_which_parameters_a_term_moves(kind, options, reached, batch):
 
     with_term, without = slope(**options), slope() if options else {}
     assert {path for path, leaf in with_term.items() if (leaf != without.get(path, 0)).any()} == reached
+
+
+@pytest.mark.parametrize("kind", slow_except(["kl"], ["kl", "vq"]))
+def test_the_perceptual_term(kind, x64, tmp_path):
+    """It is added to the error of each pixel, is part of lambda, and moves the autoencoder alone."""
+    shape, weight = (16, 16, 1), 0.5
+    objective = objective_of(perceptual_weight=weight, perceptual_path=vgg.write(tmp_path), **CRITIC)
+    net, params = linear(kind, shape), params_of(kind, objective, shape)
+    assert params.keys() == {"net", "critic"} and objective.pretrained.keys() == {"perceptual"}
+    x = jax.random.normal(jax.random.key(3), (2, *shape), jnp.float64)
+    batch = with_draws(objective, {"x": x, "cond": {}}, jax.random.key(1))
+
+    @jax.jit
+    def actual(params, pretrained):
+        def means(learned):
+            losses, metrics = objective.losses(net, {**learned, **pretrained}, {}, batch, None, 0)
+            return {name: jnp.mean(loss).astype(jnp.float32) for name, loss in losses.items()}, metrics
+
+        return gradients(means, params, objective.players)
+
+    @jax.jit
+    def expected(params, pretrained):
+        def outputs(own):
+            return net.decode(own, jax.vmap(net.sample)(net.encode(own, x), batch["draws"]["keys"]))
+
+        def perceptual(y):
+            return jnp.mean(lpips.distance(pretrained["perceptual"], x, y))
+
+        def distance(own):
+            y = outputs(own)
+            error = jnp.abs(x - y) + weight * perceptual(y)
+            return jnp.sum(error) / len(x) if kind == "kl" else jnp.mean(error)
+
+        def fooled(own):
+            return -jnp.mean(objective.judge(params["critic"], outputs(own)))
+
+        def others(own):
+            return jnp.mean(objective_of().loss(net, {"net": own}, {}, batch, None, 0)[0])
+
+        def error(own):
+            error = jnp.abs(x - outputs(own))
+            return jnp.sum(error) / len(x) if kind == "kl" else jnp.mean(error)
+
+        slopes = [jax.grad(function)(params["net"]) for function in (distance, fooled, others, error)]
+        sizes = [jnp.linalg.norm(slope["last"]["kernel"]) for slope in slopes]
+        factor = 0.5 * sizes[0] / (sizes[1] + 1e-4)
+        moves = jax.tree.map(lambda d, f, o, e: d + factor * f + o - e, *slopes)
+        real, fake = (lambda own: objective.judge(own, x)), lambda own: objective.judge(own, outputs(params["net"]))
+        hinge = lambda own: jnp.mean(jax.nn.relu(1 - real(own)) + jax.nn.relu(1 + fake(own))) / 2  # noqa: E731
+        return {"net": moves, "critic": jax.grad(hinge)(params["critic"])}, factor, perceptual(outputs(params["net"]))
+
+    grads, metrics = actual(params, objective.pretrained)
+    wanted, factor, perceptual = expected(params, objective.pretrained)
+    np.testing.assert_allclose([metrics["adaptive_weight"], metrics["lpips"]], [factor, perceptual], rtol=1e-10)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10), grads, wanted)
 
 
 def test_the_critic_starts_at_a_step(batch):
@@ -300,6 +358,18 @@ def test_refusals():
     ):
         with refused(field):
             objective_of(**options).init(network, jax.random.key(0))
+    paths = {"perceptual_path": ("absent.pth",)}
+    for network in (tiny, build("networks", NETWORKS["tiny"], shape=(16, 16, 4))):
+        with refused("objective.perceptual_weight"):
+            objective_of(perceptual_weight=1.0, **paths).init(network, jax.random.key(0))
+    with refused("objective.perceptual_weight"):
+        network = build("networks", NETWORKS["tiny"], shape=(24, 24, 1))
+        objective_of(perceptual_weight=1.0, equivariance=1.0, **paths).init(network, jax.random.key(0))
+    for field, options in (("path", {"perceptual_weight": 1.0}), ("weight", paths)):
+        with refused(f"objective.perceptual_{field}"):
+            objective_of(**options)
+    with refused("objective.perceptual_path"):
+        _ = objective_of(perceptual_weight=1.0, **paths).pretrained
     for options in ({"kl_weight": -1.0}, {"disc_layers": 0}, {"disc_width": 2**20}, {"disc_start": -1}):
         (name,) = options
         with refused(f"objective.{name}"):
