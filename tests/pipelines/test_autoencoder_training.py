@@ -1,6 +1,7 @@
 """A run that trains an autoencoder: previews, metrics, the folder that it becomes, and what is refused."""
 
 import json
+import pathlib
 import types
 
 import jax
@@ -11,13 +12,16 @@ from PIL import Image
 
 from diffusion.core.build import build
 from diffusion.core.types import ArraySpec, Spec
+from diffusion.encoders.vision import lpips
 from diffusion.networks import autoencoder_vq
 from diffusion.pipelines.autoencoder_training import write_folder
-from diffusion.pipelines.build_training import build_training
+from diffusion.pipelines.build_training import build_training, check_training
 from diffusion.pipelines.config import resolve
 from diffusion.pipelines.conversion import export_run
 from diffusion.pipelines.run import open_run
+from diffusion.training.resilience.preemption import Preempted
 from diffusion.training.trainer import Trainer
+from tests.encoders import vgg
 from tests.refusals import refused
 
 TRUNK = {"block_out_channels": (2,), "layers_per_block": 1, "norm_num_groups": 2, "mid_block_add_attention": False}
@@ -38,11 +42,32 @@ def config_of(**sections):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def weights(tmp_path_factory):
+    """The files of LPIPS."""
+    return vgg.write(tmp_path_factory.mktemp("weights"))
+
+
+def perceptual(paths, **sections):
+    """Returns the config of a run with the perceptual term and metric."""
+    metrics = {"reconstruction": {**CONFIG["eval"]["metrics"]["reconstruction"], "lpips": paths}}
+    objective = {"perceptual_weight": 0.1, "perceptual_path": paths}
+    return config_of(objective=objective, eval={"metrics": metrics}, **sections)
+
+
+def trainer(config, path, **options):
+    return Trainer(**build_training(config, str(path)), workdir=str(path), **options)
+
+
+@pytest.fixture(scope="module")
+def state(weights, tmp_path_factory):
+    """The folder of a trained run, and its last state."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    config = config_of()
-    Trainer(**build_training(config, str(path)), workdir=str(path)).fit()
-    return path
+    return path, trainer(perceptual(weights), path).fit()
+
+
+@pytest.fixture(scope="module")
+def workdir(state):
+    return state[0]
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +92,57 @@ def test_the_preview_shows_originals_above_reconstructions(workdir, run):
         assert np.abs(found - (np.clip(expected, -1, 1) + 1) * 127.5).max() <= 1
 
 
-def test_metrics_of_a_run(workdir, run):
-    """PSNR as its formula says, over the batches of which the last is filled up."""
+def test_metrics_of_a_run(workdir, run, weights):
+    """PSNR and LPIPS as their formulas say, over the batches of which the last is filled up."""
     held_out = build("data", CONFIG["eval"]["data"])
     x = np.stack([held_out[index]["x"] for index in range(5)])
     y = np.clip(run.objective.reconstruct(run.network.apply, run.params, x), -1, 1)
     psnr = (-10 * np.log10((((x - y) / 2) ** 2).mean((1, 2, 3)))).mean()
     values = run.evaluate()
-    assert values.keys() == {"psnr", "readable_shapes"} and values["readable_shapes"] < 1
+    assert values.keys() == {"psnr", "lpips", "readable_shapes"} and values["readable_shapes"] < 1
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose([values["psnr"], lines[-1]["eval/psnr"]], psnr, rtol=1e-5)
-    assert {"error", "adaptive_weight", "loss_critic", "loss_generator"} <= lines[-1].keys()
+    distance = jax.jit(lpips.distance)(lpips.read(weights, ""), x, y).mean()
+    np.testing.assert_allclose([values["lpips"], lines[-1]["eval/lpips"]], distance, rtol=1e-4)
+    assert {"error", "lpips", "adaptive_weight", "loss_critic", "loss_generator"} <= lines[-1].keys()
+
+
+def test_the_weights_of_the_perceptual_term_are_in_no_checkpoint(workdir, run, state):
+    assert run.params.keys() == state[1].params.keys() == {"net", "critic"} and "pretrained" in run.meta
+    text = "".join(path.read_text(errors="replace") for path in (workdir / "checkpoints").rglob("*") if path.is_file())
+    assert "conv_out" in text and "conv_28" not in text
+
+
+def test_a_run_resumes_with_the_same_weights(workdir, weights, tmp_path):
+    """They may be elsewhere. A trained run is read without them."""
+    config = perceptual(vgg.write(tmp_path), train={"steps": 3})
+    assert "3 steps" in check_training(build_training(config, str(workdir)), str(workdir))
+    config = perceptual(vgg.write(tmp_path, seed=1), train={"steps": 3})
+    before = sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*"))
+    for action in (lambda: check_training(build_training(config, str(workdir)), str(workdir)),
+                   trainer(config, workdir).fit):  # fmt: skip
+        with refused("objective.perceptual_path"):
+            action()
+    assert sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*")) == before
+    folder = pathlib.Path(weights[0]).parent
+    moved = folder.rename(tmp_path / "moved")
+    try:
+        assert open_run(str(workdir)).params.keys() == {"net", "critic"}
+        with refused("objective.perceptual_path"):
+            trainer(config_of(objective={"perceptual_weight": 0.1, "perceptual_path": weights}), workdir)
+        with refused("eval.metrics.reconstruction.lpips"):
+            trainer(perceptual(weights), workdir)
+    finally:
+        moved.rename(folder)
+
+
+@pytest.mark.slow
+def test_resumed_is_uninterrupted(state, weights, tmp_path):
+    with pytest.raises(Preempted):
+        trainer(perceptual(weights), tmp_path, should_stop=lambda: True).fit()
+    resumed = trainer(perceptual(weights), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, resumed.fit(), state[1])
+    assert resumed.step == 2
 
 
 def test_a_run_becomes_a_folder(workdir, run, tmp_path):
@@ -174,6 +239,7 @@ def test_refusals(run, tmp_path):
         ("train.trainable",
          {"network": {"name": "autoencoder_vq", **TRUNK}, "objective": {"name": "autoencoder", "codebook": "ema"},
           "train": {**CONFIG["train"], "trainable": ("decoder",)}}),
+        ("objective.perceptual_path", {"objective": {**CONFIG["objective"], "perceptual_weight": 1.0}}),
         ("eval.metrics.held_out_loss", {"eval": {**CONFIG["eval"], "metrics": {"held_out_loss": {}}}}),
         ("eval.metrics.readable_shapes", {"eval": {**CONFIG["eval"], "metrics": {"readable_shapes": {}}}}),
         ("eval.metrics.reconstruction.codes",
