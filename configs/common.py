@@ -145,7 +145,11 @@ def imagenet256_autoencoder(**sections: Any):
     batch_size = 24
     base = dict(
         data=dict(imagenet_images("train"), crop="random", labels=False),
-        objective=dict(name="autoencoder"),
+        objective=dict(
+            name="autoencoder",
+            perceptual_weight=1.0,
+            perceptual_path=("weights/vgg16-397923af.pth", "weights/vgg.pth"),  # see docs/latents.md
+        ),
         optimizer=dict(name="adam", learning_rate=4.5e-6 * batch_size, b1=0.5, b2=0.9, clip=None),
         train=dict(batch_size=batch_size, cond_drop_rate=0.0, log_every=100, preview_every=10_000),
         checkpoint=dict(every=10_000),

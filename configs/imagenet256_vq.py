@@ -5,13 +5,14 @@ Command:   python -m experiments.train --config=configs/imagenet256_vq.py:f4 --w
            the argument is the number of pixels per side of a latent pixel: f4, f8 or f16
 Data:      data/imagenet/train and data/imagenet/validation, folders of images. The paper's table 8 is for models that
            were trained on OpenImages.
+           weights/vgg16-397923af.pth and weights/vgg.pth, for the perceptual term; see docs/latents.md
 Hardware:  not stated. The authors' configs have 8 (f4), 10 (f8) and 14 (f16) images per step and GPU and not the number
            of GPUs; here a step has 24. The learning rate is 4.5e-6 times this number, so change both.
 Expected:  python -m experiments.evaluate --workdir=runs/imagenet256_vq
            psnr on ImageNet's validation images, from the table of the authors' repository (CompVis/latent-diffusion):
-           f4 27.43, f8 23.07, f16 20.83; their rFID: 0.58, 1.14, 5.15. Their models have a perceptual term (LPIPS,
-           weight 1), which is left out here. Their f8 and f16 have self-attention in all blocks at sides of 32 and 16,
-           and here in the middle alone. f4, f8 and f16 have 55.3, 62.5 and 64.3 M parameters.
+           f4 27.43, f8 23.07, f16 20.83; their rFID: 0.58, 1.14, 5.15. Their f8 and f16 have self-attention in all
+           blocks at sides of 32 and 16, and here in the middle alone. f4, f8 and f16 have 55.3, 62.5 and 64.3 M
+           parameters.
 """
 
 from configs import common
