@@ -90,15 +90,15 @@ def shapes64(**sections: Any) -> ml_collections.ConfigDict:
     """Returns a config for an autoencoder of 64x64 pictures of coloured shapes, to a quarter of the side."""
     base = dict(
         data=dict(name="shapes", size=64),
-        objective=dict(name="autoencoder"),
+        objective=dict(name="autoencoder", loss="l2"),
         network=dict(
-            block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False
+            block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False
         ),
-        optimizer=dict(learning_rate=1e-3, schedule="cosine", warmup=100),
+        optimizer=dict(learning_rate=2e-3, schedule="cosine", warmup=100),
         ema=dict(decays=(0.99,)),
-        train=dict(steps=600, batch_size=16, cond_drop_rate=0.0, preview_every=200),
-        checkpoint=dict(every=200, keep=2),
-        eval=dict(data=dict(name="shapes", size=64, split="test"), metrics=dict(reconstruction=dict(num=200))),
+        train=dict(steps=2500, batch_size=8, cond_drop_rate=0.0, preview_every=500),
+        checkpoint=dict(every=500, keep=2),
+        eval=dict(data=dict(name="shapes", size=64, split="test"), metrics=dict(reconstruction=dict())),
     )
     return config(base, **sections)
 

@@ -1,0 +1,36 @@
+"""Flow matching on latents of 64x64 pictures of coloured shapes; `pixels` is the same U-Net on the pictures themselves.
+
+Command:   python -m experiments.train --config=configs/shapes64_latent.py --workdir=runs/shapes64_latent
+           the argument is latents (the default) or pixels
+Data:      drawn on the fly, and encoded by the autoencoder in models/shapes64_kl; see configs/shapes64_kl.py
+Hardware:  two CPU cores, about twenty minutes.
+Expected:  python -m experiments.evaluate --workdir=runs/shapes64_latent
+           not measured yet
+"""
+
+from configs import common
+
+VARIANTS = ("latents", "pixels")
+
+
+def get_config(space: str = "latents"):
+    pixels = common.choose("space", space, {"latents": False, "pixels": True})
+    return common.config(
+        dict(),
+        data=dict(name="shapes", size=64),
+        autoencoder=None if pixels else dict(name="kl", path="models/shapes64_kl"),
+        objective=dict(name="flow_matching", time_sampler=dict(name="stratified")),
+        network=dict(
+            name="unet",
+            width=32,
+            channel_mult=(1, 2, 4),
+            num_res_blocks=1,
+            head_dim=32,
+            attention_resolutions=(16,) if pixels else (8, 4),
+        ),
+        optimizer=dict(learning_rate=1.5e-3, schedule="cosine", warmup=100, b2=0.99),
+        ema=dict(decays=(0.99, 0.998)),
+        train=dict(steps=4000, batch_size=32, cond_drop_rate=0.0, preview_every=1000),
+        checkpoint=dict(every=500, keep=2),
+        eval=dict(data=dict(name="shapes", size=64, split="test"), metrics=dict(readable_shapes=dict(num=1000))),
+    )
