@@ -35,7 +35,7 @@ MEASURED = 256  # examples in the statistics, at least
 
 
 def main() -> None:
-    check_numbers(seed=0, num=NUM.value)
+    check_numbers("--", seed=0, num=NUM.value)
     config = CONFIG.value
     check_config(config)
     keywords = training(config)

@@ -144,7 +144,7 @@ def test_parts_of_other_packages_are_imported_only_if_allowed(tmp_path, digits):
     ("options", "field"),
     [
         ({"labels": [10]}, "labels"),
-        ({"num": 0}, "--num"),
+        ({"num": 0}, "num"),
         ({"sampler": "dimm"}, "sampler.name"),
         ({"steps": 0}, "sampler.steps"),
         ({"guidance": "cfgg"}, "guidance.name"),

@@ -44,6 +44,7 @@ ARGUMENTS = {
     "imagenet256_vq": ("f4", "f8", "f16"),
     "mixture": ("ddpm_eps", "ddpm_x0", "ddpm_v", "flow", "vdm"),
     "moons": ("independent", "exact", "sinkhorn"),
+    "shapes64_latent": ("latents", "pixels"),
 }
 # Parameters in millions, as the papers say.
 PUBLISHED = {
