@@ -144,11 +144,19 @@ def read(
 def _read(
     path: str, name: str, shape: tuple[int, ...], variant: str | None, dtype: str, weights: bool
 ) -> tuple[Stored, AutoencoderApply]:
+    if os.path.isdir(os.path.join(path, "checkpoints")):
+        command = f"python -m experiments.convert --from={path} --to=..."
+        raise InputError("folder", f"{path} is a run; convert it and give the folder that is written: {command}")
+    if not os.path.isdir(path):
+        problem = "write it with experiments.convert, or give the folder of a downloaded model"
+        raise InputError("folder", f"there is no folder {path}; {problem}")
     config = model_folder.read_json(path, "config.json")
-    kind = config.get("_class_name")
-    kinds = (_CLASSES[name], FSQ) if name == "autoencoder_vq" else (_CLASSES[name],)
-    if kind not in kinds:
-        raise InputError("folder", f"{path} contains a {kind}, not a {' or '.join(kinds)}")
+    kind = str(config.get("_class_name"))
+    kinds = {known: network for network, known in _CLASSES.items()} | {FSQ: "autoencoder_vq"}
+    if kinds.get(kind) != name:
+        fitting = " or ".join(known for known in kinds if kinds[known] == name)
+        fix = f"set autoencoder.name to {kinds[kind][12:]}" if kind in kinds else f"give the folder of a {fitting}"
+        raise InputError("folder", f"{path} contains a model of the class {kind}; {fix}")
     entries = _ENTRIES[name] | ({"fsq_levels": None} if kind == FSQ else {})
     unknown = [key for key in config if key not in entries and key[0] != "_"]
     if unknown:
@@ -186,9 +194,10 @@ def _check(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> None
             raise InputError(f"config.json.{key}", f"must be {levels} times {kind!r} to be read, got {config[key]!r}")
     checks.images(name, shape)
     if not config["in_channels"] == config["out_channels"] == shape[-1]:
-        counts = f"{config['in_channels']} and {config['out_channels']}"
-        problem = f"and out_channels are {counts}, and the data have {shape[-1]}; change the data"
-        raise InputError("config.json.in_channels", problem)
+        problem = f"is {config['in_channels']} and out_channels {config['out_channels']}, and the number of channels of"
+        raise InputError(
+            "config.json.in_channels", f"{problem} the data is {shape[-1]}; use other data or another model"
+        )
     if levels and any(side % 2 ** (levels - 1) for side in shape[:2]):
         problem = f"has {levels} levels, so that {2 ** (levels - 1)} must divide height and width; the data have"
         raise InputError(f"config.json.{field}", f"{problem} {shape[0]} x {shape[1]}: crop or resize them")

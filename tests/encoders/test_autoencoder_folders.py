@@ -167,7 +167,7 @@ def test_an_entry_that_is_not_supported_is_named(kind, config, folder_of, tmp_pa
 
 
 def test_data_and_weights_that_do_not_fit_are_refused(folder_of, tmp_path):
-    for shape, words in (((9, 8, 3), "9 x 8"), ((12, 8, 1), "the data have 1"), ((2,), "images")):
+    for shape, words in (((9, 8, 3), "9 x 8"), ((12, 8, 1), "the data is 1"), ((2,), "images")):
         with refused("autoencoders.path") as caught:
             read(folder_of("kl"), "kl", shape)
         assert words in str(caught.value)
@@ -193,6 +193,19 @@ def test_data_and_weights_that_do_not_fit_are_refused(folder_of, tmp_path):
         autoencoder_folder.write(str(tmp_path), Stored(SECTIONS["vq"], stored_of("vq").params, SHAPE, Scale(1.0, 0.5)))
     with refused("network.name"):
         autoencoder_folder.write(str(tmp_path), Stored({"name": "unet"}, {}, SHAPE))
+
+
+def test_a_folder_that_is_not_the_model_is_explained(folder_of, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for folder, words in (
+        (folder_of("vq"), "set autoencoder.name to vq"),
+        (tmp_path / "run", "experiments.convert --from="),
+        (tmp_path / "none", "no folder"),
+    ):
+        with refused("autoencoders.path") as caught:
+            read(folder, "kl")
+        assert words in caught.value.problem
 
 
 @pytest.mark.parametrize("width", [2, 4])
