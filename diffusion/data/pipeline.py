@@ -158,12 +158,13 @@ def check_encoder(source: Source, autoencoder: Autoencoder | None, field: str = 
     if not is_encoded(source):
         return
     if autoencoder is None:
-        problem = f"is missing, and {field} holds latents; set the autoencoder that they were encoded with"
+        problem = f"is missing, and {field} holds latents; set the one that has encoded them, or train on images"
         raise InputError("autoencoder", problem)
     if source.encoder != autoencoder.digest:
-        problem = f"is not the autoencoder that {field} was encoded with; encode it again"
+        folder = f"{field}, {source.path}," if hasattr(source, "path") else field
         digests = f"SHA-256 {source.encoder[:12]}..., got {autoencoder.digest[:12]}..."
-        raise InputError("autoencoder.path", f"{problem} ({digests})")
+        problem = f"is not the autoencoder that {folder} was encoded with ({digests})"
+        raise InputError("autoencoder.path", f"{problem}; restore the path, or encode the images again")
 
 
 def location_keywords(section: Mapping[str, Any]) -> tuple[str, ...]:

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 def check(model: Model, options: Options) -> None:
     """Raises InputError if a run ends before its critic starts, or would train on latents or change fixed codes."""
     if model.autoencoder is not None:
-        raise InputError("autoencoder", "must be None for the objective autoencoder, which trains on images")
+        problem = "must be None for the objective autoencoder, which trains on images; data must be images, not latents"
+        raise InputError("autoencoder", problem)
     start = getattr(model.objective, "disc_start", 0)
     if getattr(model.objective, "players", None) is not None and start >= options.steps:
         raise InputError("objective.disc_start", f"must be below train.steps = {options.steps:,}, got {start:,}; or "

@@ -47,6 +47,8 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     check_config(config)
     source = build("data", config["data"], field="data")
     spec = decoded_spec(source)
+    if config["autoencoder"] is None:
+        check_encoder(source, None)  # before a network for images of that size is built
     meta, teacher = meta_of(config, spec, workdir)
     model = model_of(meta)
     check_encoder(source, model.autoencoder)

@@ -19,9 +19,11 @@ import pytest
 from diffusion.core.build import build
 from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 from diffusion.data import records
+from diffusion.data.pipeline import check_encoder
 from diffusion.pipelines import capacity
+from diffusion.pipelines.build_training import build_training
 from diffusion.pipelines.conditions import moments_of
-from diffusion.pipelines.config import resolve
+from diffusion.pipelines.config import read_config, resolve
 from diffusion.pipelines.encoding import encode
 from diffusion.pipelines.evaluation import Decoded, build_metrics
 from diffusion.pipelines.model import Model
@@ -182,6 +184,13 @@ def test_bad_input(kl, examples, cached, digits, tmp_path):
         with refused(field):
             section = {"data": {"name": "array_record", "path": str(folder)}, "metrics": {}}
             build_metrics({"eval": section}, digits, Model(None, None, autoencoder))
+    with refused("autoencoder.path") as caught:
+        check_encoder(read(folder), other)
+    assert str(folder) in caught.value.problem
+    config = {**read_config(f"{ROOT}/configs/digits.py"), "data": {"name": "array_record", "path": str(folder)}}
+    config["network"] = {"name": "unet", "attention_resolutions": (3,)}  # which images of this size do not have
+    with refused("autoencoder"):
+        build_training(resolve(config), str(tmp_path / "run"))
     shutil.copytree(folder, tmp_path / "old")
     info = json.loads((folder / "info.json").read_text())
     del info["latents"]
