@@ -56,8 +56,8 @@ def main() -> None:
     options = training(config)["options"]
     try:
         info = encode(
-            source, autoencoder, OUT.value, flip=FLIP.value, batch_size=BATCH_SIZE.value or options.batch_size,
-            workers=options.workers, progress=progress.update,
+            source, autoencoder, OUT.value, data=config["data"], flip=FLIP.value,
+            batch_size=BATCH_SIZE.value or options.batch_size, workers=options.workers, progress=progress.update,
         )  # fmt: skip
     finally:
         progress.close()

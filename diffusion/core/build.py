@@ -145,6 +145,24 @@ def defaults(make: Callable[..., Any], *, later: Collection[str] = ()) -> dict[s
     }
 
 
+def changed(stored: Mapping[str, Any], section: Mapping[str, Any], may_change: Collection[str] = ()) -> str | None:
+    """Returns an option of a stored section that has another value in a section, the name of the part first, or None.
+
+    Options that the stored section lacks were added to the project since and are not compared, unless it is empty.
+    """
+    for key in sorted(stored or section, key=lambda key: key != "name"):
+        if key not in may_change and not _is_same(stored.get(key), section.get(key)):
+            return key
+    return None
+
+
+def _is_same(stored: Any, value: Any) -> bool:
+    """Returns whether two values are equal; of sections, the options that the stored one has."""
+    if isinstance(stored, Mapping) and isinstance(value, Mapping):
+        return all(_is_same(item, value.get(key)) for key, item in stored.items())
+    return stored == value
+
+
 def call(make: Callable[..., Any], keywords: Mapping[str, Any], *, field: str) -> Any:
     """Returns `make(**keywords)` after `check`.
 

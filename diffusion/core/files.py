@@ -38,11 +38,12 @@ def is_remote(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def make_folder(path: Path, field: str, size: int = 0) -> str:
+def make_folder(path: Path, field: str, size: int = 0, less: str = "write less") -> str:
     """Creates an output folder and returns its path.
 
     Args:
       size: Number of bytes that are known to be written there.
+      less: What to do if there is no space for them, for the error.
 
     Raises:
       InputError: Nothing can be written there, or not as much; the error names `field`.
@@ -66,7 +67,7 @@ def make_folder(path: Path, field: str, size: int = 0) -> str:
         if is_new:
             os.rmdir(path)
         problem = f"{path} needs {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
-        raise InputError(field, f"{problem}; free some, or write less")
+        raise InputError(field, f"{problem}; free some, or {less}")
     return path
 
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from diffusion.core import files
 from diffusion.core.arrays import scaled
+from diffusion.core.build import changed
 from diffusion.core.types import Array, ArraySpec, Autoencoder, InputError, Source
 from diffusion.data import records
-from diffusion.data.pipeline import in_order
+from diffusion.data.pipeline import in_order, location_keywords
 from diffusion.distributed import multihost
 
 PLAN = "encoding.json"  # what is being encoded
@@ -46,6 +47,7 @@ def encode(
     autoencoder: Autoencoder,
     folder: str,
     *,
+    data: Mapping[str, Any] | None = None,
     flip: bool = False,
     batch_size: int = 256,
     workers: int = 0,
@@ -62,9 +64,12 @@ def encode(
       source: The examples; without random augmentation.
       autoencoder: The autoencoder.
       folder: The folder to write.
+      data: The section `data` of the config that describes the source. It is recorded without the options that say
+        where the data lie, and a call with another one is refused.
       flip: Whether the mirror images, left to right, follow the examples.
       batch_size: Number of examples that are encoded at once. Compilers may sum in another order for another number, so
-        that the results are the same bits as in a step if it has as many examples per device.
+        that the results are the same bits as in a step if it has as many examples per device. A call that was
+        interrupted is continued with the same number alone.
       workers: Number of processes that read the examples; 0 reads in threads.
       shard_size: Number of examples per shard.
       progress: Called with the number of examples that this process has written or found.
@@ -88,8 +93,13 @@ def encode(
     decoded = records.describe(source, source.spec.x)
     decoded = {name: decoded[name] for name in ("shape", "kind", "low", "high", "dtype")}
     info = {**records.describe(source, stored), "encoder": autoencoder.digest, "decoded": decoded}
-    _start(folder, files.plain({"num": num, "flip": flip, "shard_size": shard_size, "info": info}),
-           4 * num * math.prod(shape))  # fmt: skip
+    data = {} if data is None else data
+    plan = {
+        "num": num, "flip": flip, "batch_size": batch_size, "shard_size": shard_size, "info": info,
+        "data": {key: value for key, value in data.items() if key not in location_keywords(data)},
+    }  # fmt: skip
+    less = "lower data.length" if "length" in data else "write less"
+    _start(folder, files.plain(plan), 4 * num * math.prod(shape), less)
     apply, place = jax.jit(autoencoder.posterior), jax.local_devices()[0]
     params = jax.device_put(autoencoder.params, place)
 
@@ -147,8 +157,12 @@ def _sums(moments: Iterator[np.ndarray], sample: Callable[[Array, Array], Array]
     return sums
 
 
-def _start(folder: str, plan: Mapping[str, Any], size: int) -> None:
-    """Makes the folder for `size` bytes, or checks that an earlier call with the same plan has made it."""
+def _start(folder: str, plan: Mapping[str, Any], size: int, less: str) -> None:
+    """Makes the folder for `size` bytes, or checks that an earlier call with the same plan has made it.
+
+    Args:
+      less: See `files.make_folder`.
+    """
     path = os.path.join(folder, PLAN)
     if os.path.isdir(folder) and not all(name.endswith(".partial") for name in os.listdir(folder)):
         try:
@@ -156,11 +170,32 @@ def _start(folder: str, plan: Mapping[str, Any], size: int) -> None:
                 found = json.load(file)
         except (OSError, ValueError):
             found = None
-        if found != plan:
-            problem = "holds other files, or latents of other data or of another autoencoder"
-            raise InputError("--out", f"{folder} {problem}; remove it or give another folder")
+        if not isinstance(found, dict) or found.keys() != plan.keys():
+            raise InputError("--out", f"{folder} holds other files; remove it or give another folder")
+        if problem := _difference(found, plan):
+            raise InputError("--out", f"{folder} {problem}; change that back, or give another folder")
     multihost.wait_for_all("the folder is checked")
     if files.writes() and not os.path.exists(path):
-        files.make_folder(folder, "--out", size)
+        files.make_folder(folder, "--out", size, less)
         files.write_json(path, plan)
     multihost.wait_for_all("the folder is made")
+
+
+def _difference(found: Mapping[str, Any], plan: Mapping[str, Any]) -> str | None:
+    """Returns in words how the plan of what a folder holds differs from a plan, or None."""
+    option = changed(found["data"], plan["data"])
+    if option is not None:
+        values = f"{plan['data'].get(option)!r}, was {found['data'].get(option)!r}"
+        return f"holds latents of other data (data.{option} is {values})"
+    encoders = [which["info"]["encoder"] for which in (found, plan)]
+    if encoders[0] != encoders[1]:
+        return f"holds latents of another autoencoder (SHA-256 {encoders[0][:12]}..., got {encoders[1][:12]}...)"
+    for name in ("batch_size", "flip"):
+        if found[name] != plan[name]:
+            values = [json.dumps(which[name]) for which in (found, plan)]
+            return f"was encoded with --{name}={values[0]}, got --{name}={values[1]}"
+    if found["num"] != plan["num"]:
+        return f"holds latents of other data ({found['num']:,} images, got {plan['num']:,})"
+    if any(found[name] != plan[name] for name in ("info", "shard_size")):
+        return "holds latents of other data (another shape, other classes, captions or shards)"
+    return None

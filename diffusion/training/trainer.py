@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from diffusion.core import files, trees
 from diffusion.core.arrays import is_empty
-from diffusion.core.build import build, build_network, call, nearest
+from diffusion.core.build import build, build_network, call, changed, nearest
 from diffusion.core.progress import Progress
 from diffusion.core.types import MACHINE_OPTIONS, Autoencoder, InputError, Network, Objective, Params, Source
 from diffusion.data import pipeline
@@ -549,13 +549,13 @@ def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         }.get(part, ())
         if part == "data":
             may_change = pipeline.location_keywords(theirs)
-        for key in [*theirs, *(() if theirs else ours)]:
-            if key not in may_change and not _is_same(theirs.get(key), ours.get(key)):
-                raise InputError(
-                    f"{part}.{key}",
-                    f"is {ours.get(key)!r}, but the workdir was trained with {theirs.get(key)!r}; "
-                    "restore it or give another --workdir",
-                )
+        key = changed(theirs, ours, may_change)
+        if key is not None:
+            raise InputError(
+                f"{part}.{key}",
+                f"is {ours.get(key)!r}, but the workdir was trained with {theirs.get(key)!r}; "
+                "restore it or give another --workdir",
+            )
     for name, sha256 in meta.get("pretrained", {}).items():
         before = stored.get("pretrained", {}).get(name, sha256)
         if before != sha256:
@@ -588,10 +588,3 @@ def _check_classes(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     if counts[0] and not before and not by_name:
         problem = "is 'number', and the run, which is older than this option, has its classes in the order of names"
         raise InputError("data.class_order", f"{problem}; set it to 'name'")
-
-
-def _is_same(theirs: Any, ours: Any) -> bool:
-    """Returns whether two values are equal; of sections, the options that the stored one has."""
-    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-        return all(_is_same(value, ours.get(key)) for key, value in theirs.items())
-    return theirs == ours

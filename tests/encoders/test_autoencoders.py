@@ -172,6 +172,7 @@ def test_jobs(tmp_path):
         done = job(*arguments)
         assert done.returncode == 0, done.stderr
     assert "1,500 latents (4, 4, 3)" in done.stdout
+    assert json.loads((out / "encoding.json").read_text())["data"] == {"name": "digits", "split": "train"}
     workdir = f"--workdir={tmp_path / 'run'}"
     data = f"--config.data={{'name': 'array_record', 'path': {str(out)!r}}}"
     network = "--config.network={'name': 'mlp', 'width': 32, 'depth': 1}"

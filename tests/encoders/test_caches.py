@@ -130,6 +130,47 @@ def test_an_interrupted_encoding_gives_the_same_files(kl, examples, cached, tmp_
     assert contents(out) == contents(cached[0])
 
 
+def test_an_encoding_is_not_continued_with_something_else(kl, examples, tmp_path):
+    """The refusal says what differs. The place of the data may change, and nothing is written."""
+    data = {"name": "folder", "path": "a", "split": "train", "seed": 0}
+    folder, options = tmp_path / "latents", dict(data=data, batch_size=32, shard_size=48)
+    encode(examples, kl, str(folder), **options)
+    before = contents(folder)
+    encode(examples, kl, str(folder), **{**options, "data": {**data, "path": "b", "new": 1}})
+    other = dataclasses.replace(kl, digest="f" * 64)
+    for source, autoencoder, change, words in (
+        (examples, kl, {"data": {**data, "split": "test"}}, "data.split is 'test', was 'train'"),
+        (examples, kl, {"data": {"name": "digits"}}, "data.name is 'digits', was 'folder'"),
+        (examples, other, {}, "another autoencoder (SHA-256"),
+        (examples, kl, {"batch_size": 16}, "--batch_size=32, got --batch_size=16"),
+        (examples, kl, {"flip": True}, "--flip=false, got --flip=true"),
+        (Examples(examples.images[:50]), kl, {}, "70 images, got 50"),
+        (examples, kl, {"shard_size": 60}, "other data"),
+    ):
+        with refused("--out") as caught:
+            encode(source, autoencoder, str(folder), **options | change)
+        assert words in caught.value.problem
+    assert contents(folder) == before
+    for text in ("[]", "{}", "{"):
+        (folder / "encoding.json").write_text(text)
+        with refused("--out") as caught:
+            encode(examples, kl, str(folder), **options)
+        assert "other files" in caught.value.problem
+
+
+def test_latents_that_do_not_fit_on_the_disk_are_refused(kl, tmp_path):
+    """They are refused before anything is written, and the option that limits endless data is named."""
+    data = {"name": "shapes", "size": 8, "length": 2**31 - 1}
+
+    class Endless(Examples):
+        def __len__(self):
+            return data["length"]
+
+    with refused("--out") as caught:
+        encode(Endless(np.zeros((1, 8, 8, 1), np.float32)), kl, str(tmp_path / "latents"), data=data)
+    assert "data.length" in caught.value.problem and not (tmp_path / "latents").exists()
+
+
 def test_training_on_a_cache_is_training_on_images(kl_folder, kl, digits, tmp_path, mesh_of):
     """The losses and the parameters are the same bits, and so are what previews, metrics and samples use."""
     mesh, states = mesh_of(1, 1, 1), []
