@@ -123,7 +123,13 @@ def is_external(name: Any) -> bool:
 
 
 def names(family: str) -> list[str]:
-    """Returns the names of a family's parts, found by listing its package's files or its module's functions."""
+    """Returns the names of a family's parts, found by listing its package's files or its module's functions.
+
+    Raises:
+      InputError: There is no such family.
+    """
+    if family not in FAMILIES:
+        raise InputError("family", f"there is no {family!r}{nearest(str(family), list(FAMILIES))}")
     module = importlib.import_module(FAMILIES[family])
     if _has_files(module):
         modules = (info.name for info in pkgutil.iter_modules(module.__path__) if not info.ispkg)

@@ -49,6 +49,8 @@ def test_names_are_found_by_listing():
     assert "pipeline" not in names("data")  # it defines no make()
     assert {"cfg", "rescale"} <= set(names("guidance"))  # functions of a package's files, in its `__all__`
     assert not {"Traced", "common", "dot"} & set(names("guidance"))
+    with refused("family"):
+        names("encoders")
 
 
 def test_a_new_file_is_a_new_part(monkeypatch, tmp_path):
