@@ -14,9 +14,8 @@ from diffusion.core import files
 from diffusion.core.types import InputError
 from diffusion.pipelines import overrides
 from diffusion.pipelines.generator import check_numbers
-from diffusion.pipelines.run import open_run
 from experiments import cli, sampling_flags
-from experiments.sampling_flags import ALLOW_IMPORTS, BATCH_SIZE, EMA, STEP
+from experiments.sampling_flags import BATCH_SIZE
 
 WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
 SEED = flags.DEFINE_integer("seed", 1, "Seed of the noise.")
@@ -27,7 +26,7 @@ flags.mark_flags_as_required(["workdir"])
 
 def main() -> None:
     check_numbers(seed=SEED.value, batch_size=BATCH_SIZE.value)
-    run = open_run(WORKDIR.value, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value)
+    run = sampling_flags.opened(WORKDIR.value)
     if not run.config["eval"]["metrics"]:
         problem = "is empty, so that there is nothing to measure; train or convert with a config that lists metrics"
         raise InputError("config.eval.metrics", problem)

@@ -17,11 +17,11 @@ from absl import flags
 from diffusion.core.types import InputError
 from diffusion.pipelines import overrides
 from diffusion.pipelines.generator import check_numbers
-from diffusion.pipelines.run import Run, open_run
+from diffusion.pipelines.run import Run
 from diffusion.pipelines.sample_files import FORMATS, PICTURE, write_samples
 from diffusion.pipelines.sampling_sweep import sweep
 from experiments import cli, sampling_flags
-from experiments.sampling_flags import ALLOW_IMPORTS, BATCH_SIZE, EMA, STEP
+from experiments.sampling_flags import BATCH_SIZE
 
 WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
 NUM = flags.DEFINE_integer("num", 100, "Number of samples.")
@@ -43,7 +43,7 @@ MOST_COLUMNS = 50  # of a sheet with one column per class
 
 def main() -> None:
     check_numbers("--", seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
-    run = open_run(WORKDIR.value, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value)
+    run = sampling_flags.opened(WORKDIR.value)
     cond = _conditions(run)
     labels = cond.get("label")
     chosen, out = sampling_flags.chosen(), OUT.value or os.path.join(WORKDIR.value, "samples")

@@ -3,6 +3,8 @@
 from absl import flags
 
 from diffusion.core.types import InputError
+from diffusion.pipelines.run import Run, open_run
+from experiments import cli
 
 FLAGS = {
     name: flags.DEFINE_string(name, None, text)
@@ -26,7 +28,16 @@ ALLOW_IMPORTS = flags.DEFINE_bool(
     False,
     "Import the parts of other packages that the run's config names. Use it if you trust the run.",
 )
+AUTOENCODER = cli.define_path(
+    "autoencoder", None, "The file or folder of the run's autoencoder, if it was moved. Default: autoencoder.path."
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 250, "Samples drawn at once; the samples do not depend on it.")
+
+
+def opened(workdir: str) -> Run:
+    """Returns the run of a workdir that --ema, --step, --autoencoder and --allow_imports choose."""
+    autoencoder = {"path": AUTOENCODER.value} if AUTOENCODER.value else None
+    return open_run(workdir, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value, autoencoder=autoencoder)
 
 
 def chosen() -> dict[str, str]:

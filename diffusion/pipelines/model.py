@@ -26,13 +26,15 @@ class Model(NamedTuple):
 
 
 def build_model(
-    config: Mapping[str, Any], spec: Spec, teacher: Teacher | None = None, *, weights: bool = True
-) -> Model:
+    config: Mapping[str, Any], spec: Spec, teacher: Teacher | None = None, autoencoder: Autoencoder | None = None, *,
+    weights: bool = True,
+) -> Model:  # fmt: skip
     """Builds the model of a config.
 
     Args:
       spec: What the data look like.
       teacher: Replaces the workdir that `objective.teacher` names.
+      autoencoder: Replaces the one that the config names.
       weights: See `build_autoencoder`.
 
     Raises:
@@ -43,7 +45,8 @@ def build_model(
             kind = config[part]["object"]
             problem = f"was an object of type {kind}; pass it: load(workdir, network=..., objective=...)"
             raise InputError(part, problem)
-    autoencoder = build_autoencoder(config, spec, weights=weights)
+    if autoencoder is None:
+        autoencoder = build_autoencoder(config, spec, weights=weights)
     network = build_network(config["network"], model_spec(spec, autoencoder))
     for name, keywords in config["adapters"].items():
         network = build("adapters", {"name": name, **keywords}, field=f"adapters.{name}", network=network)
@@ -52,29 +55,45 @@ def build_model(
 
 
 def build_autoencoder(config: Mapping[str, Any], spec: Spec, *, weights: bool = True) -> Autoencoder | None:
-    """Builds the autoencoder of a config; None if the config has none.
+    """Builds the autoencoder of a config; None if the config has none, or only says that it was an object.
 
     Args:
       spec: What the data look like.
       weights: Whether to read its parameters. Otherwise it has their shapes, if it can be built without them.
     """
     section = config["autoencoder"]
-    if section is None:
+    if section is None or "object" in section:
         return None
     parameters = inspect.signature(find("autoencoders", section["name"], field="autoencoder.name")).parameters
     given = {"weights": weights} if "weights" in parameters else {}
     return build("autoencoders", section, field="autoencoder", shape=spec.shape, **given)
 
 
-def model_of(meta: Mapping[str, Any]) -> Model:
+def model_of(meta: Mapping[str, Any], autoencoder: Autoencoder | None = None) -> Model:
     """Builds the model that a checkpoint's `meta` describes, including its teacher and that teacher's own.
+
+    Args:
+      autoencoder: Replaces the one that the config names, also for a teacher that was trained with it.
 
     Raises:
       InputError: A part cannot be built, or the autoencoder's file is not the one that the model was trained with.
     """
-    model = build_model(*config_and_spec(meta), teacher_of(meta))
+    model = build_model(*config_and_spec(meta), teacher_of(meta, autoencoder), autoencoder)
     check_autoencoder(meta, model.autoencoder)
     return model
+
+
+def with_autoencoder(meta: Mapping[str, Any], part: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint's `meta` with another autoencoder in its config.
+
+    Args:
+      part: A name or a section. What it leaves out stays as it is, unless it names an autoencoder of another kind.
+    """
+    config, _ = config_and_spec(meta)
+    section, theirs = {"name": part} if isinstance(part, str) else dict(part), config["autoencoder"] or {}
+    if section.get("name") in (None, theirs.get("name")):
+        section = {**theirs, **section}
+    return {**meta, "config": {**config, "autoencoder": section}}
 
 
 def check_autoencoder(meta: Mapping[str, Any], autoencoder: Autoencoder | None) -> None:
@@ -95,13 +114,18 @@ def check_autoencoder(meta: Mapping[str, Any], autoencoder: Autoencoder | None) 
                          f"got {autoencoder.digest[:12]}...)")  # fmt: skip
 
 
-def teacher_of(meta: Mapping[str, Any]) -> Teacher | None:
-    """Builds the teacher of the model that a checkpoint's `meta` describes; None if there is none."""
+def teacher_of(meta: Mapping[str, Any], autoencoder: Autoencoder | None = None) -> Teacher | None:
+    """Builds the teacher of the model that a checkpoint's `meta` describes; None if there is none.
+
+    Args:
+      autoencoder: Replaces that of a teacher that was trained with it.
+    """
     if "teacher" not in meta:
         return None
     theirs = meta["teacher"]
     config, spec = config_and_spec(theirs)
-    model = model_of(theirs)
+    shared = autoencoder is not None and theirs.get("autoencoder", {}).get("sha256") == autoencoder.digest
+    model = model_of(theirs, autoencoder if shared else None)
     spec = model_spec(spec, model.autoencoder)
     return Teacher(model.network, model.objective, spec, cond_drop_rate(config, spec))
 

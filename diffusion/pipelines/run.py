@@ -43,7 +43,7 @@ from diffusion.pipelines.config import (
 )
 from diffusion.pipelines.evaluation import Evaluation, build_metrics
 from diffusion.pipelines.generator import Generator, check_numbers, is_neutral, structure
-from diffusion.pipelines.model import Model, check_autoencoder, model_of
+from diffusion.pipelines.model import Model, build_autoencoder, check_autoencoder, model_of, with_autoencoder
 from diffusion.pipelines.overrides import with_options
 from diffusion.pipelines.stored import config_and_spec
 from diffusion.process.posterior import x0_errors
@@ -283,7 +283,7 @@ def open_run(
     objective: Objective | None = None,
     allow_imports: bool | Collection[str] = False,
     start: Mapping[str, Params] | None = None,
-    autoencoder: Autoencoder | None = None,
+    autoencoder: Autoencoder | str | Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> Run:
     """Reads a checkpoint of a workdir onto all devices.
@@ -299,7 +299,8 @@ def open_run(
       network, objective: For a run that was trained with objects instead of names.
       allow_imports: Whether such parts may be imported, or the names of those that may be.
       start: The arrays that a run does not train, if they were given to the `Trainer` and not by `init_from`.
-      autoencoder: The autoencoder of a run that was trained with one as an object.
+      autoencoder: The autoencoder, for a run that was trained with one as an object or whose files were moved: an
+        object, or a section, `{"path": "models/moved"}`, which keeps the config's options that it leaves out.
       mesh: The devices. By default all, in the mesh of the run's config as far as it fits their number.
 
     Raises:
@@ -322,16 +323,23 @@ def open_run(
                 problem = f"its config imports {', '.join(imported)}; if you trust it, pass allow_imports"
                 raise InputError("workdir", problem)
         config, spec = config_and_spec(meta)
+        encoder = autoencoder
+        if encoder is not None and config["autoencoder"] is None and "autoencoder" not in meta:
+            raise InputError("autoencoder", "is given, and the run was trained without one; leave it out")
+        if isinstance(encoder, (str, Mapping)):
+            meta = with_autoencoder(meta, encoder)
+            config, spec = config_and_spec(meta)
+            encoder = build_autoencoder(config, spec)
         kept = call(make_ema, config["ema"], field="ema")
         name = ema or kept.main
         if name not in (*kept.names, "none"):
             raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(kept.names)}, none")
         name = None if name == "none" else name
         if network and objective:
-            model = Model(network, objective, autoencoder)
-            check_autoencoder(meta, autoencoder)
+            model = Model(network, objective, encoder)
+            check_autoencoder(meta, encoder)
         else:
-            model = model_of(meta)
+            model = model_of(meta, encoder)
         devices = _mesh(config["mesh"]) if mesh is None else mesh
         shapes = jax.eval_shape(lambda: model.objective.init(model.network, jax.random.key(0)))
         patterns = config["train"]["trainable"]

@@ -107,7 +107,7 @@ class Trainer:
         fsdp_min_size: int = sharding.FSDP_MIN_SIZE,
         teacher: Mapping | None = None,
         start: Mapping[str, Params] | None = None,
-        autoencoder: Autoencoder | None = None,
+        autoencoder: Autoencoder | PartSpec | None = None,
         hooks: Sequence[Hook] = (),
         writers: Sequence[Writer] = (),
         should_stop: Callable[[], bool] = lambda: False,
@@ -116,8 +116,12 @@ class Trainer:
         **train_options: Any,
     ):
         self.source = source if hasattr(source, "__getitem__") and hasattr(source, "spec") else build("data", source)
-        pipeline.check_encoder(self.source, autoencoder)
         spec = self.spec = pipeline.decoded_spec(self.source)
+        parts = {"data": source, "network": network, "objective": objective}
+        if autoencoder is not None and not isinstance(autoencoder, Autoencoder):
+            parts["autoencoder"] = autoencoder
+            autoencoder = build("autoencoders", autoencoder, field="autoencoder", shape=spec.shape)
+        pipeline.check_encoder(self.source, autoencoder)
         if spec.captions:
             raise InputError("data.captions", "no network reads captions yet; set it False to train without")
         self.network = network
@@ -142,7 +146,6 @@ class Trainer:
         self.hooks, self.extra_writers = tuple(hooks), tuple(writers)
         self.should_stop, self.heartbeat = should_stop, heartbeat
         self.during_steps = during_steps or contextlib.nullcontext()
-        parts = {"data": source, "network": network, "objective": objective}
         self.meta = dict(meta) if meta else self._describe(parts)
         if autoencoder:
             self.meta["autoencoder"] = {"sha256": autoencoder.digest}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,44 @@ def test_a_step_does_not_copy_the_parameters(tmp_path, digits, tiny_mlp, mesh_of
         open_run(str(tmp_path), **parts)
     with refused("autoencoder.path"):
         open_run(str(tmp_path), **parts, autoencoder=dataclasses.replace(large, digest="b"))
+
+
+@pytest.fixture(scope="module")
+def moved(fitted, tmp_path_factory):
+    """A run whose autoencoder was moved: its workdir, and the old and the new path."""
+    folder = tmp_path_factory.mktemp("moved")
+    workdir, old, new = (str(folder / name) for name in ("run", "old.safetensors", "new.safetensors"))
+    shutil.copy(fitted[0], old)
+    section, mlp = {"name": "pca", "path": old}, {"name": "mlp", "width": 8, "depth": 1}
+    Trainer("digits", mlp, "flow_matching", autoencoder=section, workdir=workdir, batch_size=8).fit(1)
+    shutil.move(old, new)
+    return workdir, old, new
+
+
+def test_a_run_is_loaded_with_an_autoencoder_that_was_moved(moved, fitted, digits, tmp_path):
+    """Its new path, the whole section or the object replace that of the config; another autoencoder is refused."""
+    workdir, old, new = moved
+    with refused("autoencoder.path"):
+        open_run(workdir)
+    for autoencoder in ({"path": new}, {"name": "pca", "path": new}, encoder(fitted)):
+        run = open_run(workdir, autoencoder=autoencoder)
+        assert run.autoencoder.digest == encoder(fitted).digest and run.network.apply
+        assert run.config["autoencoder"]["path"] == (new if isinstance(autoencoder, dict) else old)
+    other = str(tmp_path / "other.safetensors")
+    pca.save(other, pca.fit(digits.images[:500], 2, 3)[0], (8, 8, 1), 2)
+    for autoencoder in ({"path": other}, dataclasses.replace(encoder(fitted), digest="b")):
+        with refused("autoencoder.path"):
+            open_run(workdir, autoencoder=autoencoder)
+
+
+@pytest.mark.slow
+def test_jobs_take_the_path_of_an_autoencoder_that_was_moved(moved, tmp_path):
+    workdir, _, new = moved
+    arguments = "sample", f"--workdir={workdir}", "--num=2", "--steps=1", f"--out={tmp_path}"
+    assert refused_field(job(*arguments)) == "autoencoder.path"
+    done = job(*arguments, f"--autoencoder={new}")
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (2, 8, 8, 1)
 
 
 def test_encoding_in_advance(fitted, digits, tmp_path):
