@@ -78,9 +78,11 @@ def model_of(meta: Mapping[str, Any], autoencoder: Autoencoder | None = None) ->
     Raises:
       InputError: A part cannot be built, or the autoencoder's file is not the one that the model was trained with.
     """
-    model = build_model(*config_and_spec(meta), teacher_of(meta, autoencoder), autoencoder)
-    check_autoencoder(meta, model.autoencoder)
-    return model
+    config, spec = config_and_spec(meta)
+    if autoencoder is None:
+        autoencoder = build_autoencoder(config, spec)
+    check_autoencoder(meta, autoencoder)
+    return build_model(config, spec, teacher_of(meta, autoencoder), autoencoder)
 
 
 def with_autoencoder(meta: Mapping[str, Any], part: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -124,8 +126,9 @@ def teacher_of(meta: Mapping[str, Any], autoencoder: Autoencoder | None = None) 
         return None
     theirs = meta["teacher"]
     config, spec = config_and_spec(theirs)
-    shared = autoencoder is not None and theirs.get("autoencoder", {}).get("sha256") == autoencoder.digest
-    model = model_of(theirs, autoencoder if shared else None)
+    recorded = theirs.get("autoencoder", {}).get("sha256")
+    shared = autoencoder if recorded and autoencoder and autoencoder.digest == recorded else None
+    model = model_of(theirs, shared)
     spec = model_spec(spec, model.autoencoder)
     return Teacher(model.network, model.objective, spec, cond_drop_rate(config, spec))
 
