@@ -35,12 +35,19 @@ class Reconstruction:
         return ("psnr", *distance, *readable, *(("codes_used", "perplexity") if self.codes else ()))
 
     def check(self, network: AutoencoderApply) -> None:
-        """Raises InputError if codes are to be counted and there are none, or if the images have no LPIPS."""
+        """Raises InputError if the network is no autoencoder of such images or has no codes that could be counted, or
+        if the images have no LPIPS."""
+        if not isinstance(network, AutoencoderApply):
+            raise InputError("network.name", "must be an autoencoder, whose reconstructions are measured")
         if self.lpips is not None:
             perceptual.check_shape(network.shape, "eval.metrics.reconstruction.lpips")
         if self.codes and not hasattr(network, "quantize"):
             problem = f"counts the codes of autoencoder_vq, and the network is {network.name}; set it to False"
             raise InputError("eval.metrics.reconstruction.codes", problem)
+        *sides, channels = self.held_out.spec.shape
+        if channels != network.shape[-1] or any(side % network.factor for side in sides):
+            problem = f"must have sides divisible by {network.factor} and {network.shape[-1]} channels"
+            raise InputError("eval.data", f"{problem}, got {self.held_out.spec.shape}")
 
     def __call__(self, network: AutoencoderApply, params: Params) -> dict[str, float]:
         num = min(self.num, len(self.held_out))

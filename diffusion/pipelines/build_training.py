@@ -19,7 +19,7 @@ from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import autoencoder_training, warm_start
 from diffusion.pipelines.conditions import conditions_of, moments_of
 from diffusion.pipelines.config import check_config, external_names, sharding_options
-from diffusion.pipelines.evaluation import Evaluation, build_metrics, not_finite
+from diffusion.pipelines.evaluation import Evaluation, build_metrics, check_metrics, not_finite
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import Model, model_of
 from diffusion.pipelines.run import open_run, open_source
@@ -69,6 +69,8 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     found = [hooks.preview(options.preview_every, draw)] if options.preview_every else []
     if config["eval"]["every"]:
         found.append(evaluation_hook(config, source, spec, model, keywords))
+    else:
+        check_metrics(config, source, model)
     return {
         **keywords, **model._asdict(), "source": source, "meta": meta, "teacher": teacher, "start": start,
         "hooks": found,

@@ -1,5 +1,6 @@
 """Measures models with the metrics of a config's `eval` section. The samples are measured batch by batch."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 
 from diffusion.core import images
-from diffusion.core.build import build
+from diffusion.core.build import build, find
 from diffusion.core.types import (
     Autoencoder,
     Cond,
@@ -115,19 +116,38 @@ def build_metrics(config: Mapping[str, Any], train: Source, model: Model | None 
     }
     for name, metric in metrics.items():
         if model is not None:
-            _check_kind(f"eval.metrics.{name}", metric, model)
+            _check_kind(f"eval.metrics.{name}", metric.kind, model)
+            if metric.kind == "autoencoder":
+                metric.check(model.network.apply)
         if metric.kind == "model" and autoencoder is not None:
             problem = "measures the network on the data, and this network models the latents of an autoencoder"
             raise InputError(f"eval.metrics.{name}", f"{problem}; remove it")
     return metrics
 
 
-def _check_kind(field: str, metric: Metric, model: Model) -> None:
+def check_metrics(config: Mapping[str, Any], train: Source, model: Model) -> None:
+    """Checks the metrics of a config's `eval` section as far as possible without the held-out data.
+
+    The kind of a metric is that of the class that its `make` says it returns.
+
+    Raises:
+      InputError: A metric is not of the kind that the model has, or cannot measure its network.
+    """
+    for name, options in config["eval"]["metrics"].items():
+        field = f"eval.metrics.{name}"
+        kind = getattr(inspect.signature(find("evaluation", name, field=field)).return_annotation, "kind", None)
+        if kind is not None:
+            _check_kind(field, kind, model)
+        if kind == "autoencoder":
+            metric = build("evaluation", {"name": name, **options}, field=field, train=train, held_out=train)
+            metric.check(model.network.apply)
+
+
+def _check_kind(field: str, kind: str, model: Model) -> None:
     """Raises InputError if a metric is for autoencoders in training and the model is none, or the opposite."""
-    if metric.kind == "autoencoder":
+    if kind == "autoencoder":
         if not hasattr(model.objective, "reconstruct"):
             raise InputError(field, "measures an autoencoder in training, and the objective is another; remove it")
-        metric.check(model.network.apply)
     elif hasattr(model.objective, "reconstruct"):
         problem = "measures samples or a denoiser, and the objective autoencoder has neither; use reconstruction"
         raise InputError(field, problem)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import diffusion as df
 from diffusion.core.build import build
 from diffusion.core.types import ArraySpec, Spec
 from diffusion.encoders.vision import lpips
@@ -23,6 +24,8 @@ from diffusion.training.resilience.preemption import Preempted
 from diffusion.training.trainer import Trainer
 from tests.encoders import vgg
 from tests.refusals import refused
+from tests.test_docs import blocks
+from tests.vae_folders import write_vae
 
 TRUNK = {"block_out_channels": (2,), "layers_per_block": 1, "norm_num_groups": 2, "mid_block_add_attention": False}
 CONFIG = {
@@ -225,6 +228,22 @@ def test_codes_and_perfect_reconstructions():
     tiny = build("networks", CONFIG["network"], shape=(32, 32, 3)).apply
     with refused("eval.metrics.reconstruction.codes"):
         metric.check(tiny)
+    odd = Data()
+    odd.spec = Spec(ArraySpec((32, 33, 3)))
+    with refused("eval.data"):
+        build("evaluation", "reconstruction", train=odd, held_out=odd).check(tiny)
+
+
+def test_the_examples_of_the_documentation_run(workdir, tmp_path, monkeypatch):
+    write_vae(tmp_path / "models" / "shapes64_kl", (64, 64, 3))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "shapes64_kl").symlink_to(workdir)
+    monkeypatch.chdir(tmp_path)
+    for name, side in (('df.build("autoencoders"', 64), ("run.network.apply.encode", 32)):
+        (example,) = (block for block in blocks("docs/python.md") if name in block)
+        found = {"df": df, "x": jnp.zeros((1, side, side, 3))}
+        exec(example, found)
+        assert found["z"].shape[1] == side // 2 and found["y"].shape == found["x"].shape
 
 
 def test_refusals(run, tmp_path):
@@ -244,11 +263,16 @@ def test_refusals(run, tmp_path):
         ("eval.metrics.readable_shapes", {"eval": {**CONFIG["eval"], "metrics": {"readable_shapes": {}}}}),
         ("eval.metrics.reconstruction.codes",
          {"eval": {**CONFIG["eval"], "metrics": {"reconstruction": {"codes": True}}}}),
+        ("eval.metrics.reconstruction.codes",
+         {"eval": {**CONFIG["eval"], "every": 0, "metrics": {"reconstruction": {"codes": True}}}}),
+        ("eval.metrics.energy_distance", {"eval": {**CONFIG["eval"], "every": 0, "metrics": {"energy_distance": {}}}}),
+        ("eval.data", {"eval": {**CONFIG["eval"], "data": {"name": "digits", "split": "test"}}}),
     ):  # fmt: skip
         with refused(field):
             keywords = build_training(resolve({**CONFIG, **sections}), str(tmp_path))
             jax.eval_shape(lambda: keywords["objective"].init(keywords["network"], jax.random.key(0)))  # noqa: B023
     denoising = {"objective": "flow_matching", "network": {"name": "mlp", "width": 4, "depth": 1}}
-    with refused("eval.metrics.reconstruction"):
-        build_training(resolve({**CONFIG, **denoising}), str(tmp_path))
+    for every in (0, 2):
+        with refused("eval.metrics.reconstruction"):
+            build_training(resolve({**CONFIG, **denoising, "eval": {**CONFIG["eval"], "every": every}}), str(tmp_path))
     build_training(config_of(objective={"disc_weight": 0.0, "disc_start": 9}), str(tmp_path))
