@@ -15,6 +15,7 @@ from diffusion.core.types import Autoencoder, InputError, Spec, class_labels
 from diffusion.data.pipeline import check_encoder
 from diffusion.encoders.autoencoders import pca
 from diffusion.pipelines.encoding import encode
+from diffusion.pipelines.model import model_of, teacher_of
 from diffusion.pipelines.run import open_run
 from diffusion.training.hooks import every
 from diffusion.training.trainer import Trainer
@@ -134,11 +135,24 @@ def test_a_run_is_loaded_with_an_autoencoder_that_was_moved(moved, fitted, digit
         run = open_run(workdir, autoencoder=autoencoder)
         assert run.autoencoder.digest == encoder(fitted).digest and run.network.apply
         assert run.config["autoencoder"]["path"] == (new if isinstance(autoencoder, dict) else old)
+    student = {"teacher": open_run(workdir, autoencoder={"path": new}).meta}
+    student["teacher"]["config"]["autoencoder"]["path"] = old
+    assert teacher_of(student, encoder(fitted)).spec.shape == (4, 4, 3)
+    with refused("autoencoder.path"):
+        teacher_of(student)
     other = str(tmp_path / "other.safetensors")
     pca.save(other, pca.fit(digits.images[:500], 2, 3)[0], (8, 8, 1), 2)
     for autoencoder in ({"path": other}, dataclasses.replace(encoder(fitted), digest="b")):
         with refused("autoencoder.path"):
             open_run(workdir, autoencoder=autoencoder)
+
+
+def test_an_autoencoder_that_a_local_function_builds(fitted):
+    """The config says no more than that, as of other parts, and a run is loaded with it."""
+    trainer = Trainer("digits", {"name": "mlp", "width": 8}, "flow_matching", autoencoder=lambda: encoder(fitted))
+    with refused("autoencoder"):
+        model_of(trainer.meta)
+    assert model_of(trainer.meta, encoder(fitted)).network
 
 
 @pytest.mark.slow
