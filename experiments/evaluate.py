@@ -25,7 +25,7 @@ flags.mark_flags_as_required(["workdir"])
 
 
 def main() -> None:
-    check_numbers(seed=SEED.value, batch_size=BATCH_SIZE.value)
+    check_numbers("--", seed=SEED.value, batch_size=BATCH_SIZE.value)
     run = sampling_flags.opened(WORKDIR.value)
     if not run.config["eval"]["metrics"]:
         problem = "is empty, so that there is nothing to measure; train or convert with a config that lists metrics"

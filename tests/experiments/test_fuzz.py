@@ -411,6 +411,7 @@ def test_overrides_of_a_config(jobs, place, given):
         ("train", "--config.sharding.rules=(('a', (1,)),)", "sharding.rules"),
         ("train", "--config.sampler.eta=nan", "sampler.eta"),
         ("sample", "--seed=-1", "--seed"),
+        ("evaluate", "--seed=-1", "--seed"),
         ("sample", "--num=1000000000000000", "--num"),
         ("sample", "--steps=1000000000000", "--steps"),
     ],
