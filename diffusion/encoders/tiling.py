@@ -61,7 +61,7 @@ def _blended(before: Array, tile: Array, overlap: int, axis: int) -> Array:
 def one_by_one(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """Returns a function that applies `function` to one example of a batch `[B, ...]` at a time.
 
-    If the batch is sharded, every device applies it to one of its own examples at a time.
+    If the batch is sharded over devices, each of them processes its shard in this way.
     """
 
     def apply(x: Array) -> Array:
