@@ -72,7 +72,7 @@ def test_images_are_encoded_in_the_step_or_in_advance(folders, tmp_path):
     assert done.returncode == 0 and "in the step" not in done.stdout
 
 
-@pytest.mark.parametrize(("data", "problem"), [({"size": "(16,17)"}, "16 x 17"), ({"channels": 1}, "have 1")])
+@pytest.mark.parametrize(("data", "problem"), [({"size": "(16,17)"}, "16 x 17"), ({"channels": 1}, "of the data is 1")])
 def test_images_that_the_autoencoder_cannot_encode_are_refused(data, problem, folders, tmp_path):
     done = job("train", *flags(f"{CONFIG},images", options(folders, **data)), f"--workdir={tmp_path / 'run'}")
     assert refused_field(done) == "autoencoder.path" and problem in done.stderr
