@@ -38,6 +38,7 @@ FAMILIES = {
     "parameterization": "diffusion.process.parameterization",
     "samplers": "diffusion.sampling.samplers",
     "schedules": "diffusion.process.schedules",
+    "text_encoders": "diffusion.encoders.text",
     "time_sampling": "diffusion.process.time_sampling",
     "weighting": "diffusion.process.weighting",
 }

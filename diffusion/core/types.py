@@ -5,7 +5,7 @@ Conventions used throughout:
   - Images are NHWC in [-1, 1], tokens are `[B, N, D]`; B is the batch size.
   - Conditions are a dict of values with leading axis B, arrays or `Text`, plus `keep`: where it is False the network
     uses its own null embedding instead of the condition. It is one array `[B]` for all conditions, or a dict of arrays
-    by their names. Absent means True.
+    by their names. Absent means True. `null` may hold values in place of the network's embeddings.
 """
 
 import dataclasses
@@ -26,6 +26,9 @@ Cond = Mapping[str, Any]  # arrays or `Text`, each [B, ...], and `keep`
 SCALAR_CONDITIONS = ("step_size", "guidance_scale")
 # The condition of self-conditioning, an earlier estimate of x0 `[B, ...]`; see `Network.self_conditioning`.
 PREVIOUS_X0 = "previous_x0"
+# Values that replace conditions that are not kept, by name, `[B, ...]` each. A condition that is not among them is
+# replaced by the network's own null value.
+NULL = "null"
 # The condition of noisy labels: a pytree of arrays `[B, ...]` that, called with the embeddings of the labels `[B, D]`,
 # returns noisy ones; see `guidance.cads`. A module calls it through `layers.conditioner.with_noise`.
 LABEL_NOISE = "label_noise"
@@ -173,7 +176,7 @@ class Spec:
 
     def __post_init__(self):
         for name in self.conditions:
-            if name in ("keep", "joint", "target_time", "memory", PREVIOUS_X0, LABEL_NOISE, *SCALAR_CONDITIONS):
+            if name in ("keep", "joint", "target_time", "memory", NULL, PREVIOUS_X0, LABEL_NOISE, *SCALAR_CONDITIONS):
                 raise InputError("conditions", f"the name {name!r} is reserved; choose another")
             if (name == "label") != (self.conditions[name].kind == "label"):
                 raise InputError(
@@ -334,6 +337,9 @@ class Network:
         `layers` if the network lacks these blocks, or cannot change them so. None if it has no such blocks.
       self_conditioning: Whether the network reads `cond["previous_x0"]`, which is 0 if it is absent and is never
         dropped.
+      prepare: `prepare(params, cond) -> cond` computes what the network makes of the conditions alone, so that it is
+        done once per sample and not once per step. `apply` accepts its result, and calls it for other conditions. None
+        if there is nothing to compute.
     """
 
     init: Callable[[Array], Params]
@@ -345,6 +351,7 @@ class Network:
     base: str | None = None
     perturbed: Callable[[Perturbation], Apply] | None = None
     self_conditioning: bool = False
+    prepare: Callable[[Params, Cond], Cond] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,6 +384,51 @@ class Autoencoder:
     def latent_spec(self, spec: Spec) -> Spec:
         """Returns the spec of the latents of data of a spec, with the same conditions."""
         return dataclasses.replace(spec, x=ArraySpec(self.shape, "latent", low=-1.0, high=1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPart:
+    """Where the output of one encoder is in the `Text` of several, as ranges `(start, stop)`.
+
+    Attributes:
+      tokens: Its tokens, on axis 1 of `Text.tokens`.
+      features: Its features, on axis 2.
+      pooled: Its features of `Text.pooled`; empty if it has none.
+    """
+
+    tokens: tuple[int, int]
+    features: tuple[int, int]
+    pooled: tuple[int, int] = (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """What turns captions and prompts into the condition `text` of the network.
+
+    Attributes:
+      tokenize: `tokenize(texts) -> tokens` on the host, a pytree of NumPy arrays with the leading axis of the texts: a
+        `Text` of integers, or a dict of these by the names of `parts`. It can be pickled.
+      condition: The condition that the network reads, of the kind `text`.
+      params: The parameters, a pytree of arrays, or of their shapes to plan with. They are passed to `encode`, and are
+        no part of a train state. None if `attach` adds them to the network.
+      encode: `encode(params, tokens) -> Text` of vectors; None if `attach` does it.
+      null: The `Text` `[1, ...]` that stands for a dropped one; None if the network has a learned one.
+      parts: For encoders that can be dropped one by one, where each one's output is.
+      digest: SHA-256 of the parameters and the tokenizer, which checkpoints record; empty if there are no parameters.
+      tokenizer: The tokenizer as a text, if it was fitted to the data, for the checkpoints.
+      attach: For an encoder that is trained with the network: `attach(network) -> network`, which reads integer tokens
+        in place of vectors. `network` reads `condition`.
+    """
+
+    tokenize: Callable[[Sequence[str]], Any]
+    condition: ConditionSpec
+    params: Params = None
+    encode: Callable[[Params, Any], Text] | None = None
+    null: Text | None = None
+    parts: Mapping[str, TextPart] = dataclasses.field(default_factory=dict, hash=False)
+    digest: str = ""
+    tokenizer: str = ""
+    attach: Callable[[Network], Network] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
