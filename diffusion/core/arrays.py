@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core.types import PREVIOUS_X0, Array, Cond
+from diffusion.core.types import NULL, PREVIOUS_X0, Array, Cond
 
 
 def expand(a: Array, x: Array) -> Array:
@@ -26,6 +26,25 @@ def kept(cond: Cond, name: str | None = None) -> Array | bool:
     if not isinstance(keep, Mapping):
         return keep
     return functools.reduce(operator.or_, keep.values(), False) if name is None else keep.get(name, True)
+
+
+def with_null(cond: Cond) -> Cond:
+    """Returns conditions in which the values of `cond["null"]` have replaced those that are not kept, without `null`.
+
+    The conditions that it names are all kept then, so that the network's own null values do not replace them.
+    """
+    if NULL not in cond:
+        return cond
+    values, keep = {name: value for name, value in cond.items() if name not in (NULL, "keep")}, cond.get("keep", {})
+    keep = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(values, keep)
+    for name, null in cond[NULL].items():
+        is_kept = jnp.asarray(kept(cond, name))
+        values[name] = jax.tree.map(
+            lambda value, null, is_kept=is_kept: jnp.where(expand(is_kept, value), value, null.astype(value.dtype)),
+            values[name], null,
+        )  # fmt: skip
+        keep.pop(name, None)
+    return {**values, "keep": keep} if keep else values
 
 
 def scaled(x: Array | np.ndarray) -> Array | np.ndarray:

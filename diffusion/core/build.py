@@ -23,7 +23,7 @@ from typing import Any
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from diffusion.core.types import Array, InputError, Network, Spec
+from diffusion.core.types import Array, Autoencoder, InputError, Network, Spec, TextEncoder
 
 FAMILIES = {
     "adapters": "diffusion.adapters",
@@ -98,6 +98,23 @@ def build_network(
             problem = f"{name} cannot be conditioned on {next(iter(conditions))!r}"
             raise InputError(f"{field}.name", f"{problem}; use unet, dit or uvit")
     return build("networks", section, field=field, **given)
+
+
+def build_accepting(
+    family: str, spec: str | Mapping[str, Any] | Callable[..., Any], *, field: str, **given: Any
+) -> Any:
+    """Builds one part as `build` does, with those of the keywords `given` that it accepts."""
+    name = spec.get("name") if isinstance(spec, Mapping) else spec
+    if name is not None:
+        named, takes_any = _keywords_of(find(family, name, field=f"{field}.name"))
+        given = {key: value for key, value in given.items() if takes_any or key in named}
+    return build(family, spec, field=field, **given)
+
+
+def model_spec(spec: Spec, autoencoder: Autoencoder | None, text_encoder: TextEncoder | None = None) -> Spec:
+    """Returns the spec of what a network models: latents in place of data, and encoded text in place of captions."""
+    spec = spec if autoencoder is None else autoencoder.latent_spec(spec)
+    return spec if text_encoder is None else spec.with_text(text_encoder.condition)
 
 
 def find(family: str, name: str | Callable[..., Any], *, field: str) -> Callable[..., Any]:

@@ -183,6 +183,10 @@ class Spec:
                     "conditions", "a condition of the kind 'label' must be the only one and have that name"
                 )
 
+    def with_text(self, text: ConditionSpec) -> "Spec":
+        """Returns the spec with the condition `text` in place of captions."""
+        return dataclasses.replace(self, conditions={**self.conditions, "text": text}, captions=False)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of `x`, without the batch axis."""
@@ -429,6 +433,11 @@ class TextEncoder:
     digest: str = ""
     tokenizer: str = ""
     attach: Callable[[Network], Network] | None = None
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What checkpoints say of it, JSON-able."""
+        return {"sha256": self.digest, "tokenizer": self.tokenizer}
 
 
 @dataclasses.dataclass(frozen=True)

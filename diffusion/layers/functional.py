@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Integer, Real, Shaped, jaxtyped
 
 from diffusion.core import checks
+from diffusion.core.arrays import with_null
 from diffusion.core.types import (
     LABEL_NOISE,
     PREVIOUS_X0,
@@ -92,7 +93,8 @@ def functional(
 
     Returns:
       A network whose `apply` raises InputError for a missing condition or an input of the wrong dtype or shape, naming
-      the axis, and for a label that is not a class, unless it is traced. To drop a label, use `keep`.
+      the axis, and for a label that is not a class, unless it is traced. To drop a label, use `keep`. The values in
+      `cond["null"]` replace those that are not kept.
 
     Raises:
       InputError: for an unknown name in `scalar_conditions`.
@@ -117,6 +119,7 @@ def functional(
             if name in cond and name not in scalar_conditions:
                 raise InputError("network.scalar_conditions", f"the objective, sampler or guidance conditions on "
                                  f"{name!r}; train a network with {name!r} in scalar_conditions")  # fmt: skip
+        cond = with_null(cond)
         if PREVIOUS_X0 in conditions:
             cond = {PREVIOUS_X0: jnp.zeros_like(x), **cond}
         for name in conditions:

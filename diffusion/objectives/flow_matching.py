@@ -13,7 +13,7 @@ import optax
 
 from diffusion.core import checks
 from diffusion.core.arrays import flat_mean
-from diffusion.core.types import Array, Batch, Cond, InputError
+from diffusion.core.types import NULL, Array, Batch, Cond, InputError
 from diffusion.objectives.base.gaussian import (
     Gaussian,
     ParameterizationSpec,
@@ -77,7 +77,7 @@ def _same_class(cond: Cond) -> Array:
     Raises:
       InputError: There are conditions other than a label.
     """
-    names = cond.keys() - {"keep"}
+    names = cond.keys() - {"keep", NULL}
     if names - {"label"}:
         raise InputError("objective.coupling", f"must be independent for data with {', '.join(sorted(names))}: a "
                          "coupling ties the noise to conditions other than a label")  # fmt: skip

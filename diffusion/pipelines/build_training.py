@@ -13,13 +13,14 @@ from PIL import Image
 
 from diffusion.core import images
 from diffusion.core.build import build, call
-from diffusion.core.types import InputError, Params, Source, Spec
+from diffusion.core.types import InputError, Params, Source, Spec, TextEncoder
+from diffusion.data import captions
 from diffusion.data.pipeline import check_encoder, check_position, decoded_spec, is_encoded
 from diffusion.distributed.mesh import make_mesh
 from diffusion.pipelines import autoencoder_training, warm_start
 from diffusion.pipelines.conditions import conditions_of, moments_of
 from diffusion.pipelines.config import check_config, external_names, sharding_options
-from diffusion.pipelines.evaluation import Evaluation, build_metrics, check_metrics, not_finite
+from diffusion.pipelines.evaluation import Evaluation, build_metrics, check_metrics, evaluated_conditions, not_finite
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import Model, model_of
 from diffusion.pipelines.run import open_run, open_source
@@ -50,8 +51,11 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     if config["autoencoder"] is None:
         check_encoder(source, None)  # before a network for images of that size is built
     meta, teacher = meta_of(config, spec, workdir)
-    model = model_of(meta)
+    if config["text_encoder"] is None:
+        captions.with_text(source, None)
+    model = model_of(meta, source=source)
     check_encoder(source, model.autoencoder)
+    source = captions.with_text(source, model.text_encoder)
     keywords = training(config)
     options = keywords["options"]
     start = start_of(config, meta, model, teacher, keywords["mesh"])
@@ -61,11 +65,11 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
     else:
         generator = Generator(
             model.network, model.objective, spec, keywords["mesh"], autoencoder=model.autoencoder,
-            sampler=config["sampler"], guidance=config["guidance"],
-            cond_drop_rate=options.unconditional_share(source.spec.conditions),
+            text_encoder=model.text_encoder, sampler=config["sampler"], guidance=config["guidance"],
+            cond_drop_rate=options.unconditional_share(model.spec(spec).conditions),
             moments=moments_of(model.objective.schedule, lambda: source, model.autoencoder),
         )  # fmt: skip
-        draw = lambda params: preview(generator, params, source)  # noqa: E731
+        draw = lambda params: preview(generator, params, source, model.text_encoder)  # noqa: E731
     found = [hooks.preview(options.preview_every, draw)] if options.preview_every else []
     if config["eval"]["every"]:
         found.append(evaluation_hook(config, source, spec, model, keywords))
@@ -99,11 +103,13 @@ def evaluation_hook(
         return Generator(
             model.network, model.objective, spec, keywords["mesh"], sampler=config["sampler"],
             guidance={**config["guidance"], "scale": scale}, autoencoder=model.autoencoder,
-            cond_drop_rate=keywords["options"].unconditional_share(spec.conditions), moments=moments,
+            text_encoder=model.text_encoder, moments=moments,
+            cond_drop_rate=keywords["options"].unconditional_share(model.spec(spec).conditions),
         )  # fmt: skip
 
     metrics = list(build_metrics(config, source, model).values())
-    evaluation = Evaluation(metrics, generator, model, spec, lambda num: conditions_of(spec, num, lambda: source))
+
+    evaluation = Evaluation(metrics, generator, model, spec, evaluated_conditions(config, spec, source, model))
 
     def measure(params: Params) -> dict[str, float]:
         results = {}
@@ -139,7 +145,7 @@ def check_training(keywords: Mapping[str, Any], workdir: str) -> str:
     model = Model(**{name: keywords[name] for name in Model._fields})
     others = {*Model._fields, "source", "meta", "hooks", "start"}
     given = {name: keywords[name] for name in keywords.keys() - others}
-    program = program_of(model, encoded=is_encoded(source), **given)
+    program = program_of(model, encoded=is_encoded(source), text_encoded=captions.is_text_encoded(source), **given)
     program.check_frozen(keywords["start"])
     program.trace(source, options.batch_size)
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -151,25 +157,29 @@ def check_training(keywords: Mapping[str, Any], workdir: str) -> str:
     if position:  # converted weights have none
         check_position(source, position, options.batch_size)
     check_keep_best(keywords["checkpoint"], keywords["hooks"], program, source, options.batch_size)
-    count, encoder = (
+    count, *encoders = (
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-        for tree in (program.state.params, program.frozen.get("autoencoder"))
+        for tree in (program.state.params, program.frozen.get("autoencoder"), program.frozen.get("text_encoder"))
     )
-    encoded = f", encoded in the step by an autoencoder of {encoder:,} parameters" if encoder else ""
+    found = zip(("an autoencoder", "a text encoder"), encoders, strict=True)
+    named = " and ".join(f"{name} of {size:,}" for name, size in found if size)
+    encoded = f", encoded in the step by {named} parameters" if named else ""
     devices = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
     return (f"{count:,} parameters on {devices}, {options.steps:,} steps of {options.batch_size:,} of the "
             f"{len(source):,} examples{encoded}")  # fmt: skip
 
 
-def preview(generator: Generator, params: Params, source: Source) -> Image.Image:
+def preview(
+    generator: Generator, params: Params, source: Source, text_encoder: TextEncoder | None = None
+) -> Image.Image:
     """Draws a grid of samples with a fixed seed and the classes in columns, so that grids differ by training alone.
 
-    Other conditions are those of the first examples.
+    Other conditions, and prompts, are those of the first examples.
     """
     spec = decoded_spec(source)
     num = PREVIEW_ROWS * PREVIEW_COLUMNS if len(spec.shape) == 3 else PREVIEW_POINTS
     labels = np.arange(num) % PREVIEW_COLUMNS % spec.num_classes if spec.num_classes else None
-    cond = conditions_of(spec, num, lambda: source, labels)
+    cond = conditions_of(spec, num, lambda: source, labels, text_encoder=text_encoder)
     x = generator(params, cond, num, seed=PREVIEW_SEED, batch_size=num)
     bad = not_finite(x)
     if bad:
@@ -188,7 +198,7 @@ def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[s
     checkpoints = Checkpoints(workdir, read_only=True)
     latest, stored, _ = checkpoints.newest_valid(checkpoints.meta)
     stored = stored if latest else {}  # converted weights, at step 0, are not yet a run of this config
-    kept = {name: stored[name] for name in ("origin", "autoencoder") if name in stored}
+    kept = {name: stored[name] for name in ("origin", "autoencoder", "text_encoder") if name in stored}
     meta = {"config": config, "spec": dataclasses.asdict(spec), **kept}
     if latest:
         check_same(stored, meta)
@@ -252,18 +262,19 @@ def training(config: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
 
 
 def program_of(
-    model: Model, teacher: Mapping | None, *, encoded: bool, options: Options, checkpoint: Any, **keywords: Any
-) -> Program:
+    model: Model, teacher: Mapping | None, *, encoded: bool, text_encoded: bool, options: Options, checkpoint: Any,
+    **keywords: Any,
+) -> Program:  # fmt: skip
     """Returns the program that `Trainer` would run, without computing anything.
 
     Args:
       model: The model.
       teacher: The parameters of its teacher, or their shapes.
-      encoded: See `make_step`.
+      encoded, text_encoded: See `make_program`.
       options, checkpoint, keywords: As `training` returns them.
     """
     return make_program(
         **model._asdict(), teacher=teacher, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate,
         accumulate=options.accumulate, guard=Guard(options.spike), trainable=options.trainable, encoded=encoded,
-        **keywords,
+        text_encoded=text_encoded, **keywords,
     )  # fmt: skip

@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 from diffusion.core.build import build, check, defaults, find
 from diffusion.core.checks import at_most
 from diffusion.core.types import ArraySpec, InputError, Source, Spec, class_labels, earlier_kind
+from diffusion.data import captions
 from diffusion.data.pipeline import decoded_spec, is_encoded
 from diffusion.distributed import sharding
 from diffusion.pipelines.build_training import meta_of, program_of, training
-from diffusion.pipelines.model import build_model, model_spec, teacher_of
+from diffusion.pipelines.model import build_model, teacher_of
 from diffusion.profiling import cost_model
 from diffusion.profiling.chips import CHIPS, Chip
 from diffusion.profiling.macs import encoder_macs, network_macs
@@ -133,15 +134,17 @@ def train_program(config: Mapping[str, Any], source: Source | Described, devices
     """
     spec, encoded = decoded_spec(source), is_encoded(source)
     meta, teacher = meta_of(config, spec, NO_WORKDIR)
-    if encoded and isinstance(source, Described):  # nothing says what the latents are decoded to
+    described = isinstance(source, Described)
+    if encoded and described:  # nothing says what the latents are decoded to
         config = {**config, "autoencoder": None}
-    model = build_model(config, spec, teacher_of(meta), weights=False)
+    model = build_model(config, spec, teacher_of(meta), weights=False, source=None if described else source)
     keywords = training(config, devices)
     mesh, options = keywords["mesh"], keywords["options"]
-    program = program_of(model, teacher, encoded=encoded, **keywords)
-    batch = abstract_batch(source.spec, options.batch_size, program.batch)
+    text_encoded = captions.is_text_encoded(source)
+    program = program_of(model, teacher, encoded=encoded, text_encoded=text_encoded, **keywords)
+    batch = abstract_batch(source.spec, options.batch_size, program.batch, model.text_encoder, text_encoded)
     return dict(program=program, batch=batch, mesh=mesh, model=model, options=options,
-                spec=model_spec(spec, model.autoencoder))  # fmt: skip
+                spec=model.spec(spec))  # fmt: skip
 
 
 def estimate(

@@ -12,7 +12,19 @@ import numpy as np
 
 from diffusion.core import checks
 from diffusion.core.arrays import scaled
-from diffusion.core.types import Array, Autoencoder, Cond, InputError, Label, Schedule, Source, Spec
+from diffusion.core.types import (
+    NULL,
+    Array,
+    Autoencoder,
+    Cond,
+    InputError,
+    Label,
+    Schedule,
+    Source,
+    Spec,
+    TextEncoder,
+)
+from diffusion.data import captions
 from diffusion.data.pipeline import is_encoded
 from diffusion.objectives.base.gaussian import MOST_TERMINAL_SNR, terminal_snr
 
@@ -22,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 def conditions_of(
-    spec: Spec, num: int, source: Callable[[], Source], labels: Sequence[Label] | None = None, cond: Cond | None = None
-) -> dict[str, Any]:
+    spec: Spec, num: int, source: Callable[[], Source], labels: Sequence[Label] | None = None, cond: Cond | None = None,
+    *, text_encoder: TextEncoder | None = None, prompts: Sequence[str] | str | None = None,
+    negative_prompt: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Returns the conditions of `num` samples, `[num, ...]` each.
 
     Args:
@@ -32,20 +46,50 @@ def conditions_of(
       source: Returns the data, from whose examples, in turn, come the conditions that are not given.
       labels: Classes, numbers or names, repeated in turn; all classes by default.
       cond: Other conditions by name, arrays or a `Text` with any number of values, repeated in turn.
+      text_encoder: That of the model, if it reads text.
+      prompts: Texts, repeated in turn; the captions of the first examples by default. They are the condition `prompt`
+        of the result, and their tokens `text`.
+      negative_prompt: The text that guidance moves away from, in place of that of a dropped one.
 
     Raises:
-      InputError: The data has no such class or condition.
+      InputError: The data has no such class or condition, or the model does not read text.
     """
     given = dict(cond or {})
+    if text_encoder is None and (prompts is not None or negative_prompt is not None):
+        problem = "the model reads no text; leave it out" + (", or use labels" if spec.num_classes else "")
+        raise InputError("negative_prompt" if prompts is None else "prompts", problem)
+    texts = {}
+    if text_encoder is not None and "text" in given:
+        texts["text"] = _in_turn(given.pop("text"), num)
+    elif text_encoder is not None:
+        texts = _texts(text_encoder, num, source, [prompts] if isinstance(prompts, str) else prompts)
+    if negative_prompt is not None:
+        texts[NULL] = {"text": _in_turn(text_encoder.tokenize([negative_prompt]), num)}
     for name in given:
         if name not in spec.conditions or name == "label":
             known = ", ".join(spec.conditions.keys() - {"label"}) or "there are none; use labels"
             raise InputError("cond", f"the model has no condition {name!r} in addition to labels; one of: {known}")
     missing = spec.conditions.keys() - {"label", *given}
     found = examples_of(source(), missing, num) if missing else {}
-    found |= {name: _in_turn(value, num) for name, value in given.items()}
+    found |= texts | {name: _in_turn(value, num) for name, value in given.items()}
     labels = labels_for(spec.num_classes, num, numbers_of(labels, spec.class_names))
     return found if labels is None else {**found, "label": labels}
+
+
+def _texts(
+    encoder: TextEncoder, num: int, source: Callable[[], Source], prompts: Sequence[str] | None
+) -> dict[str, Any]:
+    """Returns `prompt`, texts `[num]`, and `text`, their tokens."""
+    if prompts is None:
+        data = source()
+        caption = captions.of_source(data)
+        prompts = [caption(index) for index in range(min(num, len(data)))]
+    if not len(prompts):
+        raise InputError("prompts", "holds no prompt; leave it out for the captions of the data")
+    if len(prompts) > num:
+        raise InputError("prompts", f"must be at most one per sample, got {len(prompts)} for {num} samples")
+    texts = np.array([prompts[index % len(prompts)] for index in range(num)], object)
+    return {"prompt": texts, "text": _in_turn(encoder.tokenize(list(prompts)), num)}
 
 
 def examples_of(source: Source, names: Collection[str], num: int) -> dict[str, Any]:

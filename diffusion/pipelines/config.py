@@ -38,6 +38,7 @@ SAMPLER = {"name": "ddim", "steps": 50}
 GUIDANCE = {"name": "cfg", "scale": 1.0}
 SUPPLIED_TO_NETWORKS = ("shape", "num_classes", "conditions")
 SUPPLIED_TO_AUTOENCODERS = ("shape", "weights")
+SUPPLIED_TO_TEXT_ENCODERS = ("weights", "stored", "captions", "num_captions")
 
 
 def sharding_options(
@@ -78,6 +79,7 @@ SECTIONS = {
 FAMILIES = {
     ("data",): "data",
     ("autoencoder",): "autoencoders",
+    ("text_encoder",): "text_encoders",
     ("objective",): "objectives",
     ("network",): "networks",
     ("sampler",): "samplers",
@@ -86,8 +88,8 @@ FAMILIES = {
     ("eval", "data"): "data",
 }
 OPEN_ENDED = (["eval", "metrics"], ["adapters"], ["optimizer"])  # sections whose keys no signature lists
-ALL_SECTIONS = ("version", "seed", "init_from", "data", "autoencoder", "objective", "network", "adapters", *SECTIONS,
-                "sampler", "guidance", "eval")  # fmt: skip
+ALL_SECTIONS = ("version", "seed", "init_from", "data", "autoencoder", "text_encoder", "objective", "network",
+                "adapters", *SECTIONS, "sampler", "guidance", "eval")  # fmt: skip
 
 
 def read_config(path: str, overrides: Iterable[tuple[str, Any]] = ()) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {name: {"name": spec} if (name,) in FAMILIES and isinstance(spec, str) else spec
               for name, spec in config.items()}  # fmt: skip
     for name, section in config.items():
-        is_absent = name == "autoencoder" and section is None
+        is_absent = name in ("autoencoder", "text_encoder") and section is None
         if name not in ("seed", "version", "init_from") and not is_absent and not isinstance(section, Mapping):
             raise InputError(f"config.{name}", f"must be a section, got {section!r}")
     version, seed = config.get("version", CONFIG_VERSION), config.get("seed", 0)
@@ -176,12 +178,15 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(init_from, str | None):
         raise InputError("config.init_from", f"must be WORKDIR[:EMA[:EXPRESSION]], got {init_from!r}")
     data, autoencoder = _part("data", config["data"], "data"), config.get("autoencoder")
+    text_encoder = config.get("text_encoder")
     found = {
         "version": version,
         "seed": seed,
         "init_from": init_from,
         "data": data,
         "autoencoder": autoencoder and _part("autoencoders", autoencoder, "autoencoder", SUPPLIED_TO_AUTOENCODERS),
+        "text_encoder": text_encoder
+        and _part("text_encoders", text_encoder, "text_encoder", SUPPLIED_TO_TEXT_ENCODERS),
         "objective": _part("objectives", config["objective"], "objective"),
         "network": _part("networks", config["network"], "network", later=SUPPLIED_TO_NETWORKS),
         "adapters": {name: _adapter(name, keywords) for name, keywords in config.get("adapters", {}).items()},
@@ -294,7 +299,11 @@ def external_names(value: Any) -> set[str]:
 
 
 def cond_drop_rate(config: Mapping[str, Any], spec: Spec) -> float:
-    """Returns the share of examples that a model was trained on without any of their conditions."""
+    """Returns the share of examples that a model was trained on without any of their conditions.
+
+    Args:
+      spec: What the network models.
+    """
     return call(Options, config["train"], field="train").unconditional_share(spec.conditions)
 
 

@@ -15,7 +15,7 @@ from diffusion.interop.diffusers_models import Model
 from diffusion.pipelines import autoencoder_training
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, resolve
-from diffusion.pipelines.model import build_model, model_spec
+from diffusion.pipelines.model import build_model
 from diffusion.pipelines.run import open_run
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.state import init_state
@@ -49,7 +49,7 @@ def export_run(
         raise InputError("--shift", "is for runs that train an autoencoder; leave it out")
     if run.params.keys() != {"net"}:
         raise InputError("--from", f"the run trains {', '.join(run.params)}; a diffusers model has a single network")
-    spec = model_spec(run.spec, run.autoencoder)
+    spec = run.model.spec(run.spec)
     model = Model(run.config["network"], spec, jax.device_get(run.params["net"]))
     with files.new_folder(folder, "--to") as partial:
         return diffusers_pipeline.write(partial, model, run.config)

@@ -22,7 +22,9 @@ from diffusion.core.types import (
     Source,
     Spec,
 )
+from diffusion.data import captions
 from diffusion.data.pipeline import check_encoder, is_encoded
+from diffusion.pipelines.conditions import conditions_of
 from diffusion.pipelines.generator import Generator
 from diffusion.pipelines.model import Model
 from diffusion.training.resilience.guards import Diverged
@@ -86,6 +88,26 @@ class Evaluation:
                 shared[key] = iter(values), f"({problem or f'{metric.num} samples, guidance {metric.guidance:g}'})"
             values, note = shared[key]
             yield next(values), note
+
+
+def evaluated_conditions(
+    config: Mapping[str, Any], spec: Spec, source: Source, model: Model
+) -> Callable[[int], dict[str, Any]]:
+    """Returns a function that returns the conditions of a number of samples to measure.
+
+    Prompts are the captions of the held-out data, if these have any; other conditions are those of the training data.
+    """
+
+    def conditions(num: int) -> dict[str, Any]:
+        prompts = None
+        if model.text_encoder is not None:
+            held_out = build("data", config["eval"]["data"], field="eval.data")
+            if held_out.spec.captions or captions.is_text_encoded(held_out):
+                caption = captions.of_source(held_out)
+                prompts = [caption(index) for index in range(min(num, len(held_out)))]
+        return conditions_of(spec, num, lambda: source, text_encoder=model.text_encoder, prompts=prompts)
+
+    return conditions
 
 
 def build_metrics(config: Mapping[str, Any], train: Source, model: Model | None = None) -> dict[str, Metric]:

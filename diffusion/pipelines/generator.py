@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion.core.build import build, check, find
+from diffusion.core.build import build, check, find, model_spec
 from diffusion.core.checks import at_most
 from diffusion.core.progress import Progress
 from diffusion.core.types import (
@@ -28,8 +28,10 @@ from diffusion.core.types import (
     Sampler,
     Schedule,
     Spec,
+    TextEncoder,
 )
 from diffusion.distributed import activation_sharding, sharding
+from diffusion.encoders import text_conditions
 from diffusion.sampling import guidance as guidances
 from diffusion.sampling import loop
 
@@ -60,6 +62,7 @@ class Generator:
       cond_drop_rate: The share of examples that the model was trained on without conditions.
       worse: The other model of autoguidance, and its parameters.
       always_guided: Compile the guidance even for a scale of 1, for use with other scales later.
+      text_encoder: Encodes the text of a batch, once for all steps; None if the model reads none.
       autoencoder: The autoencoder whose latents the network models, and which decodes the samples; None if it models
         the data themselves.
       after_step: Changes x after each step; see `sampling.loop.sample`.
@@ -73,10 +76,12 @@ class Generator:
         self, network: Network, objective: Objective, spec: Spec, mesh: Mesh, *,
         sampler: Mapping[str, Any], guidance: Mapping[str, Any], cond_drop_rate: float,
         worse: tuple[Network, Objective, Params] | None = None, always_guided: bool = False,
-        autoencoder: Autoencoder | None = None, after_step: loop.AfterStep | None = None,
+        autoencoder: Autoencoder | None = None, text_encoder: TextEncoder | None = None,
+        after_step: loop.AfterStep | None = None,
         moments: tuple[Array, Array] | None = None,
     ):  # fmt: skip
-        self.objective, self.spec, self.mesh = objective, spec, mesh
+        self.objective, self.spec, self.mesh, self.text_encoder = objective, spec, mesh, text_encoder
+        self.conditions = model_spec(spec, autoencoder, text_encoder).conditions
         self.cond_drop_rate = cond_drop_rate
         placing, self.solver = _read_sampler(sampler)
         guide, static, self.numbers = _read_guidance(guidance)
@@ -89,6 +94,8 @@ class Generator:
         self._others = {
             "worse": None if worse is None else worse[2],
             "autoencoder": None if autoencoder is None else autoencoder.params,
+            "text_encoder": None if text_encoder is None else text_encoder.params,
+            "null_text": None if text_encoder is None else text_encoder.null,
         }
         if worse is None and self.guided and guidance["name"] == "autoguidance":
             raise InputError("guidance.name", "autoguidance reads another run, and training does not; train with cfg, "
@@ -103,7 +110,7 @@ class Generator:
                 return objective.denoiser(network.perturbed(perturbation), params)
 
             supplied = {"schedule": schedule, "plain": plain, "perturbed": perturbed, "keys": keys,
-                        "conditions": self.spec.conditions}  # fmt: skip
+                        "conditions": self.conditions}  # fmt: skip
             if self.guided:
                 more = {} if worse is None else {"worse": worse[1].denoiser(worse[0].apply, others["worse"])}
                 denoise = _wrap(guide, denoise, numbers["guidance"], static["guidance"], {**supplied, **more})
@@ -117,6 +124,9 @@ class Generator:
             numbers: Mapping, renoise: bool,
         ) -> Array:  # fmt: skip
             schedule = objective.schedule_for(params)
+            cond = text_conditions.encoded(text_encoder, others["text_encoder"], others["null_text"], cond)
+            if network.prepare is not None:
+                cond = network.prepare(params["net"], cond)
             denoise = loop.bind(denoiser(params, others, schedule, numbers, keys), cond)
             if start is None:
                 x = loop.prior(schedule, times[0], keys, shape, moments)
@@ -177,7 +187,8 @@ class Generator:
 
         Args:
           params: The dict of networks.
-          cond: The conditions of the data, `[num, ...]` each; empty where it has none.
+          cond: The conditions of the data, `[num, ...]` each; empty where it has none. `prompt`, texts `[num]`, is not
+            one of the model, and is yielded with the samples.
           num: Number of all samples.
           seed: Sample i depends on the seed and i alone.
           batch_size: Number of samples drawn at once, rounded up to a multiple of the mesh's data x fsdp.
@@ -212,6 +223,7 @@ class Generator:
             return self._compiled[size](*args)
 
         given = jax.tree.map(np.asarray, dict(cond))
+        prompts = given.pop("prompt", None)
         if "label" in given:
             given["label"] = given["label"].astype(np.int32)
         arrays = given if start is None else {**given, "start": np.asarray(start, np.float32)}
@@ -222,7 +234,9 @@ class Generator:
                 begin, done = max(first, done), done + len(x)
                 if progress:
                     progress.update(done)
-                yield x[begin - done :], jax.tree.map(lambda value, rows=slice(begin, done): value[rows], given)
+                rows = slice(begin, done)
+                values = jax.tree.map(lambda value, rows=rows: value[rows], given)
+                yield x[begin - done :], values if prompts is None else {**values, "prompt": prompts[rows]}
         finally:
             if progress:
                 progress.close()
@@ -244,7 +258,7 @@ class Generator:
             raise InputError("guidance.scale", f"{problem}; use cfg for a scale above 1")
         if is_neutral(guidance) or guidance["name"] in WITHOUT_DROPPED_CONDITION or callable(guidance["name"]):
             return
-        if not self.spec.conditions:
+        if not self.conditions:
             raise InputError("guidance.scale", "the data has no conditions to guide by; use 1, or pag, for example")
         if not self.cond_drop_rate and not guidance.get("negative"):
             problem = "the model was trained with train.cond_drop_rate = 0; use 1, icg, or train it with a rate above 0"
@@ -253,7 +267,10 @@ class Generator:
     def _trace(self) -> None:
         """Traces the function, so that what the model does not support is reported before anything is computed."""
         keys = jax.random.split(jax.random.key(0), 1)
-        arrays = self._shapes, self._others, keys, self.spec.zeros(1), None, self.times, self.numbers
+        cond = self.spec.zeros(1)
+        if self.text_encoder is not None:
+            cond["text"] = self.text_encoder.tokenize([""])
+        arrays = self._shapes, self._others, keys, cond, None, self.times, self.numbers
         jax.eval_shape(lambda *arrays: self._draw(*arrays, _rises(self.times)), *arrays)
 
 

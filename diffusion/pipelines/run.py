@@ -28,7 +28,9 @@ from diffusion.core.types import (
     Sampler,
     Source,
     Spec,
+    TextEncoder,
 )
+from diffusion.data import captions
 from diffusion.data.pipeline import check_encoder
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
@@ -41,9 +43,15 @@ from diffusion.pipelines.config import (
     external_names,
     sharding_options,
 )
-from diffusion.pipelines.evaluation import Evaluation, build_metrics
+from diffusion.pipelines.evaluation import Evaluation, build_metrics, evaluated_conditions
 from diffusion.pipelines.generator import Generator, check_numbers, is_neutral, structure
-from diffusion.pipelines.model import Model, build_autoencoder, check_autoencoder, model_of, with_autoencoder
+from diffusion.pipelines.model import (
+    Model,
+    check_autoencoder,
+    check_text_encoder,
+    model_of,
+    with_section,
+)
 from diffusion.pipelines.overrides import with_options
 from diffusion.pipelines.stored import config_and_spec
 from diffusion.process.posterior import x0_errors
@@ -71,24 +79,27 @@ class Run:
       meta: What the checkpoint says of the run.
       source: The data, which are opened when they are first needed.
       autoencoder: The autoencoder whose latents the network models, or None. Samples are decoded.
+      text_encoder: What encodes prompts, or None if the model reads no text.
       origin: What identifies the arrays, JSON-able: the step, the average, and a digest.
     """
 
     def __init__(
         self, *, config: Mapping[str, Any], spec: Spec, network: Network, objective: Objective, params: Params,
         mesh: Mesh, step: int = 0, ema: str | None = None, meta: Mapping[str, Any] | None = None,
-        autoencoder: Autoencoder | None = None, digest: str | None = None, source: Source | None = None,
+        autoencoder: Autoencoder | None = None, text_encoder: TextEncoder | None = None, digest: str | None = None,
+        source: Source | None = None,
     ):  # fmt: skip
         self.config, self.spec, self.network, self.objective = config, spec, network, objective
         self.params, self.mesh, self.step, self.ema, self.meta = params, mesh, step, ema, dict(meta or {})
-        self.autoencoder, self.origin = autoencoder, {"step": step, "ema": ema, "digest": digest}
+        self.autoencoder, self.text_encoder = autoencoder, text_encoder
+        self.origin = {"step": step, "ema": ema, "digest": digest}
         self._generators: dict[tuple, Generator] = {}
         self._source = source
 
     @property
     def model(self) -> Model:
-        """The network, the objective and the autoencoder."""
-        return Model(self.network, self.objective, self.autoencoder)
+        """The network, the objective and the encoders."""
+        return Model(self.network, self.objective, self.autoencoder, self.text_encoder)
 
     @property
     def source(self) -> Source:
@@ -96,6 +107,7 @@ class Run:
         if self._source is None:
             self._source = build("data", self.config["data"], field="data")
             check_encoder(self._source, self.autoencoder)
+            self._source = captions.with_text(self._source, self.text_encoder)
         return self._source
 
     def sample(
@@ -103,6 +115,8 @@ class Run:
         num: int | None = None,
         labels: Sequence[Label] | None = None,
         *,
+        prompts: Sequence[str] | str | None = None,
+        negative_prompt: str | None = None,
         cond: Cond | None = None,
         start: np.ndarray | None = None,
         strength: float = 0.8,
@@ -120,6 +134,9 @@ class Run:
         Args:
           num: Number of samples; 16 by default, or that of `start`.
           labels, cond: The conditions; see `conditions`. Labels are numbers or, as texts, the names of classes.
+          prompts: What the samples show, for a model that reads text; repeated in turn. By default the captions of the
+            first examples of the data.
+          negative_prompt: What guidance moves away from, in place of the text of a dropped caption.
           start: Clean examples `[n, ...]` to vary (image-to-image; SDEdit, Meng et al. 2022, arXiv 2108.01073),
             repeated in turn up to `num`. Sampling starts from them with noise added instead of from pure noise.
           strength: How much of `start` is replaced: the share of the steps that runs, the last ones, in (0, 1].
@@ -140,35 +157,48 @@ class Run:
         """
         num = (16 if start is None else len(start)) if num is None else num
         batches = self.sample_batches(
-            num, labels, cond=cond, start=start, strength=strength, after_step=after_step, sampler=sampler, steps=steps,
-            grid=grid, guidance=guidance, seed=seed, batch_size=batch_size, progress=progress,
+            num, labels, prompts=prompts, negative_prompt=negative_prompt, cond=cond, start=start, strength=strength,
+            after_step=after_step, sampler=sampler, steps=steps, grid=grid, guidance=guidance, seed=seed,
+            batch_size=batch_size, progress=progress,
         )  # fmt: skip
         return np.concatenate([x for x, _ in batches])
 
     def sample_batches(
-        self, num: int, labels: Sequence[Label] | None = None, *, cond: Cond | None = None,
-        start: np.ndarray | None = None, strength: float = 0.8, after_step: AfterStep | None = None, seed: int = 0,
-        batch_size: int = 250, progress: bool = False, **options: Any,
+        self, num: int, labels: Sequence[Label] | None = None, *, prompts: Sequence[str] | str | None = None,
+        negative_prompt: str | None = None, cond: Cond | None = None, start: np.ndarray | None = None,
+        strength: float = 0.8, after_step: AfterStep | None = None, seed: int = 0, batch_size: int = 250,
+        progress: bool = False, **options: Any,
     ) -> Iterator[tuple[np.ndarray, Cond]]:  # fmt: skip
         """Returns an iterator that draws the samples of `sample` batch by batch, each with its conditions.
 
         Args:
-          num, labels, cond, start, strength, after_step, seed, batch_size, progress: As for `sample`.
+          num, labels, prompts, negative_prompt, cond, start, strength, after_step, seed, batch_size, progress: As for
+            `sample`.
           **options: `sampler`, `steps`, `grid` and `guidance`, as for `sample`.
         """
         if start is not None and not np.size(start):
             raise InputError("start", "holds no examples; leave it out")
         check_numbers(seed=seed, num=num, batch_size=batch_size)
         start = None if start is None else np.take(np.asarray(start), np.arange(num), axis=0, mode="wrap")
-        generator = self._generator(*with_options(self.config, **options), after_step)
+        sampler, guidance = with_options(self.config, **options)
+        if negative_prompt is not None and is_neutral(guidance):
+            raise InputError("negative_prompt", "has no effect without guidance; set guidance, or leave it out")
+        generator = self._generator(sampler, guidance, after_step)
+        conditions = self.conditions(num, labels, cond, prompts, negative_prompt)
         return generator.batches(
-            self.params, self.conditions(num, labels, cond), num, seed=seed, batch_size=batch_size,
+            self.params, conditions, num, seed=seed, batch_size=batch_size,
             title="sample" if progress else None, start=start, strength=strength,
         )  # fmt: skip
 
-    def conditions(self, num: int, labels: Sequence[Label] | None = None, cond: Cond | None = None) -> dict[str, Any]:
+    def conditions(
+        self, num: int, labels: Sequence[Label] | None = None, cond: Cond | None = None,
+        prompts: Sequence[str] | str | None = None, negative_prompt: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Returns the conditions of `num` samples, `[num, ...]` each; see `conditions.conditions_of`."""
-        return conditions_of(self.spec, num, lambda: self.source, labels, cond)
+        return conditions_of(
+            self.spec, num, lambda: self.source, labels, cond, text_encoder=self.text_encoder, prompts=prompts,
+            negative_prompt=negative_prompt,
+        )  # fmt: skip
 
     def evaluate(
         self, *, steps: int | None = None, seed: int = 1, batch_size: int = 250, progress: bool = False
@@ -202,7 +232,8 @@ class Run:
         def generator(scale: float) -> Generator:
             return self.generator(sampler=sampler, guidance={**guidance, "scale": scale})
 
-        evaluation = Evaluation(self.metrics(), generator, self.model, self.spec, self.conditions)
+        conditions = evaluated_conditions(self.config, self.spec, self.source, self.model)
+        evaluation = Evaluation(self.metrics(), generator, self.model, self.spec, conditions)
         for values, note in evaluation(self.params, seed=seed, batch_size=batch_size, progress=progress):
             for name, value in values.items():
                 if not np.isfinite(value):
@@ -233,8 +264,8 @@ class Run:
         worse = self._worse(guidance.get("worse")) if guidance.get("name") == "autoguidance" else None
         return Generator(
             self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
-            cond_drop_rate=cond_drop_rate(self.config, self.spec), always_guided=always_guided,
-            autoencoder=self.autoencoder, after_step=after_step,
+            cond_drop_rate=cond_drop_rate(self.config, self.model.spec(self.spec)), always_guided=always_guided,
+            autoencoder=self.autoencoder, text_encoder=self.text_encoder, after_step=after_step,
             moments=moments_of(self.objective.schedule, lambda: self.source, self.autoencoder),
         )  # fmt: skip
 
@@ -284,6 +315,7 @@ def open_run(
     allow_imports: bool | Collection[str] = False,
     start: Mapping[str, Params] | None = None,
     autoencoder: Autoencoder | str | Mapping[str, Any] | None = None,
+    text_encoder: TextEncoder | str | Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> Run:
     """Reads a checkpoint of a workdir onto all devices.
@@ -301,6 +333,7 @@ def open_run(
       start: The arrays that a run does not train, if they were given to the `Trainer` and not by `init_from`.
       autoencoder: The autoencoder, for a run that was trained with one as an object or whose files were moved: an
         object, or a section, `{"path": "models/moved"}`, which keeps the config's options that it leaves out.
+      text_encoder: The text encoder, likewise.
       mesh: The devices. By default all, in the mesh of the run's config as far as it fits their number.
 
     Raises:
@@ -323,23 +356,24 @@ def open_run(
                 problem = f"its config imports {', '.join(imported)}; if you trust it, pass allow_imports"
                 raise InputError("workdir", problem)
         config, spec = config_and_spec(meta)
-        encoder = autoencoder
-        if encoder is not None and config["autoencoder"] is None and "autoencoder" not in meta:
-            raise InputError("autoencoder", "is given, and the run was trained without one; leave it out")
-        if isinstance(encoder, (str, Mapping)):
-            meta = with_autoencoder(meta, encoder)
-            config, spec = config_and_spec(meta)
-            encoder = build_autoencoder(config, spec)
+        encoders = {"autoencoder": autoencoder, "text_encoder": text_encoder}
+        for part, encoder in encoders.items():
+            if encoder is not None and config[part] is None and part not in meta:
+                raise InputError(part, "is given, and the run was trained without one; leave it out")
+            if isinstance(encoder, (str, Mapping)):
+                meta, encoders[part] = with_section(meta, part, encoder), None
+        config, spec = config_and_spec(meta)
         kept = call(make_ema, config["ema"], field="ema")
         name = ema or kept.main
         if name not in (*kept.names, "none"):
             raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(kept.names)}, none")
         name = None if name == "none" else name
         if network and objective:
-            model = Model(network, objective, encoder)
-            check_autoencoder(meta, encoder)
+            model = Model(network, objective, **encoders)
+            check_autoencoder(meta, model.autoencoder)
+            check_text_encoder(meta, model.text_encoder)
         else:
-            model = model_of(meta, encoder)
+            model = model_of(meta, **encoders)
         devices = _mesh(config["mesh"]) if mesh is None else mesh
         shapes = jax.eval_shape(lambda: model.objective.init(model.network, jax.random.key(0)))
         patterns = config["train"]["trainable"]
@@ -432,7 +466,7 @@ def run_of(trainer: Trainer) -> Run:
     return Run(
         config=config, spec=trainer.spec, network=trainer.network, objective=trainer.objective, params=params,
         mesh=trainer.mesh, step=trainer.step, ema=trainer.ema.main, meta=trainer.meta, source=trainer.source,
-        autoencoder=trainer.autoencoder,
+        autoencoder=trainer.autoencoder, text_encoder=trainer.text_encoder,
     )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ class Options:
       trainable: Regular expressions on the paths of the parameters that are trained, such as `net/blocks`; the others
         keep their values, which must come from `init_from`. None trains all, or those that the adapter adds.
       cond_drop_rate: Share of the examples trained without their conditions; guidance needs a rate above 0. A mapping
-        has a rate per condition, drawn independently, and as `joint` the rate at which all are dropped together.
+        has a rate per condition, drawn independently, and as `joint` the rate at which all are dropped together. Of
+        several text encoders, `text.NAME` is the rate of one.
       log_every: Steps between two lines of metrics; a line has the means over these steps.
       preview_every: Steps between two grids of samples; 0 disables them.
       prefetch: Number of batches read ahead.
@@ -78,12 +79,19 @@ class Options:
         return joint + (1 - joint) * math.prod(self.cond_drop_rate.get(name, 0.0) for name in conditions)
 
 
-def check_drop_rate(rate: float | Mapping[str, float], conditions: Collection[str]) -> None:
-    """Checks that the names of `cond_drop_rate` are those of conditions of the data, or `joint`."""
+def check_drop_rate(
+    rate: float | Mapping[str, float], conditions: Collection[str], parts: Collection[str] | None = None
+) -> None:
+    """Checks the names of `cond_drop_rate`: those of conditions of the data, `joint`, or `text.NAME`.
+
+    Args:
+      parts: The text encoders that can be dropped one by one; None if they are not known.
+    """
     for name in rate if isinstance(rate, Mapping) else ():
-        if name not in (*conditions, "joint"):
-            known = ", ".join((*conditions, "joint"))
-            raise InputError("train.cond_drop_rate", f"the data have no condition {name!r}; one of: {known}")
+        known = (*conditions, "joint", *(f"text.{part}" for part in parts or ()))
+        if name not in known and not (parts is None and name.startswith("text.")):
+            problem = f"the data have no condition {name!r}; one of: {', '.join(known)}"
+            raise InputError("train.cond_drop_rate", problem)
 
 
 @dataclasses.dataclass(frozen=True)

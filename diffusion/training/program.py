@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from diffusion.core import trees
-from diffusion.core.types import Autoencoder, Batch, InputError, Network, Objective, Params, Source, Spec
+from diffusion.core.types import Autoencoder, Batch, InputError, Network, Objective, Params, Source, Spec, TextEncoder
 from diffusion.distributed import activation_sharding, sharding
 from diffusion.training.ema import EMA
 from diffusion.training.optimizer import Optimizer
@@ -74,21 +74,25 @@ class Program:
                 raise InputError("train.trainable", f"{problem}; train it, or start from a run that has it")
 
     def place_frozen(
-        self, start: Mapping[str, Any], pretrained: Mapping[str, Params], autoencoder: Autoencoder | None
+        self,
+        start: Mapping[str, Any],
+        pretrained: Mapping[str, Params],
+        autoencoder: Autoencoder | None,
+        text_encoder: TextEncoder | None = None,
     ) -> dict[str, Any]:
         """Returns the arrays that a step reads and never changes, with their shardings.
 
         Args:
           start: The leaves of a warm start.
           pretrained: See `Objective`.
-          autoencoder: The autoencoder, if there is one.
+          autoencoder, text_encoder: The encoders, if there are any.
 
         Raises:
           InputError: See `check_frozen`.
         """
         self.check_frozen(start)
-        encoder = autoencoder.params if autoencoder else {}
-        given = trees.by_path({"params": dict(start), "pretrained": dict(pretrained), "autoencoder": encoder})
+        given = {"params": dict(start), "pretrained": dict(pretrained)}
+        given = trees.by_path(given | _arrays_of(autoencoder, text_encoder))
         return jax.tree.map_with_path(
             lambda path, leaf: jax.device_put(given[trees.path_name(path)], leaf.sharding), self.frozen
         )
@@ -99,7 +103,8 @@ def make_program(
     rules: tuple[sharding.Rule, ...] = (), sequence: str | None = None, fsdp_min_size: int = sharding.FSDP_MIN_SIZE,
     seed: int, batch_size: int, cond_drop_rate: float | Mapping[str, float] = 0.0, accumulate: int = 1,
     guard: Guard | None = None, teacher: Mapping | None = None, trainable: tuple[str, ...] | None = None,
-    autoencoder: Autoencoder | None = None, encoded: bool = False,
+    autoencoder: Autoencoder | None = None, encoded: bool = False, text_encoder: TextEncoder | None = None,
+    text_encoded: bool = False,
 ) -> Program:  # fmt: skip
     """Builds the program without computing anything of the model or creating any of its arrays.
 
@@ -114,7 +119,8 @@ def make_program(
       teacher: The networks of the objective's teacher, or their shapes; see `Objective.init`.
       trainable: Regular expressions on the paths of the leaves that are trained; None for those of the network, which
         are all unless an adapter chooses them.
-      autoencoder, encoded: See `make_step`.
+      autoencoder, encoded, text_encoder: See `make_step`.
+      text_encoded: Whether batches hold encoded text, so that a step does not need the parameters of `text_encoder`.
 
     Raises:
       InputError: The mesh does not divide the batch, an expression for leaves is invalid or found in no path, or a
@@ -145,8 +151,8 @@ def make_program(
     pretrained = pretrained_of(objective)
     if pretrained:
         frozen["pretrained"] = dict(pretrained)
-    if autoencoder is not None and not encoded:
-        frozen["autoencoder"] = autoencoder.params
+    unused = [name for name, is_done in (("autoencoder", encoded), ("text_encoder", text_encoded)) if is_done]
+    frozen |= {name: arrays for name, arrays in _arrays_of(autoencoder, text_encoder).items() if name not in unused}
     _check_patterns(shapes, patterns, optimizer, objective)
     shardings = sharding.of_state(shapes, mesh, rules, fsdp_min_size)
     state = with_places(shapes, shardings)
@@ -155,7 +161,7 @@ def make_program(
     batch = sharding.by_example(mesh)
     step = make_step(objective, network, optimizer, ema, seed=seed, cond_drop_rate=cond_drop_rate,
                      accumulate=accumulate, guard=guard, matches=matches, autoencoder=autoencoder,
-                     encoded=encoded)  # fmt: skip
+                     encoded=encoded, text_encoder=text_encoder)  # fmt: skip
     if mesh.size > 1:
         step = activation_sharding.enabled(step, batch, sequence)
     return Program(
@@ -169,9 +175,24 @@ def make_program(
     )  # fmt: skip
 
 
-def abstract_batch(spec: Spec, size: int, place: NamedSharding) -> Batch:
+def _arrays_of(autoencoder: Autoencoder | None, text_encoder: TextEncoder | None) -> dict[str, Any]:
+    """Returns the arrays of encoders by their names in `frozen`."""
+    found = {} if autoencoder is None else {"autoencoder": autoencoder.params}
+    if text_encoder is not None and text_encoder.encode is not None:
+        found["text_encoder"] = text_encoder.params
+        if text_encoder.null is not None:
+            found["null_text"] = text_encoder.null
+    return found
+
+
+def abstract_batch(
+    spec: Spec, size: int, place: NamedSharding, text_encoder: TextEncoder | None = None, text_encoded: bool = False
+) -> Batch:
     """Returns a batch of `size` examples as `jax.ShapeDtypeStruct` with the sharding `place`."""
-    cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), spec.zeros(size))
+    cond = spec.zeros(size)
+    if text_encoder is not None:
+        cond["text"] = text_encoder.condition.zeros(size) if text_encoded else text_encoder.tokenize([""] * size)
+    cond = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), cond)
     return Batch(x=jax.ShapeDtypeStruct((size, *spec.shape), spec.x.dtype, sharding=place), cond=cond)
 
 

@@ -10,7 +10,8 @@ import optax
 
 from diffusion.core import trees
 from diffusion.core.arrays import scaled
-from diffusion.core.types import Array, Autoencoder, Batch, Network, Objective, Params
+from diffusion.core.types import Array, Autoencoder, Batch, Network, Objective, Params, TextEncoder
+from diffusion.encoders import text_conditions
 from diffusion.training.ema import EMA
 from diffusion.training.optimizer import Optimizer
 from diffusion.training.options import check_drop_rate
@@ -34,12 +35,13 @@ def make_step(
     matches: trees.Matches | None = None,
     autoencoder: Autoencoder | None = None,
     encoded: bool = False,
+    text_encoder: TextEncoder | None = None,
 ) -> Step:
     """Returns the step as a pure function `step(state, batch, frozen)`, to be jitted with the state donated.
 
     `frozen` holds the arrays that a step reads and never changes: `params`, the leaves of the networks that are not
-    trained, `pretrained`, the networks that the loss reads, and `autoencoder`, its parameters. They are in neither the
-    state nor its checkpoints.
+    trained, `pretrained`, the networks that the loss reads, `autoencoder` and `text_encoder`, their parameters, and
+    `null_text`, the text in place of a dropped one. They are in neither the state nor its checkpoints.
 
     Args:
       objective, network, optimizer, ema: The parts of the training.
@@ -53,6 +55,7 @@ def make_step(
       matches: Whether the leaf of a path is trained; None for all.
       autoencoder: Encodes the batch into the latents that are trained on; None to train on the data themselves.
       encoded: Whether batches hold the results of `autoencoder.posterior` in place of the data.
+      text_encoder: Encodes the text of the batch, unless it is encoded already; None for data without text.
     """
     guard, players = guard or Guard(), players_of(objective)
 
@@ -71,6 +74,10 @@ def make_step(
         keep = draw_keep(key_keep, cond_drop_rate, batch["cond"], batch["x"].shape[0])
         skipped, request = batch.get("skipped"), batch.get("request")
         batch = Batch(x=scaled(batch["x"]), cond={**batch["cond"], "keep": keep})
+        batch["cond"] = text_conditions.encoded(
+            text_encoder, frozen.get("text_encoder"), frozen.get("null_text"), batch["cond"],
+            draw_keep_parts(jax.random.fold_in(key, 5), cond_drop_rate, batch["x"].shape[0]),
+        )  # fmt: skip
         if autoencoder is not None:
             moments = batch["x"] if encoded else autoencoder.posterior(frozen["autoencoder"], batch["x"])
             batch["x"] = autoencoder.sample(moments, jax.random.fold_in(key, 4))
@@ -163,6 +170,17 @@ def draw_keep(
 
     together = draw(0, rate.get("joint", 0.0))
     return {name: together & draw(index, rate.get(name, 0.0)) for index, name in enumerate(sorted(conditions), 1)}
+
+
+def draw_keep_parts(key: Array, rate: float | Mapping[str, float], size: int) -> dict[str, Array]:
+    """Draws for which of `size` examples the output of single text encoders is kept, bool `[size]` by encoder.
+
+    Args:
+      rate: As for `draw_keep`; the share of the examples that lose the output of an encoder is `text.NAME`.
+    """
+    rates = {name[5:]: rate[name] for name in sorted(rate) if name[:5] == "text."} if isinstance(rate, Mapping) else {}
+    keys = jax.random.split(key, len(rates) + 1)
+    return {name: jax.random.uniform(key, (size,)) >= rate for key, (name, rate) in zip(keys, rates.items())}  # noqa: B905
 
 
 def _norms(grads: dict[str, Params]) -> dict[str, Array]:

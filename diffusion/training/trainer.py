@@ -18,12 +18,22 @@ from jax.sharding import Mesh
 
 from diffusion.core import files, trees
 from diffusion.core.arrays import is_empty
-from diffusion.core.build import build, build_network, call, changed, nearest
+from diffusion.core.build import build, build_accepting, build_network, call, changed, model_spec, nearest
 from diffusion.core.progress import Progress
-from diffusion.core.types import MACHINE_OPTIONS, Autoencoder, InputError, Network, Objective, Params, Source
-from diffusion.data import pipeline
+from diffusion.core.types import (
+    MACHINE_OPTIONS,
+    Autoencoder,
+    InputError,
+    Network,
+    Objective,
+    Params,
+    Source,
+    TextEncoder,
+)
+from diffusion.data import captions, pipeline
 from diffusion.distributed import multihost, sharding
 from diffusion.distributed.mesh import make_mesh
+from diffusion.encoders import text_conditions
 from diffusion.objectives.base.gaussian import PartSpec
 from diffusion.training.checkpoint import Checkpoints, Retention
 from diffusion.training.ema import EMA, make_ema
@@ -71,6 +81,8 @@ class Trainer:
         resumes, and neither its state nor its checkpoints contain them.
       autoencoder: A frozen autoencoder, whose latents the network models; its parameters are in no checkpoint. Batches
         are encoded in the step, unless the source has been encoded in advance.
+      text_encoder: Turns the captions of the source into the condition `text`. The parameters of a frozen one are in no
+        checkpoint; one that is trained adds its parameters to those of the network.
       hooks: What to do at certain steps: before the checkpoint of that step if it returns metrics, otherwise after it.
       writers: Receive the metrics in addition to the workdir's own (`metrics.jsonl`, TensorBoard).
       should_stop: Returns whether to save and stop after this step.
@@ -85,7 +97,7 @@ class Trainer:
       metrics: The metrics of the last step that was read, by name, without those of parts that had no example.
 
     Raises:
-      InputError: A part cannot be built, there is no such option, or another autoencoder has encoded the source.
+      InputError: A part cannot be built, there is no such option, or another encoder has encoded the source.
     """
 
     def __init__(
@@ -108,6 +120,7 @@ class Trainer:
         teacher: Mapping | None = None,
         start: Mapping[str, Params] | None = None,
         autoencoder: Autoencoder | PartSpec | None = None,
+        text_encoder: TextEncoder | PartSpec | None = None,
         hooks: Sequence[Hook] = (),
         writers: Sequence[Writer] = (),
         should_stop: Callable[[], bool] = lambda: False,
@@ -122,11 +135,18 @@ class Trainer:
             parts["autoencoder"] = autoencoder
             autoencoder = build("autoencoders", autoencoder, field="autoencoder", shape=spec.shape)
         pipeline.check_encoder(self.source, autoencoder)
-        if spec.captions:
-            raise InputError("data.captions", "no network reads captions yet; set it False to train without")
+        if text_encoder is not None and not isinstance(text_encoder, TextEncoder):
+            parts["text_encoder"] = text_encoder
+            text_encoder = build_accepting(
+                "text_encoders", text_encoder, field="text_encoder", captions=captions.of_source(self.source),
+                num_captions=len(self.source),
+            )  # fmt: skip
+        self.source = captions.with_text(self.source, text_encoder)
+        modelled = model_spec(spec, autoencoder, text_encoder)
         self.network = network
         if not isinstance(network, Network):
-            self.network = build_network(network, autoencoder.latent_spec(spec) if autoencoder else spec)
+            self.network = build_network(network, modelled)
+            self.network = text_conditions.attached(self.network, text_encoder)
         self.objective = (
             objective if hasattr(objective, "denoiser") else build("objectives", objective, field="objective")
         )
@@ -136,19 +156,23 @@ class Trainer:
                 own = [key for key, p in inspect.signature(Trainer).parameters.items() if p.kind is not p.VAR_KEYWORD]
                 raise InputError(name, f"Trainer takes no {name!r}{nearest(name, [*own, *fields])}")
         self.options = dataclasses.replace(options or Options(), **train_options)
-        check_drop_rate(self.options.cond_drop_rate, spec.conditions)
+        droppable = text_encoder.parts if text_encoder and text_encoder.null else ()
+        check_drop_rate(self.options.cond_drop_rate, modelled.conditions, droppable)
         self.ema = ema if isinstance(ema, EMA) else call(make_ema, ema or {}, field="ema")
         self.optimizer, self.mesh = optimizer, mesh or make_mesh()
         self.seed, self.workdir = seed, workdir and os.path.expanduser(workdir)
         self.checkpoint = checkpoint or CheckpointOptions()
         self.sharding = {"rules": rules, "sequence": sequence, "fsdp_min_size": fsdp_min_size}
         self.teacher, self.start, self.autoencoder = teacher, dict(start or {}), autoencoder
+        self.text_encoder = text_encoder
         self.hooks, self.extra_writers = tuple(hooks), tuple(writers)
         self.should_stop, self.heartbeat = should_stop, heartbeat
         self.during_steps = during_steps or contextlib.nullcontext()
         self.meta = dict(meta) if meta else self._describe(parts)
         if autoencoder:
             self.meta["autoencoder"] = {"sha256": autoencoder.digest}
+        if text_encoder:
+            self.meta["text_encoder"] = text_encoder.record
         pretrained = pretrained_of(self.objective)
         if pretrained:
             self.meta["pretrained"] = {name: trees.sha256(params) for name, params in pretrained.items()}
@@ -233,11 +257,14 @@ class Trainer:
             **self.sharding, seed=self.seed, batch_size=options.batch_size, cond_drop_rate=options.cond_drop_rate,
             accumulate=options.accumulate, guard=Guard(options.spike), teacher=self.teacher,
             trainable=options.trainable, autoencoder=self.autoencoder, encoded=pipeline.is_encoded(self.source),
+            text_encoder=self.text_encoder, text_encoded=captions.is_text_encoded(self.source),
         ), steps  # fmt: skip
         if hasattr(self.source, "buckets"):  # a size that comes late must not end the run
             self.program.trace(self.source, options.batch_size)
         if not self.frozen:
-            self.frozen = self.program.place_frozen(self.start, pretrained_of(self.objective), self.autoencoder)
+            self.frozen = self.program.place_frozen(
+                self.start, pretrained_of(self.objective), self.autoencoder, self.text_encoder
+            )
 
     def _describe(self, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the `meta` of a run whose parts were given from Python."""
@@ -543,11 +570,12 @@ def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     Options that the stored config lacks were added to the project since; the arrays of the checkpoint are compared
     anyway.
     """
-    for part in ("network", "adapters", "autoencoder", "objective", "data"):
+    for part in ("network", "adapters", "autoencoder", "text_encoder", "objective", "data"):
         ours, theirs = (files.plain(m.get("config", {}).get(part) or {}) for m in (meta, stored))
         may_change = {
             "network": MACHINE_OPTIONS,
             "autoencoder": ("path", "slices", "dtype"),
+            "text_encoder": ("path", "tokenizer", "dtype"),
             "objective": [f"{name}_path" for name in stored.get("pretrained", {})],
         }.get(part, ())
         if part == "data":

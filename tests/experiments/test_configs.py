@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import pytest
 import tensorflow_datasets as tfds
 
-from diffusion.core.build import build
+from diffusion.core.build import build, model_spec
 from diffusion.core.types import ArraySpec, Spec, class_labels
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, read_config
 from diffusion.pipelines.generator import Generator
-from diffusion.pipelines.model import build_model, model_spec
+from diffusion.pipelines.model import build_model
 from diffusion.training.state import init_state
 from tests.refusals import refused
 from tests.tiers import slow_except

@@ -10,6 +10,7 @@ import numpy as np
 from diffusion.core.arrays import fold, kept, per_example
 from diffusion.core.types import (
     LABEL_NOISE,
+    NULL,
     PREVIOUS_X0,
     SCALAR_CONDITIONS,
     Array,
@@ -54,7 +55,7 @@ def conditional_and_unconditional(
 
 def names(cond: Cond) -> list[str]:
     """Returns the names of the conditions of the data."""
-    return sorted(cond.keys() - {"keep", "target_time", PREVIOUS_X0, LABEL_NOISE, *SCALAR_CONDITIONS})
+    return sorted(cond.keys() - {"keep", "target_time", NULL, PREVIOUS_X0, LABEL_NOISE, *SCALAR_CONDITIONS})
 
 
 def dot(a: Array, b: Array) -> Array:

@@ -1,0 +1,65 @@
+"""Encodes the text among the conditions of a batch, and drops the output of single encoders."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.core.arrays import expand
+from diffusion.core.types import NULL, Array, Cond, Network, Params, Text, TextEncoder, TextPart
+
+TEXT = "text"  # the name of the condition
+
+
+def attached(network: Network, encoder: TextEncoder | None) -> Network:
+    """Returns a network with an encoder that is trained with it, or the network itself for another one."""
+    return network if encoder is None or encoder.attach is None else encoder.attach(network)
+
+
+def is_vectors(value: object) -> bool:
+    """Returns whether a text has been encoded: its tokens are vectors."""
+    return isinstance(value, Text) and jnp.issubdtype(value.tokens.dtype, jnp.floating)
+
+
+def encoded(
+    encoder: TextEncoder | None, params: Params, null: Text | None, cond: Cond, keep: Mapping[str, Array] | None = None
+) -> Cond:
+    """Returns conditions whose text, and that in `cond["null"]`, are vectors, unless the network encodes it.
+
+    Args:
+      encoder: The encoder, or None.
+      params: Its parameters.
+      null: `[1, ...]`, the text in place of a dropped one, used if `cond["null"]` has none.
+      cond: The conditions. Their `text` is what `encoder.tokenize` returns, or encoded already.
+      keep: Bool `[B]` by the names of `encoder.parts`: where the output of that encoder is kept.
+    """
+    if encoder is None or encoder.encode is None or TEXT not in cond:
+        return cond
+    text, nulls = cond[TEXT], dict(cond.get(NULL, {}))
+    if not is_vectors(text):
+        text = encoder.encode(params, text)
+    if TEXT in nulls and not is_vectors(nulls[TEXT]):
+        nulls[TEXT] = encoder.encode(params, nulls[TEXT])
+    elif TEXT not in nulls and null is not None:
+        nulls[TEXT] = jax.tree.map(lambda value: jnp.broadcast_to(value, (len(text.tokens), *value.shape[1:])), null)
+    for name, is_kept in (keep or {}).items():
+        text = without(text, nulls[TEXT], encoder.parts[name], is_kept)
+    return {**cond, TEXT: text, NULL: nulls} if nulls else {**cond, TEXT: text}
+
+
+def without(text: Text, null: Text, part: TextPart, keep: Array) -> Text:
+    """Returns a text in which the output of one encoder is that of the null text where it is not kept, `[B]`."""
+
+    def replaced(value: Array, other: Array, *ranges: tuple[int, int]) -> Array:
+        inside = np.ones(value.shape[1:], bool)
+        for axis, (start, stop) in enumerate(ranges):
+            along = (np.arange(value.shape[1 + axis]) >= start) & (np.arange(value.shape[1 + axis]) < stop)
+            inside &= along.reshape((-1,) + (1,) * (value.ndim - 2 - axis))
+        return jnp.where(inside & ~expand(keep, value), other.astype(value.dtype), value)
+
+    return Text(
+        replaced(text.tokens, null.tokens, part.tokens, part.features),
+        replaced(text.mask, null.mask, part.tokens),
+        None if text.pooled is None else replaced(text.pooled, null.pooled, part.pooled),
+    )
