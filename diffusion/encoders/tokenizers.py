@@ -69,12 +69,15 @@ class Tokenizer:
 
         A text that is too long loses its last words, and a warning says which.
         """
-        tokens = np.full((len(texts), self.length), self.pad, np.int32)
+        return self.arrange([self.encode(text) for text in texts])
+
+    def arrange(self, rows: Sequence[Sequence[int]]) -> Text:
+        """Returns what a call does, for tokens with start and end, of any number per text."""
+        tokens = np.full((len(rows), self.length), self.pad, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        for row, text in enumerate(texts):
-            ids = self.encode(text)
+        for row, ids in enumerate(rows):
             if len(ids) > self.length:
-                self._warn(text, ids[self.length - 1 :])
+                self._warn(ids)
                 ids = [*ids[: self.length - 1], self.eos]
             tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
         return Text(tokens, mask)
@@ -121,14 +124,14 @@ class Tokenizer:
         return tokenizers.Tokenizer.from_str(self.model)
 
     @functools.cached_property
-    def _truncated(self) -> set[str]:
+    def _truncated(self) -> set[tuple[int, ...]]:
         return set()
 
-    def _warn(self, text: str, cut: Sequence[int]) -> None:
-        if text in self._truncated or len(self._truncated) == MOST_WARNINGS:
+    def _warn(self, ids: Sequence[int]) -> None:
+        if tuple(ids) in self._truncated or len(self._truncated) == MOST_WARNINGS:
             return
-        self._truncated.add(text)
-        words = self.decode(cut)
+        self._truncated.add(tuple(ids))
+        words = self.decode(ids[self.length - 1 :])
         shown = words if len(words) <= 200 else f"{words[:200]} ..."
         last = "; no more texts are reported" if len(self._truncated) == MOST_WARNINGS else ""
         logger.warning("a text has more than %d tokens and loses its end: %r%s", self.length, shown, last)
