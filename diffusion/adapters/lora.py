@@ -73,9 +73,12 @@ def make(network: Network, rank: int = 8, alpha: float | None = None, targets: t
     def perturbed(perturbation: Perturbation) -> Apply:
         return adapted(network.perturbed(perturbation))
 
+    def prepare(params: Params, cond: Cond) -> Cond:
+        return network.prepare(merge(params, scale), cond)
+
     return dataclasses.replace(
-        network, init=init, apply=adapted(network.apply), project=None, trainable=("^net/lora/",), base="base",
-        perturbed=network.perturbed and perturbed,
+        network, init=init, apply=adapted(network.apply), prepare=network.prepare and prepare, project=None,
+        trainable=("^net/lora/",), base="base", perturbed=network.perturbed and perturbed,
     )  # fmt: skip
 
 

@@ -161,7 +161,7 @@ class Generator:
 
     @property
     def compilations(self) -> int:
-        """The number of compiled functions: one for each number of times and batch size."""
+        """The number of compiled functions: one for each number of times, batch size and set of conditions."""
         return len(self._compiled)
 
     @property
@@ -217,7 +217,7 @@ class Generator:
             keys, cond = sharding.spread((keys, dict(arrays)), place)
             begin = cond.pop("start", None)
             args = params, self._others, keys, cond, begin, times, self.numbers
-            size = len(times), renoise, batch_size, start is None
+            size = len(times), renoise, batch_size, start is None, jax.tree.structure(cond)
             if size not in self._compiled:
                 self._compiled[size] = self._draw.lower(*args, renoise).compile()
             return self._compiled[size](*args)
