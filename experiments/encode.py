@@ -1,13 +1,14 @@
-"""Encodes the data of a config with its autoencoder, once, for training on latents.
+"""Encodes the data of a config with its autoencoder and its text encoder, once, for training.
 
 python -m experiments.encode --config=configs/digits.py --out=data/latents --config.autoencoder.name=pca \\
     --config.autoencoder.path=runs/pca.safetensors [--flip]
 
 Then train with the same autoencoder and --config.data="{'name': 'array_record', 'path': 'data/latents'}". The data set
 holds what a step would compute from the images: of a variational autoencoder the mean and the logarithm of the
-variance, from which every step draws its latents, and of others the latents. It also holds the labels, and the captions
-if the config reads them (--config.data.captions=True). Images are neither cropped nor mirrored at random; --flip adds
-their mirror images. The mean and the standard deviation of each channel are printed at the end, and info.json has them.
+variance, from which every step draws its latents, and of others the latents. It also holds the labels, and if the
+config reads captions (--config.data.captions=True), these, and the texts that a text encoder makes of them. Images are
+neither cropped nor mirrored at random; --flip adds their mirror images. The mean and the standard deviation of each
+channel are printed at the end, and info.json has them.
 
 The same command resumes an encoding that was interrupted. With --num_processes and its like, several processes share
 the work. Neither changes the files.
@@ -25,7 +26,7 @@ from diffusion.data.pipeline import decoded_spec
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config
 from diffusion.pipelines.encoding import encode
-from diffusion.pipelines.model import build_autoencoder
+from diffusion.pipelines.model import build_autoencoder, build_text_encoder
 from experiments import cli
 
 CONFIG = cli.define_config()
@@ -50,20 +51,25 @@ def main() -> None:
     autoencoder = build_autoencoder(config, decoded_spec(source))
     if autoencoder is None:
         raise InputError("autoencoder", "is missing; the config names none, so there is nothing to encode with")
+    text_encoder = build_text_encoder(config, source=source) if config["text_encoder"] else None
+    if text_encoder is not None and text_encoder.encode is None:
+        logger.warning("the text encoder is trained with the network, so the captions are stored as they are")
+        text_encoder = None
     if hasattr(source, "draw") and config["data"].get("flip") and not FLIP.value:
         logger.warning("data.flip has no effect, as each image is encoded once; --flip adds the mirror images")
     progress = Progress("encode", -(-len(source) * (1 + FLIP.value) // jax.process_count()))
     options = training(config)["options"]
     try:
         info = encode(
-            source, autoencoder, OUT.value, data=config["data"], flip=FLIP.value,
+            source, autoencoder, OUT.value, text_encoder=text_encoder, data=config["data"], flip=FLIP.value,
             batch_size=BATCH_SIZE.value or options.batch_size, workers=options.workers, progress=progress.update,
         )  # fmt: skip
     finally:
         progress.close()
     moments = [f"{name} {' '.join(f'{value:.4g}' for value in info['latents'][name])}" for name in ("mean", "std")]
+    also = ", 'captions': True" if source.spec.captions else ""
     print(f"{OUT.value}: {info['count']:,} latents {autoencoder.shape}, by channel {', '.join(moments)}; train on them "
-          f"with --config.data=\"{{'name': 'array_record', 'path': {OUT.value!r}}}\"")  # fmt: skip
+          f"with --config.data=\"{{'name': 'array_record', 'path': {OUT.value!r}{also}}}\"")  # fmt: skip
 
 
 if __name__ == "__main__":

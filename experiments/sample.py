@@ -3,10 +3,11 @@
 python -m experiments.sample --workdir=runs/digits --num=100 --labels=0,1,2 --seed=0 --out=DIR \\
     --sampler=dpm_solver_pp:order=3 --grid=karras:rho=5 --steps=20 --guidance=1.5 --interval=0.2,0.8
 python -m experiments.sample --workdir=runs/digits --sweep="steps=10,20,50;guidance=1,2,4"
+python -m experiments.sample --workdir=runs/shapes_text --prompts="a red circle; two blue squares" --guidance=3
 
 Samples are written as they are drawn, and the same command resumes after the files of an interrupted one.
 Samplers, grids and guidance are written NAME:option=value:option=value; docs/samplers.md lists them. Conditions other
-than labels are those of the data's examples, in turn; `Run.sample` takes others.
+than labels and prompts are those of the data's examples, in turn; `Run.sample` takes others.
 """
 
 import os
@@ -16,7 +17,7 @@ from absl import flags
 
 from diffusion.core.types import InputError
 from diffusion.pipelines import overrides
-from diffusion.pipelines.generator import check_numbers
+from diffusion.pipelines.generator import check_numbers, is_neutral
 from diffusion.pipelines.run import Run
 from diffusion.pipelines.sample_files import FORMATS, PICTURE, write_samples
 from diffusion.pipelines.sampling_sweep import sweep
@@ -26,6 +27,12 @@ from experiments.sampling_flags import BATCH_SIZE
 WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
 NUM = flags.DEFINE_integer("num", 100, "Number of samples.")
 LABELS = flags.DEFINE_list("labels", None, "Classes, numbers or names, repeated in turn up to --num. Default: all.")
+PROMPTS = flags.DEFINE_string(
+    "prompts", None, 'Texts, as "a red circle; two blue squares", repeated in turn up to --num. Default: the captions '
+    "of the data's first examples."
+)  # fmt: skip
+PROMPTS_FILE = cli.define_path("prompts_file", None, "A UTF-8 file with a prompt per line, in place of --prompts.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance moves away from.")
 SWEEP = flags.DEFINE_string(
     "sweep", None, f"Every combination of NAME=value,value;NAME=...: {overrides.AXES}; or those of @FILE.json."
 )
@@ -44,7 +51,8 @@ MOST_COLUMNS = 50  # of a sheet with one column per class
 def main() -> None:
     check_numbers("--", seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
     run = sampling_flags.opened(WORKDIR.value)
-    cond = _conditions(run)
+    prompts = _prompts()
+    cond = _conditions(run, prompts)
     labels = cond.get("label")
     chosen, out = sampling_flags.chosen(), OUT.value or os.path.join(WORKDIR.value, "samples")
     if SWEEP.value is not None:
@@ -55,28 +63,51 @@ def main() -> None:
         )  # fmt: skip
         return
     sampler, guidance = overrides.sections(run.config, chosen)
+    if NEGATIVE_PROMPT.value is not None and is_neutral(guidance):
+        raise InputError("--negative_prompt", "has no effect without guidance; add --guidance=3, or leave it out")
     generator = run.generator(sampler=sampler, guidance=guidance)
     settings = {"workdir": WORKDIR.value, "step": run.step, "ema": run.ema, "sampler": sampler, "guidance": guidance,
-                "seed": SEED.value, "labels": LABELS.value}  # fmt: skip
+                "seed": SEED.value, "labels": LABELS.value, "prompts": prompts,
+                "negative_prompt": NEGATIVE_PROMPT.value}  # fmt: skip
     by_class = labels is not None and LABELS.value is None and run.spec.num_classes <= MOST_COLUMNS
     where = write_samples(
         lambda first: generator.batches(
             run.params, cond, NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value, title="sample", first=first
         ),
         out, labels=labels, num=NUM.value, spec=run.spec, settings=settings, out_format=OUT_FORMAT.value,
-        columns=run.spec.num_classes if by_class else None,
+        columns=run.spec.num_classes if by_class else None, prompts=cond.get("prompt"),
     )  # fmt: skip
     print(f"{NUM.value} samples: {os.path.join(out, PICTURE)} and {where}")
 
 
-def _conditions(run: Run) -> dict[str, Any]:
+def _prompts() -> list[str] | None:
+    """Returns the prompts of the flags, or None."""
+    path = PROMPTS_FILE.value
+    if path is None:
+        return None if PROMPTS.value is None else [text for text in map(str.strip, PROMPTS.value.split(";")) if text]
+    if PROMPTS.value is not None:
+        raise InputError("--prompts_file", "and --prompts exclude each other; leave one out")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
+    except OSError as error:
+        raise InputError("--prompts_file", f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError("--prompts_file", f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    if not any(lines):
+        raise InputError("--prompts_file", f"{path} holds no prompt; write one per line")
+    return [line for line in lines if line]
+
+
+def _conditions(run: Run, prompts: list[str] | None) -> dict[str, Any]:
     """Returns the conditions of the samples, and prints which classes their labels are."""
     given = LABELS.value
     labels = None if given is None else [int(label) if overrides.is_whole(label) else label for label in given]
     try:
-        cond = run.conditions(NUM.value, labels)
+        cond = run.conditions(NUM.value, labels, prompts=prompts, negative_prompt=NEGATIVE_PROMPT.value)
     except InputError as error:
-        raise InputError("--labels", error.problem) if error.field == "labels" else error from None
+        named = error.field in ("labels", "prompts", "negative_prompt")
+        raise InputError(f"--{error.field}", error.problem) if named else error from None
     if run.spec.class_names:
         print(f"classes: {run.spec.classes()}")
     return cond

@@ -31,13 +31,19 @@ ALLOW_IMPORTS = flags.DEFINE_bool(
 AUTOENCODER = cli.define_path(
     "autoencoder", None, "The file or folder of the run's autoencoder, if it was moved. Default: autoencoder.path."
 )
+TEXT_ENCODER = cli.define_path(
+    "text_encoder", None, "The folder of the run's text encoder, if it was moved. Default: text_encoder.path."
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 250, "Samples drawn at once; the samples do not depend on it.")
 
 
 def opened(workdir: str) -> Run:
-    """Returns the run of a workdir that --ema, --step, --autoencoder and --allow_imports choose."""
-    autoencoder = {"path": AUTOENCODER.value} if AUTOENCODER.value else None
-    return open_run(workdir, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value, autoencoder=autoencoder)
+    """Returns the run of a workdir that --ema, --step, --autoencoder, --text_encoder and --allow_imports choose."""
+    encoders = {
+        name: {"path": flag.value} if flag.value else None
+        for name, flag in (("autoencoder", AUTOENCODER), ("text_encoder", TEXT_ENCODER))
+    }
+    return open_run(workdir, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value, **encoders)
 
 
 def chosen() -> dict[str, str]:

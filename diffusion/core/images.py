@@ -1,10 +1,10 @@
 """Draws samples as images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from diffusion.core import files
 from diffusion.core.arrays import scaled
@@ -129,7 +129,10 @@ def cloud(points: np.ndarray, *, side: int = 480, extent: float = 1.5) -> Image.
     return Image.fromarray(shades.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
 
 
-def save_png(image: Image.Image, path: files.Path) -> None:
-    """Writes a PNG file atomically."""
+def save_png(image: Image.Image, path: files.Path, texts: Mapping[str, str] | None = None) -> None:
+    """Writes a PNG file atomically, with texts by keyword as metadata."""
+    about = PngImagePlugin.PngInfo()
+    for keyword, text in (texts or {}).items():
+        about.add_itxt(keyword, text)
     with files.replace(path, "wb") as file:
-        image.save(file, format="PNG")
+        image.save(file, format="PNG", pnginfo=about)

@@ -17,6 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from diffusion.core import files, images
 from diffusion.core.types import ArraySpec, InputError, Source
+from diffusion.data import text_records
 from diffusion.data.pipeline import is_encoded
 
 FORMAT = 1
@@ -116,4 +117,5 @@ def _record(example: Mapping[str, Any], dtype: np.dtype) -> bytes:
     if dtype == np.uint8 and x.dtype != np.uint8:
         x = images.to_uint8(x)
     label = np.array(example["cond"]["label"], "<i4").tobytes() if "label" in example["cond"] else b""
-    return x.astype(dtype).tobytes() + label + example.get("caption", "").encode()
+    texts = text_records.packed(example["texts"]) if "texts" in example else b""
+    return x.astype(dtype).tobytes() + label + texts + example.get("caption", "").encode()

@@ -1,14 +1,14 @@
-"""Encodes a data set with an autoencoder once, so that training need not.
+"""Encodes a data set with an autoencoder and a text encoder once, so that training need not.
 
 What is stored is the result of `Autoencoder.posterior`, from which every step draws its latents as if it had encoded
-the images itself.
+the images itself, and next to it the encoded captions.
 """
 
 import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ import numpy as np
 from diffusion.core import files
 from diffusion.core.arrays import scaled
 from diffusion.core.build import changed
-from diffusion.core.types import Array, ArraySpec, Autoencoder, InputError, Source
-from diffusion.data import records
+from diffusion.core.types import Array, ArraySpec, Autoencoder, InputError, Source, Text, TextEncoder
+from diffusion.data import captions, records, text_records
 from diffusion.data.pipeline import in_order, location_keywords
 from diffusion.distributed import multihost
 
@@ -47,6 +47,7 @@ def encode(
     autoencoder: Autoencoder,
     folder: str,
     *,
+    text_encoder: TextEncoder | None = None,
     data: Mapping[str, Any] | None = None,
     flip: bool = False,
     batch_size: int = 256,
@@ -64,6 +65,7 @@ def encode(
       source: The examples; without random augmentation.
       autoencoder: The autoencoder.
       folder: The folder to write.
+      text_encoder: Encodes the captions of the source; None to store the captions themselves, if it has any.
       data: The section `data` of the config that describes the source. It is recorded without the options that say
         where the data lie, and a call with another one is refused.
       flip: Whether the mirror images, left to right, follow the examples.
@@ -79,8 +81,9 @@ def encode(
       standard deviation `std` of each channel of the latents that training draws, measured on all examples.
 
     Raises:
-      InputError: The folder holds something else, another job writes there, records cannot hold the examples, they are
-        no images to mirror, or the autoencoder encodes one to numbers that are not finite.
+      InputError: There are no captions to encode, the folder holds something else, another job writes there, records
+        cannot hold the examples, they are no images to mirror, or the autoencoder encodes one to numbers that are not
+        finite.
     """
     records.check_fits(source)
     if flip and not source.spec.is_image:
@@ -93,6 +96,11 @@ def encode(
     decoded = records.describe(source, source.spec.x)
     decoded = {name: decoded[name] for name in ("shape", "kind", "low", "high", "dtype")}
     info = {**records.describe(source, stored), "encoder": autoencoder.digest, "decoded": decoded}
+    if text_encoder is not None:
+        if not source.spec.captions:
+            raise InputError("data.captions", "must be True, as text_encoder reads captions; the data need them")
+        texts = _TextBatches(text_encoder, batch_size)
+        info["text"] = {"encoder": text_encoder.digest, **texts.about}
     data = {} if data is None else data
     plan = {
         "num": num, "flip": flip, "batch_size": batch_size, "shard_size": shard_size, "info": info,
@@ -110,13 +118,16 @@ def encode(
             x = scaled(np.stack([example["x"] for _, example in pending]))
             padded = np.concatenate([x, np.repeat(x[-1:], batch_size - len(x), axis=0)])  # one compiled size
             moments = np.asarray(apply(params, jax.device_put(padded, place)))
+            if text_encoder is not None:
+                encoded_texts = texts([captions.captions_of(example) for _, example in pending])
             for (index, example), found in zip(pending, moments, strict=False):
                 if not np.isfinite(found).all():
                     name = f"example {index % images}" + (", mirrored," if index >= images else "")
                     problem = f"encodes {name} of the data to numbers that are not finite"
                     raise InputError("autoencoder", f"{problem} (SHA-256 {autoencoder.digest[:12]}...); use another, "
                                      "in float32, or leave the example out")  # fmt: skip
-                yield {**example, "x": found}
+                pending_texts = {"texts": next(encoded_texts)} if text_encoder is not None else {}
+                yield {**example, "x": found, **pending_texts}
 
     shards = [records.shard_path(folder, number) for number in range(-(-num // shard_size))]
     sums, done = np.zeros((len(shards), 3, autoencoder.shape[-1])), 0
@@ -141,6 +152,29 @@ def encode(
         if files.writes():
             records.write_info(folder, info)
     return info
+
+
+class _TextBatches:
+    """Encodes captions in batches of one compiled size."""
+
+    def __init__(self, encoder: TextEncoder, size: int):
+        self.encoder, self.size, self.place = encoder, size, jax.local_devices()[0]
+        self.apply, self.params = jax.jit(encoder.encode), jax.device_put(encoder.params, self.place)
+        self.about = text_records.describe(jax.eval_shape(self.apply, self.params, encoder.tokenize([""])))
+
+    def __call__(self, examples: Sequence[Sequence[str]]) -> Iterator[list[Text]]:
+        """Yields the encoded captions of each example, from its captions."""
+        encoded = self._each(list(itertools.chain.from_iterable(examples)))
+        for given in examples:
+            yield list(itertools.islice(encoded, len(given)))
+
+    def _each(self, every: Sequence[str]) -> Iterator[Text]:
+        for start in range(0, len(every), self.size):
+            chunk = list(every[start : start + self.size])
+            tokens = self.encoder.tokenize(chunk + [""] * (self.size - len(chunk)))
+            text = jax.tree.map(np.asarray, self.apply(self.params, jax.device_put(tokens, self.place)))
+            for row in range(len(chunk)):
+                yield jax.tree.map(lambda array, row=row: array[row], text)
 
 
 def _sums(moments: Iterator[np.ndarray], sample: Callable[[Array, Array], Array], key: Array) -> np.ndarray:
@@ -190,6 +224,9 @@ def _difference(found: Mapping[str, Any], plan: Mapping[str, Any]) -> str | None
     encoders = [which["info"]["encoder"] for which in (found, plan)]
     if encoders[0] != encoders[1]:
         return f"holds latents of another autoencoder (SHA-256 {encoders[0][:12]}..., got {encoders[1][:12]}...)"
+    encoders = [which["info"].get("text", {}).get("encoder", "") for which in (found, plan)]
+    if encoders[0] != encoders[1]:
+        return f"holds texts of another text encoder (SHA-256 {encoders[0][:12]}..., got {encoders[1][:12]}...)"
     for name in ("batch_size", "flip"):
         if found[name] != plan[name]:
             values = [json.dumps(which[name]) for which in (found, plan)]

@@ -1,9 +1,12 @@
 """Writes samples to files as they are drawn, and resumes where an interrupted job stopped.
 
-The folder holds `samples.png`, a picture of the first samples, and by `out_format`
+The folder holds `samples.png`, a picture of the first samples, with their prompts if there are any, and by `out_format`
   npz: `samples.npz`, or `samples_00000.npz`, `samples_00001.npz`, ... if there are more samples than fit into one file.
-    The entries are `arr_0`, the samples under the name that ADM's evaluator reads, `labels` and `settings` (JSON).
-  png: `images/000000.png`, `images/000001.png`, ..., and `labels.csv`, also with the names of the classes.
+    The entries are `arr_0`, the samples under the name that ADM's evaluator reads, `labels`, `prompts` if there are
+    any, and `settings` (JSON).
+  png: `images/000000.png`, `images/000001.png`, ..., and `labels.csv`, also with the names of the classes. The names of
+    samples with prompts end in these, as in `images/000000_a_red_circle.png`, the prompts are the text `prompt` of the
+    files, and `prompts.csv` lists them.
 """
 
 import csv
@@ -27,14 +30,17 @@ from diffusion.training.resilience.guards import Diverged
 FORMATS = ("npz", "png")
 PER_FILE = 10_000  # samples in an .npz file
 SHOWN, SHOWN_POINTS = 400, 10_000  # samples in the picture
-PICTURE, LABELS, IMAGES = "samples.png", "labels.csv", "images"
+SHOWN_PROMPTS = 60  # samples in the picture with their prompts
+PICTURE, LABELS, PROMPTS, IMAGES = "samples.png", "labels.csv", "prompts.csv", "images"
+LONGEST_NAME = 60  # characters of a prompt in the name of a file
 UNFINISHED = "unfinished.json"  # the settings, while samples are missing
-WRITTEN = re.compile(rf"samples(_\d{{5,}})?\.npz|{IMAGES}/\d{{6,}}\.png|{LABELS}|{PICTURE}")
+WRITTEN = re.compile(rf"samples(_\d{{5,}})?\.npz|{IMAGES}/\d{{6,}}(_[\w-]*)?\.png|{LABELS}|{PROMPTS}|{PICTURE}")
 
 
 def write_samples(
     batches: Callable[[int], Batches], out: str, *, labels: np.ndarray | None, num: int, spec: Spec,
     settings: Mapping[str, Any], out_format: str = "npz", columns: int | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> str:  # fmt: skip
     """Draws samples and writes each file once its samples are drawn.
 
@@ -50,6 +56,7 @@ def write_samples(
       settings: What the samples depend on, JSON-able.
       out_format: One of `FORMATS`.
       columns: Number of columns of the picture.
+      prompts: The prompt of each sample, or None.
 
     Returns:
       Where the samples are: a file, the first and the last of several files, or a folder.
@@ -65,10 +72,14 @@ def write_samples(
     there = sum(path.stat().length for path in epath.Path(out).glob("samples*.npz"))  # is replaced or kept
     files.make_folder(out, "--out", size - there)
     settings = {**settings, "num": num, "out_format": out_format}
-    writer = _Npz(out, labels, num, settings) if out_format == "npz" else _Png(out, labels, num, spec.class_names)
+    if out_format == "npz":
+        writer = _Npz(out, labels, num, settings, prompts)
+    else:
+        writer = _Png(out, labels, num, spec.class_names, prompts)
     with files.writing(out, "--out"), multihost.locked(out, "--out", remove=True):
         first = done = multihost.broadcast_from_first(_prepare(out, settings, writer) if files.writes() else 0)
-        shown, kept = min(num, SHOWN if len(spec.shape) == 3 else SHOWN_POINTS), []
+        most = SHOWN_PROMPTS if prompts is not None else SHOWN if len(spec.shape) == 3 else SHOWN_POINTS
+        shown, kept = min(num, most), []
         for x, _ in batches(first) if first < num else ():
             bad = not_finite(x)
             if bad:
@@ -77,7 +88,13 @@ def write_samples(
             if first == 0 and done < shown:
                 kept.append(x)
                 if done + len(x) >= shown:
-                    picture = images.picture(np.concatenate(kept)[:shown], columns)
+                    first_samples = np.concatenate(kept)[:shown]
+                    captioned = prompts is not None and len(spec.shape) > 1
+                    picture = (
+                        images.captioned(first_samples, prompts[:shown])
+                        if captioned
+                        else images.picture(first_samples, columns)
+                    )
                     images.save_png(picture, os.path.join(out, PICTURE))
             writer.add(done, images.to_uint8(x) if spec.is_image else x)
             done += len(x)
@@ -87,7 +104,11 @@ def write_samples(
 
 
 class _Npz:
-    def __init__(self, out: str, labels: np.ndarray | None, num: int, settings: Mapping[str, Any]):
+    def __init__(
+        self, out: str, labels: np.ndarray | None, num: int, settings: Mapping[str, Any],
+        prompts: Sequence[str] | None = None,
+    ):  # fmt: skip
+        self.prompts = None if prompts is None else np.array(prompts, str)
         self.labels = np.zeros(num, np.int32) if labels is None else labels
         self.num, self.settings, self.rows = num, files.json_text(settings), None
         name = "samples.npz" if num <= PER_FILE else "samples_{:05d}.npz"
@@ -113,15 +134,19 @@ class _Npz:
 
     def _save(self, index: int) -> None:
         labels = self.labels[index * PER_FILE :][: len(self.rows)]
+        given = {} if self.prompts is None else {"prompts": self.prompts[index * PER_FILE :][: len(self.rows)]}
         if files.writes():
             with files.replace(self.paths[index], "wb") as file:
-                np.savez(file, arr_0=self.rows, labels=labels, settings=np.array(self.settings))
+                np.savez(file, arr_0=self.rows, labels=labels, **given, settings=np.array(self.settings))
 
 
 class _Png:
-    def __init__(self, out: str, labels: np.ndarray | None, num: int, class_names: Sequence[str]):
+    def __init__(
+        self, out: str, labels: np.ndarray | None, num: int, class_names: Sequence[str],
+        prompts: Sequence[str] | None = None,
+    ):  # fmt: skip
         self.out, self.labels, self.num, self.where = out, labels, num, os.path.join(out, IMAGES)
-        self.class_names = class_names
+        self.class_names, self.prompts = class_names, prompts
 
     def done(self) -> int:
         """Returns how many of the first samples are in files."""
@@ -137,12 +162,27 @@ class _Png:
                     rows.append((f"{index:06d}.png", label, *self.class_names[label : label + 1]))
                 with files.replace(os.path.join(self.out, LABELS)) as file:
                     csv.writer(file, lineterminator="\n").writerows(rows)
+            if self.prompts is not None:
+                rows = [("file", "prompt"), *((self._name(index), prompt) for index, prompt in enumerate(self.prompts))]
+                with files.replace(os.path.join(self.out, PROMPTS)) as file:
+                    csv.writer(file, lineterminator="\n").writerows(rows)
         if files.writes():
             for index, image in enumerate(x, start):
-                images.save_png(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), self._path(index))
+                about = {} if self.prompts is None else {"prompt": self.prompts[index]}
+                image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+                images.save_png(image, self._path(index), about)
 
     def _path(self, index: int) -> str:
-        return os.path.join(self.where, f"{index:06d}.png")
+        return os.path.join(self.where, self._name(index))
+
+    def _name(self, index: int) -> str:
+        return f"{index:06d}{'' if self.prompts is None else file_name(self.prompts[index])}.png"
+
+
+def file_name(prompt: str) -> str:
+    """Returns a prompt as the end of a file's name: `_` and its letters, digits and hyphens; others become `_`."""
+    words = re.sub(r"[^\w-]+", "_", prompt, flags=re.ASCII).strip("_")[:LONGEST_NAME].rstrip("_")
+    return f"_{words}" if words else ""
 
 
 def _prepare(out: str, settings: Mapping[str, Any], writer: _Npz | _Png) -> int:

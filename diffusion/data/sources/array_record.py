@@ -12,6 +12,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from diffusion.core.types import ArraySpec, InputError, Spec, class_labels, earlier_kind
+from diffusion.data import text_records
 from diffusion.data.records import FORMAT, INFO
 
 LOCATION_KEYWORDS = ("path",)  # see pipeline.location_keywords
@@ -40,10 +41,12 @@ class ArrayRecord:
 
     A record holds `x` in the dtype of the data set, the label as int32 if there are classes, and the caption in UTF-8
     if there are captions, as `info.json` next to the shards states. The uint8 values 0 to 255 stand for -1 to 1. In a
-    data set of `experiments.encode`, x is what `Autoencoder.posterior` returns.
+    data set of `experiments.encode`, x is what `Autoencoder.posterior` returns, and where a text encoder has encoded
+    the captions, these are the condition `text`.
 
     Attributes:
       encoder: SHA-256 of the autoencoder that has encoded the examples; None if they are the data themselves.
+      text_encoder: Likewise of the text encoder; None if the captions are not read, or are not encoded.
       decoded_spec: The spec of what the autoencoder decodes them to; `spec` without an autoencoder.
     """
 
@@ -55,6 +58,8 @@ class ArrayRecord:
         x = ArraySpec(tuple(info["shape"]), info["kind"], info["low"], info["high"], info["dtype"])
         labelled = class_labels(info["num_classes"], info["class_names"]) if labels else {}
         self.spec = self.decoded_spec = Spec(x, labelled, captions)
+        self.text = info.get("text")
+        self.text_encoder = self.text["encoder"] if self.text and captions else None
         self.encoder = info.get("encoder")
         if self.encoder is not None:
             decoded = info["decoded"]
@@ -66,6 +71,22 @@ class ArrayRecord:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._example(index, None)
+
+    def caption(self, index: int) -> str:
+        """Returns the first caption of an example whose captions are encoded."""
+        return self._read(index)["caption"].partition("\n")[0]
+
+    def _example(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+        """Returns an example, with one of its encoded texts: the first without `rng`."""
+        example = self._read(index)
+        if self.text_encoder is None:
+            return example
+        texts, cond = example["texts"], example["cond"]
+        chosen = 0 if rng is None or len(texts) == 1 else rng.integers(len(texts))
+        return {"x": example["x"], "cond": {**cond, "text": texts[chosen]}}
+
+    def _read(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} examples")
         try:
@@ -84,12 +105,16 @@ class ArrayRecord:
         cond = {"label": np.frombuffer(record, "<i4", 1, rest)[0]} if self.labels else {}
         if self.labels and not 0 <= cond["label"] < self.spec.num_classes:
             raise ValueError(f"it has the label {cond['label']}, of {self.spec.num_classes} classes")
-        example = {"x": x, "cond": cond}
-        return {**example, "caption": record[rest + 4 * self.labelled :].decode()} if self.captions else example
+        example, rest = {"x": x, "cond": cond}, rest + 4 * self.labelled
+        if not self.captions:
+            return example
+        if self.text is not None:
+            example["texts"], rest = text_records.unpacked(record, rest, self.text)
+        return {**example, "caption": record[rest:].decode()}
 
     def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the example. With `flip`, it is mirrored with probability 1/2."""
-        example = self[index]
+        """Returns the example, with one of its encoded texts. With `flip`, it is mirrored with probability 1/2."""
+        example = self._example(index, rng)
         return {**example, "x": example["x"][:, ::-1]} if self.flip and rng.random() < 0.5 else example
 
 
@@ -100,7 +125,8 @@ def make(path: str, flip: bool = False, labels: bool = True, captions: bool = Fa
       path: The folder of the data set.
       flip: Whether to mirror half of the images left to right in training. Latents cannot be mirrored.
       labels: Whether to return labels, if the data set has classes.
-      captions: Whether to return captions, which the data set must have.
+      captions: Whether to return captions, or the text in their place if they are encoded. The data set must have
+        them.
     """
     try:
         with open(os.path.join(path, INFO), encoding="utf-8") as file:
