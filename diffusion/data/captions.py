@@ -66,12 +66,12 @@ def with_text(source: Source, encoder: TextEncoder | None) -> Source:
       InputError: The source has captions and there is no encoder, or the opposite, or another one has encoded them.
     """
     if encoder is None:
-        if source.spec.captions:
-            problem = "is True, and no text encoder reads the captions; set text_encoder, or captions to False"
-            raise InputError("data.captions", problem)
         if is_text_encoded(source):
             problem = "is missing, and data holds encoded captions; set the one that has encoded them"
             raise InputError("text_encoder", problem)
+        if source.spec.captions:
+            problem = "is True, and no text encoder reads the captions; set text_encoder, or captions to False"
+            raise InputError("data.captions", problem)
         return source
     if is_text_encoded(source):
         if source.text_encoder != encoder.digest:
