@@ -26,7 +26,7 @@ from diffusion.pipelines.build_training import meta_of, program_of, training
 from diffusion.pipelines.model import build_model, teacher_of
 from diffusion.profiling import cost_model
 from diffusion.profiling.chips import CHIPS, Chip
-from diffusion.profiling.macs import encoder_macs, network_macs
+from diffusion.profiling.macs import encoder_macs, network_macs, text_encoder_macs
 from diffusion.training.program import abstract_batch
 
 MOST_DEVICES = 4096
@@ -168,6 +168,7 @@ def estimate(
     program, batch, mesh, options, model = (parts[name] for name in ("program", "batch", "mesh", "options", "model"))
     forward = 2 * network_macs(model.network, parts["spec"])
     encoding = 2 * encoder_macs(model.autoencoder, source.spec) if "autoencoder" in program.frozen else 0
+    text = 2 * text_encoder_macs(model.text_encoder) if "text_encoder" in program.frozen else 0
     dtype = network_option(config, "dtype") or "float32"
     modules = cost_model.parameters(program.state.params)
     found = {
@@ -181,7 +182,8 @@ def estimate(
         "flops": {
             "forward_of_an_image": forward,
             "encoding_of_an_image": encoding,
-            "training": (encoding + 3 * forward) * options.batch_size,
+            "encoding_of_a_text": text,
+            "training": (encoding + text + 3 * forward) * options.batch_size,
             "as_traced": cost_model.products(program, batch),
         },
         "bytes_per_device": cost_model.state_memory(program, mesh) | cost_model.frozen_memory(program),
@@ -311,19 +313,21 @@ def report(found: Mapping[str, Any], top: int) -> str:
     flops = found["flops"]
     lines += ["", "FLOPs of matrix products and convolutions",
               f"  forward, per image           {flops['forward_of_an_image']:>15.4g}"]  # fmt: skip
-    encoding, step = flops["encoding_of_an_image"], "step: 3 x forward x batch"
-    if encoding:
-        share = encoding * found["batch_size"] / (flops["as_traced"] or flops["training"])
-        lines.append(f"  encoding, per image          {encoding:>15.4g}  {share:.1%} of the step")
-        step = "step: encoding, 3 x forward"
+    step = "step: 3 x forward x batch"
+    for kind in ("an_image", "a_text"):
+        if encoding := flops[f"encoding_of_{kind}"]:
+            share = encoding * found["batch_size"] / (flops["as_traced"] or flops["training"])
+            title = f"encoding, per {kind.partition('_')[2]}"
+            lines.append(f"  {title:<28} {encoding:>15.4g}  {share:.1%} of the step")
+            step = "step: encoding, 3 x forward"
     lines.append(f"  {step:<28} {flops['training']:>15.4g}")
     if flops["as_traced"]:
         lines.append(f"  step, as traced              {flops['as_traced']:>15.4g}  includes rematerialisation")
     lines += ["", "bytes per device"]
     notes = {"state": f"{memory['state'] / memory['state_ideal']:.3f} of an even share",
              "temporaries": "activations, gathered parameters and gradients, as allocated by XLA"}  # fmt: skip
-    rows = ("parameters", "optimizer", "ema", "state", "untrained", "autoencoder", "batch", "temporaries", "program",
-            "total", "limit")  # fmt: skip
+    rows = ("parameters", "optimizer", "ema", "state", "untrained", "autoencoder", "text_encoder", "batch",
+            "temporaries", "program", "total", "limit")  # fmt: skip
     for name in rows:
         if name in memory:
             lines.append(f"  {name:<28} {_size(memory[name])}  {notes.get(name, '')}".rstrip())

@@ -104,9 +104,12 @@ def state_memory(program: Program, mesh: Mesh) -> dict[str, float]:
 
 def frozen_memory(program: Program) -> dict[str, float]:
     """Returns the bytes per device of the arrays that a step reads and never changes: `untrained` parameters of the
-    networks and the `autoencoder`, as far as there are any."""
-    names = {"params": "untrained", "autoencoder": "autoencoder"}
-    return {names[name]: sum(map(_bytes_per_device, jax.tree.leaves(part))) for name, part in program.frozen.items()}
+    networks, the `autoencoder`, and the `text_encoder` with its null text, as far as there are any."""
+    names, found = {"params": "untrained", "null_text": "text_encoder"}, {}
+    for name, part in program.frozen.items():
+        name = names.get(name, name)
+        found[name] = found.get(name, 0) + sum(map(_bytes_per_device, jax.tree.leaves(part)))
+    return found
 
 
 def step_memory(step: jax.stages.Compiled, batch: Batch) -> dict[str, float]:

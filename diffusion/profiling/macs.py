@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-from diffusion.core.types import Autoencoder, Network, Spec
+from diffusion.core.types import Autoencoder, Network, Spec, TextEncoder
 from diffusion.layers.autoencoder import AutoencoderApply
 
 REPEATING = ("while", "pallas_call", "shard_map")  # primitives that run their bodies an unknown number of times
@@ -36,6 +36,11 @@ def network_macs(network: Network, spec: Spec) -> int:
 def encoder_macs(autoencoder: Autoencoder, spec: Spec) -> int:
     """Returns the MACs with which an autoencoder encodes one example of a spec."""
     return macs(autoencoder.posterior, autoencoder.params, jax.ShapeDtypeStruct((1, *spec.shape), jnp.float32))
+
+
+def text_encoder_macs(encoder: TextEncoder) -> int:
+    """Returns the MACs with which a text encoder encodes one text."""
+    return macs(encoder.encode, encoder.params, encoder.tokenize([""]))
 
 
 def macs(function: Callable[..., Any], *args: Any) -> int:
