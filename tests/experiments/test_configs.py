@@ -150,7 +150,8 @@ def test_parts_fit(path, argument, tmp_path):
         config["autoencoder"]["path"] = str(tmp_path)
         (tmp_path / "config.json").write_text(json.dumps(SD_VAE))
     teacher = teacher_of(config, source.spec)
-    network, objective, autoencoder = build_model(config, source.spec, teacher, weights=False)
+    model = build_model(config, source.spec, teacher, weights=False, source=source)
+    network, objective = model.network, model.objective
     keywords = training(config)
     key = jax.random.key(0)
     shapes = jax.eval_shape(network.init, key)
@@ -164,8 +165,8 @@ def test_parts_fit(path, argument, tmp_path):
     if config["objective"]["name"] == "autoencoder":
         return  # it has nothing to sample
     generator = Generator(
-        network, objective, model_spec(source.spec, autoencoder), keywords["mesh"], sampler=config["sampler"],
-        guidance=config["guidance"], cond_drop_rate=keywords["options"].cond_drop_rate,
+        network, objective, model_spec(source.spec, model.autoencoder), keywords["mesh"], sampler=config["sampler"],
+        guidance=config["guidance"], text_encoder=model.text_encoder, cond_drop_rate=keywords["options"].cond_drop_rate,
     )  # fmt: skip
     for stated in re.findall(r"([\d,]+)\s+evaluations", doc):
         assert int(stated.replace(",", "")) == generator.solver.evaluations(config["sampler"]["steps"])
