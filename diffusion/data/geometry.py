@@ -145,10 +145,11 @@ class ProceduralSource:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        parts = self._parts(self._generator(index))
+        randbelow = self._generator(index)
+        parts = self._parts(randbelow)
         example = {"x": self._paint(parts), "cond": {}}
         if self.spec.captions:
-            example["caption"] = self.caption(part[0] for part in parts)
+            example["caption"] = self._caption([part[0] for part in parts], randbelow)
         return example
 
     @staticmethod
@@ -185,6 +186,9 @@ class ProceduralSource:
 
     def _parts(self, randbelow: Callable[[int], int]) -> list[Part]:
         raise NotImplementedError
+
+    def _caption(self, things: Sequence[Thing], randbelow: Callable[[int], int]) -> str:
+        return self.caption(things)
 
     def _paint(self, parts: Iterable[Part]) -> np.ndarray:
         x = np.full(self.spec.shape, -1, np.float32)

@@ -2,27 +2,21 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from diffusion.core.types import ArraySpec, InputError, Spec
-from diffusion.data import geometry
+from diffusion.data import geometry, shape_captions
 from diffusion.data.geometry import COLOUR_NAMES, PALETTE, RADII, SHAPES
+from diffusion.data.shape_captions import PLACES
 
-PLACES = {
-    "top left": "at the top left",
-    "top": "at the top",
-    "top right": "at the top right",
-    "left": "on the left",
-    "center": "in the center",
-    "right": "on the right",
-    "bottom left": "at the bottom left",
-    "bottom": "at the bottom",
-    "bottom right": "at the bottom right",
-}
+# One in six pairs of a colour and a shape. Every colour and every shape also occurs in other pairs.
+UNSEEN = frozenset({("red", "square"), ("green", "triangle"), ("blue", "circle"), ("yellow", "triangle")})
+Captions = bool | Literal["full", "varied"]
+Combinations = Literal["all", "seen", "unseen"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +33,11 @@ class Shapes(geometry.ProceduralSource):
     """Images `[size, size, 3]` in [-1, 1] of a few shapes, each in a separate cell; see `make`."""
 
     def __init__(
-        self, size: int, max_things: int, split: Literal["train", "test"], seed: int, captions: bool, length: int
-    ):
-        super().__init__(Spec(ArraySpec((size, size, 3)), captions=captions), split, seed, length)
-        self.max_things = max_things
+        self, size: int, max_things: int, split: Literal["train", "test"], seed: int, captions: Captions, length: int,
+        combinations: Combinations,
+    ):  # fmt: skip
+        super().__init__(Spec(ArraySpec((size, size, 3)), captions=bool(captions)), split, seed, length)
+        self.max_things, self.captions, self.combinations = max_things, captions, combinations
         self._templates = _templates(size)
         cells = [geometry.cell(number, geometry.scale_of(size)) for number in range(3)]
         self._windows = list(itertools.product(cells, cells))  # in the order of PLACES
@@ -54,7 +49,9 @@ class Shapes(geometry.ProceduralSource):
     def draws(self, things: frozenset[Thing]) -> bool:
         """Returns whether the source draws images of these things."""
         places = {thing.place for thing in things}
-        return 1 <= len(things) <= self.max_things and len(places) == len(things)
+        unseen = any((thing.colour, thing.shape) in UNSEEN for thing in things)
+        allowed = self.combinations == "all" or unseen == (self.combinations == "unseen")
+        return allowed and 1 <= len(things) <= self.max_things and len(places) == len(things)
 
     def closest(self, x: np.ndarray) -> tuple[list[frozenset[Thing]], np.ndarray]:
         found = [[] for _ in x]
@@ -67,12 +64,22 @@ class Shapes(geometry.ProceduralSource):
 
     def _parts(self, randbelow: Callable[[int], int]) -> list[geometry.Part]:
         free = list(zip(PLACES, self._windows, strict=True))
+        count = 1 + randbelow(self.max_things)
+        required = randbelow(count) if self.combinations == "unseen" else None  # the thing of an unseen pair
         parts = []
-        for _ in range(1 + randbelow(self.max_things)):
+        for number in range(count):
             place, window = free.pop(randbelow(len(free)))
-            first, count = self._templates.spans[tuple(RADII)[randbelow(2)], SHAPES[randbelow(3)]]
-            parts.append(self._part(place, window, first + randbelow(count), randbelow(len(PALETTE))))
+            size, shape = tuple(RADII)[randbelow(2)], SHAPES[randbelow(3)]
+            first, masks = self._templates.spans[size, shape]
+            mask = first + randbelow(masks)
+            # Whether the pair of colour and shape must be one of UNSEEN; None: it may be.
+            unseen = True if number == required else False if self.combinations == "seen" else None
+            colours = [n for n, name in enumerate(COLOUR_NAMES) if unseen in (None, (name, shape) in UNSEEN)]
+            parts.append(self._part(place, window, mask, colours[randbelow(len(colours))]))
         return parts
+
+    def _caption(self, things: Sequence[Thing], randbelow: Callable[[int], int]) -> str:
+        return str(shape_captions.varied(things, randbelow)) if self.captions == "varied" else self.caption(things)
 
     def _part(self, place: str, window: tuple[slice, slice], mask: int, colour: int) -> geometry.Part:
         size, shape = self._templates.kinds[mask]
@@ -85,8 +92,9 @@ def make(
     max_things: int = 3,
     split: Literal["train", "test"] = "train",
     seed: int = 0,
-    captions: bool = False,
+    captions: Captions = False,
     length: int = 2**31 - 1,
+    combinations: Combinations = "all",
 ) -> Shapes:
     """Draws one to `max_things` circles, squares and triangles, small or large, in eight colours.
 
@@ -98,14 +106,17 @@ def make(
       max_things: Maximum number of shapes, from 1 to 9.
       split: `train` or `test`, independent draws.
       seed: Seed of the draws, at least 0.
-      captions: Whether an example has a `caption`, such as "a large red circle at the top left, a small blue square in
-        the center and a small white triangle on the right".
+      captions: Whether an example has a `caption`. True or `full`: everything, such as "a large red circle at the top
+        left, a small blue square in the center and a small white triangle on the right". `varied`: one of several true
+        captions, such as "a red circle and two blue squares"; see `data.shape_captions`.
       length: Number of examples. Each is drawn from its index when it is read, so a large number costs nothing.
+      combinations: `seen`: four of the 24 pairs of a colour and a shape, `UNSEEN`, never occur. `unseen`: every image
+        has at least one shape of these four. `all`: neither.
     """
     geometry.scale_of(size)
     if not 1 <= max_things <= 9:
         raise InputError("max_things", f"must be from 1 to 9, at most one per cell of the grid, got {max_things}")
-    return Shapes(size, max_things, split, seed, captions, length)
+    return Shapes(size, max_things, split, seed, captions, length, combinations)
 
 
 @functools.cache
