@@ -36,6 +36,8 @@ RELATIONS: dict[str, Callable[[tuple[int, int], tuple[int, int]], bool]] = {
 }
 
 Thing = Any  # has the attributes `size`, `colour`, `shape` and `place`, all words
+# One in six pairs of a colour and a shape. Every colour and every shape also occurs in other pairs.
+UNSEEN = frozenset({("red", "square"), ("green", "triangle"), ("blue", "circle"), ("yellow", "triangle")})
 
 
 @dataclass(frozen=True)

@@ -62,18 +62,21 @@ class CaptionMatch:
 
     The values are the shares of the samples of which each part is true: `caption_match` (`exact`), `caption_objects`,
     `caption_colours`, `caption_counts` and `caption_relations`. The last is over the samples whose prompts say
-    something of places or relations, and NaN if there are none.
+    something of places or relations. `caption_match_seen` and `caption_match_unseen`, if they are requested, are over
+    the samples whose prompts name no pair of a colour and a shape of `data.shape_captions.UNSEEN`, and over the others.
+    Shares over no sample are 1.
     """
 
     kind = "samples"
-    names = ("caption_match", "caption_objects", "caption_colours", "caption_counts", "caption_relations")
 
-    def __init__(self, num: int, guidance: float, source: Source):
+    def __init__(self, num: int, guidance: float, source: Source, by_combination: bool = False):
         self.num, self.guidance, self.source = num, guidance, source
+        self.names = ("caption_match", "caption_objects", "caption_colours", "caption_counts", "caption_relations")
+        self.names += ("caption_match_seen", "caption_match_unseen") * by_combination
 
     def init(self) -> np.ndarray:
-        """Returns, for each of PARTS, how often it is true and how often it is known, `[5, 2]`."""
-        return np.zeros((len(PARTS), 2), np.int64)
+        """Returns, for each of the names, how often it is true and how often it is known, `[5 or 7, 2]`."""
+        return np.zeros((len(self.names), 2), np.int64)
 
     def update(self, state: np.ndarray, images: np.ndarray, conditions: Mapping[str, Any]) -> np.ndarray:
         if "prompt" not in conditions:
@@ -81,24 +84,31 @@ class CaptionMatch:
         pictures, _ = self.source.closest(images)
         for prompt, things in zip(conditions["prompt"], pictures, strict=True):
             found = matches(str(prompt), things)
-            state += [(found[part] is True, found[part] is not None) for part in PARTS]
+            rows = [(found[part] is True, found[part] is not None) for part in PARTS]
+            named = {(item.colour, item.shape) for item in shape_captions.parse(str(prompt)).items}
+            is_unseen = bool(named & shape_captions.UNSEEN)
+            rows += [(found["exact"] and is_unseen == unseen, is_unseen == unseen) for unseen in (False, True)]
+            state += rows[: len(state)]
         return state
 
     def result(self, state: np.ndarray) -> dict[str, float]:
         true, known = state.T
-        return dict(zip(self.names, np.where(known, true / np.maximum(known, 1), np.nan).tolist(), strict=True))
+        return dict(zip(self.names, np.where(known, true / np.maximum(known, 1), 1.0).tolist(), strict=True))
 
 
-def make(train: Source, held_out: Source, num: int = 1000, guidance: float = 1.0) -> CaptionMatch:
+def make(
+    train: Source, held_out: Source, num: int = 1000, guidance: float = 1.0, by_combination: bool = False
+) -> CaptionMatch:
     """Builds the metric.
 
     Args:
       num: Number of samples.
       guidance: Guidance scale of the samples.
+      by_combination: Whether to report prompts with unseen combinations apart; for held-out data of all combinations.
     """
     checks.at_least(1, num=num)
     if not hasattr(held_out, "closest") or not hasattr(held_out.things(0)[0], "place"):
         raise InputError("name", "caption_match requires data whose captions it can read: shapes")
     if not held_out.spec.captions:
         raise InputError("name", "caption_match requires prompts; set captions of the held-out data")
-    return CaptionMatch(num, guidance, held_out)
+    return CaptionMatch(num, guidance, held_out, by_combination)

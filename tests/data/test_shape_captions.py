@@ -7,8 +7,8 @@ import pytest
 
 from diffusion.core.build import build
 from diffusion.data.geometry import COLOUR_NAMES, SHAPES
-from diffusion.data.shape_captions import PLACES, Caption, Item, holds, parse
-from diffusion.data.sources.shapes import UNSEEN, Shapes, Thing
+from diffusion.data.shape_captions import PLACES, UNSEEN, Caption, Item, holds, parse
+from diffusion.data.sources.shapes import Shapes, Thing
 from tests.refusals import refused
 
 

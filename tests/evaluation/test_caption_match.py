@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
+from diffusion.data.shape_captions import UNSEEN
 from diffusion.data.sources.shapes import Thing
 from diffusion.evaluation.caption_match import matches
 from tests.refusals import refused
@@ -81,11 +82,18 @@ def test_captions_match_their_own_pictures_and_no_others(source):
                 assert not matches(caption, [Thing(**said)])["exact"]
 
 
-def test_without_positions_their_share_is_unknown(source):
-    metric = build("evaluation", "caption_match", train=source, held_out=source)
-    x = np.full((1, *source.spec.shape), -1.0)
-    values = metric.result(metric.update(metric.init(), x, {"prompt": ["a red circle"]}))
-    assert np.isnan(values.pop("caption_relations")) and set(values.values()) == {0.0}
+def test_shares_are_over_the_prompts_that_they_concern(source):
+    metric = build("evaluation", {"name": "caption_match", "by_combination": True}, train=source, held_out=source)
+    index = 0
+    empty, drawn = np.full(source.spec.shape, -1.0), source[index]["x"]
+    x = np.stack([empty, empty, drawn])
+    prompts = ["a red circle", "a red square", source[index]["caption"]]  # of seen, unseen and the example's pairs
+    unseen = any((thing.colour, thing.shape) in UNSEEN for thing in source.things(index))
+    values = metric.result(metric.update(metric.init(), x, {"prompt": prompts}))
+    assert values["caption_match"] == pytest.approx(1 / 3)
+    assert (values["caption_match_seen"], values["caption_match_unseen"]) == ((0, 0.5) if unseen else (0.5, 0))
+    nothing = metric.result(metric.update(metric.init(), x[:1], {"prompt": prompts[:1]}))
+    assert nothing["caption_relations"] == nothing["caption_match_unseen"] == 1 and nothing["caption_match_seen"] == 0
 
 
 def test_what_cannot_be_measured_is_refused(source, digits):

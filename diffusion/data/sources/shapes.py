@@ -11,10 +11,8 @@ import numpy as np
 from diffusion.core.types import ArraySpec, InputError, Spec
 from diffusion.data import geometry, shape_captions
 from diffusion.data.geometry import COLOUR_NAMES, PALETTE, RADII, SHAPES
-from diffusion.data.shape_captions import PLACES
+from diffusion.data.shape_captions import PLACES, UNSEEN
 
-# One in six pairs of a colour and a shape. Every colour and every shape also occurs in other pairs.
-UNSEEN = frozenset({("red", "square"), ("green", "triangle"), ("blue", "circle"), ("yellow", "triangle")})
 Captions = bool | Literal["full", "varied"]
 Combinations = Literal["all", "seen", "unseen"]
 

@@ -1,0 +1,29 @@
+"""Text to image: pictures of coloured shapes from their captions, with a text encoder that is trained along.
+
+Command:   python -m experiments.train --config=configs/shapes_text.py --workdir=runs/shapes_text
+           python -m experiments.sample --workdir=runs/shapes_text --guidance=3 \\
+               --prompts="a red circle; two blue squares; a small green triangle above a large white circle"
+Data:      drawn on the fly, without four of the 24 pairs of a colour and a shape, which held-out prompts also name
+"""
+
+from configs import common
+
+
+def get_config():
+    data = dict(name="shapes", size=32, max_things=2, captions="varied")
+    return common.config(
+        dict(),
+        data=dict(**data, combinations="seen"),
+        text_encoder=dict(name="small", vocab_size=320, length=32, width=128, depth=2, num_heads=4),
+        objective=dict(name="flow_matching", time_sampler=dict(name="stratified")),
+        network=dict(name="dit", patch_size=4, width=192, depth=6, num_heads=6, positions="rope", qk_norm=True),
+        optimizer=dict(learning_rate=1.5e-3, schedule="cosine", warmup=200, b2=0.99, clip=1.0),
+        ema=dict(decays=(0.99, 0.998)),
+        train=dict(steps=6000, batch_size=64, cond_drop_rate=0.1, preview_every=1000),
+        checkpoint=dict(every=500, keep=2),
+        sampler=dict(name="heun", steps=20),
+        eval=dict(
+            data=dict(**data, split="test"),
+            metrics=dict(caption_match=dict(num=2000, guidance=2.0, by_combination=True)),
+        ),
+    )
