@@ -1,0 +1,69 @@
+"""Text to image with the jobs: a training on captions, prompts, their files, and what is refused."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.jobs import job, one_line
+from tests.refusals import refused_field
+
+TINY = (
+    "--config.train.steps=1 --config.train.batch_size=8 --config.train.preview_every=0 --config.network.width=8 "
+    "--config.network.depth=1 --config.network.num_heads=2 --config.text_encoder.width=8 --config.text_encoder.depth=1 "
+    "--config.text_encoder.num_heads=2 --config.data.length=200 --config.network.kernel=xla"
+).split()
+DRAW = ("--num=3", "--steps=2", "--guidance=2")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("text") / "run")
+    done = job("train", "--config=configs/shapes_text.py", *TINY, f"--workdir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_prompts_are_in_the_names_and_the_metadata_of_samples(workdir, tmp_path):
+    prompts = "a red circle; two blue squares/ünd?"
+    done = job("sample", f"--workdir={workdir}", *DRAW, f"--prompts={prompts}", f"--out={tmp_path}", "--out_format=png",
+               "--negative_prompt=a green triangle")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == ["000000_a_red_circle.png", "000001_two_blue_squares_nd.png", "000002_a_red_circle.png"]
+    assert Image.open(tmp_path / "images" / names[1]).text == {"prompt": "two blue squares/ünd?"}
+    with open(tmp_path / "prompts.csv", encoding="utf-8") as file:
+        assert list(csv.reader(file))[:2] == [["file", "prompt"], [names[0], "a red circle"]]
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("a red circle\n\n a blue square \n")
+    done = job("sample", f"--workdir={workdir}", *DRAW, f"--prompts_file={listed}", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "samples.npz")
+    assert found["prompts"].tolist() == ["a red circle", "a blue square", "a red circle"]
+    assert json.loads(str(found["settings"]))["prompts"] == ["a red circle", "a blue square"]
+    assert not (tmp_path / "prompts.csv").exists()
+
+
+def test_bad_prompts_are_one_line(workdir, tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "latin").write_bytes("a naïve cat".encode("latin-1"))
+    for flags, field in (
+        ([f"--prompts_file={tmp_path}/empty"], "--prompts_file"),
+        ([f"--prompts_file={tmp_path}/latin"], "--prompts_file"),
+        ([f"--prompts_file={tmp_path}/none"], "--prompts_file"),
+        (["--prompts=;"], "--prompts"),
+        (["--prompts=a", f"--prompts_file={tmp_path}/empty"], "--prompts_file"),
+        (["--negative_prompt=a", "--guidance=1"], "--negative_prompt"),
+    ):
+        done = job("sample", f"--workdir={workdir}", *DRAW, *flags, f"--out={tmp_path / 'out'}")
+        assert refused_field(done) == field, one_line(done)
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_without_an_encoder_are_refused(tmp_path):
+    done = job(
+        "train", "--config=configs/shapes_text.py", "--config.text_encoder=None", f"--workdir={tmp_path / 'run'}"
+    )
+    assert refused_field(done) == "data.captions" and not (tmp_path / "run").exists()
