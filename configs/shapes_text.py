@@ -4,6 +4,8 @@ Command:   python -m experiments.train --config=configs/shapes_text.py --workdir
            python -m experiments.sample --workdir=runs/shapes_text --guidance=3 \\
                --prompts="a red circle; two blue squares; a small green triangle above a large white circle"
 Data:      drawn on the fly, without four of the 24 pairs of a colour and a shape, which held-out prompts also name
+Hardware:  two CPU cores
+Expected:  python -m experiments.evaluate --workdir=runs/shapes_text
 """
 
 from configs import common
