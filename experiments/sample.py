@@ -33,6 +33,10 @@ PROMPTS = flags.DEFINE_string(
 )  # fmt: skip
 PROMPTS_FILE = cli.define_path("prompts_file", None, "A UTF-8 file with a prompt per line, in place of --prompts.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance moves away from.")
+PROMPT_WEIGHTS = flags.DEFINE_enum(
+    "prompt_weights", None, ["a1111", "comfyui"], "The rule by which (word:1.3) weights words of prompts. Default: "
+    "brackets are text."
+)  # fmt: skip
 SWEEP = flags.DEFINE_string(
     "sweep", None, f"Every combination of NAME=value,value;NAME=...: {overrides.AXES}; or those of @FILE.json."
 )
@@ -55,6 +59,8 @@ def main() -> None:
     cond = _conditions(run, prompts)
     labels = cond.get("label")
     chosen, out = sampling_flags.chosen(), OUT.value or os.path.join(WORKDIR.value, "samples")
+    if SWEEP.value is not None and PROMPT_WEIGHTS.value is not None:
+        raise InputError("--prompt_weights", "cannot be combined with --sweep; leave one out")
     if SWEEP.value is not None:
         metrics = [metric for metric in run.metrics() if metric.kind == "samples"] if METRICS.value else []
         sweep(
@@ -65,10 +71,10 @@ def main() -> None:
     sampler, guidance = overrides.sections(run.config, chosen)
     if NEGATIVE_PROMPT.value is not None and is_neutral(guidance):
         raise InputError("--negative_prompt", "has no effect without guidance; add --guidance=3, or leave it out")
-    generator = run.generator(sampler=sampler, guidance=guidance)
+    generator = run.generator(sampler=sampler, guidance=guidance, prompt_weights=PROMPT_WEIGHTS.value)
     settings = {"workdir": WORKDIR.value, "step": run.step, "ema": run.ema, "sampler": sampler, "guidance": guidance,
                 "seed": SEED.value, "labels": LABELS.value, "prompts": prompts,
-                "negative_prompt": NEGATIVE_PROMPT.value}  # fmt: skip
+                "negative_prompt": NEGATIVE_PROMPT.value, "prompt_weights": PROMPT_WEIGHTS.value}  # fmt: skip
     by_class = labels is not None and LABELS.value is None and run.spec.num_classes <= MOST_COLUMNS
     where = write_samples(
         lambda first: generator.batches(
@@ -104,9 +110,10 @@ def _conditions(run: Run, prompts: list[str] | None) -> dict[str, Any]:
     given = LABELS.value
     labels = None if given is None else [int(label) if overrides.is_whole(label) else label for label in given]
     try:
-        cond = run.conditions(NUM.value, labels, prompts=prompts, negative_prompt=NEGATIVE_PROMPT.value)
+        cond = run.conditions(NUM.value, labels, prompts=prompts, negative_prompt=NEGATIVE_PROMPT.value,
+                              prompt_weights=PROMPT_WEIGHTS.value)  # fmt: skip
     except InputError as error:
-        named = error.field in ("labels", "prompts", "negative_prompt")
+        named = error.field in ("labels", "prompts", "negative_prompt", "prompt_weights")
         raise InputError(f"--{error.field}", error.problem) if named else error from None
     if run.spec.class_names:
         print(f"classes: {run.spec.classes()}")

@@ -15,14 +15,15 @@ bracket ends a word. With all weights 1, a prompt has the tokens and vectors tha
 a prompt during sampling, `[from:to:0.5]`, are not supported, and the pooled embedding is not weighted.
 """
 
+import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core.types import Array, InputError, Text
+from diffusion.core.types import Array, InputError, Params, Text, TextEncoder
 from diffusion.encoders.tokenizers import Tokenizer
 
 Rule = Literal["a1111", "comfyui"]
@@ -89,6 +90,26 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], rule: Rule = "a1111")
             ids += inner
         rows.append([*ids, tokenizer.eos])
     return tokenizer.arrange(rows), weights
+
+
+def weighted(encoder: TextEncoder, rule: Rule) -> TextEncoder:
+    """Returns a text encoder that reads the weights in prompts.
+
+    Raises:
+      InputError: The encoder has several tokenizers, or is trained with the network.
+    """
+    if encoder.encode is None or not isinstance(encoder.tokenize, Tokenizer):
+        raise InputError("prompt_weights", "requires a frozen text encoder with one tokenizer; leave it out")
+
+    def split(prompts: Sequence[str]) -> dict[str, Any]:
+        tokens, weights = tokenize(encoder.tokenize, prompts, rule)
+        return {"tokens": tokens, "weights": weights}
+
+    def encode(params: Params, prompts: Mapping[str, Any]) -> Text:
+        empty = encoder.encode(params, encoder.tokenize([""])) if rule == "comfyui" else None
+        return apply(encoder.encode(params, prompts["tokens"]), prompts["weights"], rule, empty)
+
+    return dataclasses.replace(encoder, tokenize=split, encode=encode)
 
 
 def apply(text: Text, weights: Array | np.ndarray, rule: Rule = "a1111", empty: Text | None = None) -> Text:

@@ -34,6 +34,7 @@ from diffusion.data import captions
 from diffusion.data.pipeline import check_encoder
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
+from diffusion.encoders.prompt_weights import Rule, weighted
 from diffusion.pipelines import warm_start
 from diffusion.pipelines.conditions import conditions_of, examples_of, modelled, moments_of
 from diffusion.pipelines.config import (
@@ -117,6 +118,7 @@ class Run:
         *,
         prompts: Sequence[str] | str | None = None,
         negative_prompt: str | None = None,
+        prompt_weights: Rule | None = None,
         cond: Cond | None = None,
         start: np.ndarray | None = None,
         strength: float = 0.8,
@@ -137,6 +139,8 @@ class Run:
           prompts: What the samples show, for a model that reads text; repeated in turn. By default the captions of the
             first examples of the data.
           negative_prompt: What guidance moves away from, in place of the text of a dropped caption.
+          prompt_weights: The rule, `a1111` or `comfyui`, by which `(word:1.3)` weights words of prompts; see
+            `encoders.prompt_weights`. None: brackets are text.
           start: Clean examples `[n, ...]` to vary (image-to-image; SDEdit, Meng et al. 2022, arXiv 2108.01073),
             repeated in turn up to `num`. Sampling starts from them with noise added instead of from pure noise.
           strength: How much of `start` is replaced: the share of the steps that runs, the last ones, in (0, 1].
@@ -157,23 +161,24 @@ class Run:
         """
         num = (16 if start is None else len(start)) if num is None else num
         batches = self.sample_batches(
-            num, labels, prompts=prompts, negative_prompt=negative_prompt, cond=cond, start=start, strength=strength,
-            after_step=after_step, sampler=sampler, steps=steps, grid=grid, guidance=guidance, seed=seed,
-            batch_size=batch_size, progress=progress,
+            num, labels, prompts=prompts, negative_prompt=negative_prompt, prompt_weights=prompt_weights, cond=cond,
+            start=start, strength=strength, after_step=after_step, sampler=sampler, steps=steps, grid=grid,
+            guidance=guidance, seed=seed, batch_size=batch_size, progress=progress,
         )  # fmt: skip
         return np.concatenate([x for x, _ in batches])
 
     def sample_batches(
         self, num: int, labels: Sequence[Label] | None = None, *, prompts: Sequence[str] | str | None = None,
-        negative_prompt: str | None = None, cond: Cond | None = None, start: np.ndarray | None = None,
-        strength: float = 0.8, after_step: AfterStep | None = None, seed: int = 0, batch_size: int = 250,
-        progress: bool = False, **options: Any,
+        negative_prompt: str | None = None, prompt_weights: Rule | None = None,
+        cond: Cond | None = None, start: np.ndarray | None = None, strength: float = 0.8,
+        after_step: AfterStep | None = None, seed: int = 0, batch_size: int = 250, progress: bool = False,
+        **options: Any,
     ) -> Iterator[tuple[np.ndarray, Cond]]:  # fmt: skip
         """Returns an iterator that draws the samples of `sample` batch by batch, each with its conditions.
 
         Args:
-          num, labels, prompts, negative_prompt, cond, start, strength, after_step, seed, batch_size, progress: As for
-            `sample`.
+          num, labels, prompts, negative_prompt, prompt_weights, cond, start, strength, after_step, seed, batch_size,
+            progress: As for `sample`.
           **options: `sampler`, `steps`, `grid` and `guidance`, as for `sample`.
         """
         if start is not None and not np.size(start):
@@ -183,8 +188,8 @@ class Run:
         sampler, guidance = with_options(self.config, **options)
         if negative_prompt is not None and is_neutral(guidance):
             raise InputError("negative_prompt", "has no effect without guidance; set guidance, or leave it out")
-        generator = self._generator(sampler, guidance, after_step)
-        conditions = self.conditions(num, labels, cond, prompts, negative_prompt)
+        generator = self._generator(sampler, guidance, after_step, prompt_weights)
+        conditions = self.conditions(num, labels, cond, prompts, negative_prompt, prompt_weights)
         return generator.batches(
             self.params, conditions, num, seed=seed, batch_size=batch_size,
             title="sample" if progress else None, start=start, strength=strength,
@@ -193,11 +198,16 @@ class Run:
     def conditions(
         self, num: int, labels: Sequence[Label] | None = None, cond: Cond | None = None,
         prompts: Sequence[str] | str | None = None, negative_prompt: str | None = None,
+        prompt_weights: Rule | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Returns the conditions of `num` samples, `[num, ...]` each; see `conditions.conditions_of`."""
+        """Returns the conditions of `num` samples, `[num, ...]` each; see `conditions.conditions_of`.
+
+        Args:
+          prompt_weights: As for `sample`; a generator of these conditions needs the same.
+        """
         return conditions_of(
-            self.spec, num, lambda: self.source, labels, cond, text_encoder=self.text_encoder, prompts=prompts,
-            negative_prompt=negative_prompt,
+            self.spec, num, lambda: self.source, labels, cond, text_encoder=self._reading(prompt_weights),
+            prompts=prompts, negative_prompt=negative_prompt,
         )  # fmt: skip
 
     def evaluate(
@@ -251,13 +261,14 @@ class Run:
 
     def generator(
         self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any], always_guided: bool = False,
-        after_step: AfterStep | None = None,
+        after_step: AfterStep | None = None, prompt_weights: Rule | None = None,
     ) -> Generator:  # fmt: skip
         """Returns what draws from this model, after measuring or reading what the sections require.
 
         Args:
           sampler, guidance: Config sections.
           always_guided, after_step: See `Generator`.
+          prompt_weights: As for `sample`.
         """
         if (sampler.get("name"), sampler.get("variance")) == ("ancestral", "analytic") and not sampler.get("x0_errors"):
             sampler = {**sampler, "x0_errors": self._x0_errors()}
@@ -265,7 +276,7 @@ class Run:
         return Generator(
             self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
             cond_drop_rate=cond_drop_rate(self.config, self.model.spec(self.spec)), always_guided=always_guided,
-            autoencoder=self.autoencoder, text_encoder=self.text_encoder, after_step=after_step,
+            autoencoder=self.autoencoder, text_encoder=self._reading(prompt_weights), after_step=after_step,
             moments=moments_of(self.objective.schedule, lambda: self.source, self.autoencoder),
         )  # fmt: skip
 
@@ -275,15 +286,26 @@ class Run:
             return []  # without opening the data
         return list(build_metrics(self.config, self.source, self.model).values())
 
+    def _reading(self, rule: Rule | None) -> TextEncoder | None:
+        """Returns the text encoder, which reads weights in prompts by a rule."""
+        if rule is None:
+            return self.text_encoder
+        if self.text_encoder is None:
+            raise InputError("prompt_weights", "the model reads no text; leave it out")
+        return weighted(self.text_encoder, rule)
+
     def _generator(
-        self, sampler: Mapping[str, Any], guidance: Mapping[str, Any], after_step: AfterStep | None
-    ) -> Generator:
+        self, sampler: Mapping[str, Any], guidance: Mapping[str, Any], after_step: AfterStep | None,
+        rule: Rule | None = None,
+    ) -> Generator:  # fmt: skip
         """Returns a generator that shares the compiled functions of earlier calls where possible."""
         fixed = {key: value for key, value in sampler.items() if key not in ("steps", "grid")}
         parts = sorted(fixed.items(), key=lambda item: item[0]), structure(guidance), is_neutral(guidance)
-        key = repr(parts), after_step
+        key = repr(parts), after_step, rule
         if key not in self._generators:
-            self._generators[key] = self.generator(sampler=sampler, guidance=guidance, after_step=after_step)
+            self._generators[key] = self.generator(
+                sampler=sampler, guidance=guidance, after_step=after_step, prompt_weights=rule
+            )
             return self._generators[key]
         return self._generators[key].with_settings(sampler=sampler, guidance=guidance)
 

@@ -15,7 +15,7 @@ from diffusion.core.build import build, build_network, model_spec
 from diffusion.core.types import ArraySpec, ConditionSpec, Spec, Text, TextEncoder, TextPart
 from diffusion.data import captions, text_records
 from diffusion.data.pipeline import Batches
-from diffusion.encoders import text_conditions, tokenizers
+from diffusion.encoders import prompt_weights, text_conditions, tokenizers
 from diffusion.pipelines.encoding import encode
 from diffusion.training.step import draw_keep_parts
 from diffusion.training.trainer import Trainer
@@ -92,6 +92,22 @@ def test_a_dropped_text_gives_exactly_the_output_of_the_null_text(frozen, networ
     other = frozen.tokenize(["x", "in", "y"])
     negative = apply(params, x, t, cond_of(frozen, texts, keep=jnp.array([True, False, True]), null={"text": other}))
     np.testing.assert_array_equal(negative, apply(params, x, t, cond_of(frozen, ["a", "in", "it"])))
+
+
+def test_weights_of_words_change_their_vectors(frozen):
+    """Without brackets nothing changes; twice the weight of a token is twice its vector, up to the mean."""
+    reading = prompt_weights.weighted(frozen, "comfyui")
+    plain, text = (
+        frozen.encode(frozen.params, frozen.tokenize(["a b"])),
+        reading.encode(frozen.params, reading.tokenize(["a b"])),
+    )
+    np.testing.assert_allclose(text.tokens, plain.tokens)
+    heavy = reading.encode(frozen.params, reading.tokenize(["a (b:2)"])).tokens
+    empty = frozen.null.tokens
+    np.testing.assert_allclose(heavy[:, 3], (empty + 2 * (plain.tokens - empty))[:, 3], rtol=1e-5)
+    np.testing.assert_allclose(heavy[:, :3], plain.tokens[:, :3])
+    with refused("prompt_weights"):
+        prompt_weights.weighted(dataclasses.replace(frozen, encode=None), "a1111")
 
 
 def test_null_values_replace_what_is_not_kept():
