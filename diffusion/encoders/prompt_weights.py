@@ -127,12 +127,10 @@ def apply(text: Text, weights: Array | np.ndarray, rule: Rule = "a1111", empty: 
     tokens, weight = text.tokens, jnp.asarray(weights, text.tokens.dtype)[..., None]
     if rule == "a1111":
         weighted = tokens * weight
-        axes = (-2, -1)
-        mean, other = (x.astype(jnp.float32).mean(axes, keepdims=True) for x in (tokens, weighted))
-        weighted = weighted * (mean / other).astype(tokens.dtype)
+        before, after = (x.astype(jnp.float32).mean((-2, -1), keepdims=True) for x in (tokens, weighted))
+        weighted *= jnp.where(after == 0, 1, before / after).astype(tokens.dtype)  # all vectors may be 0
     elif empty is None:
         raise InputError("empty", "the rule comfyui requires the encoded empty prompt")
     else:
-        weighted = empty.tokens + (tokens - empty.tokens) * weight
-    unchanged = (weight == 1).all(-2, keepdims=True) if rule == "a1111" else weight == 1
-    return Text(jnp.where(unchanged, tokens, weighted), text.mask, text.pooled)
+        weighted = jnp.where(weight == 1, tokens, empty.tokens + (tokens - empty.tokens) * weight)
+    return Text(weighted, text.mask, text.pooled)

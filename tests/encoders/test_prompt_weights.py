@@ -1,5 +1,6 @@
 """Weights of words in prompts: their grammars, their tokens and both rules in closed form."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,29 +48,31 @@ def test_tokens_have_the_weights_of_their_pieces(caplog):
 
 
 def test_both_rules_in_closed_form():
-    rng = np.random.default_rng(0)
+    rng, apply = np.random.default_rng(0), jax.jit(prompt_weights.apply, static_argnames="rule")
     z, e = rng.normal(1, 1, (2, 4, 3)).astype(np.float32), rng.normal(size=(1, 4, 3)).astype(np.float32)
     mask, pooled = np.ones((2, 4), bool), np.ones((2, 5), np.float32)
     weights = np.array([[1, 1, 1, 1], [1, 2, 0.5, 1]], np.float32)
-    text = Text(jnp.array(z), mask, pooled)
-    found = prompt_weights.apply(text, weights)
+    text = Text(z, mask, pooled)
+    found = apply(text, weights)
     np.testing.assert_array_equal(found.tokens[0], z[0])
-    assert found.mask is mask and found.pooled is pooled
+    assert found.mask.all() and (found.pooled == 1).all()
     multiplied = z[1] * weights[1][:, None]
     np.testing.assert_allclose(found.tokens[1], multiplied * z[1].mean() / multiplied.mean(), rtol=1e-5)
     np.testing.assert_allclose(found.tokens[1].mean(), z[1].mean(), rtol=1e-5)
 
-    found = prompt_weights.apply(text, weights, "comfyui", Text(jnp.array(e), mask[:1]))
+    assert not apply(Text(0 * z, mask, pooled), weights).tokens.any()  # not NaN
+
+    found = apply(text, weights, rule="comfyui", empty=Text(e, mask[:1]))
     np.testing.assert_array_equal(found.tokens[0], z[0])
     np.testing.assert_array_equal(found.tokens[1, [0, 3]], z[1, [0, 3]])
     np.testing.assert_allclose(found.tokens[1, 1], 2 * z[1, 1] - e[0, 1], rtol=1e-5)
     np.testing.assert_allclose(found.tokens[1, 2], (z[1, 2] + e[0, 2]) / 2, rtol=1e-5)
-    assert not prompt_weights.apply(Text(jnp.zeros_like(z), mask), np.ones((2, 4))).tokens.any()  # not NaN
-    assert prompt_weights.apply(Text(jnp.array(z, jnp.bfloat16), mask), weights).tokens.dtype == jnp.bfloat16
+    half = Text(jax.ShapeDtypeStruct(z.shape, jnp.bfloat16), mask)
+    assert jax.eval_shape(prompt_weights.apply, half, weights).tokens.dtype == jnp.bfloat16
 
 
 def test_unknown_rules_are_refused():
     with refused("rule"):
         prompt_weights.parse("a", "other")
     with refused("empty"):
-        prompt_weights.apply(Text(jnp.ones((1, 2, 3)), np.ones((1, 2), bool)), np.ones((1, 2)), "comfyui")
+        prompt_weights.apply(Text(np.ones((1, 2, 3), np.float32), np.ones((1, 2), bool)), np.ones((1, 2)), "comfyui")
