@@ -16,7 +16,7 @@ def get_config():
     return common.config(
         dict(),
         data=dict(**data, combinations="seen"),
-        text_encoder=dict(name="small", vocab_size=320, length=32, width=128, depth=2, num_heads=4),
+        text_encoder=dict(name="small", vocab_size=400, length=24, width=128, depth=2, num_heads=4),
         objective=dict(name="flow_matching", time_sampler=dict(name="stratified")),
         network=dict(name="dit", patch_size=4, width=192, depth=6, num_heads=6, positions="rope", qk_norm=True),
         optimizer=dict(learning_rate=1.5e-3, schedule="cosine", warmup=200, b2=0.99, clip=1.0),
