@@ -116,6 +116,8 @@ def compare(
     is_image, figures = len(spec.shape) == 3, [metric.names[0] for metric in metrics]
     rows, shown, bad = [], [], []
     for cell in cells:
+        if "prompt" in cond:  # the tokens of each run's own tokenizer
+            cond = cell.run.conditions(num, prompts=cond["prompt"])
         samples = cell.generator.batches(cell.run.params, cond, num, seed=seed, batch_size=batch_size, title=cell.label)
         drawn = Drawn(samples, SHOWN if is_image else num)
         measured, problem = measure_samples(metrics, drawn, spec)

@@ -117,7 +117,8 @@ def model_of(
         autoencoder = build_autoencoder(config, spec)
     check_autoencoder(meta, autoencoder)
     if text_encoder is None:
-        stored = meta.get("text_encoder", {}).get("tokenizer")
+        recorded = meta.get("text_encoder") or meta.get("teacher", {}).get("text_encoder", {})  # that of its teacher
+        stored = recorded.get("tokenizer")
         text_encoder = build_text_encoder(config, source=source, tokenizer=stored)
     check_text_encoder(meta, text_encoder)
     return build_model(config, spec, teacher_of(meta, autoencoder, text_encoder), autoencoder, text_encoder)

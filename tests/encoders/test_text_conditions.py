@@ -228,6 +228,21 @@ def test_prompts_are_encoded_once_per_sample(run, monkeypatch):
     assert stored.sample(2, steps=2).shape == (2, 8, 8, 1)  # captions of the data
 
 
+def test_an_adapted_network_encodes_text(run):
+    """LoRA's change of the text encoder counts in what is computed once per sample as it does in the forward pass."""
+    trainer, _ = run
+    adapted = build("adapters", {"name": "lora", "rank": 2}, network=trainer.network)
+    params = adapted.init(jax.random.key(0))
+    params["lora"] = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), params["lora"])
+    tokens = jax.tree.map(jnp.asarray, trainer.text_encoder.tokenize(["a", "of"]))
+    prepared = adapted.prepare(params, {"text": tokens})["text"].tokens
+    assert np.abs(prepared - trainer.network.prepare(params["base"], {"text": tokens})["text"].tokens).max() > 1e-3
+    x, t = jnp.zeros((2, 8, 8, 1)), jnp.full(2, 0.5)
+    apply = jax.jit(adapted.apply)
+    direct, once = apply(params, x, t, {"text": tokens}), apply(params, x, t, adapted.prepare(params, {"text": tokens}))
+    np.testing.assert_allclose(direct, once, rtol=1e-4)
+
+
 def test_bad_prompts(run, tmp_path):
     _, stored = run
     for field, options in (
