@@ -1,6 +1,6 @@
 """Converts between networks of this library and models of diffusers: `networks.unet` and `UNet2DModel`, `networks.dit`
-and `DiTTransformer2DModel` (`Transformer2DModel` before diffusers 0.29). Names and conventions are those of diffusers
-0.42.
+and `DiTTransformer2DModel`, or with a text `PixArtTransformer2DModel` (both `Transformer2DModel` before diffusers
+0.29). Names and conventions are those of diffusers 0.42.
 
 A model is a folder with `config.json` and safetensors. A pipeline consists of such a folder, a folder for the noise
 schedule, and `model_index.json`.
@@ -8,6 +8,7 @@ schedule, and `model_index.json`.
 
 import dataclasses
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -16,10 +17,14 @@ from diffusion.core import model_folder, tensors
 from diffusion.core.build import build_network, defaults, find
 from diffusion.core.tensors import Pair
 from diffusion.core.types import InputError, Params, Spec
-from diffusion.interop import diffusers_dit, diffusers_unet
+from diffusion.interop import diffusers_dit, diffusers_pixart, diffusers_unet
 
-_NETWORKS = {"unet": diffusers_unet, "dit": diffusers_dit}
-_CLASSES = {"UNet2DModel": "unet", "DiTTransformer2DModel": "dit", "Transformer2DModel": "dit"}
+_CLASSES = {
+    "UNet2DModel": diffusers_unet,
+    "DiTTransformer2DModel": diffusers_dit,
+    "PixArtTransformer2DModel": diffusers_pixart,
+    "Transformer2DModel": diffusers_dit,  # or PixArt
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +42,14 @@ class Model:
     params: Params
 
 
-def read(path: str, *, null_class: bool = False, variant: str | None = None) -> Model:
+def read(path: str, *, null_class: bool = False, variant: str | None = None, text_length: int | None = None) -> Model:
     """Reads a model folder.
 
     Args:
       path: The folder.
       null_class: Whether the last row of a U-Net's table of classes is the null class.
       variant: The variant of the weights; see `model_folder.read_tensors`.
+      text_length: The number of tokens of a text, which no folder has; None for 120, that of PixArt-alpha.
 
     Raises:
       InputError: if the folder cannot be read, the model is not supported, or a tensor is missing, unknown or of the
@@ -52,10 +58,17 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None) -> 
     config = model_folder.read_json(path, "config.json")
     kind = config.get("_class_name")
     if kind not in _CLASSES:
-        raise InputError("folder", f"{path} contains a {kind}; only UNet2DModel and DiTTransformer2DModel can be read")
+        known = ", ".join(_CLASSES)
+        raise InputError("folder", f"{path} contains a {kind}; only these models can be read: {known}")
     foreign = {tensors.current_name(name): tensor for name, tensor in model_folder.read_tensors(path, variant).items()}
-    converter = _NETWORKS[_CLASSES[kind]]
+    converter = _CLASSES[kind]
+    if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
+        converter = diffusers_pixart
     network, spec = converter.network_of(config, foreign, null_class)
+    if text_length is not None:
+        texts = {name: dataclasses.replace(condition, shape=(text_length, *condition.shape[1:]))
+                 for name, condition in spec.conditions.items() if condition.kind == "text"}  # fmt: skip
+        spec = dataclasses.replace(spec, conditions={**spec.conditions, **texts})
     try:
         built = build_network(network, spec, field="config.json")
     except InputError as error:
@@ -67,10 +80,7 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None) -> 
 
 def write(path: str, model: Model) -> None:
     """Writes a model folder. Raises InputError naming the option that diffusers' model does not support."""
-    name = model.network["name"]
-    if name not in _NETWORKS:
-        raise InputError("network.name", f"must be 'unet' or 'dit' to be written for diffusers, got {name!r}")
-    config = _NETWORKS[name].config_of(with_defaults(model.network), model.spec, model.params)
+    config = _converter(model.network, model.spec).config_of(with_defaults(model.network), model.spec, model.params)
     model_folder.write(path, config, tensors.to_foreign(pairs(model.network, model.spec), model.params))
 
 
@@ -82,4 +92,14 @@ def with_defaults(network: Mapping[str, Any]) -> dict[str, Any]:
 
 def pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
     """Returns the table of arrays and tensors of a network."""
-    return _NETWORKS[network["name"]].pairs(with_defaults(network), spec)
+    return _converter(network, spec).pairs(with_defaults(network), spec)
+
+
+def _converter(network: Mapping[str, Any], spec: Spec) -> ModuleType:
+    """Returns the module that converts a network, whose class in diffusers may depend on the data."""
+    has_text = any(condition.kind == "text" for condition in spec.conditions.values())
+    converters = {"unet": diffusers_unet, "dit": diffusers_pixart if has_text else diffusers_dit}
+    name = network["name"]
+    if name not in converters:
+        raise InputError("network.name", f"must be 'unet' or 'dit' to be written for diffusers, got {name!r}")
+    return converters[name]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core.arrays import expand, kept
-from diffusion.core.types import LABEL_NOISE, NO_CONDITIONS, Array, Cond, ConditionSpec, Text
+from diffusion.core.types import LABEL_NOISE, NO_CONDITIONS, NULL, Array, Cond, ConditionSpec, InputError, Text
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.embeddings import ScalarEmbedding, fourier, sinusoidal
 from diffusion.layers.keys import Keys
@@ -53,6 +53,7 @@ class Conditioner(nnx.Module):
       scale: The standard deviation of the frequencies of `fourier`.
       freq_shift, sin_first: Options of `sinusoidal`.
       null_class: Whether the table of classes has a row for the null class.
+      text_mlp, null_text: See `TextEmbedding`.
       dtype: The compute dtype.
       rngs: The random keys that the parameters are drawn from.
     """
@@ -60,7 +61,8 @@ class Conditioner(nnx.Module):
     def __init__(self, width: int, out_features: int, num_classes: int, *,
                  conditions: Mapping[str, ConditionSpec] = NO_CONDITIONS, scalar_conditions: tuple[str, ...] = (),
                  kind: Literal["sinusoidal", "fourier"] = "sinusoidal", scale: float = 16.0, freq_shift: int = 0,
-                 sin_first: bool = False, null_class: bool = True, dtype: Any, rngs: Keys):  # fmt: skip
+                 sin_first: bool = False, null_class: bool = True, text_mlp: bool = False, null_text: bool = True,
+                 dtype: Any, rngs: Keys):  # fmt: skip
         if kind == "fourier":
             self.features = partial(fourier, width=width, scale=scale)
         else:
@@ -73,7 +75,8 @@ class Conditioner(nnx.Module):
             rows = num_classes + null_class
             self.label = nnx.Embed(rows, out_features, embedding_init=init, dtype=dtype, rngs=rngs)
         self.numbers = ScalarEmbedding(scalar_conditions, out_features, dtype=dtype, rngs=rngs)
-        self.conditions = ConditionEmbedding(conditions, out_features, dtype=dtype, rngs=rngs)
+        text = dict(text_mlp=text_mlp, null_text=null_text)
+        self.conditions = ConditionEmbedding(conditions, out_features, **text, dtype=dtype, rngs=rngs)
 
     def __call__(self, c_noise: Array, cond: Cond) -> Embedded:
         emb_BxD = self.numbers(self.outer(jax.nn.silu(self.inner(self.features(c_noise)))), cond)
@@ -91,11 +94,13 @@ class ConditionEmbedding(nnx.Module):
     """Adds numbers, vectors and pooled texts to an embedding `[B, features]`, and embeds the tokens of texts.
 
     What is added is zero at initialisation, so that a network can start from the weights of one without these
-    conditions. Values that are not kept, and texts without any token, are replaced by learned null values.
+    conditions. Values that are not kept, and texts without any token, are replaced by learned null values. `text_mlp`
+    and `null_text` are options of `TextEmbedding`.
     """
 
-    def __init__(self, conditions: Mapping[str, ConditionSpec], features: int, *, dtype: Any, rngs: Keys):
-        self.features = features
+    def __init__(self, conditions: Mapping[str, ConditionSpec], features: int, *, text_mlp: bool = False,
+                 null_text: bool = True, dtype: Any, rngs: Keys):  # fmt: skip
+        self.features, self.null_text = features, null_text
         self.names = tuple(sorted(name for name, spec in conditions.items() if spec.kind != "image"))
         vectors, texts = {}, {}
         for name in self.names:
@@ -104,7 +109,7 @@ class ConditionEmbedding(nnx.Module):
             if width:
                 vectors[name] = VectorEmbedding(width, features, dtype=dtype, rngs=rngs)
             if spec.kind == "text":
-                texts[name] = TextEmbedding(spec, features, dtype=dtype, rngs=rngs)
+                texts[name] = TextEmbedding(spec, features, mlp=text_mlp, null=null_text, dtype=dtype, rngs=rngs)
         self.vectors, self.texts = nnx.Dict(vectors), nnx.Dict(texts)
 
     def __call__(self, emb_BxD: Array, cond: Cond) -> Embedded:
@@ -112,6 +117,9 @@ class ConditionEmbedding(nnx.Module):
         for name in self.names:
             value, keep = cond[name], jnp.broadcast_to(kept(cond, name), emb_BxD.shape[:1])
             if name in self.texts:
+                if not self.null_text and kept(cond, name) is not True and name not in cond.get(NULL, {}):
+                    problem = "cannot be dropped: the network has no null text; give the text that replaces it"
+                    raise InputError(f"network.{name}", f"{problem} in cond[{NULL!r}]")
                 keep &= value.mask.any(axis=1)
                 tokens.append(self.texts[name](value, keep))
                 value = value.pooled
@@ -141,26 +149,40 @@ class VectorEmbedding(nnx.Module):
 class TextEmbedding(nnx.Module):
     """Maps the tokens of a text to a sequence `[B, L, features]` and its mask.
 
-    Integer tokens are looked up in a table, and a learned embedding of the position is added. A text that is not kept
-    becomes one null token. What padding holds has no effect.
+    Integer tokens are looked up in a table, and a learned embedding of the position is added. Vectors are mapped by a
+    linear layer, or with `mlp` by two with a GELU between them (PixArt-alpha: Chen et al. 2023, arXiv 2310.00426). A
+    text that is not kept becomes one null token, unless `null` is False: then every text must be kept. What padding
+    holds has no effect.
     """
 
-    def __init__(self, spec: ConditionSpec, features: int, *, dtype: Any, rngs: Keys):
-        self.dtype, self.vocabulary = jnp.dtype(dtype), spec.vocabulary
+    def __init__(
+        self, spec: ConditionSpec, features: int, *, mlp: bool = False, null: bool = True, dtype: Any, rngs: Keys
+    ):
+        self.dtype, self.vocabulary, self.mlp, self.has_null = jnp.dtype(dtype), spec.vocabulary, mlp, null
         kwargs = dict(dtype=dtype, rngs=rngs)
         if spec.vocabulary:
             self.tokens = nnx.Embed(spec.vocabulary, features, embedding_init=NORMAL, **kwargs)
             small = nnx.initializers.normal(0.02)
             self.positions = nnx.Param(small(rngs.params(), (spec.shape[0], features), jnp.float32))
+        elif mlp:
+            self.inner = nnx.Linear(spec.shape[1], features, **kwargs)
+            self.outer = nnx.Linear(features, features, **kwargs)
         else:
             self.tokens = nnx.Linear(spec.shape[1], features, **kwargs)
-        self.null = nnx.Param(NORMAL(rngs.params(), (features,), jnp.float32))
+        if null:
+            self.null = nnx.Param(NORMAL(rngs.params(), (features,), jnp.float32))
 
     def __call__(self, text: Text, keep_B: Array) -> tuple[Array, Array]:
         if self.vocabulary:
             tokens_BxLxD = self.tokens(jnp.where(text.mask, text.tokens, 0)) + self.positions[...].astype(self.dtype)
         else:
-            tokens_BxLxD = self.tokens(jnp.where(text.mask[..., None], text.tokens, 0))
+            tokens_BxLxD = jnp.where(text.mask[..., None], text.tokens, 0)
+            if self.mlp:
+                tokens_BxLxD = self.outer(jax.nn.gelu(self.inner(tokens_BxLxD), approximate=True))
+            else:
+                tokens_BxLxD = self.tokens(tokens_BxLxD)
+        if not self.has_null:
+            return tokens_BxLxD, text.mask
         first_L = jnp.arange(tokens_BxLxD.shape[1]) == 0
         null_LxD = jnp.where(first_L[:, None], self.null[...].astype(self.dtype), 0)
         sequence_BxLxD = jnp.where(keep_B[:, None, None], tokens_BxLxD, null_LxD)

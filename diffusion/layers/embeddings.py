@@ -59,6 +59,33 @@ def _waves(angles: Array) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+class SizeEmbedding(nnx.Module):
+    """Embeds the size of the image that an example was made from, `[B, features]`: PixArt-alpha's micro-conditions
+    (Chen et al. 2023, arXiv 2310.00426, appendix A.2; Podell et al. 2023, arXiv 2307.01952, section 2.2).
+
+    The result is the concatenation of embeddings of the height, the width and the aspect ratio, of equal widths.
+
+    Args:
+      features: The width of the embedding; divisible by 3.
+      width: The width of the sinusoidal features.
+      dtype: The compute dtype.
+      rngs: The random keys that the parameters are drawn from.
+    """
+
+    def __init__(self, features: int, width: int, *, dtype: Any, rngs: Keys):
+        self.width, part = width, features // 3
+        for name in ("resolution", "aspect_ratio"):
+            inner, outer = (nnx.Linear(size, part, dtype=dtype, rngs=rngs) for size in (width, part))
+            setattr(self, name, nnx.Dict({"inner": inner, "outer": outer}))
+
+    def __call__(self, resolution_Bx2: Array, aspect_ratio_B: Array) -> Array:
+        parts = []
+        for layers, values in ((self.resolution, resolution_Bx2), (self.aspect_ratio, aspect_ratio_B)):
+            hidden = jax.nn.silu(layers["inner"](sinusoidal(values.reshape(-1), self.width)))
+            parts.append(layers["outer"](hidden).reshape(len(values), -1))
+        return jnp.concatenate(parts, axis=-1)
+
+
 class ScalarEmbedding(nnx.Module):
     """Adds embeddings of the scalar conditions in `cond` to an embedding `[B, features]`.
 

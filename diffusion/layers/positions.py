@@ -12,21 +12,27 @@ def patches(x: Array, size: int) -> Array:
     return x.reshape(B, H // size, size, W // size, size, C).swapaxes(2, 3).reshape(B, -1, size * size * C)
 
 
-def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
+def sincos_2d(rows: int, columns: int, width: int, spacing: tuple[float, float] = (1, 1)) -> np.ndarray:
     """Returns fixed position embeddings `[rows * columns, width]`: sines and cosines of the column in the first
-    half, of the row in the second (Peebles & Xie 2023; Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
-    frequencies = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    angles = [np.outer(position, frequencies) for position in (column, row)]
-    return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+    half, of the row in the second (Peebles & Xie 2023; Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
+
+    Neighbouring rows, and neighbouring columns, differ by `spacing` in position.
+    """
+    row, column = _angles(rows, columns, width // 4, spacing)
+    return np.concatenate([f(angle) for angle in (column, row) for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-def rotary_angles(rows: int, columns: int, head_dim: int) -> np.ndarray:
+def rotary_angles(rows: int, columns: int, head_dim: int, spacing: tuple[float, float] = (1, 1)) -> np.ndarray:
     """Returns the angles `[rows * columns, head_dim / 2]` for `rotate`: the first half depends on the row, the second
-    on the column."""
-    frequencies = 10_000.0 ** -(np.arange(head_dim // 4) / (head_dim // 4))
+    on the column. `spacing` is that of `sincos_2d`."""
+    return np.concatenate(_angles(rows, columns, head_dim // 4, spacing), axis=1).astype(np.float32)
+
+
+def _angles(rows: int, columns: int, num: int, spacing: tuple[float, float]) -> list[np.ndarray]:
+    """Returns the row and the column of each token, times `num` frequencies, `[rows * columns, num]` each."""
+    frequencies = 10_000.0 ** -(np.arange(num) / num)
     positions = np.divmod(np.arange(rows * columns), columns)
-    return np.concatenate([np.outer(position, frequencies) for position in positions], axis=1).astype(np.float32)
+    return [np.outer(position * step, frequencies) for position, step in zip(positions, spacing, strict=True)]
 
 
 def rotate(x: Array, angles: Array) -> Array:

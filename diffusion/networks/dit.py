@@ -1,11 +1,14 @@
 """The diffusion transformer DiT (Peebles & Xie 2023, arXiv 2212.09748), with options of its successors."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from diffusion.core import checks
@@ -22,6 +25,7 @@ from diffusion.core.types import (
 )
 from diffusion.layers.attention import CrossAttention, Kernel, attention
 from diffusion.layers.conditioner import Conditioner, Embedded, has_text, image_channels, images_of
+from diffusion.layers.embeddings import SizeEmbedding
 from diffusion.layers.functional import Blocks, functional
 from diffusion.layers.keys import Keys
 from diffusion.layers.norms import layer_norm
@@ -29,6 +33,7 @@ from diffusion.layers.positions import patches, rotary_angles, rotate, sincos_2d
 from diffusion.layers.stack import Remat, Stack
 
 FREQUENCIES = 256  # width of the sinusoidal features of the noise label, for every `width`
+SIZES = {"resolution": ConditionSpec("vector", (2,)), "aspect_ratio": ConditionSpec("scalar")}  # of `size_embedding`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,12 @@ class DiTConfig:
     norm: Literal["layer", "rms"]
     qk_norm: bool
     mlp: Literal["gelu", "swiglu"]
+    modulation: Literal["block", "single"]
+    text: Literal["cross", "joint"]
+    text_projection: Literal["linear", "mlp"]
+    null_text: bool
+    size_embedding: bool
+    interpolation_scale: float | None
     block_embedders: bool
     freq_shift: Literal[0, 1]
     kernel: Kernel
@@ -70,6 +81,25 @@ class DiTConfig:
         if self.positions == "rope" and self.head_dim % 4:
             raise InputError("positions", f"rope requires width / num_heads divisible by 4, got {self.head_dim}")
         checks.inner_width(self.mlp_width)
+        checks.positive(interpolation_scale=self.interpolation_scale)
+        texts = [spec for spec in self.conditions.values() if spec.kind == "text"]
+        if self.text_projection == "mlp" and any(spec.vocabulary for spec in texts):
+            raise InputError("text_projection", "must be 'linear' for texts of integers, which the network embeds")
+        if self.block_embedders and (self.modulation == "single" or (self.text == "joint" and texts)):
+            problem = "must be False with modulation = 'single' or text = 'joint', where all blocks share the embedding"
+            raise InputError("block_embedders", problem)
+        if self.size_embedding:
+            found = {name: spec for name, spec in self.conditions.items() if name in SIZES}
+            if found != SIZES:
+                raise InputError("size_embedding", "requires data with the conditions resolution, a vector of the "
+                                 "height and the width, and aspect_ratio, a scalar")  # fmt: skip
+            if self.width % 3:
+                raise InputError("width", f"must be divisible by 3 with size_embedding, got {self.width}")
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the tokens of texts take part in self-attention."""
+        return self.text == "joint" and has_text(self.conditions)
 
     @property
     def head_dim(self) -> int:
@@ -85,31 +115,43 @@ class DiTBlock(nnx.Module):
     """Attention and an MLP with adaLN-zero: the embedding scales and shifts the norm before each and gates its output.
     The identity at initialisation.
 
-    Between the two, texts are read by cross-attention without modulation (PixArt-alpha: Chen et al. 2023, arXiv
-    2310.00426, section 2.3).
+    With `modulation = "single"` the vector of the conditions is the modulation of all blocks, and each block adds its
+    own table. Between the two parts, texts are read by cross-attention without norm and modulation (PixArt-alpha: Chen
+    et al. 2023, arXiv 2310.00426, section 2.3). With `text = "joint"` their tokens precede those of the image instead,
+    and the mask is that of all tokens.
     """
 
     def __init__(self, config: DiTConfig, *, rngs: Keys):
         self.config = config
         width, dtype = config.width, jnp.dtype(config.dtype)
         kwargs = dict(kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
-        self.modulation = nnx.Linear(width, 6 * width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
+        if config.modulation == "single":
+            self.table = modulation_table(6, width, rngs)
+        else:
+            self.modulation = nnx.Linear(width, 6 * width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
         self.qkv = nnx.Linear(width, 3 * width, **kwargs)
         self.out = nnx.Linear(width, width, **kwargs)
         if config.qk_norm:
             self.norm_q, self.norm_k = (nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs) for _ in range(2))
         self.up = nnx.Linear(width, config.mlp_width * (2 if config.mlp == "swiglu" else 1), **kwargs)
         self.down = nnx.Linear(config.mlp_width, width, **kwargs)
-        if has_text(config.conditions):
+        if has_text(config.conditions) and not config.is_joint:
             self.cross = CrossAttention(width, width, config.num_heads, kernel=config.kernel, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x_BxNxD: Array, embedded: Embedded, angles_NxF: Array | None, size: tuple[int, int],
         perturbation: Perturbation | None = None,
     ) -> Array:  # fmt: skip
-        attend = attention(perturbation, size)
-        norm, modulation = self.config.norm, self.modulation(jax.nn.silu(embedded.vector))[:, None, :]
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+        attend = functools.partial(
+            attention(perturbation, size, x_BxNxD.shape[1] - math.prod(size)), kernel=self.config.kernel,
+            mask=embedded.mask if self.config.is_joint else None,
+        )  # fmt: skip
+        norm, vector = self.config.norm, embedded.vector
+        if self.config.modulation == "single":
+            modulation = vector + self.table[...].reshape(-1).astype(vector.dtype)
+        else:
+            modulation = self.modulation(jax.nn.silu(vector))
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation[:, None, :], 6, axis=-1)
         x_BxNxD += gate1 * self._attention(layer_norm(x_BxNxD, norm) * (1 + scale1) + shift1, angles_NxF, attend)
         if embedded.sequence is not None:
             x_BxNxD += self.cross(x_BxNxD, embedded.sequence, embedded.mask)
@@ -123,7 +165,7 @@ class DiTBlock(nnx.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         if angles_NxF is not None:
             q, k = rotate(q, angles_NxF), rotate(k, angles_NxF)
-        return self.out(attend(q, k, v, kernel=self.config.kernel).reshape(B, N, D))
+        return self.out(attend(q, k, v).reshape(B, N, D))
 
     def _mlp(self, h_BxNxD: Array) -> Array:
         h = self.up(h_BxNxD)
@@ -139,15 +181,20 @@ class DiT(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: Keys):
         self.config = config
         width, dtype, patch_area = config.width, jnp.dtype(config.dtype), config.patch_size**2
+        sizes = SIZES if config.size_embedding else {}
+        conditions = {name: spec for name, spec in config.conditions.items() if name not in sizes}
 
         def conditioner(rngs: Keys) -> Conditioner:
             return Conditioner(
-                FREQUENCIES, width, config.num_classes, conditions=config.conditions,
-                scalar_conditions=config.scalar_conditions, freq_shift=config.freq_shift, dtype=dtype, rngs=rngs,
+                FREQUENCIES, width, config.num_classes, conditions=conditions,
+                scalar_conditions=config.scalar_conditions, freq_shift=config.freq_shift,
+                text_mlp=config.text_projection == "mlp", null_text=config.null_text, dtype=dtype, rngs=rngs,
             )  # fmt: skip
 
         separate = config.block_embedders
         self.embed = Stack(conditioner, config.depth, "none", rngs=rngs) if separate else conditioner(rngs)
+        if config.size_embedding:
+            self.sizes = SizeEmbedding(width, FREQUENCIES, dtype=dtype, rngs=rngs)
         xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros
         self.patches_in = nnx.Linear(patch_area * config.shape[2], width, kernel_init=xavier, dtype=dtype, rngs=rngs)
         if image_channels(config.conditions):
@@ -158,35 +205,69 @@ class DiT(nnx.Module):
         self.blocks = Stack(
             lambda rngs: DiTBlock(config, rngs=rngs), config.depth, config.remat, config.unroll, rngs=rngs
         )
-        self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        if config.modulation == "single":
+            small = nnx.initializers.normal(0.02)
+            self.modulation = nnx.Linear(width, 6 * width, kernel_init=small, dtype=dtype, rngs=rngs)
+            self.table = modulation_table(2, width, rngs)
+        else:
+            self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
         patch_out = patch_area * config.outputs * config.shape[2]
         self.patches_out = nnx.Linear(width, patch_out, kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
 
     def __call__(
         self, x: Array, c_noise: Array, cond: Cond, key: Array | None, perturbation: Perturbation | None = None
     ) -> Array:
-        (B, H, W, _), p = x.shape, self.config.patch_size
-        rows, columns = H // p, W // p
-        dtype, norm = jnp.dtype(self.config.dtype), self.config.norm
+        (B, H, W, _), p, dtype = x.shape, self.config.patch_size, jnp.dtype(self.config.dtype)
+        size = rows, columns = H // p, W // p
+        is_single = self.config.modulation == "single"
         embedded = self.embed.each(c_noise, cond) if self.config.block_embedders else self.embed(c_noise, cond)
+        if self.config.size_embedding:
+            sizes = self.sizes(*(cond[name] for name in SIZES))
+            embedded = embedded._replace(vector=embedded.vector + sizes)
         x_BxNxD = self.patches_in(patches(x, p).astype(dtype))
         if image_channels(self.config.conditions):
             x_BxNxD += self.patches_images(patches(images_of(self.config.conditions, cond), p).astype(dtype))
         angles_NxF = None
         if self.config.positions == "rope":
-            angles_NxF = rotary_angles(rows, columns, self.config.head_dim)
+            angles_NxF = rotary_angles(*size, self.config.head_dim, self._spacing(size))
         else:
-            x_BxNxD += sincos_2d(rows, columns, self.config.width).astype(dtype)
-        size = rows, columns
+            x_BxNxD += sincos_2d(*size, self.config.width, self._spacing(size)).astype(dtype)
+        for_blocks, num_texts = embedded, 0
+        if self.config.is_joint:
+            num_texts = embedded.mask.shape[1]
+            x_BxNxD = jnp.concatenate([embedded.sequence, x_BxNxD], axis=1)
+            mask_BxN = jnp.pad(embedded.mask, ((0, 0), (0, rows * columns)), constant_values=True)
+            for_blocks = Embedded(embedded.vector, mask=mask_BxN)
+            if angles_NxF is not None:
+                angles_NxF = np.pad(angles_NxF, ((num_texts, 0), (0, 0)))  # texts are not rotated
+        if is_single:
+            for_blocks = for_blocks._replace(vector=self.modulation(jax.nn.silu(embedded.vector)))
         if self.config.block_embedders:
             x_BxNxD = self.blocks(x_BxNxD, angles_NxF, size, per_block=(embedded,), perturbation=perturbation)
             embedded = jax.tree.map(lambda leaf: leaf[0], embedded)
         else:
-            x_BxNxD = self.blocks(x_BxNxD, embedded, angles_NxF, size, perturbation=perturbation)
-        shift, scale = jnp.split(self.modulation(jax.nn.silu(embedded.vector))[:, None, :], 2, axis=-1)
-        x_BxNxD = layer_norm(x_BxNxD, norm) * (1 + scale) + shift
+            x_BxNxD = self.blocks(x_BxNxD, for_blocks, angles_NxF, size, perturbation=perturbation)
+        if is_single:
+            modulation = jnp.tile(embedded.vector, 2) + self.table[...].reshape(-1).astype(dtype)
+        else:
+            modulation = self.modulation(jax.nn.silu(embedded.vector))
+        shift, scale = jnp.split(modulation[:, None, :], 2, axis=-1)
+        x_BxNxD = layer_norm(x_BxNxD[:, num_texts:], self.config.norm) * (1 + scale) + shift
         x = self.patches_out(x_BxNxD.astype(jnp.float32))
         return x.reshape(B, rows, columns, p, p, -1).swapaxes(2, 3).reshape(B, H, W, -1)
+
+    def _spacing(self, size: tuple[int, int]) -> tuple[float, float]:
+        """Returns the distances between the positions of neighbouring rows and columns; see `interpolation_scale`."""
+        scale, (H, W, _) = self.config.interpolation_scale, self.config.shape
+        if scale is None:
+            return 1, 1
+        rows, columns = size
+        return H / self.config.patch_size / rows / scale, W / self.config.patch_size / columns / scale
+
+
+def modulation_table(num: int, width: int, rngs: Keys) -> nnx.Param:
+    """Returns what is added to `num` vectors of the shared modulation, `[num, width]`."""
+    return nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (num, width), jnp.float32))
 
 
 def make(
@@ -204,6 +285,12 @@ def make(
     norm: Literal["layer", "rms"] = "layer",
     qk_norm: bool = False,
     mlp: Literal["gelu", "swiglu"] = "gelu",
+    modulation: Literal["block", "single"] = "block",
+    text: Literal["cross", "joint"] = "cross",
+    text_projection: Literal["linear", "mlp"] = "linear",
+    null_text: bool = True,
+    size_embedding: bool = False,
+    interpolation_scale: float | None = None,
     block_embedders: bool = False,
     freq_shift: Literal[0, 1] = 0,
     kernel: Kernel = "auto",
@@ -238,6 +325,20 @@ def make(
       qk_norm: Whether to normalise queries and keys (Dehghani et al. 2023, arXiv 2302.05442), which keeps training in
         bfloat16 stable.
       mlp: `gelu`, or the gated `swiglu` (Shazeer 2020, arXiv 2002.05202).
+      modulation: `block`: every block maps the embedding to its own scales, shifts and gates. `single`: one layer does
+        so for all blocks, and each block adds its own table (PixArt-alpha's adaLN-single, arXiv 2310.00426, section
+        2.3). The layers that this leaves out are a third of the parameters of a DiT.
+      text: `cross`: texts are read by cross-attention after each self-attention. `joint`: their tokens precede those of
+        the image and take part in self-attention, with the same weights and without positions, and are dropped after
+        the last block.
+      text_projection: `linear`, or `mlp`: two layers with a GELU between them map the vectors of texts to `width`, as
+        in PixArt.
+      null_text: Whether there is a learned null text for those that are dropped. Without it, `cond["null"]` must hold
+        the text that replaces them.
+      size_embedding: Whether the conditions `resolution`, the height and the width, and `aspect_ratio` are embedded as
+        PixArt-alpha's micro-conditions, which are never dropped; see `layers.embeddings.SizeEmbedding`.
+      interpolation_scale: If given, the positions of an image of any size are stretched to the rows and columns of
+        `shape`, divided by this, as in PixArt. None: they are the numbers of the rows and columns.
       block_embedders: Whether every block has its own embedding of the noise label and the conditions, as in diffusers'
         DiT; the last layer uses that of the first block. Otherwise all share one, as in the paper.
       freq_shift: 0 for the noise label's frequencies of the paper's code, 1 for those of diffusers' DiT; see

@@ -104,7 +104,7 @@ def test_a_dit_of_the_class_before_diffusers_0_29(tmp_path):
     config = json.loads(path.read_text()) | {"_class_name": "Transformer2DModel", "use_linear_projection": False}
     path.write_text(json.dumps(config))
     jax.tree.map(np.testing.assert_array_equal, models.read(str(tmp_path)).params, model.params)
-    for change in ({"norm_type": "ada_norm_single"}, {"cross_attention_dim": 8}, {"interpolation_scale": 2}):
+    for change in ({"norm_type": "layer_norm"}, {"cross_attention_dim": 8}, {"interpolation_scale": 2}):
         path.write_text(json.dumps(config | change))
         with refused(f"config.json.{next(iter(change))}"):
             models.read(str(tmp_path))
