@@ -45,7 +45,8 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: K
     Args:
       q: Queries `[B, N, heads, F]`.
       k, v: Keys and values `[B, M, heads, F]`.
-      mask: Bool `[B, M]`, which keys are attended to; at least one per example. None: all.
+      mask: Bool `[B, M]`, which keys are attended to. The other keys and values have no effect if they are finite. An
+        example without any key has the mean of its values. None: all.
       kernel: The implementation.
         `xla`: plain matrix products.
         `cudnn`: flash attention on NVIDIA GPUs, for bfloat16 or float16 and F divisible by 8 and at most 128 (256 from

@@ -99,6 +99,22 @@ def test_masked_keys_have_no_influence(kernel, chunks_of_4):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_without_any_key_the_output_is_finite(kernel, chunks_of_4):
+    """Such an example has the mean of v, and neither it nor its gradient affects the others."""
+    mask = np.array([np.zeros(M, bool), MASK[1]])
+
+    def loss(q, k, v, mask):
+        out = attend(q, k, v, mask, kernel=kernel)
+        return jnp.sum(jnp.sin(out)), out
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (gradients, out), (expected, other) = run(Q, K, V, mask), run(Q, K, V, MASK)
+    assert all(np.isfinite(leaf).all() for leaf in (*gradients, out))
+    np.testing.assert_allclose(out[0], np.broadcast_to(V[0].mean(0), out[0].shape), atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), (gradients, out), (expected, other))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_softmax_of_bfloat16_is_float32(kernel, chunks_of_4):
     """Logits are near 40, where bfloat16 would change them by up to 1/8, and their exponentials by that factor."""
     q, k, v = (jnp.asarray(part, jnp.bfloat16) for part in (10 * Q, K, V))

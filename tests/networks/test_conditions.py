@@ -10,7 +10,7 @@ from flax import nnx
 
 from diffusion.core import trees
 from diffusion.core.build import build_network
-from diffusion.core.types import ArraySpec, ConditionSpec, Spec, Text, class_labels
+from diffusion.core.types import ArraySpec, ConditionSpec, Perturbation, Spec, Text, class_labels
 from diffusion.layers.conditioner import Conditioner
 from diffusion.layers.embeddings import fourier
 from tests.refusals import refused
@@ -19,6 +19,7 @@ from tests.tiers import slow_except
 NETWORKS = {
     "unet": {"width": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "head_dim": 8},
     "dit": {"width": 16, "depth": 2, "num_heads": 2},
+    "dit joint": {"name": "dit", "width": 16, "depth": 2, "num_heads": 2, "text": "joint", "positions": "rope"},
     "uvit": {"width": 16, "depth": 3, "num_heads": 2},
     "mlp": {"width": 8, "depth": 1},
 }
@@ -56,7 +57,13 @@ def kept(**dropped):
     return {name: np.array([True, True, name not in dropped]) for name in CONDITIONS}
 
 
-@pytest.mark.parametrize(("name", "kernel"), [("unet", "xla"), ("dit", "xla"), ("dit", "chunked"), ("uvit", "xla")])
+KERNELS = [(name, kernel) for name in ("unet", "dit", "dit joint", "uvit") for kernel in ("xla", "chunked")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    slow_except([("unet", "xla"), ("dit", "chunked"), ("dit joint", "xla"), ("uvit", "chunked")], KERNELS),
+)
 def test_every_condition_matters_and_padding_does_not(name, kernel):
     network, params = network_of(name, CONDITIONS, kernel=kernel)
     apply = jax.jit(lambda cond, keep: network.apply(params, X, C_NOISE, {**cond, "keep": keep}))
@@ -91,6 +98,10 @@ def test_every_condition_matters_and_padding_does_not(name, kernel):
             np.testing.assert_array_equal(apply(changed, kept(**{condition: True}))[2], dropped[2])
     empty = replaced("text", mask=MASK & (np.arange(3) < 2)[:, None])
     np.testing.assert_array_equal(apply(empty, kept()), apply(COND, kept(text=True)))
+
+    in_reverse = jax.tree.map(lambda value: value[::-1].copy(), (X, C_NOISE, COND))
+    moved = jax.jit(lambda x, c_noise, cond: network.apply(params, x, c_noise, cond))(*in_reverse)
+    np.testing.assert_allclose(moved[::-1], out, atol=1e-5 * abs(out).max())
 
 
 @pytest.mark.parametrize("name", slow_except(["dit"], ["unet", "dit", "uvit"]))
@@ -151,12 +162,45 @@ def test_a_network_refuses_conditions_that_it_cannot_read(network, condition):
     assert network in str(caught.value) and "'extra'" in str(caught.value)
 
 
-def test_rotation_and_bfloat16_with_text():
+@pytest.mark.parametrize("name", ["dit", "dit joint"])
+def test_rotation_and_bfloat16_with_text(name):
+    """Texts have no positions: the order of their tokens, and the place and the length of padding, have no effect."""
     conditions = {"text": CONDITIONS["text"]}
-    options = {"dtype": "bfloat16", "positions": "rope", "qk_norm": True}
-    network, params = network_of("dit", conditions, **options)
-    out = jax.jit(network.apply)(params, X, C_NOISE, {"text": COND["text"]})
-    assert out.dtype == jnp.float32 and np.isfinite(out).all()
+    options = {"dtype": "bfloat16", "positions": "rope", "qk_norm": True, "modulation": "single"}
+    network, params = network_of(name, conditions, **options)
+    text = COND["text"]
+    in_reverse = Text(text.tokens[:, ::-1], text.mask[:, ::-1], text.pooled)
+    apply = jax.jit(lambda text: network.apply(params, X, C_NOISE, {"text": text}))
+    out = apply(text)
+    assert out.dtype == jnp.float32 and np.isfinite(out).all() and abs(out).max() > 0.1
+    np.testing.assert_allclose(apply(in_reverse), out, atol=1e-3 * abs(out).max())
+    longer, _ = network_of(name, {"text": ConditionSpec("text", (8, 6), pooled=4)}, **options)
+    padded = Text(np.pad(text.tokens, ((0, 0), (0, 3), (0, 0))), np.pad(text.mask, ((0, 0), (0, 3))), text.pooled)
+    actual = jax.jit(longer.apply)(params, X, C_NOISE, {"text": padded})
+    np.testing.assert_allclose(actual, out, atol=1e-3 * abs(out).max())
+    other = dataclasses.replace(text, tokens=text.tokens + 1)
+    assert abs(apply(other) - out).max() > 0.03 * abs(out).max()
+
+
+def test_joint_text_is_not_blurred():
+    """Its tokens are not among the rows and columns of the image."""
+    network, params = network_of("dit joint", {"text": CONDITIONS["text"]})
+    blurred = network.perturbed(Perturbation("blur", sigma=1.0))
+    assert jax.eval_shape(blurred, params, X, C_NOISE, {"text": COND["text"]}).shape == X.shape
+
+
+def test_without_a_null_text_it_cannot_be_dropped():
+    """`cond["null"]` has to hold what replaces it; a text without any token gives finite values."""
+    conditions = {"text": ConditionSpec("text", (5, 6))}
+    network, params = network_of("dit", conditions, null_text=False, text_projection="mlp")
+    assert not [path for path in trees.by_path(params) if "null" in path]
+    cond = {"text": Text(COND["text"].tokens, MASK & (np.arange(3) < 2)[:, None])}
+    assert np.isfinite(network.apply(params, X, C_NOISE, cond)).all()
+    for keep in (np.array([True, True, False]), {"text": np.ones(3, bool)}):
+        with refused("network.text"):
+            network.apply(params, X, C_NOISE, {**cond, "keep": keep})
+    network.apply(params, X, C_NOISE, {**cond, "keep": {"other": np.zeros(3, bool)}})
+    network.apply(params, X, C_NOISE, {**cond, "keep": np.ones(3, bool), "null": cond})
 
 
 def test_the_scale_of_fourier_features_reaches_the_network():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion.core.build import build
+from diffusion.core.types import ConditionSpec
 from diffusion.layers.positions import rotary_angles, rotate, sincos_2d
 from tests.refusals import refused
 from tests.tiers import slow_except
@@ -147,6 +148,29 @@ def test_position_embeddings():
     table = sincos_2d(4, 3, 8).reshape(4, 3, 8)
     np.testing.assert_allclose(table[2, 1], [np.sin(1), np.sin(0.01), np.cos(1), np.cos(0.01),
                                              np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02)], rtol=1e-6)  # fmt: skip
+    stretched = sincos_2d(2, 6, 8, spacing=(2, 0.5)).reshape(2, 6, 8)
+    np.testing.assert_array_equal(stretched[:, ::2], table[::2])
+    rotary = rotary_angles(4, 3, 8).reshape(4, 3, 4)
+    np.testing.assert_array_equal(rotary_angles(2, 6, 8, spacing=(2, 0.5)).reshape(2, 6, 4)[:, ::2], rotary[::2])
+
+
+def test_interpolated_positions_are_those_of_the_shape():
+    """Images of any size span the rows and columns of the shape, divided by the scale."""
+
+    def table(shape, size, **options):
+        network = build("networks", {**TINY, "depth": 1, **options}, shape=(*shape, 1))
+        params = jax.eval_shape(network.init, jax.random.key(0))
+        consts = jax.make_jaxpr(network.apply)(params, np.zeros((1, *size, 1)), np.zeros(1), {}).consts
+        return next(np.asarray(const) for const in consts if np.ndim(const) == 2)
+
+    plain = table((8, 4), (8, 4))
+    np.testing.assert_array_equal(table((16, 8), (8, 4), interpolation_scale=2), plain)
+    larger = table((8, 4), (16, 12), interpolation_scale=1).reshape(8, 6, -1)
+    np.testing.assert_array_equal(larger[::2, ::3], plain.reshape(4, 2, -1))
+    rope = {"positions": "rope"}
+    np.testing.assert_array_equal(
+        table((8, 4), (4, 8), interpolation_scale=2, **rope), rotary_angles(2, 4, 8, (1, 0.25))
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,11 +185,24 @@ def test_position_embeddings():
         ({"norm": "batch"}, "norm"),
         ({"freq_shift": 2}, "freq_shift"),
         ({"remat": "some"}, "remat"),
+        ({"modulation": "none"}, "modulation"),
+        ({"text": "both"}, "text"),
+        ({"interpolation_scale": 0}, "interpolation_scale"),
+        ({"modulation": "single", "block_embedders": True}, "block_embedders"),
+        ({"size_embedding": True}, "size_embedding"),
+        (
+            {"text_projection": "mlp", "conditions": {"text": ConditionSpec("text", (3,), vocabulary=5)}},
+            "text_projection",
+        ),
+        (
+            {"text": "joint", "block_embedders": True, "conditions": {"text": ConditionSpec("text", (3, 4))}},
+            "block_embedders",
+        ),
         ({"shape": (8, 7, 1)}, "patch_size"),
     ],
 )
 def test_bad_options(options, field):
     spec = {**TINY, **options}
-    shape = spec.pop("shape", (8, 8, 1))
+    shape, conditions = spec.pop("shape", (8, 8, 1)), spec.pop("conditions", {})
     with refused(f"networks.{field}"):
-        build("networks", spec, shape=shape, num_classes=10)
+        build("networks", spec, shape=shape, num_classes=10, conditions=conditions)
