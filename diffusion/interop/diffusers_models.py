@@ -78,10 +78,12 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, tex
     return Model(network, spec, tensors.to_native(pairs(network, spec), foreign, shapes))
 
 
-def write(path: str, model: Model) -> None:
-    """Writes a model folder. Raises InputError naming the option that diffusers' model does not support."""
+def write(path: str, model: Model) -> str:
+    """Writes a model folder and returns the name of its class. Raises InputError naming the option that diffusers'
+    model does not support."""
     config = _converter(model.network, model.spec).config_of(with_defaults(model.network), model.spec, model.params)
     model_folder.write(path, config, tensors.to_foreign(pairs(model.network, model.spec), model.params))
+    return config["_class_name"]
 
 
 def with_defaults(network: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ COMPONENTS = {
 _SCHEDULER = "scheduler_config.json"
 # Schedulers that have a pipeline of their own for a UNet2DModel; with the others it is a DDPMPipeline.
 PIPELINES = {"DDIMScheduler": "DDIMPipeline", "CMStochasticIterativeScheduler": "ConsistencyModelPipeline"}
+TEXT_LENGTHS = {"PixArtSigmaPipeline": 300}  # tokens, where it is not the default of the model's class
 # Schedulers whose noise must be scaled, which no pipeline of these models does, and those that take no generator, which
 # DDPMPipeline passes.
 SCALED = ("Euler", "EDM", "Heun", "KDPM2", "LMS")
@@ -40,8 +41,9 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None) -> 
     Raises:
       InputError: if the folder cannot be read or what it contains is not supported.
     """
-    folder = _model_folder(path)
-    model = diffusers_models.read(folder, null_class=null_class, variant=variant)
+    folder, kind = _model_folder(path)
+    length = TEXT_LENGTHS.get(kind)
+    model = diffusers_models.read(folder, null_class=null_class, variant=variant, text_length=length)
     for place in (os.path.join(path, "scheduler"), path):
         if os.path.exists(os.path.join(place, _SCHEDULER)):
             return model, schedulers.read(model_folder.read_json(place, _SCHEDULER), model.network["outputs"])
@@ -50,15 +52,16 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None) -> 
     return model, None
 
 
-def _model_folder(path: str) -> str:
-    """Returns the folder of the model of a pipeline, which may be the pipeline's own."""
+def _model_folder(path: str) -> tuple[str, str | None]:
+    """Returns the folder of the model of a pipeline, which may be the pipeline's own, and the pipeline's class."""
     if not os.path.exists(os.path.join(path, "model_index.json")):
-        return path
+        return path, None
     index = model_folder.read_json(path, "model_index.json")
     for component in (component for component, _, _ in COMPONENTS.values() if component in index):
         inner = os.path.join(path, component)
-        return inner if os.path.isdir(inner) or not os.path.exists(os.path.join(path, "config.json")) else path
-    raise InputError("folder", f"{path} must contain a pipeline of a UNet2DModel or a DiTTransformer2DModel")
+        has_inner = os.path.isdir(inner) or not os.path.exists(os.path.join(path, "config.json"))
+        return inner if has_inner else path, index.get("_class_name")
+    raise InputError("folder", f"{path} must contain a pipeline with a unet or a transformer")
 
 
 def write(path: str, model: Model, sections: Mapping[str, Any]) -> str:
@@ -78,8 +81,10 @@ def write(path: str, model: Model, sections: Mapping[str, Any]) -> str:
     name = model.network["name"]
     component, kind, pipeline = COMPONENTS.get(name, ("", "", ""))
     problem = schedulers.problem(sections["objective"])
+    if any(condition.kind == "text" for condition in model.spec.conditions.values()):
+        problem = "it would have to contain the text encoder"
     if problem:
-        diffusers_models.write(path, model)
+        kind = diffusers_models.write(path, model)
         return f"{kind}; no pipeline, because {problem}"
     diffusers_models.write(os.path.join(path, component), model)
     outputs = diffusers_models.with_defaults(model.network)["outputs"]

@@ -13,6 +13,7 @@ import pytest
 from diffusion.core.build import build_network
 from diffusion.core.types import ArraySpec, ConditionSpec, Spec, Text
 from diffusion.interop import diffusers_models as models
+from diffusion.interop import diffusers_pipeline
 from diffusion.interop.diffusers_models import Model
 from tests.refusals import refused
 
@@ -73,6 +74,19 @@ def test_the_class_before_diffusers_0_29(tmp_path):
     path.write_text(json.dumps({name: value for name, value in config.items() if name != "attention_bias"}))
     with refused("config.json.attention_bias"):  # its default is another in this class
         models.read(str(tmp_path))
+
+
+def test_the_length_of_texts_follows_from_the_pipeline(tmp_path):
+    _, model = random_model()
+    objective = {"name": "flow_matching", "schedule": "flow", "parameterization": "v"}
+    assert "no pipeline" in diffusers_pipeline.write(str(tmp_path / "transformer"), model, {"objective": objective})
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
+    for kind, length in (("PixArtSigmaPipeline", 300), ("PixArtAlphaPipeline", 120)):
+        index = {"_class_name": kind, "transformer": ["diffusers", "PixArtTransformer2DModel"]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        read, _ = diffusers_pipeline.read(str(tmp_path))
+        assert read.spec.conditions["text"].shape == (length, FEATURES)
 
 
 @pytest.mark.parametrize(
