@@ -1,6 +1,7 @@
 """Converts between the workdirs of runs and the folders of diffusers; the direction follows from --from.
 
-python -m experiments.convert --from=DIR --to=runs/NAME     a UNet2DModel, a DiTTransformer2DModel or a pipeline of one
+python -m experiments.convert --from=DIR --to=runs/NAME     a UNet2DModel, a DiTTransformer2DModel, a
+                                                            PixArtTransformer2DModel, or a pipeline of one
 python -m experiments.convert --from=runs/NAME --to=DIR     a run to a pipeline (or a model, if no scheduler fits)
 python -m experiments.convert --from=runs/NAME --to=DIR     a run that trains an autoencoder to an AutoencoderKL,
                                                             VQModel or AutoencoderTiny

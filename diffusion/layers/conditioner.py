@@ -117,7 +117,7 @@ class ConditionEmbedding(nnx.Module):
         for name in self.names:
             value, keep = cond[name], jnp.broadcast_to(kept(cond, name), emb_BxD.shape[:1])
             if name in self.texts:
-                if not self.null_text and kept(cond, name) is not True and name not in cond.get(NULL, {}):
+                if not self.null_text and kept(cond, name) is not True:
                     problem = "cannot be dropped: the network has no null text; give the text that replaces it"
                     raise InputError(f"network.{name}", f"{problem} in cond[{NULL!r}]")
                 keep &= value.mask.any(axis=1)
