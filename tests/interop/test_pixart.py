@@ -180,7 +180,7 @@ def test_the_output_is_the_one_recorded():
     network = PIXART | CASES["sizes"][0]
     built, model = random_model(network)
     out = jax.jit(built.apply)(model.params, *inputs(network, 8, 8))
-    np.testing.assert_allclose(out[1, 2, ::2, 1], RECORDED_OUTPUT, atol=1e-4)
+    np.testing.assert_allclose(out[1, 2, ::2, 1], RECORDED_OUTPUT, atol=3e-5)  # two kinds of GELU differ by more
 
 
 # Comparison with diffusers.
