@@ -16,6 +16,7 @@ from diffusion.core.types import InputError
 
 VERSION = "0.42.1"  # of diffusers, recorded in the files that are written
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS_WEIGHTS = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -35,35 +36,42 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
 
 
 def read_tensors(folder: str, variant: str | None = None) -> dict[str, np.ndarray]:
-    """Reads all tensors of a model folder, by name, and converts them to float32.
+    """Reads all tensors of a model folder of diffusers, by name, and converts them to float32.
+
+    Args:
+      folder, variant: See `open_tensors`.
+
+    Raises:
+      InputError: See `open_tensors`; or a number is not finite.
+    """
+    return tensor_file.to_float32(open_tensors(folder, variant))
+
+
+def open_tensors(folder: str, variant: str | None = None, weights: str = WEIGHTS) -> dict[str, np.ndarray]:
+    """Returns all tensors of a model folder, by name, as views of its files in the dtypes that they are stored with.
 
     Args:
       folder: The folder.
       variant: The variant of the weights, such as `fp16` in `diffusion_pytorch_model.fp16.safetensors`. None: the
         weights without a variant, or the only ones.
+      weights: The name of the file of the weights, if they are in one file and have no variant. The index of several
+        files is `WEIGHTS.index.json`, and that of a variant `WEIGHTS.index.VARIANT.json`.
 
     Raises:
       InputError: if there are none, if there are only pickles (loading a pickle can run arbitrary code), if there are
-        several variants to choose from, if a file is corrupt or a pointer of Git LFS, or if a number is not finite.
+        several variants to choose from, or if a file is corrupt or a pointer of Git LFS.
     """
     tensors = {}
-    for name in _weight_files(folder, variant):
+    for name in _weight_files(folder, variant, weights):
         path = os.path.join(folder, os.path.basename(name))  # an index must not refer to files elsewhere
         tensors |= tensor_file.read(path, "folder")
-    return tensor_file.to_float32(tensors)
+    return tensors
 
 
-def _weight_files(folder: str, variant: str | None) -> list[str]:
+def _weight_files(folder: str, variant: str | None, weights: str) -> list[str]:
     """Returns the names of the safetensors files of a variant."""
-    names = sorted(os.path.basename(path) for path in glob(os.path.join(escape(folder), "*")))
-    found: dict[str | None, list[str]] = {}
-    for name in names:
-        if match := re.fullmatch(r"diffusion_pytorch_model(?:\.([^.-]+))?\.safetensors", name):
-            found.setdefault(match[1], [name])
-    for name in names:
-        if match := re.fullmatch(r"diffusion_pytorch_model\.safetensors\.index(?:\.([^.]+))?\.json", name):
-            found[match[1]] = _shards(folder, name)
-    others = [name for name in names if name.endswith(".safetensors")]
+    found = _variants(folder, weights)
+    others = sorted(os.path.basename(path) for path in glob(os.path.join(escape(folder), "*.safetensors")))
     if not found and len(others) == 1:
         found[None] = others
     if variant in found:
@@ -79,8 +87,27 @@ def _weight_files(folder: str, variant: str | None) -> list[str]:
         raise InputError("folder", f"{pickles[0]} is a pickle, which can run arbitrary code when it is loaded; save "
                          "the model as safetensors, by save_pretrained(..., safe_serialization=True)")  # fmt: skip
     if others:
-        raise InputError("folder", f"{folder} has {len(others)} safetensors files and no index, {WEIGHTS}.index.json")
-    raise InputError("folder", f"{folder} does not contain {WEIGHTS}")
+        raise InputError("folder", f"{folder} has {len(others)} safetensors files and no index, {weights}.index.json")
+    raise InputError("folder", f"{folder} does not contain {weights}")
+
+
+def has_variant(folder: str, variant: str | None, weights: str = WEIGHTS) -> bool:
+    """Returns whether a model folder has a variant of the weights; see `open_tensors`."""
+    return variant in _variants(folder, weights)
+
+
+def _variants(folder: str, weights: str) -> dict[str | None, list[str]]:
+    """Returns the names of the files of each variant of the weights."""
+    stem = re.escape(weights.removesuffix(".safetensors"))
+    names = sorted(os.path.basename(path) for path in glob(os.path.join(escape(folder), "*")))
+    found: dict[str | None, list[str]] = {}
+    for name in names:
+        if match := re.fullmatch(rf"{stem}(?:\.([^.-]+))?\.safetensors", name):
+            found.setdefault(match[1], [name])
+    for name in names:
+        if match := re.fullmatch(rf"{stem}\.safetensors\.index(?:\.([^.]+))?\.json", name):
+            found[match[1]] = _shards(folder, name)
+    return found
 
 
 def _shards(folder: str, index: str) -> list[str]:
@@ -91,11 +118,14 @@ def _shards(folder: str, index: str) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def write(folder: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a model folder. `config.json` is written last, so a folder that contains it is complete."""
+def write(folder: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], weights: str = WEIGHTS) -> None:
+    """Writes a model folder, with the tensors in the file `weights`.
+
+    `config.json` is written last, so a folder that contains it is complete.
+    """
     os.makedirs(folder, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    with files.replace(os.path.join(folder, WEIGHTS), "wb") as file:
+    with files.replace(os.path.join(folder, weights), "wb") as file:
         file.write(safetensors.numpy.save(contiguous, metadata={"format": "pt"}))
     write_json(folder, "config.json", config)
 

@@ -8,10 +8,12 @@ of which are defined here, and refuses a file that would call another. The numbe
     earlier        five pickles (a magic number, a version, properties of the machine, the object, the keys of its
                    storages), and for each key the number of elements as int64 and the elements
 
-The arrays are views of the file, which the system reads when they are used.
+A safetensors file consists of a header, JSON with the place of each tensor, and the numbers. The arrays of every format
+are views of the file, which the system reads when they are used.
 """
 
 import io
+import json
 import math
 import mmap
 import pickletools
@@ -24,7 +26,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from diffusion.core.types import InputError
 
@@ -62,6 +63,12 @@ _DTYPES = {
     name: np.dtype(getattr(jnp, f"{name}_" if name == "bool" else name))
     for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16",
                  "int8", "uint64", "uint32", "uint16", "uint8", "bool")
+}  # fmt: skip
+_SAFETENSORS = {
+    "F64": _DTYPES["float64"], "F32": _DTYPES["float32"], "F16": _DTYPES["float16"], "BF16": _DTYPES["bfloat16"],
+    "F8_E4M3": _DTYPES["float8_e4m3fn"], "F8_E5M2": _DTYPES["float8_e5m2"], "BOOL": _DTYPES["bool"],
+    **{f"{sign}{bits}": np.dtype(f"{kind}{bits}") for sign, kind in (("I", "int"), ("U", "uint"))
+       for bits in (8, 16, 32, 64)},
 }  # fmt: skip
 _STORAGES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64", "Int": "int32",
@@ -113,9 +120,12 @@ def read(path: str, field: str) -> dict[str, np.ndarray]:
                 problem = f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` where it was cloned"
                 raise InputError(field, problem)
             # A safetensors file starts with the length of its header, of which the first byte may be that of a pickle.
-            if head[:4] != ZIP and (head[:1] != PICKLE or head[8:9] == b"{"):
-                return dict(safetensors.numpy.load_file(path))
+            if is_safetensors := head[:4] != ZIP and (head[:1] != PICKLE or head[8:9] == b"{"):
+                with safetensors.safe_open(path, "np"):
+                    pass  # checks the header
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if is_safetensors:
+                return _safetensors(data)
         content, numbers = _open_archive(path, data) if head[:4] == ZIP else _open_pickles(data)
         return _tensors(content, numbers)
     except InputError:
@@ -134,11 +144,27 @@ def to_float32(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Converts tensors to float32. Raises InputError if a number is not finite."""
     found = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
     for name, tensor in found.items():
-        bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
-        if bad:
-            raise InputError(f"tensors.{name}", f"has {bad} of {tensor.size} values that are NaN or infinite; the "
-                             "training diverged or the file is damaged")  # fmt: skip
+        check_finite(name, tensor)
     return found
+
+
+def check_finite(name: str, tensor: np.ndarray) -> None:
+    """Raises InputError if a number of a tensor is not finite."""
+    bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
+    if bad:
+        raise InputError(f"tensors.{name}", f"has {bad} of {tensor.size} values that are NaN or infinite; the "
+                         "training diverged or the file is damaged")  # fmt: skip
+
+
+def _safetensors(data: mmap.mmap) -> dict[str, np.ndarray]:
+    """Returns the tensors of a safetensors file whose header is valid, as views of its bytes."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    return {
+        name: np.ndarray(entry["shape"], _SAFETENSORS[entry["dtype"]], data, start + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _tensors(content: Any, numbers: Callable[[str], memoryview]) -> dict[str, np.ndarray]:

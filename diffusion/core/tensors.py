@@ -5,6 +5,7 @@ A network is a list of `Pair`s, each of one native array and the foreign tensors
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -112,13 +113,18 @@ def stacked(pairs: Sequence[Pair], prefixes: Sequence[str]) -> list[Pair]:
     return [over_blocks(pair) for pair in pairs]
 
 
-def to_native(pairs: Sequence[Pair], tensors: Tensors, shapes: Params) -> Params:
-    """Converts foreign tensors to native parameters.
+def to_native(
+    pairs: Sequence[Pair], tensors: Tensors, shapes: Params,
+    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+) -> Params:  # fmt: skip
+    """Converts foreign tensors to native parameters, one after the other.
 
     Args:
       pairs: The table of the network.
       tensors: The foreign tensors by name.
       shapes: The native parameters, possibly abstract, which determine the shapes that the tensors must have.
+      place: Called with the path of each parameter and its array; what it returns becomes the parameter. With tensors
+        that are views of a file, only one parameter at a time is in the memory of the host.
 
     Raises:
       InputError: if a tensor is missing, is not in the table, or has the wrong shape.
@@ -136,7 +142,7 @@ def to_native(pairs: Sequence[Pair], tensors: Tensors, shapes: Params) -> Params
             if tensors[name].shape != like.shape:
                 actual, expected = list(tensors[name].shape), list(like.shape)
                 raise InputError(f"tensors.{name}", f"must have shape {expected} by config.json, got {actual}")
-        flat[pair.native] = pair.join([tensors[name] for name in pair.foreign])
+        flat[pair.native] = place(pair.native, pair.join([tensors[name] for name in pair.foreign]))
     assert flat.keys() == native.keys(), "the table does not cover the network"
     return trees.nest(flat)
 

@@ -78,5 +78,5 @@ def sha256(tree: Params, start: bytes = b"") -> str:
     found = hashlib.sha256(start)
     for path, array in jax.tree.leaves_with_path(tree):
         found.update(f"{jax.tree_util.keystr(path)}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).data)
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # bfloat16 has no buffer
     return found.hexdigest()
