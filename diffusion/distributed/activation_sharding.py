@@ -68,6 +68,20 @@ def enabled(function: Callable, batch_sharding: NamedSharding, sequence_axis: st
     return traced
 
 
+def by_example_only(function: Callable) -> Callable:
+    """Returns `function` with tokens that `constrain` shards by example alone while it is traced.
+
+    For text encoders inside a train step, whose tokens need not be divisible by the size of `sequence_axis`.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with _sharding(_sharding.value and (_sharding.value[0], None)):
+            return function(*args)
+
+    return traced
+
+
 def _num_shards(sharding: NamedSharding) -> int:
     axes = sharding.spec[0]
     return math.prod(sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))

@@ -54,7 +54,7 @@ class Stack(nnx.Module):
 
     def __call__(
         self, x: Array, *args: Any, per_block: tuple[Any, ...] = (), collect: bool = False,
-        perturbation: Perturbation | None = None,
+        keep: int | None = None, perturbation: Perturbation | None = None,
     ) -> Any:  # fmt: skip
         """Applies the blocks and returns x after the last one.
 
@@ -65,6 +65,7 @@ class Stack(nnx.Module):
             `depth`.
           collect: Whether to return `(x, every_x)` instead, where `every_x` stacks x after each block along a leading
             axis of length `depth`.
+          keep: The number of a block, from 0. The result is then `(x, kept)`, where `kept` is x after this block.
           perturbation: The blocks in its `layers` are skipped or receive it as the keyword `perturbation`.
         """
 
@@ -72,8 +73,9 @@ class Stack(nnx.Module):
         if perturbation is not None:
             are_perturbed = jnp.array([number in perturbation.layers for number in range(self.depth)])
 
-        def block(x: Array, inputs: tuple[Any, ...]) -> tuple[Array, Array | None]:
-            params, per_block, is_perturbed = inputs
+        def block(carry: tuple[Array, Array | None], inputs: tuple[Any, ...]) -> tuple[Any, Array | None]:
+            x, kept = carry
+            params, per_block, is_perturbed, is_kept = inputs
             module = nnx.merge(self.graphdef, nnx.State(params))
 
             def run(x: Array, **more: Perturbation) -> Array:
@@ -85,12 +87,16 @@ class Stack(nnx.Module):
             x = constrain(x)
             x = run(x) if perturbation is None else jax.lax.cond(is_perturbed, run_perturbed, run, x)
             x = constrain(x)
-            return x, x if collect else None
+            kept = None if keep is None else jnp.where(is_kept, x, kept)
+            return (x, kept), x if collect else None
 
         block = rematerialised(block, self.remat, in_scan=True)
         stacked = nnx.to_pure_dict(nnx.state(self.blocks))
-        x, every = jax.lax.scan(block, x, (stacked, per_block, are_perturbed), unroll=self.unroll)
-        return (x, every) if collect else x
+        is_kept = None if keep is None else jnp.arange(self.depth) == keep
+        start = x, None if keep is None else x
+        inputs = stacked, per_block, are_perturbed, is_kept
+        (x, kept), every = jax.lax.scan(block, start, inputs, unroll=self.unroll)
+        return (x, every) if collect else x if keep is None else (x, kept)
 
     def each(self, *args: Any) -> Any:
         """Returns what each block returns for the same inputs, stacked along a leading axis of length `depth`."""
