@@ -75,9 +75,9 @@ def by_example_only(function: Callable) -> Callable:
     """
 
     @functools.wraps(function)
-    def traced(*args: Any) -> Any:
+    def traced(*args: Any, **kwargs: Any) -> Any:
         with _sharding(_sharding.value and (_sharding.value[0], None)):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return traced
 

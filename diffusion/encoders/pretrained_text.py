@@ -1,0 +1,199 @@
+"""Text encoders in folders, with the tokenizers next to them, as `TextEncoder`s.
+
+A pipeline folder of diffusers has `text_encoder`, `text_encoder_2`, ... and `tokenizer`, `tokenizer_2`, ... .
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from diffusion.core.types import Array, ConditionSpec, InputError, Params, Text, TextEncoder
+from diffusion.encoders import text_folder, tokenizers
+from diffusion.encoders.text_folder import PROJECTED
+from diffusion.encoders.text_transformers import Pooled
+
+Null = Literal["empty", "zeros", "learned"]
+Place = Callable[[Params], Any]
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Where a text encoder and its tokenizer are; `tokenizer` is None if there is none."""
+
+    model: str
+    tokenizer: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizers:
+    """Tokenizes texts for several encoders: a dict of what each one's function returns."""
+
+    parts: Mapping[str, Callable[[Sequence[str]], Text]]
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Text]:
+        return {name: tokenize(texts) for name, tokenize in self.parts.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoTokenizer:
+    """Stands for the tokenizer of an encoder that is only planned with."""
+
+    folder: str
+
+    def __call__(self, texts: Sequence[str]) -> Text:
+        raise InputError("tokenizer", f"there is none for {self.folder}; give the folder of one")
+
+
+def find(
+    path: str, kinds: Sequence[str], part: str | None = None, tokenizer: str | None = None, *, weights: bool,
+    field: str = "part",
+) -> Folder:  # fmt: skip
+    """Finds a text encoder and its tokenizer.
+
+    Args:
+      path: The folder of the encoder, or that of a pipeline.
+      kinds: The kinds to look for (`text_folder.Stored`).
+      part: The folder of the encoder in that of the pipeline. None: the first of these kinds.
+      tokenizer: The folder of the tokenizer. None: `tokenizer*` of the pipeline, or the folder of the encoder.
+      weights: Whether the encoder is to be used, and not only planned with, so that it needs its tokenizer.
+      field: The field of the error for a `part` that is not there.
+
+    Raises:
+      InputError: There is no such folder, or its encoder is of another kind.
+    """
+    if part is None and os.path.isfile(os.path.join(path, "config.json")):
+        model = path.rstrip("/")
+    else:
+        parts = parts_of(path)
+        if part is not None and part not in parts:
+            raise InputError(field, f"{path} has no {part!r}; one of: {', '.join(parts) or 'none'}")
+        of_kind = [name for name in parts if part in (None, name) and parts[name] in kinds]
+        if not of_kind:
+            found = ", ".join(f"{name} ({kind})" for name, kind in parts.items()) or "no text encoder"
+            raise InputError("path", f"{path} must have a {' or '.join(kinds)}; it has {found}")
+        model = os.path.join(path, of_kind[0])
+    if (kind := text_folder.kind_of(model)) not in kinds:
+        raise InputError("path", f"{model} must have a {' or '.join(kinds)}, got a {kind}")
+    sibling = os.path.join(os.path.dirname(model), os.path.basename(model).replace("text_encoder", "tokenizer", 1))
+    for folder in (tokenizer,) if tokenizer else (sibling, model):
+        if any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
+            return Folder(model, folder)
+    if tokenizer or weights:
+        looked = tokenizer or f"{model} and {sibling}"
+        raise InputError("tokenizer", f"none of {', '.join(_TOKENIZER_FILES)} in {looked}; give the tokenizer's folder")
+    return Folder(model, None)
+
+
+def parts_of(path: str) -> dict[str, str]:
+    """Returns the kinds of the text encoders in the folder of a pipeline, by the names of their folders."""
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise InputError("path", f"{path} cannot be read: {error.strerror}") from None
+    names = [name for name in names if re.fullmatch(r"text_encoder(_\d+)?", name)]
+    folders = {name: os.path.join(path, name) for name in names}
+    return {name: text_folder.kind_of(folder) for name, folder in folders.items()
+            if os.path.isfile(os.path.join(folder, "config.json"))}  # fmt: skip
+
+
+def clip(
+    folder: Folder, *, hidden_state: Literal["last", "penultimate"] | int, final_norm: bool, pooled: Pooled,
+    length: int | None, use_mask: bool, dtype: str, variant: str | None, weights: bool, place: Place | None,
+) -> TextEncoder:  # fmt: skip
+    """Returns a CLIP encoder without a null value; see `encoders.text.clip.make`.
+
+    Args:
+      final_norm: Whether the final norm follows a state that `hidden_state` gives as a number.
+    """
+    stored = text_folder.read(folder.model, variant, weights, place)
+    config, encode = stored.config, stored.transformer(dtype).encode
+    if pooled == "projected" and stored.kind != PROJECTED:
+        raise InputError("pooled", f"must be none or eos: {folder.model} has no projection, as it is a {stored.kind}")
+    skip = {"last": 0, "penultimate": 1}.get(hidden_state, hidden_state)
+    final_norm = {"last": True, "penultimate": False}.get(hidden_state, final_norm)
+    if not 0 <= skip <= config["num_hidden_layers"]:
+        problem = f"must leave out 0 to {config['num_hidden_layers']} layers"
+        raise InputError("hidden_state", f"{problem}, got {hidden_state}")
+    most = config["max_position_embeddings"]
+    if length is not None and not 1 <= length <= most:
+        raise InputError("length", f"must be in 1 .. {most}, the positions of {folder.model}, got {length}")
+    length = length or most
+
+    def encode_text(params: Params, tokens: Text) -> Text:
+        hidden, vector = encode(params, tokens.tokens, skip, final_norm, pooled)
+        return Text(hidden, _mask(tokens, use_mask), vector)
+
+    widths = {"none": 0, "eos": config["hidden_size"], "projected": config["projection_dim"]}
+    condition = ConditionSpec("text", (length, config["hidden_size"]), pooled=widths[pooled])
+    return _encoder(stored, folder, condition, encode_text, weights)
+
+
+def t5(
+    folder: Folder, *, length: int, use_mask: bool, dtype: str, variant: str | None, weights: bool, place: Place | None,
+) -> TextEncoder:  # fmt: skip
+    """Returns a T5 encoder without a null value; see `encoders.text.t5.make`."""
+    stored = text_folder.read(folder.model, variant, weights, place)
+    encode = stored.transformer(dtype).encode
+    if length < 1:
+        raise InputError("length", f"must be at least 1, got {length}")
+
+    def encode_text(params: Params, tokens: Text) -> Text:
+        return Text(encode(params, tokens.tokens, tokens.mask if use_mask else None), _mask(tokens, use_mask))
+
+    condition = ConditionSpec("text", (length, stored.config["d_model"]))
+    return _encoder(stored, folder, condition, encode_text, weights)
+
+
+def with_null(encoder: TextEncoder, null: Null, *, weights: bool) -> TextEncoder:
+    """Returns an encoder with the value that stands for a dropped text.
+
+    Args:
+      encoder: An encoder without one.
+      null: `empty`: the encoded empty text. `zeros`: zeros, of which none is padding. `learned`: None.
+      weights: Whether the encoder has its weights, and not only their shapes. Without them, so does the null value.
+    """
+    if null == "learned":
+        return encoder
+
+    def zeros() -> Text:
+        return jax.tree.map(jnp.asarray, encoder.condition.zeros(1))
+
+    if not weights:
+        return dataclasses.replace(encoder, null=jax.eval_shape(zeros))
+    if null == "zeros":
+        return dataclasses.replace(encoder, null=zeros())
+    sharding = jax.tree.leaves(encoder.params)[0].sharding
+    whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    value = jax.jit(encoder.encode, out_shardings=whole)(encoder.params, encoder.tokenize([""]))
+    return dataclasses.replace(encoder, null=jax.device_get(value))
+
+
+def digest_of(parts: Sequence[str]) -> str:
+    """Returns the digest of several digests; empty if one of them is."""
+    return hashlib.sha256("".join(parts).encode()).hexdigest() if all(parts) else ""
+
+
+def _encoder(
+    stored: text_folder.Stored, folder: Folder, condition: ConditionSpec, encode: Callable[[Params, Any], Text],
+    weights: bool,
+) -> TextEncoder:  # fmt: skip
+    if folder.tokenizer is None:
+        return TextEncoder(_NoTokenizer(folder.model), condition, stored.params, encode)
+    tokenizer = tokenizers.read(folder.tokenizer, condition.shape[0])
+    if tokenizer.vocabulary > stored.config["vocab_size"]:
+        problem = f"has {tokenizer.vocabulary} ids, the embedding of {folder.model} {stored.config['vocab_size']} rows"
+        raise InputError("tokenizer", f"{folder.tokenizer} {problem}; use the tokenizer of this model")
+    digest = digest_of([stored.digest, tokenizer.digest])
+    return TextEncoder(tokenizer, condition, stored.params, encode, digest=digest)
+
+
+def _mask(tokens: Text, use_mask: bool) -> Array:
+    return tokens.mask if use_mask else jnp.ones_like(tokens.mask)
