@@ -8,6 +8,7 @@ others, and its products of queries and keys are not scaled.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -80,6 +81,7 @@ class TextTransformer:
     encode: Callable[..., Any]
 
 
+@functools.cache  # a model may be built several times: for its shapes, and to be used
 def clip(config: ClipConfig) -> TextTransformer:
     """Returns the text model of CLIP.
 
@@ -103,6 +105,7 @@ def clip(config: ClipConfig) -> TextTransformer:
     return TextTransformer(init, encode)
 
 
+@functools.cache
 def t5(config: T5Config) -> TextTransformer:
     """Returns the encoder of T5 v1.1.
 

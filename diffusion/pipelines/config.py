@@ -38,7 +38,7 @@ SAMPLER = {"name": "ddim", "steps": 50}
 GUIDANCE = {"name": "cfg", "scale": 1.0}
 SUPPLIED_TO_NETWORKS = ("shape", "num_classes", "conditions")
 SUPPLIED_TO_AUTOENCODERS = ("shape", "weights")
-SUPPLIED_TO_TEXT_ENCODERS = ("weights", "stored", "captions", "num_captions")
+SUPPLIED_TO_TEXT_ENCODERS = ("weights", "place", "stored", "captions", "num_captions")
 
 
 def sharding_options(

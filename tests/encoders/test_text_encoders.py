@@ -114,7 +114,7 @@ def first(num, array):
 def test_hidden_states_are_those_of_shorter_models():
     """Without the last k layers: the model with fewer layers, and the final norm or its inverse."""
     stored = stored_of(PROJECTED)
-    for skip in range(4):
+    for skip in (0, 1, 3):
         hidden, vector = encode(stored, IDS, skip=skip, pooled="eos")
         bare, none = encode(stored, IDS, skip=skip, final_norm=False)
         depth, params = 3 - skip, stored.params
@@ -219,96 +219,101 @@ def test_published_sizes(model, part, names, millions, caplog):
 def test_options_of_one_encoder(folder_of):
     texts = ["a cat", "dogs and cats"]
     last = encoder_of("clip", folder_of(PROJECTED), pooled="eos")
+    digests = {last.digest}
     tokens = pickle.loads(pickle.dumps(last.tokenize))(texts)
     assert tokens.tokens.shape == (2, 16) and last.condition.shape == (16, 8) and last.condition.pooled == 8
-    text = last.encode(last.params, tokens)
+    run = jax.jit(last.encode)
+    text = run(last.params, tokens)
     assert text.mask.all() and text.tokens.dtype == np.float32
-    np.testing.assert_allclose(last.null.tokens, last.encode(last.params, last.tokenize([""])).tokens, atol=1e-5)
+    empty = run(last.params, last.tokenize(["", "a"]))
+    np.testing.assert_allclose(last.null.tokens, empty.tokens[:1], atol=1e-5)
     for options, skip, norm, width in (
-        ({"hidden_state": "penultimate", "pooled": "projected", "null": "zeros", "length": 12}, 1, False, 6),
+        ({"hidden_state": "penultimate", "pooled": "projected", "null": "zeros"}, 1, False, 6),
         ({"hidden_state": 2, "null": "learned", "use_mask": True}, 2, True, 0),
     ):
         encoder = encoder_of("clip", folder_of(PROJECTED), **options)
         tokens = encoder.tokenize(texts)
-        text = encoder.encode(encoder.params, tokens)
+        text = jax.jit(encoder.encode)(encoder.params, tokens)
         stored = Stored(PROJECTED, CLIP_CONFIG, encoder.params)
         expected = encode(stored, tokens.tokens, skip=skip, final_norm=norm)[0]
         np.testing.assert_allclose(text.tokens, expected, atol=1e-5)
         assert (0 if text.pooled is None else text.pooled.shape[1]) == encoder.condition.pooled == width
         np.testing.assert_array_equal(text.mask, tokens.mask | (not options.get("use_mask")))
+        digests.add(encoder.digest)
         assert encoder.null is None if options["null"] == "learned" else not np.any(encoder.null.tokens)
-        assert encoder.digest == last.digest
+    assert len(digests) == 1
+    shorter = encoder_of("clip", folder_of(PROJECTED), length=5, weights=False)
+    assert shorter.tokenize(texts).tokens.shape == (2, 5) and shorter.condition.shape == shorter.null.tokens.shape[1:]
     masked = encoder_of("t5", folder_of(T5), use_mask=True, length=9, dtype="float32")
     tokens = masked.tokenize(["abc", "b"])
-    text = masked.encode(masked.params, tokens)
+    text = jax.jit(masked.encode)(masked.params, tokens)
     np.testing.assert_array_equal(text.mask, tokens.mask)
     stored = Stored(T5, text_folder.read(str(folder_of(T5))).config, masked.params)
     np.testing.assert_allclose(text.tokens, encode(stored, tokens.tokens, tokens.mask), atol=1e-5)
 
 
+POOLED = {"sdxl": ("none", "projected"), "sd3": ("projected", "projected"), "flux": ("eos",)}
+
+
 @pytest.mark.parametrize("layout", PIPELINES)
 def test_joined_layouts(layout, folder_of, tmp_path):
     """Each part of the joined text is the output of one encoder, and what is left is 0."""
-    path, texts = folder_of(layout), ["a cat", "dogs"]
-    encoder = encoder_of("joined", path, layout=layout, dtype="float32", **({} if layout == "sdxl" else {"length": 9}))
-    tokens = pickle.loads(pickle.dumps(encoder.tokenize))(texts)
+    path, options = (
+        folder_of(layout),
+        {"layout": layout, "dtype": "float32"} | ({} if layout == "sdxl" else {"length": 9}),
+    )
+    encoder = encoder_of("joined", path, **options)
+    tokens = pickle.loads(pickle.dumps(encoder.tokenize))(["a cat", ""])
     text = jax.jit(encoder.encode)(encoder.params, tokens)
     assert text.tokens.shape[1:] == encoder.condition.shape and text.pooled.shape[1] == encoder.condition.pooled
     assert text.mask.all() and text.mask.shape == text.tokens.shape[:2]
     rest, rest_pooled = np.array(text.tokens), np.array(text.pooled)
-    for number, name in enumerate(encoder.parts):
-        part = f"text_encoder_{number + 1}" if number else "text_encoder"
-        options = {"part": part, "dtype": "float32", "null": "learned"}
+    for number, (name, place) in enumerate(encoder.parts.items()):
+        stored = text_folder.read(str(path / (f"text_encoder_{number + 1}" if number else "text_encoder")))
         if name == "t5":
-            alone = encoder_of("t5", path, length=9, **options)
+            hidden, vector = encode(stored, tokens[name].tokens), None
         else:
-            pooled = {"sdxl": ("none", "projected"), "sd3": ("projected",) * 2, "flux": ("eos",)}[layout][number]
-            state = "last" if layout == "flux" else "penultimate"
-            alone = encoder_of("clip", path, hidden_state=state, pooled=pooled, **options)
-        expected, place = alone.encode(alone.params, tokens[name]), encoder.parts[name]
+            state = {"skip": 1, "final_norm": False, "pooled": POOLED[layout][number]}
+            hidden, vector = encode(stored, tokens[name].tokens, **state)
         if place.tokens != (0, 0):
             where = (slice(None), slice(*place.tokens), slice(*place.features))
-            np.testing.assert_allclose(text.tokens[where], expected.tokens, atol=1e-5)
+            np.testing.assert_allclose(text.tokens[where], hidden, atol=1e-5)
             rest[where] = 0
         if place.pooled != (0, 0):
-            np.testing.assert_allclose(text.pooled[:, slice(*place.pooled)], expected.pooled, atol=1e-5)
+            np.testing.assert_allclose(text.pooled[:, slice(*place.pooled)], vector, atol=1e-5)
             rest_pooled[:, slice(*place.pooled)] = 0
     assert not rest.any() and not rest_pooled.any()
-    if layout == "sdxl":
+    empty = jax.tree.map(lambda leaf: leaf[1:], text)
+    if layout == "sdxl":  # as its pipelines have it, unless they say otherwise
         assert not np.any(encoder.null.tokens) and not np.any(encoder.null.pooled) and encoder.null.mask.all()
     else:
-        empty = encoder.encode(encoder.params, encoder.tokenize([""]))
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), encoder.null, empty)
-    if layout == "sd3":
-        without = encoder_of("joined", path, layout=layout, dtype="float32", length=9, without_t5=True)
-        (tmp_path / "transformer").mkdir()
-        (tmp_path / "transformer/config.json").write_text('{"joint_attention_dim": 20}')
-        for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
-            shutil.copytree(path / name, tmp_path / name)
-        absent = encoder_of("joined", tmp_path, layout=layout, dtype="float32", length=9)
-        assert list(absent.parts) == ["clip", "clip_2"] and absent.params.keys() == {"clip", "clip_2"}
-        found = absent.encode(absent.params, tokens)
-        np.testing.assert_allclose(found.tokens[:, :16], text.tokens[:, :16], atol=1e-5)
-        assert not np.any(found.tokens[:, 16:]) and found.tokens.shape == text.tokens.shape
-        assert without.condition.shape == (25, 4096)
 
-
-@pytest.mark.parametrize("layout", PIPELINES)
-def test_plans_need_configs_alone(layout, folder_of, tmp_path):
-    whole = encoder_of("joined", folder_of(layout), layout=layout)
-    for folder in folder_of(layout).glob("text_encoder*"):
+    for folder in path.glob("text_encoder*"):  # a plan needs nothing else
         (tmp_path / folder.name).mkdir()
         shutil.copy(folder / "config.json", tmp_path / folder.name)
-    plan = encoder_of("joined", tmp_path, layout=layout, weights=False)
-    assert plan.condition == whole.condition and plan.parts == whole.parts and plan.digest == ""
+    plan = encoder_of("joined", tmp_path, **options, weights=False)
+    assert plan.condition == encoder.condition and plan.parts == encoder.parts and plan.digest == ""
+    for planned, real in ((plan.params, encoder.params), (plan.null, empty), (plan.tokenize([""] * 2), tokens)):
+        assert jax.tree.structure(planned) == jax.tree.structure(real)
+        jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), planned, real)
 
-    def shapes(tree):
-        return jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), tree)
 
-    assert shapes(plan.params) == shapes(whole.params)
-    assert jax.tree.leaves(shapes(plan.null)) == jax.tree.leaves(shapes(whole.null))
-    with refused("tokenizer"):
-        plan.tokenize(["a"])
+def test_stable_diffusion_3_without_t5(folder_of, tmp_path):
+    """Zeros are in its place, whether it is there or not, and the transformer says how wide they are."""
+    for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        shutil.copytree(folder_of("sd3") / name, tmp_path / name)
+    options = {"layout": "sd3", "length": 9, "null": "zeros"}
+    assert encoder_of("joined", tmp_path, **options, weights=False).condition.shape == (25, 4096)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text('{"joint_attention_dim": 20}')
+    encoder = encoder_of("joined", tmp_path, **options)
+    assert list(encoder.parts) == ["clip", "clip_2"] and encoder.params.keys() == {"clip", "clip_2"}
+    text = jax.jit(encoder.encode)(encoder.params, encoder.tokenize(["a"]))
+    assert text.tokens.shape[1:] == encoder.condition.shape == (25, 20) and text.mask.all()
+    assert not np.any(text.tokens[:, 16:]) and np.all(text.tokens[:, :16, :16])
+    without = encoder_of("joined", folder_of("sd3"), **options, without_t5=True, weights=False)
+    assert without.params.keys() == {"clip", "clip_2"}
 
 
 def changed(folder, tmp_path, config):
