@@ -99,7 +99,7 @@ def test_safetensors(tmp_path):
         safetensors.numpy.save_file({"a": VALUES.astype(dtype)}, tmp_path / "a.pth")  # by content, not by name
         found = read(str(tmp_path / "a.pth"))["a"]
         np.testing.assert_array_equal(found, VALUES.astype(dtype))
-        assert found.dtype == dtype
+        assert found.dtype == dtype and not found.flags.owndata  # it is a view of the file
     for length in range(256):  # among them, headers whose length starts with the first byte of a pickle
         safetensors.numpy.save_file({"a": VALUES}, tmp_path / "a", metadata={"a": "a" * length})
         assert read(str(tmp_path / "a")).keys() == {"a"}
@@ -221,6 +221,24 @@ def test_files_of_torch(archive, tmp_path):
                 bits = value.detach().contiguous().view(-1).view(torch.uint8).numpy()
                 np.testing.assert_array_equal(np.ascontiguousarray(found[key]).reshape(-1).view(np.uint8), bits)
                 assert found[key].shape == tuple(value.shape) and found[key].dtype.name == str(value.dtype)[6:]
+
+
+@pytest.mark.peers
+def test_safetensors_of_torch(tmp_path):
+    import safetensors.torch
+    import torch
+
+    whole = 100 * torch.randn(3, 4, 5)
+    names = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16",
+             "int8", "uint64", "uint32", "uint16", "uint8", "bool")  # fmt: skip
+    tensors = {name: whole.to(getattr(torch, name)) for name in names} | {"number": whole[0, 0, 0], "empty": whole[:0]}
+    safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "a")
+    found = read(str(tmp_path / "a"))
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        bits = value.contiguous().view(-1).view(torch.uint8).numpy()
+        np.testing.assert_array_equal(np.ascontiguousarray(found[name]).reshape(-1).view(np.uint8), bits)
+        assert found[name].shape == tuple(value.shape) and found[name].dtype.name == str(value.dtype)[6:]
 
 
 @pytest.mark.peers

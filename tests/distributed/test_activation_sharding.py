@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diffusion.core.build import build
-from diffusion.distributed.activation_sharding import constrain, enabled
+from diffusion.distributed.activation_sharding import by_example_only, constrain, enabled
 from diffusion.encoders.tiling import one_by_one
 from tests.refusals import refused
 from tests.tiers import slow_except
@@ -64,6 +64,9 @@ def test_tokens_are_sharded_over_the_sequence_axis(mesh_of):
         assert constrained(jnp.zeros(shape)).sharding.spec == P("fsdp")
     with refused("sharding.sequence"):
         constrained(jnp.zeros((2, 6, 3)))
+    by_example = jax.jit(enabled(by_example_only(constrain), sharding, "model"))
+    assert by_example(jnp.zeros((2, 6, 3))).sharding.spec == P("fsdp")
+    assert by_example_only(constrain)(jnp.zeros(2)).shape == (2,)  # also where there are no constraints
 
 
 def test_a_batch_that_is_not_divisible_has_no_constraint(mesh_of):

@@ -286,6 +286,9 @@ def test_joined_layouts(layout, folder_of, tmp_path):
     empty = jax.tree.map(lambda leaf: leaf[1:], text)
     if layout == "sdxl":  # as its pipelines have it, unless they say otherwise
         assert not np.any(encoder.null.tokens) and not np.any(encoder.null.pooled) and encoder.null.mask.all()
+        other = shutil.copytree(path, tmp_path / "other")
+        (other / "model_index.json").write_text('{"force_zeros_for_empty_prompt": false}')
+        np.testing.assert_allclose(encoder_of("joined", other, **options).null.tokens, empty.tokens, atol=1e-5)
     else:
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), encoder.null, empty)
 
@@ -472,6 +475,39 @@ def test_folders_agree_with_transformers(kind, tmp_path):
     found, expected = encode(stored, ids), outputs_of(again.float(), ids)[1]
     np.testing.assert_allclose(found if kind == T5 else found[0], expected, atol=1e-4)
     assert transformers.AutoConfig.from_pretrained(folder / "ours").model_type == model.config.model_type
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("layout", PIPELINES)
+def test_joined_layouts_agree_with_diffusers(layout, folder_of):
+    """What its pipelines make of prompts, from the folders of encoders and tokenizers that this project writes."""
+    import diffusers
+    import torch
+    import transformers
+
+    path, kinds = folder_of(layout), PIPELINES[layout]
+    pipelines = {"sdxl": diffusers.StableDiffusionXLPipeline, "sd3": diffusers.StableDiffusion3Pipeline,
+                 "flux": diffusers.FluxPipeline}  # fmt: skip
+    parts = {"vae": None, "scheduler": None, "unet" if layout == "sdxl" else "transformer": None}
+    for number, kind in enumerate(kinds):
+        suffix = f"_{number + 1}" if number else ""
+        parts[f"text_encoder{suffix}"] = getattr(transformers, kind).from_pretrained(path / f"text_encoder{suffix}")
+        tokenizer = transformers.T5TokenizerFast if kind == T5 else transformers.CLIPTokenizer
+        parts[f"tokenizer{suffix}"] = tokenizer.from_pretrained(path / f"tokenizer{suffix}")
+    pipeline, prompts = pipelines[layout](**parts), ["A cat, and dogs!", "b"]
+    options = {"sdxl": {}, "sd3": {"prompt_2": None, "prompt_3": None, "max_sequence_length": 9},
+               "flux": {"prompt_2": None, "max_sequence_length": 9}}[layout]  # fmt: skip
+    for clip_skip in (0, 1) if layout != "flux" else (0,):
+        if clip_skip:
+            options["clip_skip"] = clip_skip
+        with torch.no_grad():
+            found = pipeline.encode_prompt(prompts, device="cpu", **options)
+        tokens, pooled = (found[0], found[1]) if layout == "flux" else (found[0], found[2])
+        ours = encoder_of("joined", path, layout=layout, dtype="float32", null="learned", clip_skip=clip_skip,
+                          **({} if layout == "sdxl" else {"length": 9}))  # fmt: skip
+        text = jax.jit(ours.encode)(ours.params, ours.tokenize(prompts))
+        np.testing.assert_allclose(text.tokens, tokens.numpy(), atol=1e-4)
+        np.testing.assert_allclose(text.pooled, pooled.numpy(), atol=1e-4)
 
 
 @pytest.mark.peers
