@@ -87,7 +87,7 @@ def read(
     """Reads the text encoder in a model folder.
 
     The parameters are read one after the other from the mapped files and put on the devices, so that the memory of the
-    host holds only one of them in addition to what stays there.
+    host holds copies of one at a time, in addition to those that stay there.
 
     Args:
       path: The folder, with `config.json` and safetensors.

@@ -2,9 +2,8 @@
 encoder of T5 v1.1 (Raffel et al. 2020, arXiv 1910.10683, section 2.1, with the gated GELU of Shazeer 2020, arXiv
 2002.05202).
 
-The operands of matrix products are of the compute dtype, except for those of queries and keys. Everything else, such as
-the sum over the layers and the norms, is float32: T5 has a few channels that are hundreds of times larger than the
-others, and its products of queries and keys are not scaled.
+The operands of matrix products are of the compute dtype. Everything else is float32: their results, the sum over the
+layers, in which a few channels of T5 are hundreds of times larger than the others, the norms and the softmax.
 """
 
 import dataclasses
@@ -231,9 +230,9 @@ def _attend(q: Array, k: Array, v: Array, bias: Array, heads: int, dtype: str) -
     """Returns softmax(q k^T + bias) v for each head; q, k and v are float32 `[B, L, heads * F]`, and the bias can be
     broadcast to `[B, heads, L, L]`."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2) for x in (q, k, v))
-    logits = jnp.einsum("bhlf,bhmf->bhlm", q, k, precision="highest") + bias
-    weights = jax.nn.softmax(logits).astype(dtype)
-    mixed = jnp.einsum("bhlm,bhmf->bhlf", weights, v.astype(dtype), preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = product("bhlf,bhmf->bhlm", q.astype(dtype), k.astype(dtype)) + bias
+    mixed = product("bhlm,bhmf->bhlf", jax.nn.softmax(logits).astype(dtype), v.astype(dtype))
     return mixed.swapaxes(1, 2).reshape(q.shape[0], q.shape[2], -1)
 
 

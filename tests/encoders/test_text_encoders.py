@@ -85,8 +85,11 @@ def test_layouts_of_folders(folder_of, tmp_path):
         whole = text_folder.read(str(folder))
         (folder / "model.safetensors").unlink()
         config = json.loads((folder / "config.json").read_text())
-        config["dtype"] = config.pop("torch_dtype")
+        config["dtype"] = {"float32": "bfloat16"}[config.pop("torch_dtype")]
         (folder / "config.json").write_text(json.dumps(config))
+        for variant, dtype in ((None, "bfloat16"), ("fp16", "float16")):
+            planned = text_folder.read(str(folder), variant, weights=False).params
+            assert {leaf.dtype.name for leaf in jax.tree.leaves(planned)} == {dtype}
         by_parts = text_folder.read(str(folder), "fp16")
         jax.tree.map(np.testing.assert_array_equal, whole.params, by_parts.params)
         assert whole.digest == by_parts.digest
@@ -258,20 +261,21 @@ POOLED = {"sdxl": ("none", "projected"), "sd3": ("projected", "projected"), "flu
 @pytest.mark.parametrize("layout", PIPELINES)
 def test_joined_layouts(layout, folder_of, tmp_path):
     """Each part of the joined text is the output of one encoder, and what is left is 0."""
-    path, options = (
-        folder_of(layout),
-        {"layout": layout, "dtype": "float32"} | ({} if layout == "sdxl" else {"length": 9}),
-    )
+    more = {"sdxl": {}, "sd3": {"length": 9, "use_mask": True}, "flux": {"length": 9}}[layout]
+    path, options = folder_of(layout), {"layout": layout, "dtype": "float32", **more}
     encoder = encoder_of("joined", path, **options)
     tokens = pickle.loads(pickle.dumps(encoder.tokenize))(["a cat", ""])
     text = jax.jit(encoder.encode)(encoder.params, tokens)
     assert text.tokens.shape[1:] == encoder.condition.shape and text.pooled.shape[1] == encoder.condition.pooled
-    assert text.mask.all() and text.mask.shape == text.tokens.shape[:2]
+    masks = [tokens[name].mask for name in ("clip", "t5")] if layout == "sd3" else [text.mask | True]
+    np.testing.assert_array_equal(text.mask, np.concatenate(masks, axis=1))
+    assert text.mask.shape == text.tokens.shape[:2]
     rest, rest_pooled = np.array(text.tokens), np.array(text.pooled)
     for number, (name, place) in enumerate(encoder.parts.items()):
         stored = text_folder.read(str(path / (f"text_encoder_{number + 1}" if number else "text_encoder")))
         if name == "t5":
-            hidden, vector = encode(stored, tokens[name].tokens), None
+            mask = tokens[name].mask if layout == "sd3" else None
+            hidden, vector = encode(stored, tokens[name].tokens, mask), None
         else:
             state = {"skip": 1, "final_norm": False, "pooled": POOLED[layout][number]}
             hidden, vector = encode(stored, tokens[name].tokens, **state)

@@ -30,7 +30,7 @@ def make(
       use_mask: Whether padding is not attended to, neither in the encoder nor by the network. Stable Diffusion 3 and
         Flux attend to it; PixArt does not.
       null, variant, weights, place: As for `clip`.
-      dtype: The dtype of the operands of most matrix products; see `clip`. Sums, norms and attention are float32.
+      dtype: The dtype of the operands of matrix products; see `clip`.
 
     Raises:
       InputError: The folder cannot be read, its model is not supported, or the tokenizer is not that of the model.
