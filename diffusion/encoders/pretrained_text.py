@@ -88,9 +88,11 @@ def find(
     for folder in (tokenizer,) if tokenizer else (sibling, model):
         if any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
             return Folder(model, folder)
-    if tokenizer or weights:
-        looked = tokenizer or f"{model} and {sibling}"
-        raise InputError("tokenizer", f"none of {', '.join(_TOKENIZER_FILES)} in {looked}; give the tokenizer's folder")
+    files = ", ".join(_TOKENIZER_FILES)
+    if tokenizer:
+        raise InputError("tokenizer", f"{tokenizer} has none of {files}")
+    if weights:
+        raise InputError("path", f"neither {sibling} nor {model} has a tokenizer, one of {files}; copy it there")
     return Folder(model, None)
 
 

@@ -366,11 +366,11 @@ def test_what_does_not_fit_is_refused(folder_of, tmp_path, caplog):
         with refused(f"text_encoders.{field}") as caught:
             encoder_of(name, path, **options)
         assert "\n" not in str(caught.value)
-    tokenizers = [shutil.copytree(clip, tmp_path / "bare")]
+    bare = shutil.copytree(clip, tmp_path / "bare")
     for name in ("vocab.json", "merges.txt"):
-        (tokenizers[0] / name).unlink()
-    with refused("text_encoders.tokenizer"):
-        encoder_of("clip", tokenizers[0])
+        (bare / name).unlink()
+    with refused("text_encoders.path"):
+        encoder_of("clip", bare)
 
 
 def clip_peer(projected=False, **config):
