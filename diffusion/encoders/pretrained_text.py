@@ -92,7 +92,7 @@ def find(
     if tokenizer:
         raise InputError("tokenizer", f"{tokenizer} has none of {files}")
     if weights:
-        raise InputError("path", f"neither {sibling} nor {model} has a tokenizer, one of {files}; copy it there")
+        raise InputError("path", f"there is no tokenizer ({files}) in {model} or {sibling}; copy it there")
     return Folder(model, None)
 
 
