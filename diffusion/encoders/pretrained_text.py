@@ -137,7 +137,7 @@ def clip(
 
     widths = {"none": 0, "eos": config["hidden_size"], "projected": config["projection_dim"]}
     condition = ConditionSpec("text", (length, config["hidden_size"]), pooled=widths[pooled])
-    return _encoder(stored, folder, condition, encode_text, weights)
+    return _encoder(stored, folder, condition, encode_text, f"{skip} {final_norm} {pooled} {use_mask}")
 
 
 def t5(
@@ -153,7 +153,7 @@ def t5(
         return Text(encode(params, tokens.tokens, tokens.mask if use_mask else None), _mask(tokens, use_mask))
 
     condition = ConditionSpec("text", (length, stored.config["d_model"]))
-    return _encoder(stored, folder, condition, encode_text, weights)
+    return _encoder(stored, folder, condition, encode_text, f"{use_mask}")
 
 
 def with_null(encoder: TextEncoder, null: Null, *, weights: bool) -> TextEncoder:
@@ -187,15 +187,16 @@ def digest_of(parts: Sequence[str]) -> str:
 
 def _encoder(
     stored: text_folder.Stored, folder: Folder, condition: ConditionSpec, encode: Callable[[Params, Any], Text],
-    weights: bool,
+    options: str,
 ) -> TextEncoder:  # fmt: skip
+    """Returns the encoder of a folder; `options` says in the digest what else its output depends on."""
     if folder.tokenizer is None:
         return TextEncoder(_Blank(condition.shape[0]), condition, stored.params, encode)
     tokenizer = tokenizers.read(folder.tokenizer, condition.shape[0])
     if tokenizer.vocabulary > stored.config["vocab_size"]:
         problem = f"has {tokenizer.vocabulary} ids, the embedding of {folder.model} {stored.config['vocab_size']} rows"
         raise InputError("tokenizer", f"{folder.tokenizer} {problem}; use the tokenizer of this model")
-    digest = digest_of([stored.digest, tokenizer.digest])
+    digest = digest_of([stored.digest, tokenizer.digest, options])
     return TextEncoder(tokenizer, condition, stored.params, encode, digest=digest)
 
 

@@ -93,7 +93,7 @@ def make(
         {name: encoder.params for name, encoder in encoders.items()},
         encode,
         parts=parts,
-        digest=pretrained_text.digest_of([encoder.digest for encoder in encoders.values()]),
+        digest=pretrained_text.digest_of([layout, *(encoder.digest for encoder in encoders.values())]),
     )
     if null == "auto":
         null = "zeros" if layout == "sdxl" and _forces_zeros(path) else "empty"
