@@ -87,13 +87,11 @@ def toy(kind: str, **sections: Any) -> ml_collections.ConfigDict:
 
 
 def shapes64(**sections: Any) -> ml_collections.ConfigDict:
-    """Returns a config for an autoencoder of 64x64 pictures of coloured shapes, to a quarter of the side."""
+    """Returns a config for an autoencoder of 64x64 pictures of coloured shapes."""
     base = dict(
         data=dict(name="shapes", size=64),
         objective=dict(name="autoencoder", loss="l2"),
-        network=dict(
-            block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False
-        ),
+        network=dict(layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False),
         optimizer=dict(learning_rate=2e-3, schedule="cosine", warmup=100),
         ema=dict(decays=(0.99,)),
         train=dict(steps=2500, batch_size=8, cond_drop_rate=0.0, preview_every=500),

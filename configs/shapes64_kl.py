@@ -12,6 +12,6 @@ from configs import common
 
 def get_config():
     return common.shapes64(
-        objective=dict(kl_weight=1e-3),
-        network=dict(name="autoencoder_kl", latent_channels=4),
+        objective=dict(kl_weight=0.01),
+        network=dict(name="autoencoder_kl", latent_channels=4, block_out_channels=(16, 32, 64, 64)),
     )

@@ -23,15 +23,14 @@ def get_config(space: str = "latents"):
         objective=dict(name="flow_matching", time_sampler=dict(name="stratified")),
         network=dict(
             name="unet",
-            width=32,
-            channel_mult=(1, 2, 4),
-            num_res_blocks=1,
+            width=64,
+            channel_mult=(1, 1, 1, 1, 2) if pixels else (1, 2),  # down to 4x4 in both
             head_dim=32,
-            attention_resolutions=(16,) if pixels else (8, 4),
+            attention_resolutions=(8, 4),
         ),
         optimizer=dict(learning_rate=1.5e-3, schedule="cosine", warmup=100, b2=0.99),
         ema=dict(decays=(0.99, 0.998)),
-        train=dict(steps=4000, batch_size=32, cond_drop_rate=0.0, preview_every=1000),
-        checkpoint=dict(every=500, keep=2),
+        train=dict(steps=8000, batch_size=32, cond_drop_rate=0.0, preview_every=2000),
+        checkpoint=dict(every=1000, keep=2, keep_every=2000),
         eval=dict(data=dict(name="shapes", size=64, split="test"), metrics=dict(readable_shapes=dict(num=1000))),
     )

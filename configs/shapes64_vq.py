@@ -13,6 +13,6 @@ from configs import common
 def get_config():
     return common.shapes64(
         objective=dict(codebook="ema"),
-        network=dict(name="autoencoder_vq", latent_channels=3, num_vq_embeddings=512),
+        network=dict(name="autoencoder_vq", latent_channels=3, num_vq_embeddings=512, block_out_channels=(16, 32, 64)),
         eval=dict(metrics=dict(reconstruction=dict(codes=True))),
     )

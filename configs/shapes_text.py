@@ -12,18 +12,18 @@ from configs import common
 
 
 def get_config():
-    data = dict(name="shapes", size=32, max_things=2, captions="varied")
+    data = dict(name="shapes", size=64, max_things=2, captions="varied")
     return common.config(
         dict(),
         data=dict(**data, combinations="seen"),
+        autoencoder=dict(name="kl", path="models/shapes64_kl"),
         text_encoder=dict(name="small", vocab_size=400, length=24, width=128, depth=2, num_heads=4),
         objective=dict(name="flow_matching", time_sampler=dict(name="stratified")),
-        network=dict(name="dit", patch_size=4, width=192, depth=6, num_heads=6, positions="rope", qk_norm=True),
-        optimizer=dict(learning_rate=1.5e-3, schedule="cosine", warmup=200, b2=0.99, clip=1.0),
+        network=dict(name="unet", width=64, channel_mult=(1, 2), head_dim=32, attention_resolutions=(8, 4)),
+        optimizer=dict(learning_rate=1.5e-3, schedule="cosine", warmup=200, b2=0.99),
         ema=dict(decays=(0.99, 0.998)),
-        train=dict(steps=6000, batch_size=64, cond_drop_rate=0.1, preview_every=1000),
-        checkpoint=dict(every=500, keep=2),
-        sampler=dict(name="heun", steps=20),
+        train=dict(steps=8000, batch_size=32, cond_drop_rate=0.1, preview_every=2000),
+        checkpoint=dict(every=1000, keep=2),
         eval=dict(
             data=dict(**data, split="test"),
             metrics=dict(caption_match=dict(num=2000, guidance=2.0, by_combination=True)),
