@@ -163,8 +163,3 @@ def current_name(name: str) -> str:
     head, _, tail = name.rpartition(".")
     stem, _, last = head.rpartition(".")
     return f"{stem}.{_OLD_NAMES[last]}.{tail}" if last in _OLD_NAMES and ".attentions." in name else name
-
-
-def sizes(params: Params, last: str) -> set[int]:
-    """Returns the sizes of the native arrays whose path ends with the name `last`."""
-    return {array.size for path, array in trees.by_path(params).items() if path.rpartition("/")[2] == last}

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
+from diffusion.core.types import NO_CONDITIONS, ArraySpec, ConditionSpec, InputError, Spec, class_labels
 
 
-def data_spec(size: tuple[int, int], channels: int, num_classes: int) -> Spec:
-    """Returns the specification of images, or of latents if there are neither 1 nor 3 channels."""
+def data_spec(
+    size: tuple[int, int], channels: int, num_classes: int, conditions: Mapping[str, ConditionSpec] = NO_CONDITIONS
+) -> Spec:
+    """Returns the specification of images, or of latents if there are neither 1 nor 3 channels, with classes and other
+    conditions."""
     kind = "image" if channels in (1, 3) else "latent"
-    return Spec(ArraySpec((*size, channels), kind), class_labels(num_classes))
+    return Spec(ArraySpec((*size, channels), kind), class_labels(num_classes) | dict(conditions))
 
 
 def check_entries(config: Mapping[str, Any], **supported: Any) -> None:

@@ -1,6 +1,6 @@
-"""Converts between networks of this library and models of diffusers: `networks.unet` and `UNet2DModel`, `networks.dit`
-and `DiTTransformer2DModel`, or with a text `PixArtTransformer2DModel` (both `Transformer2DModel` before diffusers
-0.29). Names and conventions are those of diffusers 0.42.
+"""Converts between networks of this library and models of diffusers: `networks.unet` and `UNet2DModel`,
+`networks.unet_text` and `UNet2DConditionModel`, `networks.dit` and `DiTTransformer2DModel`, or with a text
+`PixArtTransformer2DModel` (both `Transformer2DModel` before diffusers 0.29). Names and conventions are those of diffusers 0.42.
 
 A model is a folder with `config.json` and safetensors. A pipeline consists of such a folder, a folder for the noise
 schedule, and `model_index.json`.
@@ -17,10 +17,11 @@ from diffusion.core import model_folder, tensors
 from diffusion.core.build import build_network, defaults, find
 from diffusion.core.tensors import Pair
 from diffusion.core.types import InputError, Params, Spec
-from diffusion.interop import diffusers_dit, diffusers_pixart, diffusers_unet
+from diffusion.interop import diffusers_dit, diffusers_pixart, diffusers_unet, diffusers_unet_text
 
 _CLASSES = {
     "UNet2DModel": diffusers_unet,
+    "UNet2DConditionModel": diffusers_unet_text,
     "DiTTransformer2DModel": diffusers_dit,
     "PixArtTransformer2DModel": diffusers_pixart,
     "Transformer2DModel": diffusers_dit,  # or PixArt
@@ -49,7 +50,8 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, tex
       path: The folder.
       null_class: Whether the last row of a U-Net's table of classes is the null class.
       variant: The variant of the weights; see `model_folder.read_tensors`.
-      text_length: The number of tokens of a text, which no folder has; None for 120, that of PixArt-alpha.
+      text_length: The number of tokens of a text, which no folder has; None for 120, that of PixArt-alpha, or
+        77, that of Stable Diffusion.
 
     Raises:
       InputError: if the folder cannot be read, the model is not supported, or a tensor is missing, unknown or of the
@@ -100,8 +102,9 @@ def pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
 def _converter(network: Mapping[str, Any], spec: Spec) -> ModuleType:
     """Returns the module that converts a network, whose class in diffusers may depend on the data."""
     has_text = any(condition.kind == "text" for condition in spec.conditions.values())
-    converters = {"unet": diffusers_unet, "dit": diffusers_pixart if has_text else diffusers_dit}
+    converters = {"unet": diffusers_unet, "unet_text": diffusers_unet_text,
+                  "dit": diffusers_pixart if has_text else diffusers_dit}  # fmt: skip
     name = network["name"]
     if name not in converters:
-        raise InputError("network.name", f"must be 'unet' or 'dit' to be written for diffusers, got {name!r}")
+        raise InputError("network.name", f"must be among {', '.join(converters)} to be written for diffusers, got {name!r}")
     return converters[name]

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion.core import model_folder
-from diffusion.core.tensors import Pair, Tensors, conv, fused, linear, norm, pointwise, same, sizes
+from diffusion.core import model_folder, trees
+from diffusion.core.tensors import Pair, Tensors, conv, fused, linear, norm, pointwise, same
 from diffusion.core.types import InputError, Params, Spec
 from diffusion.interop.config_json import check_entries, check_options, data_spec, image_size, outputs
 from diffusion.layers.norms import default_groups
@@ -70,7 +70,7 @@ def network_of(config: Mapping[str, Any], tensors: Tensors, null_class: bool) ->
     network = {
         "name": "unet",
         "width": widths[0],
-        "channel_mult": tuple(_ratio(width, widths[0]) for width in widths),
+        "channel_mult": tuple(ratio(width, widths[0]) for width in widths),
         "num_res_blocks": config["layers_per_block"],
         "attention_resolutions": tuple(min(size) >> level for level, attend in enumerate(attends) if attend),
         "up_attention": "every",
@@ -100,16 +100,7 @@ def config_of(network: Mapping[str, Any], spec: Spec, params: Params) -> dict[st
         problem = "must be 'conv' or 'residual' to be written for diffusers, got 'projected'"
         raise InputError("network.resample", problem)
     *size, channels = spec.shape
-    widths = _widths(network)
-    if widths[0] != network["width"]:
-        problem = f"must begin with 1 to be written for diffusers, got {network['channel_mult']}"
-        raise InputError("network.channel_mult", problem)
-    groups = {network["groups"] or default_groups(channels) for channels in sizes(params, "scale")}
-    if len(groups) > 1:
-        problem = (
-            f"must be the same in all layers to be written for diffusers, are {sorted(groups)}; set network.groups"
-        )
-        raise InputError("network.groups", problem)
+    widths, groups = widths_of(network), groups_of(network, params)
     residual = network["resample"] == "residual"
     kinds = {(False, False): "{side}Block2D", (True, False): "Attn{side}Block2D", (True, True): "Attn{side}Block2D",
              (False, True): "Resnet{side}sampleBlock2D"}  # fmt: skip
@@ -136,8 +127,8 @@ def config_of(network: Mapping[str, Any], spec: Spec, params: Params) -> dict[st
         "upsample_type": "resnet" if residual else "conv",
         "dropout": network["dropout"],
         "attention_head_dim": network["head_dim"],
-        "norm_num_groups": min(groups),
-        "attn_norm_num_groups": min(groups) if middle_groups is None else middle_groups or None,
+        "norm_num_groups": groups,
+        "attn_norm_num_groups": groups if middle_groups is None else middle_groups or None,
         "norm_eps": network["epsilon"],
         "resnet_time_scale_shift": "scale_shift" if network["scale_shift"] else "default",
         "add_attention": network["middle_attention"],
@@ -145,29 +136,47 @@ def config_of(network: Mapping[str, Any], spec: Spec, params: Params) -> dict[st
     }
 
 
-def _ratio(a: int, b: int) -> float:
+def ratio(a: int, b: int) -> float:
     """Returns a / b, as an integer where it is one."""
     return a // b if a % b == 0 else a / b
 
 
-def _widths(network: Mapping[str, Any]) -> list[int]:
-    """Returns the channels of each level."""
-    return [round(network["width"] * multiplier) for multiplier in network["channel_mult"]]
+def widths_of(network: Mapping[str, Any]) -> list[int]:
+    """Returns the channels of each level. Raises InputError if diffusers cannot have them."""
+    widths = [round(network["width"] * multiplier) for multiplier in network["channel_mult"]]
+    if widths[0] != network["width"]:
+        problem = f"must begin with 1 to be written for diffusers, got {network['channel_mult']}"
+        raise InputError("network.channel_mult", problem)
+    return widths
+
+
+def groups_of(network: Mapping[str, Any], params: Params) -> int:
+    """Returns the number of groups of the group norms. Raises InputError unless all have the same."""
+    arrays = trees.by_path(params).items()
+    # The norms of stacked blocks are layer norms.
+    channels = {array.size for path, array in arrays if path.endswith("/scale") and "/blocks/" not in path}
+    groups = {network["groups"] or default_groups(number) for number in channels}
+    if len(groups) > 1:
+        problem = f"must be the same in all layers to be written for diffusers, are {sorted(groups)}"
+        raise InputError("network.groups", f"{problem}; set network.groups")
+    return groups.pop()
+
+
+def residual(native: str, foreign: str, projected: bool) -> list[Pair]:
+    """Pairs residual blocks, with a linear layer on the skip connection if `projected`."""
+    layers = [
+        *norm(f"{native}/norm1", f"{foreign}.norm1"),
+        *conv(f"{native}/conv1", f"{foreign}.conv1"),
+        *linear(f"{native}/emb", f"{foreign}.time_emb_proj"),
+        *norm(f"{native}/norm2", f"{foreign}.norm2"),
+        *conv(f"{native}/conv2", f"{foreign}.conv2"),
+    ]
+    return [*layers, *pointwise(f"{native}/skip", f"{foreign}.conv_shortcut")] if projected else layers
 
 
 def pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
     """Returns the table of arrays and tensors."""
     levels, blocks = len(network["channel_mult"]), network["num_res_blocks"]
-
-    def residual(native: str, foreign: str, projected: bool) -> list[Pair]:
-        layers = [
-            *norm(f"{native}/norm1", f"{foreign}.norm1"),
-            *conv(f"{native}/conv1", f"{foreign}.conv1"),
-            *linear(f"{native}/emb", f"{foreign}.time_emb_proj"),
-            *norm(f"{native}/norm2", f"{foreign}.norm2"),
-            *conv(f"{native}/conv2", f"{foreign}.conv2"),
-        ]
-        return [*layers, *pointwise(f"{native}/skip", f"{foreign}.conv_shortcut")] if projected else layers
 
     def attention(native: str, foreign: str, normed: bool = True) -> list[Pair]:
         return [
@@ -195,7 +204,7 @@ def pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
     if network["middle_attention"]:
         normed = network["middle_attention_groups"] != 0
         table += attention("middle/first/attention", "mid_block.attentions.0", normed)
-    widths = _widths(network)
+    widths = widths_of(network)
     for level, width in enumerate(widths):
         down, up = f"down_blocks.{level}", f"up_blocks.{levels - 1 - level}"
         grows = width != widths[max(level - 1, 0)]

@@ -78,8 +78,9 @@ class Conditioner(nnx.Module):
         text = dict(text_mlp=text_mlp, null_text=null_text)
         self.conditions = ConditionEmbedding(conditions, out_features, **text, dtype=dtype, rngs=rngs)
 
-    def __call__(self, c_noise: Array, cond: Cond) -> Embedded:
-        emb_BxD = self.numbers(self.outer(jax.nn.silu(self.inner(self.features(c_noise)))), cond)
+    def __call__(self, c_noise: Array, cond: Cond, offset: Array | float = 0.0) -> Embedded:
+        """Embeds c_noise `[B]`, to whose features `offset [B, width]` is added, and the conditions."""
+        emb_BxD = self.numbers(self.outer(jax.nn.silu(self.inner(self.features(c_noise) + offset))), cond)
         if self.num_classes:
             label, keep = cond["label"], kept(cond, "label")
             if self.null_class:

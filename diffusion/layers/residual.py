@@ -127,11 +127,15 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width, then applies a convolution."""
+    """Doubles height and width, then applies a convolution.
+
+    A `size` of one row or column less, from which halving rounds up, is what the convolution sees.
+    """
 
     def __init__(self, channels: int, config: BlockConfig, *, rngs: Keys):
         self.resample_filter = config.resample_filter
         self.conv = conv3x3(channels, channels, dtype=config.dtype, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        return self.conv(double(x, self.resample_filter))
+    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+        x = double(x, self.resample_filter)
+        return self.conv(x if size is None else x[:, : size[0], : size[1]])
