@@ -32,6 +32,7 @@ from tests.tiers import slow_except
 
 TINY = {
     "unet": {"width": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "head_dim": 4},
+    "unet_text": {"width": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "depth": (0, 0), "num_heads": 2},
     "mlp": {"width": 8, "depth": 1},
     "dit": {"width": 8, "depth": 2, "num_heads": 2, "patch_size": 4},
     "uvit": {"width": 8, "depth": 3, "num_heads": 2, "patch_size": 4},

@@ -50,8 +50,8 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, tex
       path: The folder.
       null_class: Whether the last row of a U-Net's table of classes is the null class.
       variant: The variant of the weights; see `model_folder.read_tensors`.
-      text_length: The number of tokens of a text, which no folder has; None for 120, that of PixArt-alpha, or
-        77, that of Stable Diffusion.
+      text_length: The number of tokens of a text, which no folder has; None for that of the model: 120 for
+        PixArt-alpha, 77 for Stable Diffusion.
 
     Raises:
       InputError: if the folder cannot be read, the model is not supported, or a tensor is missing, unknown or of the
@@ -106,5 +106,6 @@ def _converter(network: Mapping[str, Any], spec: Spec) -> ModuleType:
                   "dit": diffusers_pixart if has_text else diffusers_dit}  # fmt: skip
     name = network["name"]
     if name not in converters:
-        raise InputError("network.name", f"must be among {', '.join(converters)} to be written for diffusers, got {name!r}")
+        known = ", ".join(converters)
+        raise InputError("network.name", f"must be among {known} to be written for diffusers, got {name!r}")
     return converters[name]

@@ -17,6 +17,7 @@ NETWORKS = {
     "dit": {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 2},
     "uvit": {"width": 16, "depth": 3, "num_heads": 2, "patch_size": 2},
     "unet": {"width": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "head_dim": 8},
+    "unet_text": {"width": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "depth": (0, 1), "num_heads": 2},
     "edm2": {"width": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "head_dim": 8},
     "mlp": {"width": 16, "depth": 2},
 }

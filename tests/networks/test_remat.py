@@ -10,6 +10,7 @@ from tests.tiers import slow_except
 
 DEEP = {
     "dit": {"patch_size": 2, "width": 32, "depth": 8, "num_heads": 2},
+    "unet_text": {"width": 32, "channel_mult": (1,), "num_res_blocks": 1, "depth": (1,), "middle_depth": 8},
     "unet": {
         "width": 8,
         "channel_mult": (1,),

@@ -10,10 +10,12 @@ UNET = {"width": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_reso
 NETWORKS = {
     "unet": {"name": "unet", **UNET},
     "edm2": {"name": "edm2", **UNET},
+    "unet_text": {"name": "unet_text", "width": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "depth": (0, 1),
+                  "num_heads": 2},
     "dit": {"name": "dit", "width": 8, "depth": 1, "num_heads": 2},
     "dit with rope": {"name": "dit", "width": 8, "depth": 1, "num_heads": 2, "positions": "rope"},
     "uvit": {"name": "uvit", "width": 8, "depth": 3, "num_heads": 2, "conv": False},
-}
+}  # fmt: skip
 RNG = np.random.default_rng(0)
 C_NOISE = np.float32([10, 700])
 
@@ -25,7 +27,7 @@ def network_of(name, shape):
     return network, jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
-@pytest.mark.parametrize("name", ["unet", "edm2", "dit", "dit with rope"])
+@pytest.mark.parametrize("name", ["unet", "unet_text", "edm2", "dit", "dit with rope"])
 def test_a_network_takes_every_size(name):
     """Its size is that of x. The shape that it was built for has no effect, except on the levels with attention."""
     programs = []
