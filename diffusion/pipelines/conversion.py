@@ -95,7 +95,7 @@ def import_folder(
     config["train"] = {**config.get("train", {}), "cond_drop_rate": _drop_rate(config, model)}
     config = resolve(config)
     check_config(config)
-    network, objective, _ = build_model(config, model.spec)
+    network, objective, *_ = build_model(config, model.spec)
     keywords = training(config)
     state = init_state(objective, network, keywords["optimizer"], keywords["ema"], jax.random.key(0))
     net = jax.tree.map(jnp.asarray, model.params)
