@@ -52,7 +52,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None, *, kernel: K
         `cudnn`: flash attention on NVIDIA GPUs, for bfloat16 or float16 and F divisible by 8 and at most 128 (256 from
         Hopper on). On other devices a warning is logged and `auto` used, so that a model may move between machines.
         `chunked`: holds the products of 256 queries at a time and recomputes them in the backward pass (Rabe & Staats
-        2021, arXiv 2112.05682, section 2, without chunks of keys).
+        2021, arXiv 2112.05682, section 2, without chunks of keys). On a single CPU device, those of one head at a time.
         `auto`: `cudnn` if it is available, no mask is given and the call is not inside `jvp`; otherwise `chunked` from
         1,024 x 1,024 products on, and `xla` below.
 
@@ -157,13 +157,29 @@ def _heads_first(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    B, N, heads, F = q.shape
     q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
+    # Heads may be sharded over several devices, which a loop over them would undo.
+    attend = _by_head if jax.default_backend() == "cpu" and jax.device_count() == 1 else _by_chunk
+    return attend(q, k, v, mask).swapaxes(1, 2)
+
+
+def _by_head(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """Computes `_by_chunk` for one head at a time: on a CPU, its products then stay in the cache."""
+    B, heads = q.shape[:2]
+    each = tuple(part.reshape(B * heads, 1, 1, *part.shape[2:]) for part in (q, k, v))
+    masks = None if mask is None else jnp.repeat(mask[:, None], heads, axis=0)
+    mixed = jax.lax.map(lambda arrays: _by_chunk(*arrays), (*each, masks))
+    return mixed.reshape(B, heads, *mixed.shape[3:])
+
+
+def _by_chunk(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """Computes `_heads_first` for `CHUNK` queries at a time."""
+    B, heads, N, F = q.shape
     chunks = -(-N // CHUNK)
     padded = jnp.pad(q, ((0, 0), (0, 0), (0, chunks * CHUNK - N), (0, 0)))
     by_chunk = jnp.moveaxis(padded.reshape(B, heads, chunks, CHUNK, F), 2, 0)
     mixed = jax.lax.map(jax.checkpoint(lambda q: _heads_first(q, k, v, mask)), by_chunk)
-    return jnp.moveaxis(mixed, 0, 2).reshape(B, heads, chunks * CHUNK, F)[:, :, :N].swapaxes(1, 2)
+    return jnp.moveaxis(mixed, 0, 2).reshape(B, heads, chunks * CHUNK, F)[:, :, :N]
 
 
 class CrossAttention(nnx.Module):

@@ -46,9 +46,14 @@ def test_is_softmax_attention(kernel, mask, chunks_of_4):
     np.testing.assert_allclose(attend(Q, K, V, mask, kernel=kernel), by_hand(Q, K, V, mask), atol=2e-6)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize(("tokens", "mask"), [(8, None), (11, None), (11, MASK)], ids=["full", "partial", "mask"])
-def test_chunks_change_nothing(tokens, mask, chunks_of_4):
-    """Output and gradients are the same, whether or not the queries fill the last chunk."""
+def test_chunks_change_nothing(tokens, mask, devices, chunks_of_4, monkeypatch):
+    """Output and gradients are the same, whether or not the queries fill the last chunk. On one CPU there is a loop
+    over the heads."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    program = str(jax.make_jaxpr(lambda *qkv: attend(*qkv, kernel="chunked"))(Q, K, V))
+    assert program.count("scan[") == (2 if devices == 1 else 1)
 
     def run(kernel):
         def loss(q, k, v):
