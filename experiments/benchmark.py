@@ -6,9 +6,10 @@ python -m experiments.benchmark --suite=sampling    each sampler's scan, against
 python -m experiments.benchmark --suite=networks    networks against the same networks in PyTorch: train steps, guided
                                                     sampling, compiling (some minutes)
 python -m experiments.benchmark --suite=data        reading images, against PyTorch's loader; training on these images
+python -m experiments.benchmark --suite=text        the U-Net of Stable Diffusion 1.5, against PyTorch (16 GB of memory)
 python -m experiments.benchmark --suite=reliability the guard, the watchdog, the time meter and checkpoints
 
-The suites `networks` and `data` need requirements-peers.txt and a checkout of the repository.
+The suites `networks`, `data` and `text` need requirements-peers.txt and a checkout of the repository.
 """
 
 import importlib
@@ -25,7 +26,8 @@ from diffusion.pipelines import benchmarks
 from diffusion.profiling.timing import median_ratio
 from experiments import cli
 
-SUITE = flags.DEFINE_enum("suite", "loop", ["loop", "sampling", "networks", "data", "reliability"], "What to measure.")
+SUITES = ["loop", "sampling", "networks", "data", "text", "reliability"]
+SUITE = flags.DEFINE_enum("suite", "loop", SUITES, "What to measure.")
 RUNS = flags.DEFINE_integer("runs", 5, "Repetitions of each measurement; the median is printed.", lower_bound=1)
 
 SAVE_EVERY = 100  # steps
@@ -37,6 +39,7 @@ def main() -> None:
         "sampling": sampling,
         "networks": lambda: peer_suites().networks(RUNS.value),
         "data": lambda: peer_suites().data(RUNS.value),
+        "text": lambda: peer_suites().text(RUNS.value),
         "reliability": reliability,
     }[SUITE.value]()
 

@@ -97,6 +97,13 @@ def data(runs: int) -> None:
     data_speed.data(runs)
 
 
+def text(runs: int) -> None:
+    """Prints a table of the U-Net of Stable Diffusion; see `tests.peers.text_speed`."""
+    from tests.peers import text_speed
+
+    text_speed.text(runs)
+
+
 def print_row(
     name: str, seconds: Mapping[str, list[float]], ideal: float, memory: Mapping[str, float] | None = None
 ) -> None:
