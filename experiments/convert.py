@@ -1,7 +1,8 @@
 """Converts between the workdirs of runs and the folders of diffusers; the direction follows from --from.
 
-python -m experiments.convert --from=DIR --to=runs/NAME     a UNet2DModel, a DiTTransformer2DModel, a
-                                                            PixArtTransformer2DModel, or a pipeline of one
+python -m experiments.convert --from=DIR --to=runs/NAME     a UNet2DModel, a UNet2DConditionModel, a
+                                                            DiTTransformer2DModel, a PixArtTransformer2DModel, or a
+                                                            pipeline of one
 python -m experiments.convert --from=runs/NAME --to=DIR     a run to a pipeline (or a model, if no scheduler fits)
 python -m experiments.convert --from=runs/NAME --to=DIR     a run that trains an autoencoder to an AutoencoderKL,
                                                             VQModel or AutoencoderTiny
@@ -41,7 +42,7 @@ SHIFT = flags.DEFINE_bool(
 flags.mark_flags_as_required(["from", "to"])
 
 # For runs made without --config: the configs that complete an imported network, by its name.
-DEFAULTS = {"unet": "cifar10_ddpm.py", "dit": "imagenet256_dit.py:XL/2"}
+DEFAULTS = {"unet": "cifar10_ddpm.py", "unet_text": "imagenet256_dit.py:XL/2", "dit": "imagenet256_dit.py:XL/2"}
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 

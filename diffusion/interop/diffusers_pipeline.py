@@ -10,8 +10,10 @@ from diffusion.core.types import InputError
 from diffusion.interop import diffusers_models, schedulers
 from diffusion.interop.diffusers_models import Model
 
+# For each network, its component, its class, and a pipeline that contains no text encoder, if there is one.
 COMPONENTS = {
     "unet": ("unet", "UNet2DModel", "DDPMPipeline"),
+    "unet_text": ("unet", "UNet2DConditionModel", None),
     "dit": ("transformer", "DiTTransformer2DModel", "DiTPipeline"),
 }
 _SCHEDULER = "scheduler_config.json"
