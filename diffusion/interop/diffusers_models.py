@@ -1,6 +1,7 @@
 """Converts between networks of this library and models of diffusers: `networks.unet` and `UNet2DModel`,
 `networks.unet_text` and `UNet2DConditionModel`, `networks.dit` and `DiTTransformer2DModel`, or with a text
-`PixArtTransformer2DModel` (both `Transformer2DModel` before diffusers 0.29). Names and conventions are those of diffusers 0.42.
+`PixArtTransformer2DModel` (both `Transformer2DModel` before diffusers 0.29). Names and conventions are those of
+diffusers 0.42.
 
 A model is a folder with `config.json` and safetensors. A pipeline consists of such a folder, a folder for the noise
 schedule, and `model_index.json`.

@@ -25,7 +25,6 @@ from diffusion.core import checks
 from diffusion.core.arrays import kept
 from diffusion.core.types import (
     NO_CONDITIONS,
-    NULL,
     Array,
     Cond,
     ConditionSpec,
@@ -301,9 +300,9 @@ class UNetText(nnx.Module):
     def read(self, cond: Cond) -> tuple[Array, Array]:
         """Returns the tokens of the text `[B, L, D]`, with zeros for padding, and their mask `[B, L]`."""
         name = self.config.text
-        if kept(cond, name) is not True and name not in cond.get(NULL, ()):
+        if kept(cond, name) is not True:  # values of `cond["null"]` have replaced what is not kept
             raise InputError(f"network.{name}", "is dropped, and unet_text has no learned null; give a text for it, "
-                             f"such as that of the empty prompt, in cond[{NULL!r}]")  # fmt: skip
+                             "such as that of the empty prompt, in cond['null']")  # fmt: skip
         text = cond[name]
         return jnp.where(text.mask[..., None], text.tokens, 0).astype(self.config.block.dtype), text.mask
 

@@ -18,6 +18,9 @@ from diffusion.core.types import ArraySpec, ConditionSpec, Spec, Text, class_lab
 from diffusion.interop import diffusers_models as models
 from diffusion.interop import diffusers_unet_text
 from diffusion.interop.diffusers_models import Model
+from diffusion.pipelines.config import read_config
+from diffusion.pipelines.conversion import export_run, import_folder
+from diffusion.pipelines.run import open_run
 from tests.interop.test_diffusers_models import load_foreign, peer
 from tests.published import published
 from tests.refusals import refused
@@ -35,12 +38,13 @@ CASES = {
                      (8, 8)),
     "odd and not square": ({"channel_mult": (1, 1, 2), "depth": (1, 1, 1)}, TEXT, (7, 10)),
     "as SDXL": ({"depth": (1, 2), "middle_depth": 2, "num_heads": (2, 4), "number_features": 8,
-                 "use_linear_projection": True, "num_res_blocks": 2}, SDXL, (8, 8)),
+                 "use_linear_projection": True}, SDXL, (8, 8)),
     "as SDXL's refiner": ({"number_features": 8}, {"text": ConditionSpec("text", (77, 12), pooled=12),
                           "time_ids": ConditionSpec("vector", (5,))}, (8, 8)),
     "latent consistency": ({"scalar_conditions": ("guidance_scale",), "guidance_features": 6}, TEXT, (8, 8)),
     "as the upscaler": ({"only_cross_attention": (True, False), "depth": (1, 1), "null_class": False},
                         {**class_labels(5), **TEXT, "image": ConditionSpec("image", (8, 8, 3))}, (8, 8)),
+    "recorded": ({"number_features": 4, "depth": (0, 1)}, SDXL, (3, 5)),
     "other options": ({"scale_shift": True, "outputs": 2, "epsilon": 1e-3, "freq_shift": 1, "sin_first": True}, TEXT,
                       (8, 8)),
 }  # fmt: skip
@@ -165,10 +169,31 @@ def test_a_model_that_is_not_supported_is_refused(config, field, tmp_path):
         models.read(str(tmp_path))
 
 
+@pytest.mark.slow
+def test_a_pipeline_becomes_a_run_and_the_run_a_model(tmp_path):
+    """The scheduler of Stable Diffusion determines objective and sampler."""
+    _, model = model_of("as Stable Diffusion")
+    models.write(str(tmp_path / "pipeline" / "unet"), model)
+    model_folder.write_json(
+        str(tmp_path / "pipeline"), "model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}
+    )
+    scheduler = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+                 "beta_end": 0.012, "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}  # fmt: skip
+    model_folder.write_json(str(tmp_path / "pipeline" / "scheduler"), "scheduler_config.json", scheduler)
+    config = read_config("configs/imagenet256_dit.py:XL/2")
+    import_folder(str(tmp_path / "pipeline"), str(tmp_path / "run"), lambda network: config)
+    run = open_run(str(tmp_path / "run"))
+    assert run.config["sampler"]["name"] == "pndm" and run.spec == model.spec
+    assert run.config["objective"]["schedule"]["betas"] == "scaled_linear"
+    assert "text encoder" in export_run(str(tmp_path / "run"), str(tmp_path / "folder"))
+    read = models.read(str(tmp_path / "folder"))
+    jax.tree.map(np.testing.assert_array_equal, read.params, model.params)
+
+
 @pytest.mark.parametrize(
     ("options", "conditions", "field"),
     [
-        ({"groups": None, "channel_mult": (1, 4)}, TEXT, "network.groups"),
+        ({"groups": None}, TEXT, "network.groups"),
         ({"channel_mult": (2, 4)}, TEXT, "network.channel_mult"),
         ({"middle_depth": 0}, TEXT, "network.middle_depth"),
         ({"depth": (1, 2)}, TEXT, "network.middle_depth"),
@@ -180,14 +205,42 @@ def test_a_model_that_is_not_supported_is_refused(config, field, tmp_path):
         ({}, {"text": SDXL["text"]}, "data.conditions"),
     ],
 )
-def test_options_that_diffusers_lacks_are_refused(options, conditions, field, tmp_path, monkeypatch):
-    monkeypatch.setitem(CASES, "this", (options, conditions, (8, 8)))
+def test_options_that_diffusers_lacks_are_refused(options, conditions, field):
+    network = models.with_defaults(TINY | options)
+    norms = {name: {"scale": np.ones(width)} for name, width in (("narrow", 8), ("wide", 32))}
     with refused(field):
-        models.write(str(tmp_path / "model"), model_of("this")[1])
-    assert not (tmp_path / "model").exists()
+        diffusers_unet_text.config_of(network, Spec(ArraySpec((8, 8, 4), "latent"), conditions), norms)
+
+
+# A small model with weights in closed form, whose output diffusers computed.
+
+RECORDED_OUTPUT = (0.415593, 0.103829, -0.060210, 0.098472)  # of diffusers 0.42.1 at [1, 2, :4, 1]
+
+
+def recorded():
+    """Returns a network, its model and inputs: a text with padding, SDXL's numbers and a size that is odd."""
+    built, model = model_of("recorded")
+    rng = np.random.RandomState(0)  # its stream never changes
+    params = jax.tree.map(lambda leaf: (rng.uniform(-1, 1, leaf.shape) / 2).astype(np.float32), model.params)
+    return built, Model(model.network, model.spec, params), inputs_of(model, 2, np.random.RandomState(1))
+
+
+def test_the_output_is_the_one_recorded():
+    built, model, (x, t, cond) = recorded()
+    out = jax.jit(built.apply)(model.params, x, t.astype(np.float32), cond)
+    np.testing.assert_allclose(out[1, 2, :4, 1], RECORDED_OUTPUT, atol=1e-4)
 
 
 # Comparison with diffusers.
+
+
+@pytest.mark.peers
+@peer
+def test_the_recorded_output_is_that_of_diffusers(tmp_path):
+    _, model, inputs = recorded()
+    models.write(str(tmp_path), model)
+    out = call_foreign(load_foreign(tmp_path).eval(), *inputs)
+    np.testing.assert_allclose(out.detach().numpy()[1, 2, :4, 1], RECORDED_OUTPUT, atol=1e-5)
 
 
 def inputs_of(model, batch, rng):
@@ -204,7 +257,7 @@ def inputs_of(model, batch, rng):
     pooled = specs["text"].pooled
     cond = {"text": Text(normal(batch, L, D), mask, normal(batch, pooled) if pooled else None)}
     if "time_ids" in specs:
-        cond["time_ids"] = rng.integers(1024, size=(batch, *specs["time_ids"].shape)).astype(np.float32)
+        cond["time_ids"] = (1024 * rng.uniform(size=(batch, *specs["time_ids"].shape))).astype(np.float32)
     if "label" in specs:
         cond["label"] = np.arange(batch) % specs["label"].num_classes
     if "image" in specs:

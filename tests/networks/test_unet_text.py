@@ -120,6 +120,7 @@ def test_a_text_that_is_dropped_needs_a_null():
     assert shapes({**COND, "keep": keep, "null": {"text": COND["text"]}}).shape == X.shape
 
 
+@pytest.mark.slow
 def test_perturbed_transformers():
     """Only self-attention changes, in the transformers that are named; without `layers`, that in the middle."""
     network, params = network_of(channel_mult=(1,), depth=(1,))
