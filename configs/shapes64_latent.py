@@ -1,12 +1,16 @@
 """Flow matching on latents of 64x64 pictures of coloured shapes; `pixels` is the same U-Net on the pictures themselves.
 
-Command:   python -m experiments.train --config=configs/shapes64_latent.py --workdir=runs/shapes64_latent
-           the argument is latents (the default) or pixels
-Data:      drawn on the fly, and encoded by the autoencoder in models/shapes64_kl; see configs/shapes64_kl.py
-Hardware:  one CPU core, 34 minutes (AMD EPYC). A step on pixels takes 10.4 times as long as one on latents.
+Command:   python -m experiments.encode --config=configs/shapes64_latent.py --config.data.length=40000 \\
+               --out=data/shapes64
+           python -m experiments.train --config=configs/shapes64_latent.py --workdir=runs/shapes64_latent \\
+               --config.data="{'name': 'array_record', 'path': 'data/shapes64'}"
+           the argument is latents (the default) or pixels, whose data are drawn on the fly
+Data:      40,000 pictures, encoded by the autoencoder in models/shapes64_kl; see configs/shapes64_kl.py
+Hardware:  one CPU core, 2 minutes to encode and 31 minutes to train (AMD EPYC)
 Expected:  python -m experiments.evaluate --workdir=runs/shapes64_latent
-           readable_shapes 0.43, the share of 1,000 samples close to a possible picture; shapes_off 0.21. The model of
-           pixels has not been trained yet.
+           readable_shapes 0.48, the share of 1,000 samples close to a possible picture; shapes_off 0.20. With
+           autoguidance by its own step 2,000 and a scale of 3.5, 0.55 of 300. The model of pixels has not been trained
+           to the end.
 """
 
 from configs import common

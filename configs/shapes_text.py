@@ -3,9 +3,12 @@
 Command:   python -m experiments.train --config=configs/shapes_text.py --workdir=runs/shapes_text
            python -m experiments.sample --workdir=runs/shapes_text --guidance=3 \\
                --prompts="a red circle; two blue squares; a small green triangle above a large white circle"
-Data:      drawn on the fly, without four of the 24 pairs of a colour and a shape, which held-out prompts also name
+Data:      drawn on the fly, without four of the 24 pairs of a colour and a shape, which held-out prompts also name, and
+           encoded by the autoencoder in models/shapes64_kl; see configs/shapes64_kl.py
 Hardware:  two CPU cores
 Expected:  python -m experiments.evaluate --workdir=runs/shapes_text
+           not measured yet. A U-Net in place of the transformer reached caption_match 0.16 of 300 samples after 6,000
+           steps of 32, and did not follow places.
 """
 
 from configs import common
@@ -19,7 +22,7 @@ def get_config():
         autoencoder=dict(name="kl", path="models/shapes64_kl"),
         text_encoder=dict(name="small", vocab_size=400, length=24, width=128, depth=2, num_heads=4),
         objective=dict(name="flow_matching", time_sampler=dict(name="stratified")),
-        network=dict(name="unet", width=64, channel_mult=(1, 2), head_dim=32, attention_resolutions=(8, 4)),
+        network=dict(name="dit", patch_size=2, width=256, depth=6, num_heads=8, qk_norm=True, remat="none"),
         optimizer=dict(learning_rate=1.5e-3, schedule="cosine", warmup=200, b2=0.99),
         ema=dict(decays=(0.99, 0.998)),
         train=dict(steps=8000, batch_size=32, cond_drop_rate=0.1, preview_every=2000),
