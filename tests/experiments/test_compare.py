@@ -63,7 +63,7 @@ def workdirs(tmp_path_factory, mesh_of):
     for name, config in configs.items():
         source = build("data", config["data"])
         meta, _ = meta_of(config, source.spec, str(folder / name))
-        network, objective, _ = model_of(meta)
+        network, objective, *_ = model_of(meta)
         Trainer(source, network, objective, workdir=str(folder / name), meta=meta,
                 **{**training(config), "mesh": mesh_of(1, 1, 1)}).fit()  # fmt: skip
     return [str(folder / name) for name in configs]

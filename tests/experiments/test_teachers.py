@@ -39,7 +39,7 @@ def train(config, workdir):
     """Trains as the job does, but without previews, signal handlers and the watchdog."""
     source = build("data", config["data"], field="data")
     meta, teacher = meta_of(config, source.spec, str(workdir))
-    network, objective, _ = model_of(meta)
+    network, objective, *_ = model_of(meta)
     return Trainer(
         source, network, objective, **training(config), workdir=str(workdir), meta=meta, teacher=teacher
     ).fit()
@@ -65,7 +65,7 @@ def test_a_student_starts_from_its_teachers_average(teacher):
     config = config_of("digits_consistency", "cd", teacher=teacher)
     spec = build("data", "digits").spec
     meta, params = meta_of(config, spec, str(teacher / "none"))
-    network, objective, _ = model_of(json.loads(json.dumps(meta)))
+    network, objective, *_ = model_of(json.loads(json.dumps(meta)))
     assert meta["teacher"]["step"] == 2 and meta["teacher"]["ema"] == "0.998"
     state = objective.init(network, jax.random.key(0), params)
     average = open_run(str(teacher)).params["net"]
