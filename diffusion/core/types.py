@@ -228,6 +228,8 @@ class Source(Protocol):
       stages: Pairs of a name and a function. Composed in order, the functions map `index` to `source[index]`.
       encoder, decoded_spec: For data that were encoded in advance, the digest of the autoencoder and the spec of what
         it decodes them to. Then x is what `Autoencoder.posterior` returns.
+      text_encoder, caption(index): For captions that were encoded in advance, the digest of the text encoder, and a
+        function that returns the first caption of an example. Then `cond["text"]` is a `Text` of vectors.
     """
 
     spec: Spec

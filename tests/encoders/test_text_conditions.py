@@ -22,7 +22,7 @@ from diffusion.training.trainer import Trainer
 from tests.refusals import refused
 
 LENGTH, WIDTH = 6, 4
-CAPTIONS = ("a", "of the\nin a\n", "it", "")
+CAPTIONS = ("a", "\nof the\nin a\n", "it", "")
 NETWORK = {"name": "dit", "patch_size": 4, "width": 16, "depth": 1, "num_heads": 2}
 OPTIONS = {"batch_size": 8, "steps": 2, "seed": 1}
 

@@ -13,6 +13,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from diffusion.core.types import ArraySpec, InputError, Spec, class_labels, earlier_kind
 from diffusion.data import text_records
+from diffusion.data.captions import captions_of
 from diffusion.data.records import FORMAT, INFO
 
 LOCATION_KEYWORDS = ("path",)  # see pipeline.location_keywords
@@ -75,7 +76,7 @@ class ArrayRecord:
 
     def caption(self, index: int) -> str:
         """Returns the first caption of an example whose captions are encoded."""
-        return self._read(index)["caption"].partition("\n")[0]
+        return captions_of(self._read(index))[0]
 
     def _example(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
         """Returns an example, with one of its encoded texts: the first without `rng`."""
