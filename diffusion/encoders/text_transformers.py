@@ -21,6 +21,7 @@ from diffusion.core.types import Array, Params
 from diffusion.distributed.activation_sharding import by_example_only
 from diffusion.layers.functional import split
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 from diffusion.layers.stack import Stack
 
 CLIP_WORDS = 49408  # tokens of CLIP's vocabulary, of which the last one ends every text
@@ -237,7 +238,7 @@ def _attend(q: Array, k: Array, v: Array, bias: Array, heads: int, dtype: str) -
 
 
 def _linear(inputs: int, outputs: int, dtype: str, rngs: Keys, use_bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=jnp.dtype(dtype), preferred_element_type=jnp.float32,
+    return Linear(inputs, outputs, use_bias=use_bias, dtype=jnp.dtype(dtype), preferred_element_type=jnp.float32,
                       rngs=rngs)  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from diffusion.core.types import Array, InputError, Perturbation
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 from diffusion.layers.residual import BlockConfig
 
 Kernel = Literal["auto", "xla", "cudnn", "chunked"]
@@ -189,9 +190,9 @@ class CrossAttention(nnx.Module):
     def __init__(self, channels: int, context: int, heads: int, *, kernel: Kernel, dtype: Any, rngs: Keys):
         self.heads, self.kernel = heads, kernel
         kwargs = dict(dtype=dtype, rngs=rngs)
-        self.q = nnx.Linear(channels, channels, **kwargs)
-        self.kv = nnx.Linear(context, 2 * channels, **kwargs)
-        self.out = nnx.Linear(channels, channels, kernel_init=nnx.initializers.zeros, **kwargs)
+        self.q = Linear(channels, channels, **kwargs)
+        self.kv = Linear(context, 2 * channels, **kwargs)
+        self.out = Linear(channels, channels, kernel_init=nnx.initializers.zeros, **kwargs)
 
     def __call__(self, x: Array, sequence: Array, mask: Array) -> Array:
         B, N, C = x.shape
@@ -215,8 +216,8 @@ class SpatialAttention(nnx.Module):
         self.norm = (
             None if groups == 0 else dataclasses.replace(config, groups=groups or config.groups).norm(channels, rngs)
         )
-        self.qkv = nnx.Linear(channels, 3 * channels, **kwargs)
-        self.out = nnx.Linear(channels, channels, kernel_init=nnx.initializers.zeros, **kwargs)
+        self.qkv = Linear(channels, 3 * channels, **kwargs)
+        self.out = Linear(channels, channels, kernel_init=nnx.initializers.zeros, **kwargs)
 
     def __call__(self, x: Array, perturbation: Perturbation | None = None) -> Array:
         B, H, W, C = x.shape

@@ -20,6 +20,7 @@ from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.attention import attend
 from diffusion.layers.functional import check
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 from diffusion.layers.resample import BOX, double
 from diffusion.layers.residual import conv3x3
 
@@ -99,7 +100,7 @@ class Attention(nnx.Module):
     def __init__(self, channels: int, config: TrunkConfig, *, rngs: Keys):
         self.group_norm = config.norm(channels, rngs)
         for name in ("to_q", "to_k", "to_v", "to_out_0"):
-            setattr(self, name, nnx.Linear(channels, channels, dtype=config.dtype, rngs=rngs))
+            setattr(self, name, Linear(channels, channels, dtype=config.dtype, rngs=rngs))
 
     def __call__(self, x: Array) -> Array:
         B, H, W, C = x.shape

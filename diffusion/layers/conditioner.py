@@ -19,6 +19,7 @@ from diffusion.core.types import LABEL_NOISE, NO_CONDITIONS, NULL, Array, Cond, 
 from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.embeddings import ScalarEmbedding, fourier, sinusoidal
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 
 NORMAL = nnx.initializers.normal(1)  # tokens of unit variance, like those of text encoders
 
@@ -68,8 +69,8 @@ class Conditioner(nnx.Module):
         else:
             self.features = partial(sinusoidal, width=width, freq_shift=freq_shift, sin_first=sin_first)
         self.num_classes, self.null_class = num_classes, null_class
-        self.inner = nnx.Linear(width, out_features, dtype=dtype, rngs=rngs)
-        self.outer = nnx.Linear(out_features, out_features, dtype=dtype, rngs=rngs)
+        self.inner = Linear(width, out_features, dtype=dtype, rngs=rngs)
+        self.outer = Linear(out_features, out_features, dtype=dtype, rngs=rngs)
         if num_classes:
             init = nnx.initializers.normal(0.02)
             rows = num_classes + null_class
@@ -139,8 +140,8 @@ class VectorEmbedding(nnx.Module):
 
     def __init__(self, width: int, features: int, *, dtype: Any, rngs: Keys):
         self.null = nnx.Param(jnp.zeros(width))
-        self.inner = nnx.Linear(width, features, dtype=dtype, rngs=rngs)
-        self.outer = nnx.Linear(features, features, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
+        self.inner = Linear(width, features, dtype=dtype, rngs=rngs)
+        self.outer = Linear(features, features, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, value_BxP: Array, keep_B: Array) -> Array:
         value_BxP = jnp.where(keep_B[:, None], value_BxP, self.null[...])
@@ -166,10 +167,10 @@ class TextEmbedding(nnx.Module):
             small = nnx.initializers.normal(0.02)
             self.positions = nnx.Param(small(rngs.params(), (spec.shape[0], features), jnp.float32))
         elif mlp:
-            self.inner = nnx.Linear(spec.shape[1], features, **kwargs)
-            self.outer = nnx.Linear(features, features, **kwargs)
+            self.inner = Linear(spec.shape[1], features, **kwargs)
+            self.outer = Linear(features, features, **kwargs)
         else:
-            self.tokens = nnx.Linear(spec.shape[1], features, **kwargs)
+            self.tokens = Linear(spec.shape[1], features, **kwargs)
         if null:
             self.null = nnx.Param(NORMAL(rngs.params(), (features,), jnp.float32))
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from diffusion.core.types import Array, Cond
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 
 
 def sinusoidal(labels: Array, width: int, *, freq_shift: int = 0, sin_first: bool = False) -> Array:
@@ -75,7 +76,7 @@ class SizeEmbedding(nnx.Module):
     def __init__(self, features: int, width: int, *, dtype: Any, rngs: Keys):
         self.width, part = width, features // 3
         for name in ("resolution", "aspect_ratio"):
-            inner, outer = (nnx.Linear(size, part, dtype=dtype, rngs=rngs) for size in (width, part))
+            inner, outer = (Linear(size, part, dtype=dtype, rngs=rngs) for size in (width, part))
             setattr(self, name, nnx.Dict({"inner": inner, "outer": outer}))
 
     def __call__(self, resolution_Bx2: Array, aspect_ratio_B: Array) -> Array:
@@ -104,8 +105,8 @@ class ScalarEmbedding(nnx.Module):
         self.features, self.names = features, scalar_conditions
         kwargs = dict(dtype=dtype, rngs=rngs)
         for name in scalar_conditions:
-            inner = nnx.Linear(features, features, **kwargs)
-            outer = nnx.Linear(features, features, kernel_init=nnx.initializers.zeros, **kwargs)
+            inner = Linear(features, features, **kwargs)
+            outer = Linear(features, features, kernel_init=nnx.initializers.zeros, **kwargs)
             setattr(self, name, nnx.Dict({"inner": inner, "outer": outer}))
 
     def __call__(self, emb_BxD: Array, cond: Cond) -> Array:

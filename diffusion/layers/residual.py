@@ -10,6 +10,7 @@ from flax import nnx
 
 from diffusion.core.types import Array
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 from diffusion.layers.norms import group_norm
 from diffusion.layers.resample import BOX, Filter, double, halve
 
@@ -89,12 +90,12 @@ class ResidualBlock(nnx.Module):
         kwargs = dict(dtype=config.dtype, rngs=rngs)
         self.norm1 = config.norm(in_channels, rngs)
         self.conv1 = conv3x3(in_channels, out_channels, **kwargs)
-        self.emb = nnx.Linear(config.emb_features, (2 if config.scale_shift else 1) * out_channels, **kwargs)
+        self.emb = Linear(config.emb_features, (2 if config.scale_shift else 1) * out_channels, **kwargs)
         self.norm2 = config.norm(out_channels, rngs)
         self.conv2 = conv3x3(out_channels, out_channels, zero=True, **kwargs)
         self.dropout = nnx.Dropout(config.dropout)
         same = in_channels == out_channels and not projected
-        self.skip = None if same else nnx.Linear(in_channels, out_channels, **kwargs)
+        self.skip = None if same else Linear(in_channels, out_channels, **kwargs)
 
     def __call__(self, x: Array, emb: Array, key: Array | None) -> Array:
         """Maps x `[B, H, W, Cin]` and emb `[B, E]` to `[B, H', W', Cout]`; a `key` of None disables dropout."""

@@ -10,6 +10,7 @@ from flax import nnx
 from diffusion.core.types import Array, Perturbation
 from diffusion.layers.attention import Kernel, attend, attention
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 from diffusion.layers.norms import group_norm
 from diffusion.layers.stack import Remat, Stack
 
@@ -22,10 +23,10 @@ class Attention(nnx.Module):
     def __init__(self, channels: int, context: int, heads: int, *, kernel: Kernel, dtype: Any, rngs: Keys):
         self.heads, self.kernel = heads, kernel
         kwargs = dict(dtype=dtype, rngs=rngs)
-        self.q = nnx.Linear(channels, channels, use_bias=False, **kwargs)
-        self.k = nnx.Linear(context, channels, use_bias=False, **kwargs)
-        self.v = nnx.Linear(context, channels, use_bias=False, **kwargs)
-        self.out = nnx.Linear(channels, channels, **kwargs)
+        self.q = Linear(channels, channels, use_bias=False, **kwargs)
+        self.k = Linear(context, channels, use_bias=False, **kwargs)
+        self.v = Linear(context, channels, use_bias=False, **kwargs)
+        self.out = Linear(channels, channels, **kwargs)
 
     def __call__(self, x: Array, sequence: Array, mask: Array | None = None, attend: Any = attend) -> Array:
         """Maps x `[B, N, channels]`; mask `[B, L]` says which tokens of the sequence are attended to."""
@@ -65,8 +66,8 @@ class TransformerBlock(nnx.Module):
             self.norm2 = nnx.LayerNorm(channels, epsilon=1e-5, **kwargs)
             self.cross = Attention(channels, context, heads, kernel=kernel, **kwargs)
         self.norm3 = nnx.LayerNorm(channels, epsilon=1e-5, **kwargs)
-        self.inner = nnx.Linear(channels, 8 * channels, **kwargs)
-        self.outer = nnx.Linear(4 * channels, channels, **kwargs)
+        self.inner = Linear(channels, 8 * channels, **kwargs)
+        self.outer = Linear(4 * channels, channels, **kwargs)
 
     def __call__(
         self, x: Array, size: tuple[int, int], sequence: Array | None, mask: Array | None,
@@ -104,7 +105,7 @@ class SpatialTransformer(nnx.Module):
     ):  # fmt: skip
         self.only_cross_attention = only_cross_attention
         self.norm = group_norm(channels, groups, EPSILON, dtype=dtype, rngs=rngs)
-        self.proj_in = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.proj_in = Linear(channels, channels, dtype=dtype, rngs=rngs)
 
         def block(rngs: Keys) -> TransformerBlock:
             return TransformerBlock(channels, context, heads, only_cross_attention=only_cross_attention,
@@ -112,7 +113,7 @@ class SpatialTransformer(nnx.Module):
 
         self.blocks = Stack(block, depth, remat, rngs=rngs)
         zeros = nnx.initializers.zeros
-        self.proj_out = nnx.Linear(channels, channels, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.proj_out = Linear(channels, channels, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Array, sequence: Array | None, mask: Array | None, perturbation: Perturbation | None = None

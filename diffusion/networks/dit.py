@@ -28,6 +28,7 @@ from diffusion.layers.conditioner import Conditioner, Embedded, has_text, image_
 from diffusion.layers.embeddings import SizeEmbedding
 from diffusion.layers.functional import Blocks, functional
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 from diffusion.layers.norms import layer_norm
 from diffusion.layers.positions import patches, rotary_angles, rotate, sincos_2d
 from diffusion.layers.stack import Remat, Stack
@@ -128,13 +129,13 @@ class DiTBlock(nnx.Module):
         if config.modulation == "single":
             self.table = modulation_table(6, width, rngs)
         else:
-            self.modulation = nnx.Linear(width, 6 * width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
-        self.qkv = nnx.Linear(width, 3 * width, **kwargs)
-        self.out = nnx.Linear(width, width, **kwargs)
+            self.modulation = Linear(width, 6 * width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, **kwargs)
+        self.out = Linear(width, width, **kwargs)
         if config.qk_norm:
             self.norm_q, self.norm_k = (nnx.RMSNorm(config.head_dim, dtype=dtype, rngs=rngs) for _ in range(2))
-        self.up = nnx.Linear(width, config.mlp_width * (2 if config.mlp == "swiglu" else 1), **kwargs)
-        self.down = nnx.Linear(config.mlp_width, width, **kwargs)
+        self.up = Linear(width, config.mlp_width * (2 if config.mlp == "swiglu" else 1), **kwargs)
+        self.down = Linear(config.mlp_width, width, **kwargs)
         if has_text(config.conditions) and not config.is_joint:
             self.cross = CrossAttention(width, width, config.num_heads, kernel=config.kernel, dtype=dtype, rngs=rngs)
 
@@ -196,9 +197,9 @@ class DiT(nnx.Module):
         if config.size_embedding:
             self.sizes = SizeEmbedding(width, FREQUENCIES, dtype=dtype, rngs=rngs)
         xavier, zeros = nnx.initializers.xavier_uniform(), nnx.initializers.zeros
-        self.patches_in = nnx.Linear(patch_area * config.shape[2], width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.patches_in = Linear(patch_area * config.shape[2], width, kernel_init=xavier, dtype=dtype, rngs=rngs)
         if image_channels(config.conditions):
-            self.patches_images = nnx.Linear(
+            self.patches_images = Linear(
                 patch_area * image_channels(config.conditions), width, use_bias=False, kernel_init=zeros, dtype=dtype,
                 rngs=rngs,
             )  # fmt: skip
@@ -207,12 +208,12 @@ class DiT(nnx.Module):
         )
         if config.modulation == "single":
             small = nnx.initializers.normal(0.02)
-            self.modulation = nnx.Linear(width, 6 * width, kernel_init=small, dtype=dtype, rngs=rngs)
+            self.modulation = Linear(width, 6 * width, kernel_init=small, dtype=dtype, rngs=rngs)
             self.table = modulation_table(2, width, rngs)
         else:
-            self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+            self.modulation = Linear(width, 2 * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
         patch_out = patch_area * config.outputs * config.shape[2]
-        self.patches_out = nnx.Linear(width, patch_out, kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
+        self.patches_out = Linear(width, patch_out, kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
 
     def __call__(
         self, x: Array, c_noise: Array, cond: Cond, key: Array | None, perturbation: Perturbation | None = None

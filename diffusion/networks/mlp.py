@@ -15,6 +15,7 @@ from diffusion.distributed.activation_sharding import constrain
 from diffusion.layers.conditioner import Conditioner
 from diffusion.layers.functional import functional
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class MLP(nnx.Module):
             width, width, config.num_classes, conditions=config.conditions,
             scalar_conditions=config.scalar_conditions, **kwargs,
         )  # fmt: skip
-        self.linear_in = nnx.Linear(math.prod(config.shape), width, **kwargs)
+        self.linear_in = Linear(math.prod(config.shape), width, **kwargs)
         lecun = nnx.initializers.lecun_normal(batch_axis=0)
 
         def random(*shape: int) -> nnx.Param:
@@ -77,7 +78,7 @@ class MLP(nnx.Module):
             "kernel2": zeros(width, width),
             "bias2": zeros(width),
         })  # fmt: skip
-        self.linear_out = nnx.Linear(
+        self.linear_out = Linear(
             width, math.prod(config.out_shape), kernel_init=nnx.initializers.zeros, dtype=jnp.float32, rngs=rngs
         )
 

@@ -39,6 +39,7 @@ from diffusion.layers.conditioner import Conditioner, image_channels, images_of
 from diffusion.layers.embeddings import sinusoidal
 from diffusion.layers.functional import Blocks, functional
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 from diffusion.layers.residual import BlockConfig, Downsample, ResidualBlock, Upsample, conv3x3
 from diffusion.layers.spatial_transformer import SpatialTransformer
 from diffusion.layers.stack import Remat, rematerialised
@@ -184,11 +185,11 @@ class Embedding(nnx.Module):
         zeros = nnx.initializers.zeros
         if GUIDANCE in config.scalar_conditions:
             features = config.guidance_features
-            self.guidance = nnx.Linear(features, config.width, use_bias=False, kernel_init=zeros, **kwargs)
+            self.guidance = Linear(features, config.width, use_bias=False, kernel_init=zeros, **kwargs)
         pooled = config.text_spec.pooled if config.text else 0
         if added := pooled + config.number_features * sum(config.numbers.values()):
-            self.inner = nnx.Linear(added, block.emb_features, **kwargs)
-            self.outer = nnx.Linear(block.emb_features, block.emb_features, **kwargs)
+            self.inner = Linear(added, block.emb_features, **kwargs)
+            self.outer = Linear(block.emb_features, block.emb_features, **kwargs)
         self.has_added = bool(added)
 
     def __call__(self, c_noise: Array, cond: Cond) -> Array:

@@ -28,6 +28,7 @@ from diffusion.layers.conditioner import ConditionEmbedding, image_channels, ima
 from diffusion.layers.embeddings import ScalarEmbedding, sinusoidal
 from diffusion.layers.functional import Blocks, functional
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 from diffusion.layers.positions import patches
 from diffusion.layers.stack import Remat, Stack
 
@@ -106,12 +107,12 @@ class UViTBlock(nnx.Module):
         width, dtype = config.width, jnp.dtype(config.dtype)
         kwargs = dict(kernel_init=NORMAL, dtype=dtype, rngs=rngs)
         if long_skip:
-            self.skip = nnx.Linear(2 * width, width, **kwargs)
+            self.skip = Linear(2 * width, width, **kwargs)
         self.norm1, self.norm2 = (nnx.LayerNorm(width, epsilon=EPSILON, dtype=dtype, rngs=rngs) for _ in range(2))
-        self.qkv = nnx.Linear(width, 3 * width, use_bias=config.qkv_bias, **kwargs)
-        self.out = nnx.Linear(width, width, **kwargs)
-        self.up = nnx.Linear(width, config.mlp_width, **kwargs)
-        self.down = nnx.Linear(config.mlp_width, width, **kwargs)
+        self.qkv = Linear(width, 3 * width, use_bias=config.qkv_bias, **kwargs)
+        self.out = Linear(width, width, **kwargs)
+        self.up = Linear(width, config.mlp_width, **kwargs)
+        self.down = Linear(config.mlp_width, width, **kwargs)
 
     def __call__(self, x_BxNxD: Array, *inputs: Array | None, perturbation: Perturbation | None = None) -> Array:
         """Applies the block; `inputs` are the tokens of the earlier block, with `long_skip`, and the mask or None."""
@@ -141,8 +142,8 @@ class UViT(nnx.Module):
         width, dtype, channels = config.width, jnp.dtype(config.dtype), config.shape[2]
         kwargs = dict(kernel_init=NORMAL, dtype=dtype, rngs=rngs)
         if config.time_mlp:
-            self.time_inner = nnx.Linear(width, 4 * width, **kwargs)
-            self.time_outer = nnx.Linear(4 * width, width, **kwargs)
+            self.time_inner = Linear(width, 4 * width, **kwargs)
+            self.time_outer = Linear(4 * width, width, **kwargs)
         self.numbers = ScalarEmbedding(config.scalar_conditions, width, dtype=dtype, rngs=rngs)
         if config.num_classes:
             init = nnx.initializers.normal(1)  # the scale of the sinusoidal features
@@ -150,11 +151,11 @@ class UViT(nnx.Module):
         self.conditions = ConditionEmbedding(config.conditions, width, dtype=dtype, rngs=rngs)
         patch_area = config.patch_size**2
         if image_channels(config.conditions):
-            self.patches_images = nnx.Linear(
+            self.patches_images = Linear(
                 patch_area * image_channels(config.conditions), width, use_bias=False,
                 kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs,
             )  # fmt: skip
-        self.patches_in = nnx.Linear(patch_area * channels, width, kernel_init=UNIFORM, dtype=dtype, rngs=rngs)
+        self.patches_in = Linear(patch_area * channels, width, kernel_init=UNIFORM, dtype=dtype, rngs=rngs)
         num_tokens = config.num_extras + config.num_patches
         self.positions = nnx.Param(NORMAL(rngs.params(), (num_tokens, width), jnp.float32))
 
@@ -165,7 +166,7 @@ class UViT(nnx.Module):
         self.in_blocks, self.out_blocks = stack(config.depth // 2 + 1, False), stack(config.depth // 2, True)
         out_channels, kwargs = config.outputs * channels, dict(dtype=jnp.float32, rngs=rngs)
         self.norm = nnx.LayerNorm(width, epsilon=EPSILON, **kwargs)
-        self.patches_out = nnx.Linear(width, patch_area * out_channels, kernel_init=NORMAL, **kwargs)
+        self.patches_out = Linear(width, patch_area * out_channels, kernel_init=NORMAL, **kwargs)
         if config.conv:
             self.smooth = nnx.Conv(out_channels, out_channels, (3, 3), padding=1, kernel_init=UNIFORM, **kwargs)
 

@@ -27,6 +27,7 @@ from diffusion.encoders.text_conditions import TEXT, is_vectors
 from diffusion.layers.attention import attend
 from diffusion.layers.functional import split
 from diffusion.layers.keys import Keys
+from diffusion.layers.linear import Linear
 from diffusion.layers.norms import layer_norm
 from diffusion.layers.stack import Stack
 
@@ -40,10 +41,10 @@ class Block(nnx.Module):
     def __init__(self, width: int, num_heads: int, *, dtype: Any, rngs: Keys):
         self.num_heads = num_heads
         kwargs, zeros = dict(dtype=dtype, rngs=rngs), nnx.initializers.zeros
-        self.qkv = nnx.Linear(width, 3 * width, **kwargs)
-        self.out = nnx.Linear(width, width, kernel_init=zeros, **kwargs)
-        self.up = nnx.Linear(width, 4 * width, **kwargs)
-        self.down = nnx.Linear(4 * width, width, kernel_init=zeros, **kwargs)
+        self.qkv = Linear(width, 3 * width, **kwargs)
+        self.out = Linear(width, width, kernel_init=zeros, **kwargs)
+        self.up = Linear(width, 4 * width, **kwargs)
+        self.down = Linear(4 * width, width, kernel_init=zeros, **kwargs)
 
     def __call__(self, x_BxLxD: Array, mask_BxL: Array) -> Array:
         B, L, D = x_BxLxD.shape
