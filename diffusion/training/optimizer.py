@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from diffusion.core import checks, trees
 from diffusion.core.build import call
@@ -19,6 +20,7 @@ from diffusion.training.resilience.guards import select_if_ok
 
 # The last names of the paths of parameters that weight decay leaves alone: biases, scales of norms, and embeddings.
 NO_DECAY = re.compile(r"(^|_)(bias|scale|gain|embedding)s?\d*$")
+STACKED = re.compile(r"(^|/)blocks/blocks/")  # paths of the parameters of `layers.stack.Stack`
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 logger = logging.getLogger(__name__)
@@ -89,13 +91,16 @@ def make_optimizer(
     players: Mapping[str, Mapping[str, Any]] = NONE,
     **options: Any,
 ) -> Optimizer:
-    """Returns clipping by global norm, followed by any optimizer of optax.
+    """Returns clipping by global norm, followed by any optimizer of optax or optax.contrib.
 
-    An optimizer with weight decay decays neither biases nor scales of norms nor embeddings.
+    An optimizer with weight decay decays neither biases nor scales of norms nor embeddings. `muon` (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon) orthogonalises the updates of the kernels of linear and convolutional
+    layers, each block's of a stack; the other parameters have Adam. With `consistent_rms = 0.2` its updates are as
+    large as those of Adam (Liu et al. 2025, arXiv 2502.16982), and so is a good learning rate.
 
     Args:
       steps: Length of the whole run, at whose end a decaying schedule reaches 0.
-      name: A function of optax with a `learning_rate`: `adam`, `adamw`, `lion`, `sgd`, ...
+      name: A function of optax or optax.contrib with a `learning_rate`: `adam`, `adamw`, `lion`, `muon`, `sgd`, ...
       learning_rate: The peak learning rate.
       schedule: The schedule after the warmup: `constant`, or a `cosine` or `linear` decay to 0.
       warmup: Steps of linear increase from 0; shortened to a tenth of the cycle if the cycle is not longer.
@@ -117,7 +122,7 @@ def make_optimizer(
         _check_section(changes, f"players.{player}")
     others = {player: call(make_optimizer, {**common, **changes}, field=f"players.{player}")
               for player, changes in players.items()}  # fmt: skip
-    factory = getattr(optax, name, None)
+    factory = getattr(optax, name, None) or getattr(optax.contrib, name, None)
     if not inspect.isfunction(factory) or "learning_rate" not in inspect.signature(factory).parameters:
         raise InputError("name", f"optax has no optimizer {name!r}; use one such as adam, adamw, lion or sgd")
     checks.positive(learning_rate=learning_rate, clip=clip)
@@ -146,6 +151,9 @@ def make_optimizer(
         keywords = {**options, "learning_rate": rate_of(peak)}
         if {"weight_decay", "mask"} <= inspect.signature(factory).parameters.keys():
             keywords.setdefault("mask", _decayed)
+        if factory is optax.contrib.muon:
+            keywords.setdefault("muon_weight_dimension_numbers", _axes_of_kernels)
+            keywords.setdefault("weight_decay_mask", _decayed)
         try:
             transform = call(factory, keywords, field=field)
             if not any(map(callable, options.values())):  # those may require the names of the parameters
@@ -183,6 +191,22 @@ def _decayed(params: Params) -> Any:
     return jax.tree.map_with_path(
         lambda path, leaf: not NO_DECAY.search(trees.path_name(path).rpartition("/")[2]), params
     )
+
+
+def _axes_of_kernels(params: Params) -> Any:
+    """Returns a tree of the axes of the inputs and outputs of each kernel; None for other parameters.
+
+    The last axis of a kernel is that of the outputs. In a stack of blocks, the first axis counts the blocks.
+    """
+
+    def axes(path: tuple, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        name = trees.path_name(path)
+        first = 1 if STACKED.search(name) else 0
+        if not name.endswith("kernel") or leaf.ndim < first + 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree.map_with_path(axes, params)
 
 
 def _labels(groups: Mapping[str, Any]) -> Callable[[Params], Any]:

@@ -117,3 +117,23 @@ def test_groups_have_their_options():
 def test_invalid_groups_and_players(options, field):
     with refused(field):
         make_optimizer(steps=10, **options).init(PARAMS)
+
+
+def test_muon_orthogonalises_the_kernels_of_each_block():
+    """The first update of a kernel has equal singular values, up to the error of five steps; those of others have equal sizes."""
+    optimizer = make_optimizer(steps=4, name="muon", learning_rate=1.0, clip=None)
+    rng = np.random.default_rng(0)
+    shapes = {
+        "linear": {"kernel": (6, 8), "bias": (8,)},
+        "conv": {"kernel": (3, 3, 2, 4)},
+        "blocks": {"blocks": {"up": {"kernel": (2, 6, 8), "bias": (2, 8)}}},
+        "table": {"embedding": (5, 6)},
+    }
+    grads = jax.tree.map(lambda shape: np.float32(rng.normal(size=shape)), shapes, is_leaf=lambda x: type(x) is tuple)
+    updates, _ = optimizer.transform.update(grads, optimizer.transform.init(grads), grads)
+    conv = updates["conv"]["kernel"].reshape(-1, 4)
+    for kernel in (updates["linear"]["kernel"], conv, *updates["blocks"]["blocks"]["up"]["kernel"]):
+        values = np.linalg.svd(kernel, compute_uv=False)
+        assert values.max() < 2 * values.min()
+    for part in (updates["linear"]["bias"], updates["blocks"]["blocks"]["up"]["bias"], updates["table"]["embedding"]):
+        np.testing.assert_allclose(np.abs(part), np.abs(part).max(), rtol=1e-3)
