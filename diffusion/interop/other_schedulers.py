@@ -27,7 +27,19 @@ CLASSES = {
     "EDMDPMSolverMultistepScheduler": {**_EDM, **_SOLVER},
     "CMStochasticIterativeScheduler": _CONSISTENCY,
 }
+# What must have the default, and what has no effect on the models that are read or is refused where it has one.
+_DEFAULT_ONLY, _IGNORED = {*_FLOW_OPTIONS, "s_noise"}, {*_WITHOUT_EFFECT, "euler_at_final"}
 _SAMPLERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
+
+
+def treatment(name: str) -> dict[str, str]:
+    """Returns what becomes of each key of one of `CLASSES`; see `schedulers.treatment`."""
+    found = {
+        key: "default" if key in _DEFAULT_ONLY else "ignored" if key in _IGNORED else "read" for key in CLASSES[name]
+    }
+    if name.startswith(("FlowMatch", "EDM")):
+        found["num_train_timesteps"] = "default" if name.startswith("FlowMatch") else "ignored"
+    return found
 
 
 def read(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,6 +49,10 @@ def read(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
       InputError: naming the entry that is not supported.
     """
     config = {**CLASSES[name], **{key: value for key, value in config.items() if key in CLASSES[name]}}
+    for key, what in treatment(name).items():
+        if what == "default" and config[key] != CLASSES[name][key]:
+            problem = f"must be {CLASSES[name][key]!r} to be read, got {config[key]!r}"
+            raise InputError(f"{_FIELD}.{key}", problem)
     guidance: dict[str, Any] = {"name": "cfg", "scale": 1.0}
     if name.startswith("FlowMatch"):
         objective, sampler = _flow(name, config)
@@ -52,14 +68,7 @@ def read(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"objective": objective, "sampler": sampler, "guidance": guidance}
 
 
-def _require(config: Mapping[str, Any], **expected: Any) -> None:
-    for key, value in expected.items():
-        if key in config and config[key] != value:
-            raise InputError(f"{_FIELD}.{key}", f"must be {value!r} to be read, got {config[key]!r}")
-
-
 def _flow(name: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    _require(config, num_train_timesteps=1000, **_FLOW_OPTIONS)
     objective = {"name": "flow_matching", "schedule": {"name": "flow"},
                  "parameterization": {"name": "velocity", "c_noise": "time"}}  # fmt: skip
     shift = float(config["shift"])
@@ -98,7 +107,6 @@ def _edm(name: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def _consistency(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    _require(config, s_noise=1.0)
     low, data, points = float(config["sigma_min"]), float(config["sigma_data"]), config["num_train_timesteps"]
     objective = {
         "name": "consistency",

@@ -2,13 +2,14 @@
 `guidance` of a config.
 
 `CLASSES` has the schedulers of the tables of betas. Keys that are absent from a file have the defaults of their class,
-which differ between classes. A key that changes the result is read or, if it cannot be, refused; keys that a class does
-not have are without effect there and ignored. Writing searches for the configuration that would be read as the given
-sections.
+which differ between classes. A key that changes the result is read or, if it cannot be, refused (`treatment`); keys
+that a class does not have are without effect there and ignored, with a warning if no class has them. Writing searches
+for the configuration that would be read as the given sections.
 """
 
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -47,10 +48,19 @@ _FEW_STEPS = {**_LATENT, **_NO_CLIP, **_THRESHOLD, **_LEADING, **_ZERO_SNR, "bet
 
 # What is read in every class that has it. The rest must have the default, except for what is without effect.
 _READ = {*_TABLE, *_LEADING, *_THRESHOLD, *_CLIP, *_ZERO_SNR, *LEVELS, "final_sigmas_type", "set_alpha_to_one",
-         "original_inference_steps", "lambda_min_clipped", "euler_at_final", "variance_type"}  # fmt: skip
+         "original_inference_steps"}  # fmt: skip
+# What has no effect on the models that are read, or is refused where it has one.
+_IGNORED = {"flow_shift", "time_shift_type", "lambda_min_clipped", "euler_at_final"}
 # What diffusers refuses, or computes as NaN, for a last step to sigma = 0.
 _NOT_TO_DATA = (("algorithm_type", "dpmsolver"), ("algorithm_type", "sde-dpmsolver"), ("predict_x0", False))
-_NO_EFFECT = {"flow_shift", "time_shift_type"}
+Treatment = Literal["read", "ignored", "default"]
+# Keys whose treatment differs between classes.
+_NO_VARIANCE = {"variance_type": "ignored"}  # a learned variance is not part of the prediction
+_ON_LATTICE = dict.fromkeys((*_LEADING, "set_alpha_to_one"), "ignored")
+_WITHOUT_CLIPPING = {**dict.fromkeys((*_CLIP, *_THRESHOLD), "ignored"), "clip_sample": "default",
+                     "thresholding": "default"}  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +78,7 @@ class Class:
       end: Where the last step ends: at 0, at the first point of the table (`sigma_min`), or as an entry says.
       keeps_noise: Whether clipping x0 leaves the noise as it was.
       steps: The number of steps of a run that has been read.
+      treatment: Of keys that are treated differently than in other classes.
     """
 
     defaults: Mapping[str, Any]
@@ -79,6 +90,7 @@ class Class:
     end: Literal["zero", "sigma_min", "set_alpha_to_one", "final_sigmas_type"] = "zero"
     keeps_noise: bool = False
     steps: int = 25
+    treatment: Mapping[str, Treatment] = dataclasses.field(default_factory=dict)
 
 
 def _dpm_solvers(**options: Any) -> dict[str, dict[str, Any]]:
@@ -124,10 +136,11 @@ CLASSES = {
     "DPMSolverMultistepScheduler": Class(
         {**_DPM, **_LINSPACE, **_ZERO_SNR, "use_lu_lambdas": False, "euler_at_final": False},
         _dpm_solvers(singlestep=False), "algorithm_type", _DPM_OPTIONS, _DPM_ALIASES, "multistep", "final_sigmas_type",
+        treatment=_NO_VARIANCE,
     ),
     "DPMSolverSinglestepScheduler": Class(
         {**_DPM, "lower_order_final": False}, _dpm_solvers(singlestep=True, inner_points="grid"), "algorithm_type",
-        _DPM_OPTIONS, _DPM_ALIASES, "multistep", "final_sigmas_type",
+        _DPM_OPTIONS, _DPM_ALIASES, "multistep", "final_sigmas_type", treatment=_NO_VARIANCE,
     ),
     "UniPCMultistepScheduler": Class(
         {**_SOLVER, **_SHIFT, **_LINSPACE, **_ZERO_SNR, "solver_type": "bh2", "predict_x0": True,
@@ -142,6 +155,7 @@ CLASSES = {
         {"deis": {"name": "deis"}}, "algorithm_type", _ORDER,
         {"algorithm_type": dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
          "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho")}, "multistep", "sigma_min",
+        treatment={"algorithm_type": "default"},
     ),
     "SASolverScheduler": Class(
         {**_TABLE, **_THRESHOLD, **_LEVELS, **_FLOW, **_LINSPACE, "predictor_order": 2, "corrector_order": 2,
@@ -150,12 +164,30 @@ CLASSES = {
         {"data_prediction": {"name": "sa_solver", "prediction": "x0"},
          "noise_prediction": {"name": "sa_solver", "prediction": "eps"}}, "algorithm_type",
         {name: name for name in ("predictor_order", "corrector_order", "lower_order_final")}, spacing="multistep",
-        end="sigma_min",
+        end="sigma_min", treatment=_NO_VARIANCE,
     ),
-    "LCMScheduler": Class(_FEW_STEPS, {None: {"name": "lcm"}}, spacing="lattice", steps=4),
-    "TCDScheduler": Class(_FEW_STEPS, {None: {"name": "tcd"}}, spacing="lattice", end="sigma_min", steps=4),
+    "LCMScheduler": Class(_FEW_STEPS, {None: {"name": "lcm"}}, spacing="lattice", steps=4, treatment=_ON_LATTICE),
+    "TCDScheduler": Class(
+        _FEW_STEPS, {None: {"name": "tcd"}}, spacing="lattice", end="sigma_min", steps=4,
+        treatment={**_ON_LATTICE, **_WITHOUT_CLIPPING},
+    ),
 }  # fmt: skip
+_KEYS = {key for kind in CLASSES.values() for key in kind.defaults}.union(*other_schedulers.CLASSES.values())
 FEW_STEP = ("LCMScheduler", "TCDScheduler")  # for consistency models
+
+
+def treatment(name: str) -> dict[str, Treatment]:
+    """Returns what becomes of each key of a class.
+
+    `read`: it determines the sections of a config. `ignored`: it has no effect on them, and is refused where it has one
+    on the samples. `default`: a value that does not mean the same as the default is refused.
+    """
+    if name in other_schedulers.CLASSES:
+        return other_schedulers.treatment(name)
+    kind = CLASSES[name]
+    read = {*_READ, *kind.options, kind.key}
+    usual = {key: "ignored" if key in _IGNORED else "read" if key in read else "default" for key in kind.defaults}
+    return {**usual, **kind.treatment}
 
 
 def read(config: Mapping[str, Any], outputs: int = 1) -> dict[str, Any]:
@@ -169,6 +201,9 @@ def read(config: Mapping[str, Any], outputs: int = 1) -> dict[str, Any]:
       InputError: naming the class or the entry that is not supported.
     """
     name = config.get("_class_name", "DDPMScheduler")
+    unknown = sorted(key for key in config.keys() - _KEYS if not key.startswith("_"))
+    if unknown:
+        logger.warning("%s: ignored, as no scheduler that is read has them: %s", _FIELD, ", ".join(unknown))
     if name in other_schedulers.CLASSES:
         return other_schedulers.read(name, config)
     if name not in CLASSES:
@@ -205,10 +240,9 @@ def _refuse(key: str, expected: Any, value: Any) -> InputError:
 
 def _check(name: str, kind: Class, config: Mapping[str, Any], objective: Mapping[str, Any], outputs: int) -> None:
     """Raises InputError if an entry that changes the result cannot be followed."""
-    read = {*_READ, *_NO_EFFECT, *kind.options, kind.key}
-    for key, default in kind.defaults.items():
-        if key not in read and config[key] != default:
-            raise _refuse(key, repr(default), config[key])
+    for key, what in treatment(name).items():
+        if what == "default" and config[key] != kind.defaults[key]:
+            raise _refuse(key, repr(kind.defaults[key]), config[key])
     if kind.key and config[kind.key] not in kind.samplers:
         raise _refuse(kind.key, " or ".join(map(repr, kind.samplers)), config[kind.key])
     if config.get("variance_type") == "learned_range" and name == "DDPMScheduler" and outputs != 2:
@@ -224,8 +258,6 @@ def _check(name: str, kind: Class, config: Mapping[str, Any], objective: Mapping
     lowest = config.get("lambda_min_clipped", -math.inf)
     if lowest > -math.inf and build("schedules", objective["schedule"]).table.min() / 2 < lowest:
         raise _refuse("lambda_min_clipped", "-Infinity, or below the schedule's values", lowest)
-    if name == "TCDScheduler" and (config["clip_sample"] or config["thresholding"]):
-        raise _refuse("clip_sample", "False", config["clip_sample"])
 
 
 def _objective(config: Mapping[str, Any], outputs: int) -> dict[str, Any]:

@@ -5,6 +5,9 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import itertools
+import pathlib
+import re
 import warnings
 from unittest import mock
 
@@ -154,6 +157,75 @@ def test_timesteps_are_those_of_diffusers(name, config, timesteps):
 def test_what_cannot_be_followed_is_refused(name, config, field):
     with refused(f"scheduler_config.json.{field}"):
         schedulers.read({"_class_name": name, **config})
+
+
+# Another value of each key, and what else an effect of it depends on.
+OTHER = {
+    "num_train_timesteps": (50, {}), "beta_start": (0.01, {}), "beta_end": (0.5, {}),
+    "beta_schedule": ("scaled_linear", {"beta_schedule": "linear"}), "trained_betas": ([0.1] * 1000, {}),
+    "prediction_type": ("v_prediction", {}), "timestep_spacing": ("trailing", {}), "steps_offset": (2, LEADING),
+    "thresholding": (True, {}), "dynamic_thresholding_ratio": (0.9, {}), "sample_max_value": (2.0, {}),
+    "clip_sample_range": (2.0, {}),
+    "original_inference_steps": (25, {}), "timestep_scaling": (1.0, {}), "final_sigmas_type": ("sigma_min", {}),
+    "solver_order": (1, {}), "predictor_order": (1, {}), "corrector_order": (1, {}), "flow_shift": (2.0, {}),
+    "lambda_min_clipped": (-1e3, {}), "interpolation_type": ("log_linear", {}), "timestep_type": ("continuous", {}),
+    "sigma_min": (0.1, {}), "sigma_max": (9.0, {}), "sigma_data": (1.0, {}), "rho": (3.0, {}), "s_noise": (0.5, {}),
+    "sigma_schedule": ("exponential", {}), "shift": (3.0, {}), "shift_terminal": (0.1, {}), "base_shift": (1.0, {}),
+    "max_shift": (2.0, {}), "base_image_seq_len": (2, {}), "max_image_seq_len": (9, {}), "solver_p": ("euler", {}),
+    "time_shift_type": ("linear", {}), "tau_func": ("other", {}), "disable_corrector": ([0], {}),
+}  # fmt: skip
+OTHER_TYPE = {"DPMSolverMultistepScheduler": "dpmsolver", "DPMSolverSinglestepScheduler": "dpmsolver",
+              "SASolverScheduler": "noise_prediction", "EDMDPMSolverMultistepScheduler": "sde-dpmsolver++",
+              "DEISMultistepScheduler": "other"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, defaults in CLASSES.items() for key in defaults])
+def test_another_value_has_the_effect_that_is_said(name, key):
+    value, base = OTHER.get(key, (not CLASSES[name][key], {}))
+    if key == "algorithm_type":
+        value, base = OTHER_TYPE[name], {} if name.startswith("EDM") else SIGMA_MIN
+    if key == "solver_type":
+        value = {"UniPCMultistepScheduler": "bh1", "DEISMultistepScheduler": "other"}.get(name, "heun")
+    if key == "variance_type":
+        value = "fixed_large" if name == "DDPMScheduler" else "learned_range"
+    if key == "predict_x0" or (key == "lower_order_final" and name == "DPMSolverSinglestepScheduler"):
+        base = SIGMA_MIN
+    what = schedulers.treatment(name)[key]
+    if what == "read" and key in ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"):
+        base = {"clip_sample": True} if key.startswith("clip") else {"thresholding": True}
+    if what == "default":
+        with refused(f"scheduler_config.json.{key}"):
+            schedulers.read({"_class_name": name, **base, key: value})
+        return
+    before, after = (schedulers.read({"_class_name": name, **base, **more}) for more in ({}, {key: value}))
+    assert (before == after) == (what == "ignored")
+
+
+def test_every_key_is_in_the_table_of_the_documentation():
+    words = {"read": "read", "no effect": "ignored", "default only": "default"}
+    lines = (pathlib.Path(__file__).parents[2] / "docs" / "interop.md").read_text(encoding="utf-8").splitlines()
+    begin = lines.index("| key | classes | what becomes of it |") + 2
+    general, special = {}, {}
+    for line in itertools.takewhile(bool, lines[begin:]):
+        keys, classes, text = (part.strip() for part in line.strip("|").split("|"))
+        what = words[re.match("|".join(words), text)[0]]
+        for key in re.findall(r"`(\w+)`", keys):
+            names = re.findall(r"`(\w+)`", classes)
+            new = {(f"{name}Scheduler", key): what for name in names} if names else {key: what}
+            table = special if names else general
+            assert not table.keys() & new.keys(), line
+            table |= new
+    expected = {(name, key): what for name in CLASSES for key, what in schedulers.treatment(name).items()}
+    assert special.keys() <= expected.keys() and general.keys() <= {key for _, key in expected}
+    assert {place: special.get(place, general.get(place[1])) for place in expected} == expected
+
+
+def test_entries_that_no_class_has_are_named(caplog):
+    schedulers.read({"_class_name": "DDIMScheduler", "_diffusers_version": "0", "skip_prk_steps": True})
+    assert not caplog.records
+    schedulers.read({"_class_name": "DDIMScheduler", "skip_prk": True})
+    schedulers.read({"_class_name": "EDMEulerScheduler", "use_rho": True})
+    assert [record.args[1] for record in caplog.records] == ["skip_prk", "use_rho"]
 
 
 def test_keys_of_other_classes_are_ignored():
