@@ -11,32 +11,20 @@ than labels and prompts are those of the data's examples, in turn; `Run.sample` 
 """
 
 import os
-from typing import Any
 
 from absl import flags
 
 from diffusion.core.types import InputError
 from diffusion.pipelines import overrides
 from diffusion.pipelines.generator import check_numbers, is_neutral
-from diffusion.pipelines.run import Run
 from diffusion.pipelines.sample_files import FORMATS, PICTURE, write_samples
 from diffusion.pipelines.sampling_sweep import sweep
-from experiments import cli, sampling_flags
+from experiments import cli, condition_flags, sampling_flags
+from experiments.condition_flags import LABELS, NEGATIVE_PROMPT, PROMPT_WEIGHTS, SIZE
 from experiments.sampling_flags import BATCH_SIZE
 
 WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
 NUM = flags.DEFINE_integer("num", 100, "Number of samples.")
-LABELS = flags.DEFINE_list("labels", None, "Classes, numbers or names, repeated in turn up to --num. Default: all.")
-PROMPTS = flags.DEFINE_string(
-    "prompts", None, 'Texts, as "a red circle; two blue squares", repeated in turn up to --num. Default: the captions '
-    "of the data's first examples."
-)  # fmt: skip
-PROMPTS_FILE = cli.define_path("prompts_file", None, "A UTF-8 file with a prompt per line, in place of --prompts.")
-NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance moves away from.")
-PROMPT_WEIGHTS = flags.DEFINE_enum(
-    "prompt_weights", None, ["a1111", "comfyui"], "The rule by which (word:1.3) weights words of prompts. Default: "
-    "brackets are text."
-)  # fmt: skip
 SWEEP = flags.DEFINE_string(
     "sweep", None, f"Every combination of NAME=value,value;NAME=...: {overrides.AXES}; or those of @FILE.json."
 )
@@ -47,6 +35,7 @@ OUT_FORMAT = flags.DEFINE_enum(
     "out_format", "npz", FORMATS, "npz: samples.npz, or samples_00000.npz, ... of 10,000 samples each; png: images/."
 )
 flags.adopt_module_key_flags(sampling_flags)
+flags.adopt_module_key_flags(condition_flags)
 flags.mark_flags_as_required(["workdir"])
 
 MOST_COLUMNS = 50  # of a sheet with one column per class
@@ -54,14 +43,16 @@ MOST_COLUMNS = 50  # of a sheet with one column per class
 
 def main() -> None:
     check_numbers("--", seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
-    run = sampling_flags.opened(WORKDIR.value)
-    prompts = _prompts()
-    cond = _conditions(run, prompts)
+    run = condition_flags.sized(sampling_flags.opened(WORKDIR.value))
+    prompts = condition_flags.prompts()
+    cond = condition_flags.conditions(run, NUM.value, prompts)
     labels = cond.get("label")
     chosen, out = sampling_flags.chosen(), OUT.value or os.path.join(WORKDIR.value, "samples")
     if SWEEP.value is not None and PROMPT_WEIGHTS.value is not None:
         raise InputError("--prompt_weights", "cannot be combined with --sweep; leave one out")
     if SWEEP.value is not None:
+        if METRICS.value and SIZE.value is not None:
+            raise InputError("--size", "excludes --metrics, which compare samples with the data; leave one out")
         metrics = [metric for metric in run.metrics() if metric.kind == "samples"] if METRICS.value else []
         sweep(
             run, chosen, SWEEP.value, out, cond=cond, num=NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value,
@@ -74,7 +65,8 @@ def main() -> None:
     generator = run.generator(sampler=sampler, guidance=guidance, prompt_weights=PROMPT_WEIGHTS.value)
     settings = {"workdir": WORKDIR.value, "step": run.step, "ema": run.ema, "sampler": sampler, "guidance": guidance,
                 "seed": SEED.value, "labels": LABELS.value, "prompts": prompts,
-                "negative_prompt": NEGATIVE_PROMPT.value, "prompt_weights": PROMPT_WEIGHTS.value}  # fmt: skip
+                "negative_prompt": NEGATIVE_PROMPT.value, "prompt_weights": PROMPT_WEIGHTS.value,
+                "size": SIZE.value}  # fmt: skip
     by_class = labels is not None and LABELS.value is None and run.spec.num_classes <= MOST_COLUMNS
     where = write_samples(
         lambda first: generator.batches(
@@ -84,40 +76,6 @@ def main() -> None:
         columns=run.spec.num_classes if by_class else None, prompts=cond.get("prompt"),
     )  # fmt: skip
     print(f"{NUM.value} samples: {os.path.join(out, PICTURE)} and {where}")
-
-
-def _prompts() -> list[str] | None:
-    """Returns the prompts of the flags, or None."""
-    path = PROMPTS_FILE.value
-    if path is None:
-        return None if PROMPTS.value is None else [text for text in map(str.strip, PROMPTS.value.split(";")) if text]
-    if PROMPTS.value is not None:
-        raise InputError("--prompts_file", "and --prompts exclude each other; leave one out")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
-    except OSError as error:
-        raise InputError("--prompts_file", f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError("--prompts_file", f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    if not any(lines):
-        raise InputError("--prompts_file", f"{path} holds no prompt; write one per line")
-    return [line for line in lines if line]
-
-
-def _conditions(run: Run, prompts: list[str] | None) -> dict[str, Any]:
-    """Returns the conditions of the samples, and prints which classes their labels are."""
-    given = LABELS.value
-    labels = None if given is None else [int(label) if overrides.is_whole(label) else label for label in given]
-    try:
-        cond = run.conditions(NUM.value, labels, prompts=prompts, negative_prompt=NEGATIVE_PROMPT.value,
-                              prompt_weights=PROMPT_WEIGHTS.value)  # fmt: skip
-    except InputError as error:
-        named = error.field in ("labels", "prompts", "negative_prompt", "prompt_weights")
-        raise InputError(f"--{error.field}", error.problem) if named else error from None
-    if run.spec.class_names:
-        print(f"classes: {run.spec.classes()}")
-    return cond
 
 
 if __name__ == "__main__":

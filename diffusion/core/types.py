@@ -346,6 +346,8 @@ class Network:
       prepare: `prepare(params, cond) -> cond` computes what the network makes of the conditions alone, so that it is
         done once per sample and not once per step. `apply` accepts its result, and calls it for other conditions. None
         if there is nothing to compute.
+      multiple: What the height and the width of x must be multiples of. None if they must be those that the network was
+        built for.
     """
 
     init: Callable[[Array], Params]
@@ -358,6 +360,7 @@ class Network:
     perturbed: Callable[[Perturbation], Apply] | None = None
     self_conditioning: bool = False
     prepare: Callable[[Params, Cond], Cond] | None = None
+    multiple: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,7 @@ def functional(
         return functools.partial(apply, perturbation=dataclasses.replace(perturbation, layers=layers))
 
     return Network(init, apply, outputs, project, scalar_conditions, perturbed=perturbed if blocks else None,
-                   self_conditioning=PREVIOUS_X0 in conditions)  # fmt: skip
+                   self_conditioning=PREVIOUS_X0 in conditions, multiple=multiple)  # fmt: skip
 
 
 def _is_known(array: AnyArray) -> bool:

@@ -99,11 +99,15 @@ def examples_of(source: Source, names: Collection[str], num: int) -> dict[str, A
     return _in_turn(found, num)
 
 
-def moments_of(schedule: Schedule, source: Callable[[], Source], autoencoder: Autoencoder | None) -> Any:
+def moments_of(
+    schedule: Schedule, source: Callable[[], Source], autoencoder: Autoencoder | None,
+    shape: tuple[int, ...] | None = None,
+) -> Any:  # fmt: skip
     """Returns the mean and the variance of what the network models, for `loop.prior`.
 
-    They are estimated from `MEASURED` examples of the data; None if the schedule ends in noise, so that samples start
-    from noise. Data that cannot be read count as having mean 0 and variance 1.
+    With a `shape` other than that of the data, they are those of all positions, `[channels]`. They are estimated from
+    `MEASURED` examples of the data; None if the schedule ends in noise, so that samples start from noise. Data that
+    cannot be read count as having mean 0 and variance 1.
     """
     if terminal_snr(schedule) <= MOST_TERMINAL_SNR:
         return None
@@ -115,7 +119,8 @@ def moments_of(schedule: Schedule, source: Callable[[], Source], autoencoder: Au
         logger.warning("samples start from noise of mean 0 and variance 1, since the data cannot be read: %s", error)
         return jnp.float32(0), jnp.float32(1)
     x = modelled(x, data, autoencoder)
-    return jnp.mean(x, axis=0), jnp.var(x, axis=0)
+    axes = 0 if shape in (None, x.shape[1:]) else tuple(range(x.ndim - 1))
+    return jnp.mean(x, axis=axes), jnp.var(x, axis=axes)
 
 
 def modelled(x: Array, source: Source, autoencoder: Autoencoder | None) -> Array:

@@ -1,5 +1,6 @@
 """A trained model, read from its workdir or taken from a trainer."""
 
+import copy
 import logging
 import math
 import os
@@ -54,6 +55,7 @@ from diffusion.pipelines.model import (
     with_section,
 )
 from diffusion.pipelines.overrides import with_options
+from diffusion.pipelines.sizes import resized
 from diffusion.pipelines.stored import config_and_spec
 from diffusion.process.posterior import x0_errors
 from diffusion.sampling.loop import AfterStep, bind
@@ -95,6 +97,7 @@ class Run:
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.origin = {"step": step, "ema": ema, "digest": digest}
         self._generators: dict[tuple, Generator] = {}
+        self._sized: dict[tuple[int, int], Run] = {}
         self._source = source
 
     @property
@@ -111,6 +114,19 @@ class Run:
             self._source = captions.with_text(self._source, self.text_encoder)
         return self._source
 
+    def at_size(self, size: tuple[int, int]) -> "Run":
+        """Returns the run with samples of another size, `(height, width)`; with an autoencoder, in pixels.
+
+        Raises:
+          InputError: The network does not take the size.
+        """
+        if size not in self._sized:
+            run = copy.copy(self)
+            run.spec, run.autoencoder = resized(self.spec, self.network, self.autoencoder, size)
+            run._generators, run._sized = {}, {}
+            self._sized[size] = run
+        return self._sized[size]
+
     def sample(
         self,
         num: int | None = None,
@@ -120,6 +136,7 @@ class Run:
         negative_prompt: str | None = None,
         prompt_weights: Rule | None = None,
         cond: Cond | None = None,
+        size: tuple[int, int] | None = None,
         start: np.ndarray | None = None,
         strength: float = 0.8,
         after_step: AfterStep | None = None,
@@ -141,6 +158,7 @@ class Run:
           negative_prompt: What guidance moves away from, in place of the text of a dropped caption.
           prompt_weights: The rule, `a1111` or `comfyui`, by which `(word:1.3)` weights words of prompts; see
             `encoders.prompt_weights`. None: brackets are text.
+          size: Height and width of the samples, in pixels if there is an autoencoder; those of the data by default.
           start: Clean examples `[n, ...]` to vary (image-to-image; SDEdit, Meng et al. 2022, arXiv 2108.01073),
             repeated in turn up to `num`. Sampling starts from them with noise added instead of from pure noise.
           strength: How much of `start` is replaced: the share of the steps that runs, the last ones, in (0, 1].
@@ -162,7 +180,7 @@ class Run:
         num = (16 if start is None else len(start)) if num is None else num
         batches = self.sample_batches(
             num, labels, prompts=prompts, negative_prompt=negative_prompt, prompt_weights=prompt_weights, cond=cond,
-            start=start, strength=strength, after_step=after_step, sampler=sampler, steps=steps, grid=grid,
+            size=size, start=start, strength=strength, after_step=after_step, sampler=sampler, steps=steps, grid=grid,
             guidance=guidance, seed=seed, batch_size=batch_size, progress=progress,
         )  # fmt: skip
         return np.concatenate([x for x, _ in batches])
@@ -170,15 +188,15 @@ class Run:
     def sample_batches(
         self, num: int, labels: Sequence[Label] | None = None, *, prompts: Sequence[str] | str | None = None,
         negative_prompt: str | None = None, prompt_weights: Rule | None = None,
-        cond: Cond | None = None, start: np.ndarray | None = None, strength: float = 0.8,
-        after_step: AfterStep | None = None, seed: int = 0, batch_size: int = 250, progress: bool = False,
-        **options: Any,
+        cond: Cond | None = None, size: tuple[int, int] | None = None, start: np.ndarray | None = None,
+        strength: float = 0.8, after_step: AfterStep | None = None, seed: int = 0, batch_size: int = 250,
+        progress: bool = False, **options: Any,
     ) -> Iterator[tuple[np.ndarray, Cond]]:  # fmt: skip
         """Returns an iterator that draws the samples of `sample` batch by batch, each with its conditions.
 
         Args:
-          num, labels, prompts, negative_prompt, prompt_weights, cond, start, strength, after_step, seed, batch_size,
-            progress: As for `sample`.
+          num, labels, prompts, negative_prompt, prompt_weights, cond, size, start, strength, after_step, seed,
+            batch_size, progress: As for `sample`.
           **options: `sampler`, `steps`, `grid` and `guidance`, as for `sample`.
         """
         if start is not None and not np.size(start):
@@ -188,8 +206,9 @@ class Run:
         sampler, guidance = with_options(self.config, **options)
         if negative_prompt is not None and is_neutral(guidance):
             raise InputError("negative_prompt", "has no effect without guidance; set guidance, or leave it out")
-        generator = self._generator(sampler, guidance, after_step, prompt_weights)
-        conditions = self.conditions(num, labels, cond, prompts, negative_prompt, prompt_weights)
+        run = self if size is None else self.at_size(size)
+        generator = run._generator(sampler, guidance, after_step, prompt_weights)
+        conditions = run.conditions(num, labels, cond, prompts, negative_prompt, prompt_weights)
         return generator.batches(
             self.params, conditions, num, seed=seed, batch_size=batch_size,
             title="sample" if progress else None, start=start, strength=strength,
@@ -277,7 +296,8 @@ class Run:
             self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
             cond_drop_rate=cond_drop_rate(self.config, self.model.spec(self.spec)), always_guided=always_guided,
             autoencoder=self.autoencoder, text_encoder=self._reading(prompt_weights), after_step=after_step,
-            moments=moments_of(self.objective.schedule, lambda: self.source, self.autoencoder),
+            moments=moments_of(self.objective.schedule, lambda: self.source, self.autoencoder,
+                               self.model.spec(self.spec).shape),
         )  # fmt: skip
 
     def metrics(self) -> list[Metric]:

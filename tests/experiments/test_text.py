@@ -47,7 +47,13 @@ def test_prompts_are_in_the_names_and_the_metadata_of_samples(workdir, tmp_path)
     assert not (tmp_path / "prompts.csv").exists()
 
 
-def test_bad_prompts_are_one_line(workdir, tmp_path):
+def test_samples_of_another_size(workdir, tmp_path):
+    done = job("sample", f"--workdir={workdir}", *DRAW, "--prompts=a red circle", f"--out={tmp_path}", "--size=16,40")
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (3, 16, 40, 3)
+
+
+def test_bad_flags_are_one_line(workdir, tmp_path):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "latin").write_bytes("a naïve cat".encode("latin-1"))
     for flags, field in (
@@ -57,6 +63,9 @@ def test_bad_prompts_are_one_line(workdir, tmp_path):
         (["--prompts=;"], "--prompts"),
         (["--prompts=a", f"--prompts_file={tmp_path}/empty"], "--prompts_file"),
         (["--negative_prompt=a", "--guidance=1"], "--negative_prompt"),
+        (["--size=12"], "--size"),
+        (["--size=32,x"], "--size"),
+        (["--size=32", "--sweep=steps=1", "--metrics"], "--size"),
     ):
         done = job("sample", f"--workdir={workdir}", *DRAW, *flags, f"--out={tmp_path / 'out'}")
         assert refused_field(done) == field, one_line(done)

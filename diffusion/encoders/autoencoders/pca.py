@@ -84,18 +84,19 @@ def make(shape: tuple[int, ...], path: str) -> Autoencoder:
     if fitted[-1] != shape[-1] or len(shape) != 3 or any(size % side for size in shape[:2]):
         problem = f"was fitted to patches of {side} x {side} pixels of images {fitted}, which the data {shape} lack"
         raise InputError("path", f"{path} {problem}; fit one to these data")
-    rows, columns, channels = shape[0] // side, shape[1] // side, params["std"].size
+    latent_shape = (shape[0] // side, shape[1] // side, params["std"].size)
 
     def encode(params: Params, x: Array) -> Array:
         return (_patches(x, side) - params["mean"]) @ params["basis"] / params["std"]
 
     def decode(params: Params, z: Array) -> Array:
         patches = z * params["std"] @ params["basis"].T + params["mean"]
+        _, rows, columns, _ = z.shape
         x = patches.reshape(-1, rows, columns, side, side, shape[2]).swapaxes(2, 3)
-        return x.reshape(-1, *shape)
+        return x.reshape(-1, rows * side, columns * side, shape[2])
 
     return Autoencoder({name: jnp.asarray(value) for name, value in params.items()}, encode, decode,
-                       (rows, columns, channels), files.sha256(path))  # fmt: skip
+                       latent_shape, files.sha256(path))  # fmt: skip
 
 
 def _patches(x: Array, side: int) -> Array:
