@@ -5,6 +5,7 @@ from typing import Any
 from absl import flags
 
 from diffusion.core.types import InputError
+from diffusion.data import size_conditions
 from diffusion.pipelines import overrides
 from diffusion.pipelines.run import Run
 from experiments import cli
@@ -22,6 +23,13 @@ PROMPT_WEIGHTS = flags.DEFINE_enum(
 )  # fmt: skip
 SIZE = flags.DEFINE_string("size", None, "Height and width of the samples, as 512,768, or both as 768. Default: those "
                            "of the data.")  # fmt: skip
+ORIGINAL_SIZE = flags.DEFINE_string(
+    "original_size", None, "Height and width, as for --size, of the images that samples look like parts or reductions "
+    "of, for models that read it (SDXL, PixArt). Default: those of the samples."
+)  # fmt: skip
+CROP = flags.DEFINE_string(
+    "crop", None, "How many pixels at the top and on the left, as 0,256, samples look cut off by, for SDXL. Default: 0."
+)
 
 
 def sized(run: Run) -> Run:
@@ -58,14 +66,27 @@ def conditions(run: Run, num: int, prompts: list[str] | None) -> dict[str, Any]:
     given = LABELS.value
     labels = None if given is None else [int(label) if overrides.is_whole(label) else label for label in given]
     try:
-        cond = run.conditions(
-            num, labels, prompts=prompts, negative_prompt=NEGATIVE_PROMPT.value, prompt_weights=PROMPT_WEIGHTS.value
-        )
+        cond = run.conditions(num, labels, _size_conditions(run), prompts, NEGATIVE_PROMPT.value, PROMPT_WEIGHTS.value)
     except InputError as error:
         named = error.field in ("labels", "prompts", "negative_prompt", "prompt_weights")
         raise InputError(f"--{error.field}", error.problem) if named else error from None
     if run.spec.class_names:
         print(f"classes: {run.spec.classes()}")
+    return cond
+
+
+def _size_conditions(run: Run) -> dict[str, Any]:
+    """Returns the conditions of --original_size and --crop; none if neither is given."""
+    given = {flag.name: _pair(flag.name, flag.value) for flag in (ORIGINAL_SIZE, CROP) if flag.value is not None}
+    if not given:
+        return {}
+    crop, original = given.get("crop", (0, 0)), given.get("original_size")
+    if original is not None and min(original) < 1:
+        raise InputError("--original_size", f"must be positive, got {ORIGINAL_SIZE.value}")
+    cond = size_conditions.of_samples(run.spec.conditions, run.spec.shape[:2], original, crop)
+    for name in given:
+        if not run.spec.is_image or not cond or (name == "crop" and size_conditions.TIME_IDS not in cond):
+            raise InputError(f"--{name}", "the model has no condition on it; leave it out")
     return cond
 
 

@@ -24,7 +24,7 @@ from diffusion.core.types import (
     Spec,
     TextEncoder,
 )
-from diffusion.data import captions
+from diffusion.data import captions, size_conditions
 from diffusion.data.pipeline import is_encoded
 from diffusion.objectives.base.gaussian import MOST_TERMINAL_SNR, terminal_snr
 
@@ -43,9 +43,11 @@ def conditions_of(
     Args:
       spec: What the samples look like.
       num: Number of samples.
-      source: Returns the data, from whose examples, in turn, come the conditions that are not given.
+      source: Returns the data, from whose examples, in turn, come the conditions that are not given. Those on the
+        size of images are instead those of whole images of the size of the samples; see `data.size_conditions`.
       labels: Classes, numbers or names, repeated in turn; all classes by default.
-      cond: Other conditions by name, arrays or a `Text` with any number of values, repeated in turn.
+      cond: Other conditions by name, arrays or a `Text` with any number of values, repeated in turn. `null` holds those
+        of the unconditional half of guidance, where they differ.
       text_encoder: That of the model, if it reads text.
       prompts: Texts, repeated in turn; the captions of the first examples by default. They are the condition `prompt`
         of the result, and their tokens `text`.
@@ -55,6 +57,12 @@ def conditions_of(
       InputError: The data has no such class or condition, or the model does not read text.
     """
     given = dict(cond or {})
+    if spec.is_image:
+        sizes = size_conditions.of_samples(spec.conditions, spec.shape[:2])
+        if size_conditions.TIME_IDS in given:
+            sizes.pop(NULL, None)
+        given = {**sizes, **given}
+    nulls = dict(given.pop(NULL, {}))
     if text_encoder is None and (prompts is not None or negative_prompt is not None):
         problem = "the model reads no text; leave it out" + (", or use labels" if spec.num_classes else "")
         raise InputError("negative_prompt" if prompts is None else "prompts", problem)
@@ -63,15 +71,17 @@ def conditions_of(
         texts["text"] = _in_turn(given.pop("text"), num)
     elif text_encoder is not None:
         texts = _texts(text_encoder, num, source, [prompts] if isinstance(prompts, str) else prompts)
-    if negative_prompt is not None:
-        texts[NULL] = {"text": _in_turn(text_encoder.tokenize([negative_prompt]), num)}
-    for name in given:
+    for name in (*given, *nulls):
         if name not in spec.conditions or name == "label":
             known = ", ".join(spec.conditions.keys() - {"label"}) or "there are none; use labels"
             raise InputError("cond", f"the model has no condition {name!r} in addition to labels; one of: {known}")
     missing = spec.conditions.keys() - {"label", *given}
     found = examples_of(source(), missing, num) if missing else {}
-    found |= texts | {name: _in_turn(value, num) for name, value in given.items()}
+    found |= texts | _in_turn(given, num)
+    if negative_prompt is not None:
+        nulls["text"] = text_encoder.tokenize([negative_prompt])
+    if nulls:
+        found[NULL] = _in_turn(nulls, num)
     labels = labels_for(spec.num_classes, num, numbers_of(labels, spec.class_names))
     return found if labels is None else {**found, "label": labels}
 

@@ -65,6 +65,8 @@ def test_bad_flags_are_one_line(workdir, tmp_path):
         (["--negative_prompt=a", "--guidance=1"], "--negative_prompt"),
         (["--size=12"], "--size"),
         (["--size=32,x"], "--size"),
+        (["--crop=1,2"], "--crop"),
+        (["--original_size=0"], "--original_size"),
         (["--size=32", "--sweep=steps=1", "--metrics"], "--size"),
     ):
         done = job("sample", f"--workdir={workdir}", *DRAW, *flags, f"--out={tmp_path / 'out'}")
