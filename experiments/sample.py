@@ -21,7 +21,7 @@ from diffusion.pipelines.sample_files import FORMATS, PICTURE, write_samples
 from diffusion.pipelines.sampling_sweep import sweep
 from experiments import cli, condition_flags, sampling_flags
 from experiments.condition_flags import CROP, LABELS, NEGATIVE_PROMPT, ORIGINAL_SIZE, PROMPT_WEIGHTS, SIZE
-from experiments.sampling_flags import BATCH_SIZE
+from experiments.sampling_flags import BATCH_SIZE, CLIP_SKIP
 
 WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
 NUM = flags.DEFINE_integer("num", 100, "Number of samples.")
@@ -66,7 +66,8 @@ def main() -> None:
     settings = {"workdir": WORKDIR.value, "step": run.step, "ema": run.ema, "sampler": sampler, "guidance": guidance,
                 "seed": SEED.value, "labels": LABELS.value, "prompts": prompts,
                 "negative_prompt": NEGATIVE_PROMPT.value, "prompt_weights": PROMPT_WEIGHTS.value,
-                "size": SIZE.value, "original_size": ORIGINAL_SIZE.value, "crop": CROP.value}  # fmt: skip
+                "size": SIZE.value, "original_size": ORIGINAL_SIZE.value, "crop": CROP.value,
+                "clip_skip": CLIP_SKIP.value}  # fmt: skip
     by_class = labels is not None and LABELS.value is None and run.spec.num_classes <= MOST_COLUMNS
     where = write_samples(
         lambda first: generator.batches(

@@ -34,16 +34,24 @@ AUTOENCODER = cli.define_path(
 TEXT_ENCODER = cli.define_path(
     "text_encoder", None, "The folder of the run's text encoder, if it was moved. Default: text_encoder.path."
 )
+CLIP_SKIP = flags.DEFINE_integer(
+    "clip_skip", None, "How many of the last layers of CLIP prompts are read without, as in diffusers; one less than "
+    "in other tools. Negative prompts are read with all."
+)  # fmt: skip
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 250, "Samples drawn at once; the samples do not depend on it.")
 
 
 def opened(workdir: str) -> Run:
-    """Returns the run of a workdir that --ema, --step, --autoencoder, --text_encoder and --allow_imports choose."""
+    """Returns the run of a workdir that the flags choose."""
     encoders = {
         name: {"path": flag.value} if flag.value else None
         for name, flag in (("autoencoder", AUTOENCODER), ("text_encoder", TEXT_ENCODER))
     }
-    return open_run(workdir, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value, **encoders)
+    try:
+        return open_run(workdir, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value, clip_skip=CLIP_SKIP.value,
+                        **encoders)  # fmt: skip
+    except InputError as error:
+        raise InputError("--clip_skip", error.problem) if error.field == "clip_skip" else error from None
 
 
 def chosen() -> dict[str, str]:

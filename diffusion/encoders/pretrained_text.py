@@ -131,13 +131,21 @@ def clip(
         raise InputError("length", f"must be in 1 .. {most}, the positions of {folder.model}, got {length}")
     length = length or most
 
-    def encode_text(params: Params, tokens: Text) -> Text:
-        hidden, vector = encode(params, tokens.tokens, skip, final_norm, pooled)
-        return Text(hidden, _mask(tokens, use_mask), vector)
+    def skipping(count: int) -> Callable[[Params, Text], Text]:
+        most = config["num_hidden_layers"] - skip
+        if not 0 <= count <= most:
+            raise InputError("clip_skip", f"must be 0 to {most}, the layers of {folder.model}, got {count}")
+
+        def encode_text(params: Params, tokens: Text) -> Text:
+            hidden, vector = encode(params, tokens.tokens, skip + count, final_norm, pooled)
+            return Text(hidden, _mask(tokens, use_mask), vector)
+
+        return encode_text
 
     widths = {"none": 0, "eos": config["hidden_size"], "projected": config["projection_dim"]}
     condition = ConditionSpec("text", (length, config["hidden_size"]), pooled=widths[pooled])
-    return _encoder(stored, folder, condition, encode_text, f"{skip} {final_norm} {pooled} {use_mask}")
+    encoder = _encoder(stored, folder, condition, skipping(0), f"{skip} {final_norm} {pooled} {use_mask}")
+    return dataclasses.replace(encoder, skipping=skipping)
 
 
 def t5(
@@ -178,6 +186,22 @@ def with_null(encoder: TextEncoder, null: Null, *, weights: bool) -> TextEncoder
     whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
     value = jax.jit(encoder.encode, out_shardings=whole)(encoder.params, encoder.tokenize([""]))
     return dataclasses.replace(encoder, null=jax.device_get(value))
+
+
+def skipped(encoder: TextEncoder | None, clip_skip: int) -> TextEncoder:
+    """Returns an encoder that leaves out the last layers of CLIP for prompts, as `clip_skip` of diffusers does.
+
+    Negative prompts and the null text are encoded by all layers, and so is the pooled embedding.
+
+    Args:
+      clip_skip: How many layers, in addition to those that the encoder leaves out anyway.
+
+    Raises:
+      InputError: There is no encoder, it reads no hidden states of CLIP, or CLIP has fewer layers.
+    """
+    if encoder is None or encoder.skipping is None:
+        raise InputError("clip_skip", "requires a text encoder with layers of CLIP; leave it out")
+    return dataclasses.replace(encoder, encode=encoder.skipping(clip_skip), encode_null=encoder.encode)
 
 
 def digest_of(parts: Sequence[str]) -> str:

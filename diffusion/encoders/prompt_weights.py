@@ -17,7 +17,7 @@ a prompt during sampling, `[from:to:0.5]`, are not supported, and the pooled emb
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -105,11 +105,15 @@ def weighted(encoder: TextEncoder, rule: Rule) -> TextEncoder:
         tokens, weights = tokenize(encoder.tokenize, prompts, rule)
         return {"tokens": tokens, "weights": weights}
 
-    def encode(params: Params, prompts: Mapping[str, Any]) -> Text:
-        empty = encoder.encode(params, encoder.tokenize([""])) if rule == "comfyui" else None
-        return apply(encoder.encode(params, prompts["tokens"]), prompts["weights"], rule, empty)
+    def reading(encode: Callable[[Params, Text], Text]) -> Callable[[Params, Any], Text]:
+        def encode_weighted(params: Params, prompts: Mapping[str, Any]) -> Text:
+            empty = encode(params, encoder.tokenize([""])) if rule == "comfyui" else None
+            return apply(encode(params, prompts["tokens"]), prompts["weights"], rule, empty)
 
-    return dataclasses.replace(encoder, tokenize=split, encode=encode)
+        return encode_weighted
+
+    null = encoder.encode_null and reading(encoder.encode_null)
+    return dataclasses.replace(encoder, tokenize=split, encode=reading(encoder.encode), encode_null=null)
 
 
 def apply(text: Text, weights: Array | np.ndarray, rule: Rule = "a1111", empty: Text | None = None) -> Text:

@@ -40,7 +40,7 @@ def encoded(
     if not is_vectors(text):
         text = encoder.encode(params, text)
     if TEXT in nulls and not is_vectors(nulls[TEXT]):
-        nulls[TEXT] = encoder.encode(params, nulls[TEXT])
+        nulls[TEXT] = (encoder.encode_null or encoder.encode)(params, nulls[TEXT])
     elif TEXT not in nulls and null is not None:
         nulls[TEXT] = jax.tree.map(lambda value: jnp.broadcast_to(value, (len(text.tokens), *value.shape[1:])), null)
     for name, is_kept in (keep or {}).items():

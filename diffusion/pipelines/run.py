@@ -35,6 +35,7 @@ from diffusion.data import captions
 from diffusion.data.pipeline import check_encoder
 from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
+from diffusion.encoders.pretrained_text import skipped
 from diffusion.encoders.prompt_weights import Rule, weighted
 from diffusion.pipelines import warm_start
 from diffusion.pipelines.conditions import conditions_of, examples_of, modelled, moments_of
@@ -359,6 +360,7 @@ def open_run(
     autoencoder: Autoencoder | str | Mapping[str, Any] | None = None,
     text_encoder: TextEncoder | str | Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
+    clip_skip: int | None = None,
 ) -> Run:
     """Reads a checkpoint of a workdir onto all devices.
 
@@ -377,6 +379,8 @@ def open_run(
         object, or a section, `{"path": "models/moved"}`, which keeps the config's options that it leaves out.
       text_encoder: The text encoder, likewise.
       mesh: The devices. By default all, in the mesh of the run's config as far as it fits their number.
+      clip_skip: How many of the last layers of CLIP prompts are read without, as in diffusers; see
+        `encoders.pretrained_text.skipped`.
 
     Raises:
       InputError: The workdir does not hold such a checkpoint, or it cannot be read.
@@ -416,6 +420,8 @@ def open_run(
             check_text_encoder(meta, model.text_encoder)
         else:
             model = model_of(meta, **encoders)
+        if clip_skip is not None:
+            model = model._replace(text_encoder=skipped(model.text_encoder, clip_skip))
         devices = _mesh(config["mesh"]) if mesh is None else mesh
         shapes = jax.eval_shape(lambda: model.objective.init(model.network, jax.random.key(0)))
         patterns = config["train"]["trainable"]

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusion.core import tensors
 from diffusion.core.build import build
-from diffusion.encoders import text_folder
+from diffusion.encoders import pretrained_text, prompt_weights, text_conditions, text_folder
 from diffusion.encoders.text_folder import CLIP, PROJECTED, T5, Stored
 from diffusion.encoders.text_transformers import buckets
 from tests.published import published
@@ -138,6 +138,57 @@ def test_hidden_states_are_those_of_shorter_models():
         np.testing.assert_allclose(vector, last[[0, 1], [3, 11]], atol=1e-6)  # of the last layer for every skip
     projected = encode(stored, IDS, pooled="projected")[1]
     np.testing.assert_allclose(projected, vector @ params["projection"]["kernel"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options", "same"),
+    [
+        ("clip", CLIP, {}, {"hidden_state": 2}),
+        ("clip", CLIP, {"hidden_state": 1}, {"hidden_state": 3}),
+        ("joined", "sdxl", {"layout": "sdxl"}, {"clip_skip": 2}),
+        ("joined", "sd3", {"layout": "sd3", "length": 8, "null": "empty"}, {"clip_skip": 2}),
+    ],
+)
+def test_clip_skip_shortens_prompts_and_not_what_replaces_them(name, kind, options, same, folder_of):
+    plain = encoder_of(name, folder_of(kind), **options)
+    short = encoder_of(name, folder_of(kind), **options | same)
+    skipped = pretrained_text.skipped(plain, 2)
+    cond = {"text": plain.tokenize(["a cat"]), "null": {"text": plain.tokenize(["two dogs"])}}
+    of_plain, of_short, of_skipped = (
+        text_conditions.encoded(encoder, encoder.params, encoder.null, cond) for encoder in (plain, short, skipped)
+    )
+    jax.tree.map(np.testing.assert_array_equal, of_skipped["text"], of_short["text"])
+    jax.tree.map(np.testing.assert_array_equal, of_skipped["null"], of_plain["null"])
+    jax.tree.map(np.testing.assert_array_equal, skipped.null, plain.null)
+    assert abs(of_skipped["text"].tokens - of_plain["text"].tokens).max() > 1e-3
+    assert skipped.digest == plain.digest  # that of the run
+    jax.tree.map(np.testing.assert_array_equal, pretrained_text.skipped(plain, 0).encode(plain.params, cond["text"]),
+                 of_plain["text"])  # fmt: skip
+
+
+def test_clip_skip_with_weights_of_words(folder_of):
+    plain = encoder_of("clip", folder_of(CLIP))
+    skipped, short = pretrained_text.skipped(plain, 1), encoder_of("clip", folder_of(CLIP), hidden_state=1)
+    reading, expected, of_null = (prompt_weights.weighted(encoder, "comfyui") for encoder in (skipped, short, plain))
+    tokens = reading.tokenize(["a (cat:2)"])
+    np.testing.assert_array_equal(
+        reading.encode(plain.params, tokens).tokens, expected.encode(plain.params, tokens).tokens
+    )
+    np.testing.assert_array_equal(
+        reading.encode_null(plain.params, tokens).tokens, of_null.encode(plain.params, tokens).tokens
+    )
+
+
+def test_clip_skip_is_refused_without_layers_of_clip(folder_of):
+    flux = encoder_of("joined", folder_of("flux"), layout="flux", length=8)
+    small = build("text_encoders", {"name": "small", "tokenizer": "bytes"})
+    for encoder in (None, encoder_of("t5", folder_of(T5)), flux, small):
+        with refused("clip_skip"):
+            pretrained_text.skipped(encoder, 1)
+    clip = encoder_of("clip", folder_of(CLIP), hidden_state="penultimate")
+    for count in (-1, 3):
+        with refused("clip_skip"):
+            pretrained_text.skipped(clip, count)
 
 
 def test_the_end_of_a_text():

@@ -66,6 +66,7 @@ def test_bad_flags_are_one_line(workdir, tmp_path):
         (["--size=12"], "--size"),
         (["--size=32,x"], "--size"),
         (["--crop=1,2"], "--crop"),
+        (["--clip_skip=1"], "--clip_skip"),
         (["--original_size=0"], "--original_size"),
         (["--size=32", "--sweep=steps=1", "--metrics"], "--size"),
     ):

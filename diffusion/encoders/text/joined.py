@@ -84,15 +84,20 @@ def make(
                                                   pooled=table[name][2], length=None, **options)  # fmt: skip
     condition, parts, join = _joined(layout, encoders, path, length)
 
-    def encode(params: Params, tokens: Mapping[str, Text]) -> Text:
-        return join({name: encoder.encode(params[name], tokens[name]) for name, encoder in encoders.items()})
+    def encode_by(functions: Mapping[str, Callable[[Params, Text], Text]]) -> Callable[[Params, Any], Text]:
+        return lambda params, tokens: join({name: f(params[name], tokens[name]) for name, f in functions.items()})
+
+    def skipping(count: int) -> Callable[[Params, Any], Text]:
+        return encode_by({name: encoder.encode if encoder.skipping is None else encoder.skipping(count)
+                          for name, encoder in encoders.items()})  # fmt: skip
 
     encoder = TextEncoder(
         pretrained_text.Tokenizers({name: encoder.tokenize for name, encoder in encoders.items()}),
         condition,
         {name: encoder.params for name, encoder in encoders.items()},
-        encode,
+        encode_by({name: encoder.encode for name, encoder in encoders.items()}),
         parts=parts,
+        skipping=None if layout == "flux" else skipping,  # Flux reads the pooled embedding of CLIP alone
         digest=pretrained_text.digest_of([layout, *(encoder.digest for encoder in encoders.values())]),
     )
     if null == "auto":
