@@ -7,6 +7,7 @@ from absl import flags
 from diffusion.core.types import InputError
 from diffusion.data import size_conditions
 from diffusion.pipelines import overrides
+from diffusion.pipelines.generator import check_numbers
 from diffusion.pipelines.run import Run
 from experiments import cli
 
@@ -16,6 +17,9 @@ PROMPTS = flags.DEFINE_string(
     "of the data's first examples."
 )  # fmt: skip
 PROMPTS_FILE = cli.define_path("prompts_file", None, "A UTF-8 file with a prompt per line, in place of --prompts.")
+PER_PROMPT = flags.DEFINE_integer(
+    "per_prompt", None, "Draw this many samples of each prompt, one after the other, in place of --num."
+)
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance moves away from.")
 PROMPT_WEIGHTS = flags.DEFINE_enum(
     "prompt_weights", None, ["a1111", "comfyui"], "The rule by which (word:1.3) weights words of prompts. Default: "
@@ -42,8 +46,21 @@ def sized(run: Run) -> Run:
         raise InputError("--size", error.problem) from None
 
 
-def prompts() -> list[str] | None:
-    """Returns the prompts of the flags, or None."""
+def numbered(num: flags.FlagHolder[int]) -> tuple[int, list[str] | None]:
+    """Returns the number of samples by --num or --per_prompt, and the prompts of the flags, or None."""
+    given = _prompts()
+    if PER_PROMPT.value is None:
+        return num.value, given
+    check_numbers("--", seed=0, per_prompt=PER_PROMPT.value)
+    if given is None:
+        raise InputError("--per_prompt", "requires --prompts or --prompts_file; give one, or leave it out")
+    if num.present:
+        raise InputError("--per_prompt", "and --num exclude each other; leave one out")
+    each = [prompt for prompt in given for _ in range(PER_PROMPT.value)]
+    return len(each), each
+
+
+def _prompts() -> list[str] | None:
     path = PROMPTS_FILE.value
     if path is None:
         return None if PROMPTS.value is None else [text for text in map(str.strip, PROMPTS.value.split(";")) if text]

@@ -34,6 +34,9 @@ OUT = cli.define_path("out", None, "Folder for samples.png and the samples. Defa
 OUT_FORMAT = flags.DEFINE_enum(
     "out_format", "npz", FORMATS, "npz: samples.npz, or samples_00000.npz, ... of 10,000 samples each; png: images/."
 )
+NO_METADATA = flags.DEFINE_bool(
+    "no_metadata", False, "Write PNG files without their prompt and settings, which other tools show otherwise."
+)
 flags.adopt_module_key_flags(sampling_flags)
 flags.adopt_module_key_flags(condition_flags)
 flags.mark_flags_as_required(["workdir"])
@@ -42,10 +45,10 @@ MOST_COLUMNS = 50  # of a sheet with one column per class
 
 
 def main() -> None:
-    check_numbers("--", seed=SEED.value, num=NUM.value, batch_size=BATCH_SIZE.value)
+    num, prompts = condition_flags.numbered(NUM)
+    check_numbers("--", seed=SEED.value, num=num, batch_size=BATCH_SIZE.value)
     run = condition_flags.sized(sampling_flags.opened(WORKDIR.value))
-    prompts = condition_flags.prompts()
-    cond = condition_flags.conditions(run, NUM.value, prompts)
+    cond = condition_flags.conditions(run, num, prompts)
     labels = cond.get("label")
     chosen, out = sampling_flags.chosen(), OUT.value or os.path.join(WORKDIR.value, "samples")
     if SWEEP.value is not None and PROMPT_WEIGHTS.value is not None:
@@ -55,7 +58,7 @@ def main() -> None:
             raise InputError("--size", "excludes --metrics, which compare samples with the data; leave one out")
         metrics = [metric for metric in run.metrics() if metric.kind == "samples"] if METRICS.value else []
         sweep(
-            run, chosen, SWEEP.value, out, cond=cond, num=NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value,
+            run, chosen, SWEEP.value, out, cond=cond, num=num, seed=SEED.value, batch_size=BATCH_SIZE.value,
             metrics=metrics,
         )  # fmt: skip
         return
@@ -71,12 +74,13 @@ def main() -> None:
     by_class = labels is not None and LABELS.value is None and run.spec.num_classes <= MOST_COLUMNS
     where = write_samples(
         lambda first: generator.batches(
-            run.params, cond, NUM.value, seed=SEED.value, batch_size=BATCH_SIZE.value, title="sample", first=first
+            run.params, cond, num, seed=SEED.value, batch_size=BATCH_SIZE.value, title="sample", first=first
         ),
-        out, labels=labels, num=NUM.value, spec=run.spec, settings=settings, out_format=OUT_FORMAT.value,
+        out, labels=labels, num=num, spec=run.spec, settings=settings, out_format=OUT_FORMAT.value,
         columns=run.spec.num_classes if by_class else None, prompts=cond.get("prompt"),
+        metadata=not NO_METADATA.value,
     )  # fmt: skip
-    print(f"{NUM.value} samples: {os.path.join(out, PICTURE)} and {where}")
+    print(f"{num} samples: {os.path.join(out, PICTURE)} and {where}")
 
 
 if __name__ == "__main__":

@@ -133,6 +133,6 @@ def save_png(image: Image.Image, path: files.Path, texts: Mapping[str, str] | No
     """Writes a PNG file atomically, with texts by keyword as metadata."""
     about = PngImagePlugin.PngInfo()
     for keyword, text in (texts or {}).items():
-        about.add_itxt(keyword, text)
+        about.add_text(keyword, text)  # in UTF-8 if it is not Latin-1
     with files.replace(path, "wb") as file:
         image.save(file, format="PNG", pnginfo=about)

@@ -5,8 +5,8 @@ The folder holds `samples.png`, a picture of the first samples, with their promp
     The entries are `arr_0`, the samples under the name that ADM's evaluator reads, `labels`, `prompts` if there are
     any, and `settings` (JSON).
   png: `images/000000.png`, `images/000001.png`, ..., and `labels.csv`, also with the names of the classes. The names of
-    samples with prompts end in these, as in `images/000000_a_red_circle.png`, the prompts are the text `prompt` of the
-    files, and `prompts.csv` lists them.
+    samples with prompts end in these, as in `images/000000_a_red_circle.png`, and `prompts.csv` lists them. The texts
+    `prompt` and `parameters` of the files say how they were made, as does that of `samples.png` for the first sample.
 """
 
 import csv
@@ -24,6 +24,7 @@ from PIL import Image
 from diffusion.core import files, images
 from diffusion.core.types import InputError, Spec
 from diffusion.distributed import multihost
+from diffusion.pipelines import png_parameters
 from diffusion.pipelines.evaluation import Batches, not_finite
 from diffusion.training.resilience.guards import Diverged
 
@@ -40,7 +41,7 @@ WRITTEN = re.compile(rf"samples(_\d{{5,}})?\.npz|{IMAGES}/\d{{6,}}(_[\w-]*)?\.pn
 def write_samples(
     batches: Callable[[int], Batches], out: str, *, labels: np.ndarray | None, num: int, spec: Spec,
     settings: Mapping[str, Any], out_format: str = "npz", columns: int | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None, metadata: bool = True,
 ) -> str:  # fmt: skip
     """Draws samples and writes each file once its samples are drawn.
 
@@ -53,10 +54,11 @@ def write_samples(
       labels: The class of each sample, int32 `[num]`, or None.
       num: Number of samples.
       spec: What the samples look like.
-      settings: What the samples depend on, JSON-able.
+      settings: What the samples depend on, JSON-able; with `metadata`, what `png_parameters.parameters` requires.
       out_format: One of `FORMATS`.
       columns: Number of columns of the picture.
       prompts: The prompt of each sample, or None.
+      metadata: Whether PNG files say how they were made.
 
     Returns:
       Where the samples are: a file, the first and the last of several files, or a folder.
@@ -71,11 +73,19 @@ def write_samples(
     size = num * math.prod(spec.shape) * (1 if spec.is_image else 4) if out_format == "npz" else 0
     there = sum(path.stat().length for path in epath.Path(out).glob("samples*.npz"))  # is replaced or kept
     files.make_folder(out, "--out", size - there)
-    settings = {**settings, "num": num, "out_format": out_format}
+    settings = {**settings, "num": num, "out_format": out_format, "metadata": metadata}
+
+    def about(index: int) -> dict[str, str]:
+        if not metadata or not spec.is_image:
+            return {}
+        prompt = None if prompts is None else prompts[index]
+        text = png_parameters.parameters(settings, spec.shape[:2], index, prompt)
+        return ({} if prompt is None else {"prompt": prompt}) | {png_parameters.KEYWORD: text}
+
     if out_format == "npz":
         writer = _Npz(out, labels, num, settings, prompts)
     else:
-        writer = _Png(out, labels, num, spec.class_names, prompts)
+        writer = _Png(out, labels, num, spec.class_names, prompts, about)
     with files.writing(out, "--out"), multihost.locked(out, "--out", remove=True):
         first = done = multihost.broadcast_from_first(_prepare(out, settings, writer) if files.writes() else 0)
         most = SHOWN_PROMPTS if prompts is not None else SHOWN if len(spec.shape) == 3 else SHOWN_POINTS
@@ -95,7 +105,7 @@ def write_samples(
                         if captioned
                         else images.picture(first_samples, columns)
                     )
-                    images.save_png(picture, os.path.join(out, PICTURE))
+                    images.save_png(picture, os.path.join(out, PICTURE), about(0))
             writer.add(done, images.to_uint8(x) if spec.is_image else x)
             done += len(x)
         if files.writes():
@@ -143,10 +153,10 @@ class _Npz:
 class _Png:
     def __init__(
         self, out: str, labels: np.ndarray | None, num: int, class_names: Sequence[str],
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str] | None, about: Callable[[int], Mapping[str, str]],
     ):  # fmt: skip
         self.out, self.labels, self.num, self.where = out, labels, num, os.path.join(out, IMAGES)
-        self.class_names, self.prompts = class_names, prompts
+        self.class_names, self.prompts, self.about = class_names, prompts, about
 
     def done(self) -> int:
         """Returns how many of the first samples are in files."""
@@ -168,9 +178,8 @@ class _Png:
                     csv.writer(file, lineterminator="\n").writerows(rows)
         if files.writes():
             for index, image in enumerate(x, start):
-                about = {} if self.prompts is None else {"prompt": self.prompts[index]}
                 image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-                images.save_png(image, self._path(index), about)
+                images.save_png(image, self._path(index), self.about(index))
 
     def _path(self, index: int) -> str:
         return os.path.join(self.where, self._name(index))

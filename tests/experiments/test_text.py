@@ -34,7 +34,11 @@ def test_prompts_are_in_the_names_and_the_metadata_of_samples(workdir, tmp_path)
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == ["000000_a_red_circle.png", "000001_two_blue_squares_nd.png", "000002_a_red_circle.png"]
-    assert Image.open(tmp_path / "images" / names[1]).text == {"prompt": "two blue squares/ünd?"}
+    text = Image.open(tmp_path / "images" / names[1]).text
+    assert text["prompt"] == "two blue squares/ünd?"
+    lines = text["parameters"].splitlines()
+    assert lines[:2] == ["two blue squares/ünd?", "Negative prompt: a green triangle"]
+    assert "CFG scale: 2, Seed: 0, Sample: 1, Size: 32x32, Model: run" in lines[2]
     with open(tmp_path / "prompts.csv", encoding="utf-8") as file:
         assert list(csv.reader(file))[:2] == [["file", "prompt"], [names[0], "a red circle"]]
     listed = tmp_path / "prompts.txt"
@@ -45,6 +49,19 @@ def test_prompts_are_in_the_names_and_the_metadata_of_samples(workdir, tmp_path)
     assert found["prompts"].tolist() == ["a red circle", "a blue square", "a red circle"]
     assert json.loads(str(found["settings"]))["prompts"] == ["a red circle", "a blue square"]
     assert not (tmp_path / "prompts.csv").exists()
+
+
+def test_several_samples_of_each_prompt(workdir, tmp_path):
+    """They are those of a list of prompts that repeats each."""
+    found = []
+    for flags in (["--prompts=a red circle; a blue square", "--per_prompt=2"],
+                  ["--prompts=a red circle; a red circle; a blue square; a blue square", "--num=4"]):  # fmt: skip
+        done = job("sample", f"--workdir={workdir}", "--steps=2", *flags, f"--out={tmp_path}")
+        assert done.returncode == 0, done.stderr
+        found.append(np.load(tmp_path / "samples.npz"))
+    assert found[0]["prompts"].tolist() == found[1]["prompts"].tolist()
+    np.testing.assert_array_equal(found[0]["arr_0"], found[1]["arr_0"])
+    assert (found[0]["arr_0"][0] != found[0]["arr_0"][1]).any()
 
 
 def test_samples_of_another_size(workdir, tmp_path):
@@ -66,6 +83,7 @@ def test_bad_flags_are_one_line(workdir, tmp_path):
         (["--size=12"], "--size"),
         (["--size=32,x"], "--size"),
         (["--crop=1,2"], "--crop"),
+        (["--per_prompt=2", "--prompts=a"], "--per_prompt"),  # with --num
         (["--clip_skip=1"], "--clip_skip"),
         (["--original_size=0"], "--original_size"),
         (["--size=32", "--sweep=steps=1", "--metrics"], "--size"),

@@ -18,6 +18,7 @@ from tests.refusals import refused
 
 SPEC, NUM, BATCH = Spec(ArraySpec((4, 4, 1)), class_labels(10)), 23, 4
 LABELS = np.arange(NUM, dtype=np.int32) % 10
+SETTINGS = {"seed": 1, "num": NUM, "out_format": "npz", "metadata": False}
 PIXELS = np.random.default_rng(0).integers(0, 256, (NUM, 4, 4, 1), np.uint8)
 
 
@@ -43,7 +44,7 @@ class Drawing:
 
 def write(out, drawing, out_format="npz", settings=None, spec=SPEC, **options):
     return write_samples(drawing, str(out), labels=LABELS, num=NUM, spec=spec, settings=settings or {"seed": 1},
-                         out_format=out_format, columns=3, **options)  # fmt: skip
+                         out_format=out_format, columns=3, **{"metadata": False, **options})  # fmt: skip
 
 
 def contents(out):
@@ -58,7 +59,7 @@ def test_npz_files(tmp_path):
     for name, expected in (("arr_0", PIXELS), ("labels", LABELS)):
         np.testing.assert_array_equal(np.concatenate([file[name] for file in found]), expected)
     assert all(set(file) == {"arr_0", "labels", "settings"} for file in found)  # no array twice
-    assert all(json.loads(str(file["settings"])) == {"seed": 1, "num": NUM, "out_format": "npz"} for file in found)
+    assert all(json.loads(str(file["settings"])) == SETTINGS for file in found)
     assert Image.open(tmp_path / "samples.png").tobytes() == images.grid(PIXELS[:6], 3).tobytes()
 
 
@@ -156,7 +157,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, use):
             assert measure_samples([Count()], drawn(num), spec)[0] == [{"count": num}]
         else:
             write_samples(lambda start: drawn(num), str(tmp_path / str(num)), labels=None, num=num, spec=spec,
-                          settings={}, out_format=use)  # fmt: skip
+                          settings={}, out_format=use, metadata=False)  # fmt: skip
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
