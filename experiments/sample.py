@@ -21,7 +21,7 @@ from diffusion.pipelines.sample_files import FORMATS, PICTURE, write_samples
 from diffusion.pipelines.sampling_sweep import sweep
 from experiments import cli, condition_flags, sampling_flags
 from experiments.condition_flags import CROP, LABELS, NEGATIVE_PROMPT, ORIGINAL_SIZE, PROMPT_WEIGHTS, SIZE
-from experiments.sampling_flags import BATCH_SIZE, CLIP_SKIP
+from experiments.sampling_flags import BATCH_SIZE, CLIP_SKIP, DTYPE, TILES
 
 WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
 NUM = flags.DEFINE_integer("num", 100, "Number of samples.")
@@ -70,7 +70,7 @@ def main() -> None:
                 "seed": SEED.value, "labels": LABELS.value, "prompts": prompts,
                 "negative_prompt": NEGATIVE_PROMPT.value, "prompt_weights": PROMPT_WEIGHTS.value,
                 "size": SIZE.value, "original_size": ORIGINAL_SIZE.value, "crop": CROP.value,
-                "clip_skip": CLIP_SKIP.value}  # fmt: skip
+                "clip_skip": CLIP_SKIP.value, "tiles": TILES.value, "dtype": DTYPE.value}  # fmt: skip
     by_class = labels is not None and LABELS.value is None and run.spec.num_classes <= MOST_COLUMNS
     where = write_samples(
         lambda first: generator.batches(

@@ -34,6 +34,13 @@ AUTOENCODER = cli.define_path(
 TEXT_ENCODER = cli.define_path(
     "text_encoder", None, "The folder of the run's text encoder, if it was moved. Default: text_encoder.path."
 )
+TILES = flags.DEFINE_integer(
+    "tiles", None, "Decode tiles of this side in pixels one at a time, so that large images fit into memory. Default: "
+    "autoencoder.tile."
+)  # fmt: skip
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "The dtype that the network computes in. Default: network.dtype."
+)
 CLIP_SKIP = flags.DEFINE_integer(
     "clip_skip", None, "How many of the last layers of CLIP prompts are read without, as in diffusers; one less than "
     "in other tools. Negative prompts are read with all."
@@ -44,14 +51,23 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 250, "Samples drawn at once; the
 def opened(workdir: str) -> Run:
     """Returns the run of a workdir that the flags choose."""
     encoders = {
-        name: {"path": flag.value} if flag.value else None
+        name: {"path": flag.value} if flag.value else {}
         for name, flag in (("autoencoder", AUTOENCODER), ("text_encoder", TEXT_ENCODER))
     }
+    if TILES.value is not None:
+        encoders["autoencoder"]["tile"] = TILES.value
+    names = {"clip_skip": "--clip_skip", "network.dtype": "--dtype", "autoencoder.tile": "--tiles"}
+    if not AUTOENCODER.value:
+        names["autoencoder"] = "--tiles"
     try:
-        return open_run(workdir, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value, clip_skip=CLIP_SKIP.value,
-                        **encoders)  # fmt: skip
+        return open_run(
+            workdir, EMA.value, STEP.value, allow_imports=ALLOW_IMPORTS.value, clip_skip=CLIP_SKIP.value,
+            network={"dtype": DTYPE.value} if DTYPE.value else None,
+            **{name: section or None for name, section in encoders.items()},
+        )  # fmt: skip
     except InputError as error:
-        raise InputError("--clip_skip", error.problem) if error.field == "clip_skip" else error from None
+        given = names.get(error.field) in (f"--{flag.name}" for flag in (CLIP_SKIP, DTYPE, TILES) if flag.present)
+        raise InputError(names[error.field], error.problem) if given else error from None
 
 
 def chosen() -> dict[str, str]:

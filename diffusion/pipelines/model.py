@@ -125,11 +125,11 @@ def model_of(
 
 
 def with_section(meta: Mapping[str, Any], name: str, part: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's `meta` with another encoder in its config.
+    """Returns a checkpoint's `meta` with another part in its config.
 
     Args:
-      name: The section, `autoencoder` or `text_encoder`.
-      part: A name or a section. What it leaves out stays as it is, unless it names an encoder of another kind.
+      name: The section, such as `autoencoder`.
+      part: A name or a section. What it leaves out stays as it is, unless it names a part of another kind.
     """
     config, _ = config_and_spec(meta)
     section, theirs = {"name": part} if isinstance(part, str) else dict(part), config[name] or {}

@@ -16,6 +16,7 @@ from diffusion.core import files, trees
 from diffusion.core.arrays import scaled
 from diffusion.core.build import build, call
 from diffusion.core.types import (
+    MACHINE_OPTIONS,
     Array,
     Autoencoder,
     Cond,
@@ -353,7 +354,7 @@ def open_run(
     workdir: str,
     ema: str | None = None,
     step: int | None = None,
-    network: Network | None = None,
+    network: Network | Mapping[str, Any] | None = None,
     objective: Objective | None = None,
     allow_imports: bool | Collection[str] = False,
     start: Mapping[str, Params] | None = None,
@@ -372,7 +373,9 @@ def open_run(
     Args:
       ema: Name of the average to read; that of `ema.sample_with` if None, the trained parameters if "none".
       step: Step of the checkpoint; the newest valid one if None.
-      network, objective: For a run that was trained with objects instead of names.
+      network, objective: For a run that was trained with objects instead of names. `network` may also be a section of
+        the options of the network that change no parameter, such as `{"dtype": "bfloat16"}`, to use in place of the
+        config's.
       allow_imports: Whether such parts may be imported, or the names of those that may be.
       start: The arrays that a run does not train, if they were given to the `Trainer` and not by `init_from`.
       autoencoder: The autoencoder, for a run that was trained with one as an object or whose files were moved: an
@@ -385,6 +388,10 @@ def open_run(
     Raises:
       InputError: The workdir does not hold such a checkpoint, or it cannot be read.
     """
+    if isinstance(network, Mapping):
+        for name in network.keys() - set(MACHINE_OPTIONS):
+            problem = f"must be that of the training; only {', '.join(MACHINE_OPTIONS)} may differ"
+            raise InputError(f"network.{name}", problem)
     workdir = os.path.expanduser(workdir)
     checkpoints = Checkpoints(workdir, read_only=True)
     there = checkpoints.steps()
@@ -408,13 +415,15 @@ def open_run(
                 raise InputError(part, "is given, and the run was trained without one; leave it out")
             if isinstance(encoder, (str, Mapping)):
                 meta, encoders[part] = with_section(meta, part, encoder), None
+        if isinstance(network, Mapping):
+            meta = with_section(meta, "network", network)
         config, spec = config_and_spec(meta)
         kept = call(make_ema, config["ema"], field="ema")
         name = ema or kept.main
         if name not in (*kept.names, "none"):
             raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(kept.names)}, none")
         name = None if name == "none" else name
-        if network and objective:
+        if network and objective and not isinstance(network, Mapping):
             model = Model(network, objective, **encoders)
             check_autoencoder(meta, model.autoencoder)
             check_text_encoder(meta, model.text_encoder)

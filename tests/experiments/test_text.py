@@ -85,6 +85,7 @@ def test_bad_flags_are_one_line(workdir, tmp_path):
         (["--crop=1,2"], "--crop"),
         (["--per_prompt=2", "--prompts=a"], "--per_prompt"),  # with --num
         (["--clip_skip=1"], "--clip_skip"),
+        (["--tiles=16"], "--tiles"),
         (["--original_size=0"], "--original_size"),
         (["--size=32", "--sweep=steps=1", "--metrics"], "--size"),
     ):
