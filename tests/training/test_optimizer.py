@@ -120,7 +120,7 @@ def test_invalid_groups_and_players(options, field):
 
 
 def test_muon_orthogonalises_the_kernels_of_each_block():
-    """The first update of a kernel has equal singular values, up to the error of five steps; those of others have equal sizes."""
+    """The first update of a kernel has equal singular values, up to the error of five steps, and Adam's equal sizes."""
     optimizer = make_optimizer(steps=4, name="muon", learning_rate=1.0, clip=None)
     rng = np.random.default_rng(0)
     shapes = {
