@@ -2,7 +2,7 @@
 
 python -m experiments.convert --from=DIR --to=runs/NAME     a UNet2DModel, a UNet2DConditionModel, a
                                                             DiTTransformer2DModel, a PixArtTransformer2DModel, or a
-                                                            pipeline of one
+                                                            pipeline of one, with its autoencoder and text encoders
 python -m experiments.convert --from=runs/NAME --to=DIR     a run to a pipeline (or a model, if no scheduler fits)
 python -m experiments.convert --from=runs/NAME --to=DIR     a run that trains an autoencoder to an AutoencoderKL,
                                                             VQModel or AutoencoderTiny
@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from diffusion.core.types import InputError
+from diffusion.interop import text_pipelines
 from diffusion.pipelines.config import read_config
 from diffusion.pipelines.conversion import export_run, import_folder
 from experiments import cli
@@ -41,8 +42,15 @@ SHIFT = flags.DEFINE_bool(
 )
 flags.mark_flags_as_required(["from", "to"])
 
-# For runs made without --config: the configs that complete an imported network, by its name.
-DEFAULTS = {"unet": "cifar10_ddpm.py", "unet_text": "imagenet256_dit.py:XL/2", "dit": "imagenet256_dit.py:XL/2"}
+# For runs made without --config: the configs that complete an imported network, by its name, and the sections that
+# complete one that reads a text.
+DEFAULTS = {"unet": "cifar10_ddpm.py", "dit": "imagenet256_dit.py:XL/2"}
+CAPTIONED = {
+    "data": {"name": "folder", "path": "data/images", "size": 512, "captions": True, "labels": False},
+    "objective": {"name": "denoising", "parameterization": {"name": "eps", "c_noise": "index"}},
+    "optimizer": {"name": "adamw", "learning_rate": 1e-5},
+    "train": {"steps": 10_000, "batch_size": 8},
+}
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
@@ -59,9 +67,13 @@ def main() -> None:
     print(f"{to}: {written}")
 
 
-def base_config(network: str) -> Mapping[str, Any]:
-    """Returns the config given by --config, or else the default one for the network."""
-    return CONFIG.value if CONFIG.path.value is not None else read_config(str(CONFIGS / DEFAULTS[network]))
+def base_config(network: str, pipeline: str | None) -> Mapping[str, Any]:
+    """Returns the config given by --config, or else the default one for a network in a class of pipelines."""
+    if CONFIG.path.value is not None:
+        return CONFIG.value
+    if network == "unet_text" or pipeline in text_pipelines.CLASSES:
+        return CAPTIONED
+    return read_config(str(CONFIGS / DEFAULTS[network]))
 
 
 if __name__ == "__main__":

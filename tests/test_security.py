@@ -187,8 +187,9 @@ def test_the_weights_of_a_model_are_read_from_its_folder_only(tmp_path, name):
     inside.mkdir()
     safetensors.numpy.save_file({"secret": np.zeros(1, np.float32)}, tmp_path / "x")
     (inside / f"{model_folder.WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
-    with refused("folder"):
+    with refused("folder") as caught:
         model_folder.read_tensors(str(inside))
+    assert "of its own folder" in str(caught.value)
 
 
 @pytest.mark.parametrize("places", [None, [], {"a": 1}, {"a": None}, "x"])

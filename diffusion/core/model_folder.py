@@ -63,8 +63,7 @@ def open_tensors(folder: str, variant: str | None = None, weights: str = WEIGHTS
     """
     tensors = {}
     for name in _weight_files(folder, variant, weights):
-        path = os.path.join(folder, os.path.basename(name))  # an index must not refer to files elsewhere
-        tensors |= tensor_file.read(path, "folder")
+        tensors |= tensor_file.read(os.path.join(folder, name), "folder")
     return tensors
 
 
@@ -111,11 +110,15 @@ def _variants(folder: str, weights: str) -> dict[str | None, list[str]]:
 
 
 def _shards(folder: str, index: str) -> list[str]:
-    """Returns the names of the files that an index lists."""
-    weight_map = read_json(folder, index).get("weight_map")
+    """Returns the names of the files that an index lists. Raises InputError for one outside of the folder."""
+    weight_map, path = read_json(folder, index).get("weight_map"), os.path.join(folder, index)
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError("folder", f"{os.path.join(folder, index)} must contain a weight_map of names to files")
-    return sorted(set(weight_map.values()))
+        raise InputError("folder", f"{path} must contain a weight_map of names to files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+            raise InputError("folder", f"{path} lists {name!r}; it must list files of its own folder, without a path")
+    return names
 
 
 def write(folder: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], weights: str = WEIGHTS) -> None:

@@ -141,6 +141,19 @@ def read(
         raise InputError("path", problem) from None
 
 
+def factor_of(path: str) -> int:
+    """Returns by how much the autoencoder in a model folder reduces height and width."""
+    config = model_folder.read_json(path, "config.json")
+    network = next((name for name, kind in _CLASSES.items() if kind == config.get("_class_name")), "autoencoder_kl")
+    entries = _ENTRIES[network] | config
+    channels = entries.get("block_out_channels") or entries.get("encoder_block_out_channels")
+    if not isinstance(channels, (list, tuple)):
+        raise InputError(
+            "folder", f"{path}: config.json.block_out_channels must be a list of numbers, got {channels!r}"
+        )
+    return 2 ** (len(channels) - 1)
+
+
 def _read(
     path: str, name: str, shape: tuple[int, ...], variant: str | None, dtype: str, weights: bool
 ) -> tuple[Stored, AutoencoderApply]:

@@ -36,7 +36,7 @@ class Model:
     Attributes:
       network: The section `network` of a config, `{"name": "unet", ...}`.
       spec: The specification of the data. The range of the raw values is not known and has its default.
-      params: The parameters, float32.
+      params: The parameters, float32, or their shapes.
     """
 
     network: Mapping[str, Any]
@@ -44,7 +44,10 @@ class Model:
     params: Params
 
 
-def read(path: str, *, null_class: bool = False, variant: str | None = None, text_length: int | None = None) -> Model:
+def read(
+    path: str, *, null_class: bool = False, variant: str | None = None, text_length: int | None = None,
+    weights: bool = True,
+) -> Model:  # fmt: skip
     """Reads a model folder.
 
     Args:
@@ -53,6 +56,8 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, tex
       variant: The variant of the weights; see `model_folder.read_tensors`.
       text_length: The number of tokens of a text, which no folder has; None for that of the model: 120 for
         PixArt-alpha, 77 for Stable Diffusion.
+      weights: Whether to read the parameters. Otherwise the names and shapes of the tensors are checked, and the shapes
+        of the parameters returned.
 
     Raises:
       InputError: if the folder cannot be read, the model is not supported, or a tensor is missing, unknown or of the
@@ -63,7 +68,8 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, tex
     if kind not in _CLASSES:
         known = ", ".join(_CLASSES)
         raise InputError("folder", f"{path} contains a {kind}; only these models can be read: {known}")
-    foreign = {tensors.current_name(name): tensor for name, tensor in model_folder.read_tensors(path, variant).items()}
+    found = (model_folder.read_tensors if weights else model_folder.open_tensors)(path, variant)
+    foreign = {tensors.current_name(name): tensor for name, tensor in found.items()}
     converter = _CLASSES[kind]
     if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
         converter = diffusers_pixart
@@ -78,7 +84,8 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, tex
         field = error.field.removeprefix("config.json.")
         raise InputError(f"config.json.{converter.NAMES.get(field, field)}", error.problem) from None
     shapes = jax.eval_shape(built.init, jax.random.key(0))
-    return Model(network, spec, tensors.to_native(pairs(network, spec), foreign, shapes))
+    params = tensors.to_native(pairs(network, spec), foreign, shapes)
+    return Model(network, spec, params if weights else shapes)
 
 
 def write(path: str, model: Model) -> str:

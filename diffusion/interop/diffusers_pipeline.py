@@ -1,13 +1,13 @@
 """Reads and writes pipelines of diffusers: a model folder, `scheduler/scheduler_config.json`, and `model_index.json`,
-which names both."""
+which names both. Pipelines that read a text have further parts; see `text_pipelines`."""
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusion.core import model_folder
 from diffusion.core.types import InputError
-from diffusion.interop import diffusers_models, schedulers
+from diffusion.interop import diffusers_models, schedulers, text_pipelines
 from diffusion.interop.diffusers_models import Model
 
 # For each network, its component, its class, and a pipeline that contains no text encoder, if there is one.
@@ -19,51 +19,95 @@ COMPONENTS = {
 _SCHEDULER = "scheduler_config.json"
 # Schedulers that have a pipeline of their own for a UNet2DModel; with the others it is a DDPMPipeline.
 PIPELINES = {"DDIMScheduler": "DDIMPipeline", "CMStochasticIterativeScheduler": "ConsistencyModelPipeline"}
-TEXT_LENGTHS = {"PixArtSigmaPipeline": 300}  # tokens, where it is not the default of the model's class
 # Schedulers whose noise must be scaled, which no pipeline of these models does, and those that take no generator, which
 # DDPMPipeline passes.
 SCALED = ("Euler", "EDM", "Heun", "KDPM2", "LMS")
 NO_GENERATOR = ("PNDM", "UniPC", "DEIS")
 
 
-def read(path: str, *, null_class: bool = False, variant: str | None = None) -> tuple[Model, dict[str, Any] | None]:
+class Pipeline(NamedTuple):
+    """What a folder contains.
+
+    Attributes:
+      model: The network.
+      sections: The sections `objective`, `sampler` and `guidance` of a config that correspond to the scheduler, and of
+        a pipeline that reads a text also `autoencoder` and `text_encoder`; None if there is no scheduler.
+      kind: The class of the pipeline; None for the folder of a model.
+      scheduler: The class of the scheduler, or None.
+    """
+
+    model: Model
+    sections: dict[str, Any] | None
+    kind: str | None = None
+    scheduler: str | None = None
+
+
+def read(path: str, *, null_class: bool = False, variant: str | None = None, weights: bool = True) -> Pipeline:
     """Reads a model folder or a pipeline folder.
 
-    The first pipelines on the hub have all files in one folder, without subfolders for the model and the scheduler.
+    The first pipelines on the hub have all files in one folder, without subfolders for the model and the scheduler. The
+    autoencoder and the text encoders of a pipeline are not read; the sections refer to them.
 
     Args:
       path: The folder.
       null_class: Whether the last row of a U-Net's table of classes is the null class.
-      variant: The variant of the weights; see `model_folder.read_tensors`.
-
-    Returns:
-      The model, and the sections `objective`, `sampler` and `guidance` of a config that correspond to the scheduler;
-      None if there is no scheduler.
+      variant: The variant of the weights; see `model_folder.read_tensors`. Parts of a pipeline that lack it are read
+        without one, if another part has it.
+      weights: Whether to read the parameters; see `diffusers_models.read`.
 
     Raises:
-      InputError: if the folder cannot be read or what it contains is not supported.
+      InputError: if the folder cannot be read, a part is missing, or what it contains is not supported.
     """
-    folder, kind = _model_folder(path)
-    length = TEXT_LENGTHS.get(kind)
-    model = diffusers_models.read(folder, null_class=null_class, variant=variant, text_length=length)
-    for place in (os.path.join(path, "scheduler"), path):
-        if os.path.exists(os.path.join(place, _SCHEDULER)):
-            return model, schedulers.read(model_folder.read_json(place, _SCHEDULER), model.network["outputs"])
+    if not os.path.exists(os.path.join(path, "model_index.json")):
+        model = diffusers_models.read(path, null_class=null_class, variant=variant, weights=weights)
+        if not os.path.exists(os.path.join(path, _SCHEDULER)):
+            return Pipeline(model, None)
+        scheduler = model_folder.read_json(path, _SCHEDULER)
+        return Pipeline(model, schedulers.read(scheduler, model.network["outputs"]), None, scheduler.get("_class_name"))
+    index = model_folder.read_json(path, "model_index.json")
+    kind, component = index.get("_class_name"), _component(path, index)
+    folder = os.path.join(path, component)
+    if kind in text_pipelines.CLASSES:
+        return _read_text_pipeline(path, kind, index, component, variant, weights)
+    if not os.path.isdir(folder) and os.path.exists(os.path.join(path, "config.json")):
+        folder = path
+    model = diffusers_models.read(folder, null_class=null_class, variant=variant, weights=weights)
+    if any(condition.kind == "text" for condition in model.spec.conditions.values()):
+        known, alone = ", ".join(text_pipelines.CLASSES), f"the folder of the network alone can be read: {folder}"
+        raise InputError("model_index.json._class_name", f"must be among {known} to be read, got {kind}; {alone}")
+    places = [place for place in (os.path.join(path, "scheduler"), path)
+              if os.path.exists(os.path.join(place, _SCHEDULER))]  # fmt: skip
+    if places:
+        scheduler = model_folder.read_json(places[0], _SCHEDULER)
+        return Pipeline(model, schedulers.read(scheduler, model.network["outputs"]), kind, scheduler.get("_class_name"))
     if folder != path:
         raise InputError("folder", f"{path} must contain scheduler/{_SCHEDULER}")
-    return model, None
+    return Pipeline(model, None, kind)
 
 
-def _model_folder(path: str) -> tuple[str, str | None]:
-    """Returns the folder of the model of a pipeline, which may be the pipeline's own, and the pipeline's class."""
-    if not os.path.exists(os.path.join(path, "model_index.json")):
-        return path, None
-    index = model_folder.read_json(path, "model_index.json")
-    for component in (component for component, _, _ in COMPONENTS.values() if component in index):
-        inner = os.path.join(path, component)
-        has_inner = os.path.isdir(inner) or not os.path.exists(os.path.join(path, "config.json"))
-        return inner if has_inner else path, index.get("_class_name")
+def _component(path: str, index: Mapping[str, Any]) -> str:
+    """Returns the name of the network among the components of a pipeline."""
+    for component, _, _ in COMPONENTS.values():
+        if component in index:
+            return component
     raise InputError("folder", f"{path} must contain a pipeline with a unet or a transformer")
+
+
+def _read_text_pipeline(
+    path: str, kind: str, index: Mapping[str, Any], component: str, variant: str | None, weights: bool
+) -> Pipeline:
+    text_pipelines.check_parts(path, kind, index, component)
+    names = [component, "vae", *text_pipelines.text_encoders(kind, index)]
+    chosen = text_pipelines.variants(path, names, variant)
+    about = text_pipelines.CLASSES[kind]
+    model = diffusers_models.read(
+        os.path.join(path, component), variant=chosen[component], text_length=about.length, weights=weights
+    )
+    scheduler = {**model_folder.read_json(os.path.join(path, "scheduler"), _SCHEDULER), **about.scheduler}
+    sections = schedulers.read(scheduler, model.network["outputs"])
+    sections |= text_pipelines.sampling_sections(kind, model.network, sections)
+    sections |= text_pipelines.encoder_sections(path, kind, index, chosen)
+    return Pipeline(model, sections, kind, scheduler.get("_class_name"))
 
 
 def write(path: str, model: Model, sections: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Converts between `networks.unet_text` and `UNet2DConditionModel` of diffusers: options and tables of tensors."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ def network_of(config: Mapping[str, Any], tensors: Tensors, null_class: bool) ->
       tensors: The weights by name.
       null_class: Whether the last row of the table of classes is the null class.
     """
-    config = {**_DEFAULTS, **config}
+    config = {**_DEFAULTS, **_with_size(config)}
     widths, classes = config["block_out_channels"], config["num_class_embeds"] or 0
     levels, size = len(widths), image_size(config)
     for field in ("down_block_types", "up_block_types"):
@@ -134,6 +135,14 @@ def network_of(config: Mapping[str, Any], tensors: Tensors, null_class: bool) ->
     if image_channels:
         conditions["image"] = ConditionSpec("image", (*size, image_channels))
     return network, data_spec(size, channels, classes - (null_class and bool(classes)), conditions)
+
+
+def _with_size(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a `config.json` with 64, the size of Stable Diffusion's latents, in place of a smaller one, which files
+    from before diffusers 0.9 have by mistake."""
+    is_early = re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version")))
+    size = config.get("sample_size")
+    return {**config, "sample_size": 64} if is_early and isinstance(size, int) and size < 64 else config
 
 
 def _added(config: Mapping[str, Any], context: int) -> tuple[int, int]:

@@ -3,22 +3,25 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from diffusion.core import files
-from diffusion.core.types import InputError
-from diffusion.interop import diffusers_pipeline
-from diffusion.interop.diffusers_models import Model
+from diffusion.core.types import ArraySpec, InputError, Spec
+from diffusion.encoders import autoencoder_folder
+from diffusion.interop import diffusers_models, diffusers_pipeline
+from diffusion.interop.diffusers_pipeline import Pipeline
 from diffusion.pipelines import autoencoder_training
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, resolve
-from diffusion.pipelines.model import build_model
+from diffusion.pipelines.model import Model, build_model
 from diffusion.pipelines.run import open_run
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.state import init_state
+
+BaseConfig = Callable[[str, str | None], Mapping[str, Any]]
 
 
 def export_run(
@@ -50,33 +53,42 @@ def export_run(
     if run.params.keys() != {"net"}:
         raise InputError("--from", f"the run trains {', '.join(run.params)}; a diffusers model has a single network")
     spec = run.model.spec(run.spec)
-    model = Model(run.config["network"], spec, jax.device_get(run.params["net"]))
+    model = diffusers_models.Model(run.config["network"], spec, jax.device_get(run.params["net"]))
     with files.new_folder(folder, "--to") as partial:
         return diffusers_pipeline.write(partial, model, run.config)
 
 
-def _drop_rate(config: Mapping[str, Any], model: Model) -> float | Mapping[str, float]:
-    """Returns `train.cond_drop_rate`, which is above 0 if the model has a null class, so that it can be guided."""
-    if not model.spec.num_classes or not model.network.get("null_class", True):
-        return 0.0
-    return config.get("train", {}).get("cond_drop_rate") or 0.1
+class _Found(NamedTuple):
+    """A model that is about to become a run.
+
+    Attributes:
+      config: The resolved config of the run.
+      spec: What the samples look like.
+      model: The network with the encoders that the config names.
+      weights: The network's weights.
+    """
+
+    config: Mapping[str, Any]
+    spec: Spec
+    model: Model
+    weights: diffusers_models.Model
 
 
 def import_folder(
-    folder: str, workdir: str, base_config: Callable[[str], Mapping[str, Any]], *, null_class: bool = False,
-    variant: str | None = None,
+    folder: str, workdir: str, base_config: BaseConfig, *, null_class: bool = False, variant: str | None = None,
 ) -> str:  # fmt: skip
     """Writes a diffusers model or pipeline as a run at step 0.
 
-    The run has no autoencoder, so that a model of latents samples latents. The folder does not say how often training
-    dropped the class; a model with a null class counts as one that was trained with 10 % of it, unless the config says
+    The run refers to the autoencoder and the text encoders of a pipeline that reads a text by their paths. Without
+    them, a model of latents samples latents. The folder does not say how often training dropped the class or the text;
+    a model with a null class or a text counts as one that was trained with 10 % of it, unless the config says
     otherwise.
 
     Args:
       folder: The folder of the model or the pipeline.
       workdir: The workdir to write.
-      base_config: Returns the config that completes a network of the given name, for the sections that the folder does
-        not determine.
+      base_config: Returns the config that completes a network of the given name in a pipeline of the given class, which
+        is None for a model alone, for the sections that the folder does not determine.
       null_class: Whether the last class of a U-Net is the one for unconditional samples.
       variant: The variant of the weights, such as `fp16`; None: the weights without one, or the only ones.
 
@@ -87,28 +99,84 @@ def import_folder(
       InputError: The folder cannot be read, or the workdir not be written.
     """
     try:
-        model, sections = diffusers_pipeline.read(folder, null_class=null_class, variant=variant)
+        pipeline = diffusers_pipeline.read(folder, null_class=null_class, variant=variant)
+        found = _found(pipeline, base_config)
     except InputError as error:
         raise error.within("--from") from None
-    name = model.network["name"]
-    config = {**base_config(name), **(sections or {}), "network": dict(model.network), "autoencoder": None}
+    _write_run(workdir, found)
+    count = sum(leaf.size for leaf in jax.tree.leaves(found.weights.params))
+    origin = "from its scheduler" if pipeline.sections else "from the config, as there is no scheduler"
+    encoders = [part for part in ("autoencoder", "text_encoder") if getattr(found.model, part)]
+    parts = "".join(f"; {part} from {found.config[part]['path']}" for part in encoders)
+    return (
+        f"{found.config['network']['name']}, {count:,} parameters; objective {origin}{parts}; data "
+        f"({found.config['data']['name']}), optimizer and metrics from the config"
+    )
+
+
+def _found(pipeline: Pipeline, base_config: BaseConfig, weights: bool = True) -> _Found:
+    """Completes the config of a pipeline and builds its model, with the parameters of the encoders if `weights`.
+
+    Raises:
+      InputError: The config is invalid, or the parts of the pipeline do not fit together.
+    """
+    model, spec = pipeline.model, pipeline.model.spec
+    base = base_config(model.network["name"], pipeline.kind)
+    config = {**base, "autoencoder": None, **(pipeline.sections or {}), "network": dict(model.network)}
     config["train"] = {**config.get("train", {}), "cond_drop_rate": _drop_rate(config, model)}
     config = resolve(config)
     check_config(config)
-    network, objective, *_ = build_model(config, model.spec)
+    if config["autoencoder"]:
+        factor = autoencoder_folder.factor_of(config["autoencoder"]["path"])
+        height, width, _ = spec.shape
+        others = {name: condition for name, condition in spec.conditions.items() if condition.kind != "text"}
+        spec = Spec(ArraySpec((factor * height, factor * width, 3)), others, captions=True)
+    built = build_model(config, spec, weights=weights)
+    _check_fit(built.spec(spec), model.spec)
+    return _Found(config, spec, built, model)
+
+
+def _drop_rate(config: Mapping[str, Any], model: diffusers_models.Model) -> float | Mapping[str, float]:
+    """Returns `train.cond_drop_rate`, which is above 0 if the model has a null class or a text, so that it can be
+    guided."""
+    has_text = any(condition.kind == "text" for condition in model.spec.conditions.values())
+    if not has_text and (not model.spec.num_classes or not model.network.get("null_class", True)):
+        return 0.0
+    return config.get("train", {}).get("cond_drop_rate") or 0.1
+
+
+def _check_fit(given: Spec, expected: Spec) -> None:
+    """Raises InputError if a network cannot read what the encoders of its pipeline return.
+
+    Args:
+      given: The latents and the text of the encoders.
+      expected: Those of the network.
+    """
+    if given.shape != expected.shape:
+        problem = f"has latents of {given.shape[-1]} channels, and the network reads {expected.shape[-1]}"
+        raise InputError("autoencoder", f"{problem}; they are of different models")
+    for name, text in expected.conditions.items():
+        theirs = given.conditions[name]
+        if text.kind == "text" and (theirs.shape[1], theirs.pooled) != (text.shape[1], text.pooled):
+            widths = f"{text.shape[1]} and {text.pooled}"
+            problem = f"has vectors of width {theirs.shape[1]} and a pooled one of {theirs.pooled}, and the network"
+            raise InputError("text_encoder", f"{problem} reads {widths}; they are of different models")
+
+
+def _write_run(workdir: str, found: _Found) -> None:
+    """Writes a run at step 0."""
+    config, model = found.config, found.model
     keywords = training(config)
-    state = init_state(objective, network, keywords["optimizer"], keywords["ema"], jax.random.key(0))
-    net = jax.tree.map(jnp.asarray, model.params)
-    averages = {key: {**average, "net": jax.tree.map(jnp.array, net)} for key, average in state.ema.items()}
-    state = dataclasses.replace(state, params={**state.params, "net": net}, ema=averages)
+    net = jax.tree.map(jnp.asarray, found.weights.params)
+    network = dataclasses.replace(model.network, init=lambda key: net)
+    state = init_state(model.objective, network, keywords["optimizer"], keywords["ema"], jax.random.key(0))
+    meta: dict[str, Any] = {"config": config, "spec": dataclasses.asdict(found.spec)}
+    if model.autoencoder:
+        meta["autoencoder"] = {"sha256": model.autoencoder.digest}
+    if model.text_encoder:
+        meta["text_encoder"] = model.text_encoder.record
     with files.new_folder(workdir, "--to") as partial:
         checkpoints = Checkpoints(partial)
-        checkpoints.save(0, state, {}, {"config": config, "spec": dataclasses.asdict(model.spec)})
+        checkpoints.save(0, state, {}, meta)
         checkpoints.close()
         files.write_json(os.path.join(partial, "config.json"), config)
-    count = sum(leaf.size for leaf in jax.tree.leaves(net))
-    origin = "from its scheduler" if sections else "from the config, as there is no scheduler"
-    return (
-        f"{name}, {count:,} parameters; objective {origin}; data ({config['data']['name']}), optimizer and metrics "
-        "from the config"
-    )

@@ -116,7 +116,7 @@ def test_a_pipeline_in_one_folder(tmp_path):
             file.rename(tmp_path / file.name)
         (tmp_path / name).rmdir()
     for name in ("model_index.json", "scheduler_config.json"):
-        read, found = diffusers_pipeline.read(str(tmp_path))
+        read, found, *_ = diffusers_pipeline.read(str(tmp_path))
         jax.tree.map(np.testing.assert_array_equal, read.params, model.params)
         assert found == sections
         (tmp_path / name).unlink()
@@ -146,7 +146,7 @@ def test_a_model_with_a_null_class_can_be_guided(null_class, tmp_path):
     _, model = random_model(TINY | {"null_class": null_class}, True)
     diffusers_pipeline.write(str(tmp_path / "folder"), model, {"objective": OBJECTIVE})
     run = tmp_path / "run"
-    import_folder(str(tmp_path / "folder"), str(run), lambda name: read_config("configs/cifar10_ddpm.py"),
+    import_folder(str(tmp_path / "folder"), str(run), lambda *of: read_config("configs/cifar10_ddpm.py"),
                   null_class=null_class)  # fmt: skip
     opened = open_run(str(run))
     if null_class:
@@ -236,7 +236,7 @@ def test_pipelines_of_diffusers_draw_the_same_images(name, pipeline, steps, tmp_
     diffusers_pipeline.write(str(folder), model, {"objective": OBJECTIVE})
     unet = diffusers.UNet2DModel.from_pretrained(folder / "unet").eval()
     getattr(diffusers, pipeline)(unet, getattr(diffusers, name)()).save_pretrained(folder / "again")
-    import_folder(str(folder / "again"), str(run), lambda name: read_config("configs/cifar10_ddpm.py"))
+    import_folder(str(folder / "again"), str(run), lambda *of: read_config("configs/cifar10_ddpm.py"))
     opened = open_run(str(run))
     assert pipeline in export_run(str(run), str(back))
     x = opened.sample(3, steps=steps)

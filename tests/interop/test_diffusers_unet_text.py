@@ -170,18 +170,15 @@ def test_a_model_that_is_not_supported_is_refused(config, field, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pipeline_becomes_a_run_and_the_run_a_model(tmp_path):
-    """The scheduler of Stable Diffusion determines objective and sampler."""
+def test_a_model_becomes_a_run_and_the_run_a_model(tmp_path):
+    """A scheduler next to the model determines objective and sampler."""
     _, model = model_of("as Stable Diffusion")
-    models.write(str(tmp_path / "pipeline" / "unet"), model)
-    model_folder.write_json(
-        str(tmp_path / "pipeline"), "model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}
-    )
+    models.write(str(tmp_path / "model"), model)
     scheduler = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
                  "beta_end": 0.012, "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}  # fmt: skip
-    model_folder.write_json(str(tmp_path / "pipeline" / "scheduler"), "scheduler_config.json", scheduler)
+    model_folder.write_json(str(tmp_path / "model"), "scheduler_config.json", scheduler)
     config = read_config("configs/imagenet256_dit.py:XL/2")
-    import_folder(str(tmp_path / "pipeline"), str(tmp_path / "run"), lambda network: config)
+    import_folder(str(tmp_path / "model"), str(tmp_path / "run"), lambda *of: config)
     run = open_run(str(tmp_path / "run"))
     assert run.config["sampler"]["name"] == "pndm" and run.spec == model.spec
     assert run.config["objective"]["schedule"]["betas"] == "scaled_linear"

@@ -76,17 +76,11 @@ def test_the_class_before_diffusers_0_29(tmp_path):
         models.read(str(tmp_path))
 
 
-def test_the_length_of_texts_follows_from_the_pipeline(tmp_path):
+def test_a_run_without_a_scheduler_is_written_as_a_model(tmp_path):
     _, model = random_model()
     objective = {"name": "flow_matching", "schedule": "flow", "parameterization": "v"}
-    assert "no pipeline" in diffusers_pipeline.write(str(tmp_path / "transformer"), model, {"objective": objective})
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
-    for kind, length in (("PixArtSigmaPipeline", 300), ("PixArtAlphaPipeline", 120)):
-        index = {"_class_name": kind, "transformer": ["diffusers", "PixArtTransformer2DModel"]}
-        (tmp_path / "model_index.json").write_text(json.dumps(index))
-        read, _ = diffusers_pipeline.read(str(tmp_path))
-        assert read.spec.conditions["text"].shape == (length, FEATURES)
+    assert "no pipeline" in diffusers_pipeline.write(str(tmp_path), model, {"objective": objective})
+    assert models.read(str(tmp_path)).spec.conditions["text"].shape == (120, FEATURES)
 
 
 @pytest.mark.parametrize(
