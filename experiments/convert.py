@@ -3,6 +3,7 @@
 python -m experiments.convert --from=DIR --to=runs/NAME     a UNet2DModel, a UNet2DConditionModel, a
                                                             DiTTransformer2DModel, a PixArtTransformer2DModel, or a
                                                             pipeline of one, with its autoencoder and text encoders
+python -m experiments.convert --from=DIR --dry_run          says what a folder contains
 python -m experiments.convert --from=runs/NAME --to=DIR     a run to a pipeline (or a model, if no scheduler fits)
 python -m experiments.convert --from=runs/NAME --to=DIR     a run that trains an autoencoder to an AutoencoderKL,
                                                             VQModel or AutoencoderTiny
@@ -21,7 +22,7 @@ from absl import flags
 from diffusion.core.types import InputError
 from diffusion.interop import text_pipelines
 from diffusion.pipelines.config import read_config
-from diffusion.pipelines.conversion import export_run, import_folder
+from diffusion.pipelines.conversion import describe_folder, export_run, import_folder
 from experiments import cli
 
 FROM = cli.define_path("from", None, "The workdir of a run, or a folder of diffusers.")
@@ -40,7 +41,10 @@ STEP = flags.DEFINE_integer("step", None, "From a run: the step of the checkpoin
 SHIFT = flags.DEFINE_bool(
     "shift", False, "From a run that trains an autoencoder: write the mean of the latents as shift_factor."
 )
-flags.mark_flags_as_required(["from", "to"])
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "From a folder of diffusers: print what it contains and how it would be sampled; write nothing."
+)
+flags.mark_flags_as_required(["from"])
 
 # For runs made without --config: the configs that complete an imported network, by its name, and the sections that
 # complete one that reads a text.
@@ -56,14 +60,22 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 def main() -> None:
     source, to = FROM.value, TO.value
+    is_run = os.path.isdir(os.path.join(source, "checkpoints"))
+    if not os.path.isdir(source):
+        raise InputError("--from", f"{source} is not a folder")
+    if DRY_RUN.value:
+        if is_run:
+            raise InputError("--dry_run", "is for folders of diffusers, and --from is a run; leave it out")
+        print(describe_folder(source, base_config, null_class=NULL_CLASS.value, variant=VARIANT.value))
+        return
+    if to is None:
+        raise InputError("--to", "is missing; give the folder to write, or --dry_run")
     if os.path.isdir(to) and os.listdir(to):
         raise InputError("--to", f"{to} is not empty; use an empty folder")
-    if os.path.isdir(os.path.join(source, "checkpoints")):
+    if is_run:
         written = export_run(source, to, ema=EMA.value, step=STEP.value, shift=SHIFT.value)
-    elif os.path.isdir(source):
-        written = import_folder(source, to, base_config, null_class=NULL_CLASS.value, variant=VARIANT.value)
     else:
-        raise InputError("--from", f"{source} is not a folder")
+        written = import_folder(source, to, base_config, null_class=NULL_CLASS.value, variant=VARIANT.value)
     print(f"{to}: {written}")
 
 

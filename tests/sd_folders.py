@@ -1,5 +1,6 @@
 """Writes the smallest pipelines of Stable Diffusion, SDXL, latent consistency models and PixArt as folders."""
 
+import functools
 import json
 import pathlib
 
@@ -82,6 +83,7 @@ def random_like(shapes, seed=0):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+@functools.cache
 def model_of(kind):
     """Returns the network of a pipeline."""
     _, network, conditions, _, _ = KINDS[kind]

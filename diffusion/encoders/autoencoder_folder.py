@@ -131,9 +131,7 @@ def read(
       InputError: for `path`; the folder cannot be read, the model is not supported or is not for these images, or a
         tensor is missing, unknown, of the wrong shape or not finite.
     """
-    for part in ("vae", "vqvae"):
-        if os.path.isfile(os.path.join(path, "model_index.json")) and os.path.isdir(os.path.join(path, part)):
-            path = os.path.join(path, part)
+    path = model_of(path)
     try:
         return _read(path, name, shape, variant, dtype, weights)
     except InputError as error:
@@ -141,9 +139,18 @@ def read(
         raise InputError("path", problem) from None
 
 
+def model_of(path: str) -> str:
+    """Returns the model folder in that of a pipeline, or the folder itself if it is none."""
+    if os.path.isfile(os.path.join(path, "model_index.json")):
+        for part in ("vae", "vqvae"):
+            if os.path.isdir(os.path.join(path, part)):
+                return os.path.join(path, part)
+    return path
+
+
 def factor_of(path: str) -> int:
-    """Returns by how much the autoencoder in a model folder reduces height and width."""
-    config = model_folder.read_json(path, "config.json")
+    """Returns by how much the autoencoder in a folder, or in that of a pipeline, reduces height and width."""
+    config = model_folder.read_json(model_of(path), "config.json")
     network = next((name for name, kind in _CLASSES.items() if kind == config.get("_class_name")), "autoencoder_kl")
     entries = _ENTRIES[network] | config
     channels = entries.get("block_out_channels") or entries.get("encoder_block_out_channels")

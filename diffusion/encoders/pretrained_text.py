@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from diffusion.core import model_folder
 from diffusion.core.types import Array, ConditionSpec, InputError, Params, Text, TextEncoder
 from diffusion.encoders import text_folder, tokenizers
 from diffusion.encoders.text_folder import PROJECTED
@@ -22,7 +23,7 @@ from diffusion.encoders.text_transformers import Pooled
 
 Null = Literal["empty", "zeros", "learned"]
 Place = Callable[[Params], Any]
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +87,9 @@ def find(
         raise InputError("path", f"{model} must have a {' or '.join(kinds)}, got a {kind}")
     sibling = os.path.join(os.path.dirname(model), os.path.basename(model).replace("text_encoder", "tokenizer", 1))
     for folder in (tokenizer,) if tokenizer else (sibling, model):
-        if any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
+        if any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
             return Folder(model, folder)
-    files = ", ".join(_TOKENIZER_FILES)
+    files = ", ".join(TOKENIZER_FILES)
     if tokenizer:
         raise InputError("tokenizer", f"{tokenizer} has none of {files}")
     if weights:
@@ -106,6 +107,13 @@ def parts_of(path: str) -> dict[str, str]:
     folders = {name: os.path.join(path, name) for name in names}
     return {name: text_folder.kind_of(folder) for name, folder in folders.items()
             if os.path.isfile(os.path.join(folder, "config.json"))}  # fmt: skip
+
+
+def forces_zeros(path: str) -> bool:
+    """Returns whether zeros stand for a dropped text of SDXL, given the folder of its pipeline or of its encoders."""
+    if not os.path.isfile(os.path.join(path, "model_index.json")):
+        return True
+    return bool(model_folder.read_json(path, "model_index.json").get("force_zeros_for_empty_prompt", True))
 
 
 def clip(

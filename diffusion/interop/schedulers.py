@@ -333,6 +333,12 @@ def problem(objective: Mapping[str, Any]) -> str:
     return ""
 
 
+def prediction_of(objective: Mapping[str, Any]) -> str:
+    """Returns the `prediction_type` of an objective, or the name of its parameterization if it has none."""
+    name = _named(objective.get("parameterization")).get("name", "eps")
+    return next((foreign for foreign, native in PREDICTIONS.items() if native == name), name)
+
+
 def write(sections: Mapping[str, Any], outputs: int, *, splits: bool) -> tuple[dict[str, Any], bool]:
     """Returns the scheduler's configuration that is read as the sections, and whether there is one.
 

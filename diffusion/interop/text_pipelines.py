@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from diffusion.core import model_folder
-from diffusion.core.types import InputError
+from diffusion.core.types import InputError, Spec
+from diffusion.encoders import autoencoder_folder, pretrained_text, text_folder, tokenizers
 
 # The classes of autoencoders, and their names here.
 AUTOENCODERS = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "VQModel": "vq"}
@@ -65,10 +66,12 @@ def check_parts(path: str, kind: str, index: Mapping[str, Any], network: str) ->
       index: The content of `model_index.json`.
       network: The folder of the network in that of the pipeline.
     """
-    for name in (network, "vae", *text_encoders(kind, index), "scheduler"):
-        file = os.path.join(name, "scheduler_config.json" if name == "scheduler" else "config.json")
-        if not os.path.isfile(os.path.join(path, file)):
-            problem = f"{path} must contain {file}, as a {kind} does"
+    encoders = text_encoders(kind, index)
+    required = {name: ("config.json",) for name in (network, "vae", *encoders)}
+    required |= {name.replace("text_encoder", "tokenizer"): pretrained_text.TOKENIZER_FILES for name in encoders}
+    for name, files in (required | {"scheduler": ("scheduler_config.json",)}).items():
+        if not any(os.path.isfile(os.path.join(path, name, file)) for file in files):
+            problem = f"{path} must contain {name}/{' or '.join(files)}, as a {kind} does"
             fix = "complete it" + ("" if name == network else f", or give {os.path.join(path, network)} alone")
             raise InputError("folder", f"{problem}; {fix}")
 
@@ -137,3 +140,84 @@ def sampling_sections(kind: str, network: Mapping[str, Any], sections: Mapping[s
     elif sections["objective"]["name"] == "consistency":
         guidance["scale"] = 1.0
     return {"sampler": sampler, "guidance": guidance}
+
+
+def class_of(network: Mapping[str, Any], spec: Spec, sections: Mapping[str, Any]) -> str | None:
+    """Returns the class of pipelines for a network and its encoders; None if diffusers has none.
+
+    Args:
+      network: The section `network`.
+      spec: What the network models.
+      sections: The sections `autoencoder`, `text_encoder` and `objective` of a config.
+    """
+    autoencoder, text = sections.get("autoencoder") or {}, sections.get("text_encoder") or {}
+    if autoencoder.get("name") not in AUTOENCODERS.values() or text.get("name") not in ("clip", "joined", "t5"):
+        return None
+    if network["name"] == "dit":
+        is_long = spec.conditions["text"].shape[0] > CLASSES["PixArtAlphaPipeline"].length
+        return None if text["name"] != "t5" else "PixArtSigmaPipeline" if is_long else "PixArtAlphaPipeline"
+    if text["name"] == "t5" or text.get("layout", "sdxl") != "sdxl":
+        return None
+    channels = sum(condition.shape[-1] for condition in spec.conditions.values() if condition.kind == "image")
+    task = {0: "", spec.shape[-1]: "InstructPix2Pix", spec.shape[-1] + 1: "Inpaint"}.get(channels)
+    if task is None:
+        return None
+    if text["name"] == "joined":
+        return f"StableDiffusionXL{task}Pipeline"
+    if "time_ids" in spec.conditions:
+        return None if task else "StableDiffusionXLImg2ImgPipeline"
+    if network.get("scalar_conditions") and sections["objective"]["name"] == "consistency" and not task:
+        return "LatentConsistencyModelPipeline"
+    return f"StableDiffusion{task}Pipeline"
+
+
+def write_parts(path: str, kind: str, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the autoencoder, the text encoders and the tokenizers that a config refers to into a pipeline's folder.
+
+    The autoencoder stays as it is. Text encoders and tokenizers have the layouts that transformers 4 and 5 read.
+
+    Args:
+      path: The folder of the pipeline.
+      kind: Its class.
+      sections: The sections `autoencoder` and `text_encoder` of a config.
+
+    Returns:
+      The entries of `model_index.json` for these parts, and the options of the class.
+
+    Raises:
+      InputError: A folder cannot be read.
+    """
+    autoencoder, text = sections["autoencoder"], sections["text_encoder"]
+    vae = autoencoder_folder.model_of(autoencoder["path"])
+    config = model_folder.read_json(vae, "config.json")
+    model_folder.write(os.path.join(path, "vae"), config, model_folder.open_tensors(vae, autoencoder.get("variant")))
+    index: dict[str, Any] = {"vae": ["diffusers", config["_class_name"]]}
+    is_refiner = kind == "StableDiffusionXLImg2ImgPipeline"
+    names = _ENCODERS if text["name"] == "joined" else (_ENCODERS[is_refiner],)
+    for name in names:
+        part = name if text["name"] == "joined" else text.get("part")
+        kinds = (text_folder.T5,) if text["name"] == "t5" else (text_folder.CLIP, text_folder.PROJECTED)
+        found = pretrained_text.find(text["path"], kinds, part, text.get("tokenizer"), weights=True)
+        variant = text.get("variant")
+        if not model_folder.has_variant(found.model, variant, model_folder.TRANSFORMERS_WEIGHTS):
+            variant = None
+        stored, tokenizer = text_folder.read(found.model, variant), name.replace("text_encoder", "tokenizer")
+        text_folder.write(os.path.join(path, name), stored)
+        tokenizers.write(tokenizers.read(found.tokenizer), os.path.join(path, tokenizer))
+        is_sentencepiece = os.path.isfile(os.path.join(path, tokenizer, "spiece.model"))
+        t5 = "T5Tokenizer" if is_sentencepiece else "T5TokenizerFast"
+        index[name] = ["transformers", stored.kind]
+        index[tokenizer] = ["transformers", t5 if stored.kind == text_folder.T5 else "CLIPTokenizer"]
+    if CLASSES[kind].text == "clip":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    if CLASSES[kind].text == "sdxl":
+        index["force_zeros_for_empty_prompt"] = _forces_zeros(text)
+    if is_refiner:
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
+    return index
+
+
+def _forces_zeros(section: Mapping[str, Any]) -> bool:
+    """Returns whether zeros stand for a dropped text of SDXL."""
+    null = section.get("null", "auto")
+    return null == "zeros" or (null == "auto" and pretrained_text.forces_zeros(section["path"]))

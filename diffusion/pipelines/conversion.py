@@ -1,8 +1,9 @@
 """Converts between the workdirs of runs and the folders of diffusers."""
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 from diffusion.core import files
 from diffusion.core.types import ArraySpec, InputError, Spec
 from diffusion.encoders import autoencoder_folder
-from diffusion.interop import diffusers_models, diffusers_pipeline
+from diffusion.interop import diffusers_models, diffusers_pipeline, schedulers
 from diffusion.interop.diffusers_pipeline import Pipeline
 from diffusion.pipelines import autoencoder_training
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, resolve
+from diffusion.pipelines.generator import PLACING
 from diffusion.pipelines.model import Model, build_model
+from diffusion.pipelines.overrides import spell
 from diffusion.pipelines.run import open_run
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.state import init_state
@@ -112,6 +115,57 @@ def import_folder(
         f"{found.config['network']['name']}, {count:,} parameters; objective {origin}{parts}; data "
         f"({found.config['data']['name']}), optimizer and metrics from the config"
     )
+
+
+def describe_folder(
+    folder: str, base_config: BaseConfig, *, null_class: bool = False, variant: str | None = None
+) -> str:
+    """Returns what `import_folder` would find, a line per part, without reading numbers of the weights.
+
+    Args:
+      folder, base_config, null_class, variant: See `import_folder`.
+
+    Raises:
+      InputError: The folder cannot be read.
+    """
+    try:
+        pipeline = diffusers_pipeline.read(folder, null_class=null_class, variant=variant, weights=False)
+        found = _found(pipeline, base_config, weights=False)
+    except InputError as error:
+        raise error.within("--from") from None
+    config, model, sections = found.config, found.model, pipeline.sections or {}
+
+    def size(shape: Sequence[int]) -> str:
+        return " x ".join(map(str, shape))
+
+    def part(name: str, params: Any, *more: str) -> str:
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+        return ", ".join([config[name]["name"], f"{count:,} parameters", *more])
+
+    lines = {"folder": f"{pipeline.kind or 'a model alone'}, draws {size(found.spec.shape)}"}
+    lines["network"] = part("network", found.weights.params, f"models {size(found.weights.spec.shape)}")
+    if model.autoencoder:
+        lines["autoencoder"] = part("autoencoder", model.autoencoder.params, config["autoencoder"]["path"])
+    if model.text_encoder:
+        text = model.text_encoder.condition
+        widths = f"{text.shape[0]} tokens of width {text.shape[1]}" + (f", pooled {text.pooled}" if text.pooled else "")
+        lines["text_encoder"] = part("text_encoder", model.text_encoder.params, widths, config["text_encoder"]["path"])
+    others = [name for name in found.spec.conditions if name != "text"]
+    if others:
+        lines["conditions"] = ", ".join(f"{name} {size(found.spec.conditions[name].shape)}" for name in others)
+    if not sections:
+        return _table(lines | {"scheduler": "none; objective, sampler and guidance are those of the config"})
+    sampler = {key: value for key, value in sections["sampler"].items() if key not in PLACING}
+    grid, steps = sections["sampler"]["grid"], sections["sampler"]["steps"]
+    lines["prediction"] = schedulers.prediction_of(sections["objective"])
+    lines["scheduler"] = pipeline.scheduler or "DDPMScheduler"
+    lines["sampler"] = f"{spell(sampler)}, {steps} steps on the grid {spell(grid)}"
+    lines["guidance"] = spell(sections["guidance"])
+    return _table(lines)
+
+
+def _table(lines: Mapping[str, str]) -> str:
+    return "\n".join(f"{name:<13} {text}" for name, text in lines.items())
 
 
 def _found(pipeline: Pipeline, base_config: BaseConfig, weights: bool = True) -> _Found:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion.interop import diffusers_pipeline, text_pipelines
-from diffusion.pipelines.conversion import import_folder
+from diffusion.pipelines.conversion import describe_folder, import_folder
 from diffusion.pipelines.run import open_run
 from experiments.convert import CAPTIONED
 from tests.jobs import job, one_line
@@ -66,6 +66,32 @@ def test_the_sections_that_follow_from_a_folder(kind, folder_of):
     assert text.get("part") == ("text_encoder_2" if kind == "refiner" else None)
 
 
+def test_a_dry_run_says_what_a_folder_contains(folder_of, tmp_path):
+    """Nothing is written, and the numbers of the weights are not read."""
+    folder = shutil.copytree(folder_of("sdxl"), tmp_path / "folder")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    lines = dict(line.split(maxsplit=1) for line in describe_folder(str(folder), base).splitlines())
+    assert lines["folder"] == "StableDiffusionXLPipeline, draws 16 x 16 x 3"
+    count = sum(leaf.size for leaf in jax.tree.leaves(model_of("sdxl").params))
+    assert lines["network"] == f"unet_text, {count:,} parameters, models 8 x 8 x 4"
+    assert "16 tokens of width 16, pooled 6" in lines["text_encoder"] and lines["autoencoder"].startswith("kl, ")
+    assert (lines["prediction"], lines["scheduler"]) == ("epsilon", "EulerDiscreteScheduler")
+    assert lines["sampler"] == "euler, 25 steps on the grid leading:steps_offset=1"
+    assert (lines["guidance"], lines["conditions"]) == ("cfg:scale=5.0", "time_ids 6")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "none" in describe_folder(str(folder / "unet"), base).splitlines()[-1]
+    shutil.rmtree(folder / "tokenizer_2")
+    with refused("--from.folder"):
+        describe_folder(str(folder), base)
+
+
+@pytest.mark.slow
+def test_the_job_of_a_dry_run(folder_of):
+    done = job("convert", f"--from={folder_of('lcm')}", "--dry_run")
+    assert done.returncode == 0 and "guidance_embedding:scale=8.5" in done.stdout, done.stderr
+    assert one_line(job("convert", f"--from={folder_of('lcm')}")).startswith("error: --to")
+
+
 @pytest.mark.parametrize("kind", slow_except(("sd15",), KINDS))
 def test_a_folder_becomes_a_run_that_draws_images(kind, folder_of, tmp_path):
     import_folder(str(folder_of(kind)), str(tmp_path / "run"), base)
@@ -104,7 +130,7 @@ def test_two_commands_draw_images(folder_of, tmp_path):
 def test_an_incomplete_folder_is_refused(part, folder_of, tmp_path):
     folder = shutil.copytree(folder_of("sd15"), tmp_path / "folder")
     shutil.rmtree(folder / part)
-    with refused("--from.folder" if part != "tokenizer" else "--from.text_encoder.path") as caught:
+    with refused("--from.folder") as caught:
         import_folder(str(folder), str(tmp_path / "run"), base)
     assert part in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -101,7 +101,7 @@ def make(
         digest=pretrained_text.digest_of([layout, *(encoder.digest for encoder in encoders.values())]),
     )
     if null == "auto":
-        null = "zeros" if layout == "sdxl" and _forces_zeros(path) else "empty"
+        null = "zeros" if layout == "sdxl" and pretrained_text.forces_zeros(path) else "empty"
     return pretrained_text.with_null(encoder, null, weights=weights)
 
 
@@ -150,12 +150,6 @@ def _joined(
         return Text(jnp.concatenate([tokens, t5.tokens], axis=1), mask, clips.pooled)
 
     return ConditionSpec("text", (total, width), pooled=pooled), parts, join
-
-
-def _forces_zeros(path: str) -> bool:
-    if not os.path.isfile(os.path.join(path, "model_index.json")):
-        return True
-    return bool(model_folder.read_json(path, "model_index.json").get("force_zeros_for_empty_prompt", True))
 
 
 def _sd3_width(path: str) -> int:
