@@ -10,11 +10,11 @@ from diffusion.core.types import InputError
 from diffusion.interop import diffusers_models, schedulers, text_pipelines
 from diffusion.interop.diffusers_models import Model
 
-# For each network, its component, its class, and a pipeline that contains no text encoder, if there is one.
+# For each network, its component, and a pipeline without a text encoder, if there is one.
 COMPONENTS = {
-    "unet": ("unet", "UNet2DModel", "DDPMPipeline"),
-    "unet_text": ("unet", "UNet2DConditionModel", None),
-    "dit": ("transformer", "DiTTransformer2DModel", "DiTPipeline"),
+    "unet": ("unet", "DDPMPipeline"),
+    "unet_text": ("unet", None),
+    "dit": ("transformer", "DiTPipeline"),
 }
 _SCHEDULER = "scheduler_config.json"
 # Schedulers that have a pipeline of their own for a UNet2DModel; with the others it is a DDPMPipeline.
@@ -87,7 +87,7 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, wei
 
 def _component(path: str, index: Mapping[str, Any]) -> str:
     """Returns the name of the network among the components of a pipeline."""
-    for component, _, _ in COMPONENTS.values():
+    for component, _ in COMPONENTS.values():
         if component in index:
             return component
     raise InputError("folder", f"{path} must contain a pipeline with a unet or a transformer")
@@ -111,43 +111,48 @@ def _read_text_pipeline(
 
 
 def write(path: str, model: Model, sections: Mapping[str, Any]) -> str:
-    """Writes a pipeline folder, or only a model folder if the objective has no scheduler in diffusers.
+    """Writes a pipeline folder, or only a model folder if diffusers has no pipeline for the objective or the encoders.
 
     Args:
       path: The folder.
       model: The model to write.
-      sections: The section `objective` of a config, and optionally `sampler` and `guidance`.
+      sections: The section `objective` of a config, and optionally `sampler`, `guidance`, `autoencoder` and
+        `text_encoder`.
 
     Returns:
       A description of what was written.
 
     Raises:
-      InputError: naming the option that diffusers' model does not support.
+      InputError: naming the option that diffusers' model does not support, or an encoder cannot be read.
     """
     name = model.network["name"]
-    component, kind, pipeline = COMPONENTS.get(name, ("", "", ""))
+    component, pipeline = COMPONENTS.get(name, ("", ""))
     problem = schedulers.problem(sections["objective"])
-    if any(condition.kind == "text" for condition in model.spec.conditions.values()):
-        problem = "it would have to contain the text encoder"
+    has_text = any(condition.kind == "text" for condition in model.spec.conditions.values())
+    if has_text:
+        pipeline = text_pipelines.class_of(model.network, model.spec, sections)
+        problem = problem or ("" if pipeline else "diffusers has none with its autoencoder and text encoder")
     if problem:
         kind = diffusers_models.write(path, model)
         return f"{kind}; no pipeline, because {problem}"
-    diffusers_models.write(os.path.join(path, component), model)
+    kind = diffusers_models.write(os.path.join(path, component), model)
     outputs = diffusers_models.with_defaults(model.network)["outputs"]
     config, exact = schedulers.write(sections, outputs, splits=name == "dit")
     model_folder.write_json(os.path.join(path, "scheduler"), _SCHEDULER, config)
     scheduler = config["_class_name"]
     pipeline = PIPELINES.get(scheduler, pipeline) if name == "unet" else pipeline
-    parts = {component: ["diffusers", kind], "scheduler": ["diffusers", scheduler]}
-    if name == "dit":
+    parts: dict[str, Any] = {component: ["diffusers", kind], "scheduler": ["diffusers", scheduler]}
+    if has_text:
+        parts |= text_pipelines.write_parts(path, pipeline, sections)
+    elif name == "dit":
         parts["vae"] = ["diffusers", "AutoencoderKL"]
     about = {"_class_name": pipeline, "_diffusers_version": model_folder.VERSION}
     model_folder.write_json(path, "model_index.json", about | parts)
     notes = [f"{pipeline} with {scheduler}"]
     if not exact:
         notes.append(f"as diffusers has none for the sampler {sections['sampler']['name']!r} with its options")
-    if scheduler.startswith(SCALED if name == "dit" else SCALED + NO_GENERATOR):
+    if not has_text and scheduler.startswith(SCALED if name == "dit" else SCALED + NO_GENERATOR):
         notes.append("which cannot call it as it needs: call model and scheduler in a loop")
-    if name == "dit":
+    if not has_text and name == "dit":
         notes.append("which requires a vae: from_pretrained(..., vae=vae)")
     return ", ".join(notes)

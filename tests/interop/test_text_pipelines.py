@@ -1,5 +1,6 @@
 """Folders of text-to-image pipelines become runs that draw images from prompts, and refuse what is incomplete."""
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -7,14 +8,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from diffusion.interop import diffusers_pipeline, text_pipelines
-from diffusion.pipelines.conversion import describe_folder, import_folder
+from diffusion.pipelines.conversion import describe_folder, export_run, import_folder
 from diffusion.pipelines.run import open_run
 from experiments.convert import CAPTIONED
 from tests.jobs import job, one_line
 from tests.refusals import refused
-from tests.sd_folders import KINDS, SIZE, model_of, write_pipeline
+from tests.sd_folders import KINDS, SIZE, UNET, model_of, write_pipeline
 from tests.tiers import slow_except
 
 # For each kind what follows from the folder: the sampler, its number of steps, and the guidance.
@@ -216,3 +218,93 @@ def test_a_network_alone_has_no_encoders(folder_of, tmp_path):
     run = open_run(str(tmp_path / "run"))
     assert run.config["autoencoder"] is None and run.config["text_encoder"] is None
     assert run.spec == model_of("sd15").spec
+
+
+def tensors_of(folder):
+    """Returns the bytes of all tensors of a pipeline, by part and name."""
+    found = {}
+    for path in sorted(folder.glob("*/*.safetensors")):
+        for name, tensor in safetensors.numpy.load_file(path).items():
+            found[path.parent.name, name] = tensor.dtype.name, tensor.shape, tensor.tobytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def written_back(folder_of, tmp_path_factory):
+    """Returns a function that writes a folder as a run and that as a folder, once, which it returns."""
+    root = tmp_path_factory.mktemp("written")
+
+    def write(kind):
+        if not (root / kind).exists():
+            import_folder(str(folder_of(kind)), str(root / f"{kind}_run"), base)
+            assert KINDS[kind][0] in export_run(str(root / f"{kind}_run"), str(root / kind))
+        return root / kind
+
+    return write
+
+
+@pytest.mark.parametrize("kind", slow_except(("lcm", "sdxl"), KINDS))
+def test_a_run_is_written_as_the_folder_that_it_was(kind, folder_of, written_back):
+    """All tensors are the same, bit for bit, and the scheduler and the parts are read as before."""
+    first, second = folder_of(kind), written_back(kind)
+    assert tensors_of(first) == tensors_of(second) and len(tensors_of(first)) > 50
+    before, after = (diffusers_pipeline.read(str(folder), weights=False) for folder in (first, second))
+    for name in ("objective", "sampler", "guidance"):
+        assert after.sections[name] == before.sections[name]
+    assert (after.kind, after.scheduler, after.model.spec) == (before.kind, before.scheduler, before.model.spec)
+    index = [json.loads((folder / "model_index.json").read_text()) for folder in (first, second)]
+    assert index[0].items() <= index[1].items()
+    assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in second.iterdir())
+    configs = [json.loads((folder / "vae" / "config.json").read_text()) for folder in (first, second)]
+    assert configs[0] == configs[1]
+
+
+def test_null_texts_of_sdxl_are_written_as_they_were(folder_of, tmp_path):
+    folder = shutil.copytree(folder_of("sdxl"), tmp_path / "folder")
+    rewrite(folder / "model_index.json", force_zeros_for_empty_prompt=False)
+    for null, expected in (("auto", False), ("zeros", True), ("empty", False)):
+        text = {"name": "joined", "path": str(folder), "layout": "sdxl", "null": null}
+        sections = {"autoencoder": {"name": "kl", "path": str(folder)}, "text_encoder": text}
+        index = text_pipelines.write_parts(str(tmp_path / null), "StableDiffusionXLPipeline", sections)
+        assert index["force_zeros_for_empty_prompt"] is expected
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({}, "StableDiffusionPipeline"),
+        ({"text_encoder": {"name": "small"}}, None),
+        ({"text_encoder": None}, None),
+        ({"autoencoder": {"name": "pca"}}, None),
+        ({"autoencoder": None}, None),
+        ({"text_encoder": {"name": "joined", "layout": "flux"}}, None),
+    ],
+)
+def test_the_class_of_a_run(change, kind):
+    sections = {"objective": {"name": "denoising"}, "autoencoder": {"name": "kl"}, "text_encoder": {"name": "clip"}}
+    assert text_pipelines.class_of(UNET, model_of("sd15").spec, sections | change) == kind
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_opens_what_is_written(kind, folder_of, written_back, tmp_path):
+    """Its parts have the tensors that they had, and a folder that diffusers saves is read."""
+    from diffusers import DiffusionPipeline
+
+    first, second = (DiffusionPipeline.from_pretrained(folder) for folder in (folder_of(kind), written_back(kind)))
+    assert type(first) is type(second) and type(first.scheduler) is type(second.scheduler)
+    for name in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2"):
+        if (part := getattr(first, name, None)) is not None:
+            other = getattr(second, name).state_dict()
+            assert part.state_dict().keys() == other.keys()
+            assert all((tensor == other[key]).all() for key, tensor in part.state_dict().items())
+    texts = ["a red circle", "two (blue) squares!"]
+    for name in ("tokenizer", "tokenizer_2"):
+        if getattr(first, name, None) is not None:
+            assert getattr(first, name)(texts)["input_ids"] == getattr(second, name)(texts)["input_ids"]
+    second.save_pretrained(tmp_path / "saved")
+    read = [diffusers_pipeline.read(str(folder)) for folder in (folder_of(kind), tmp_path / "saved")]
+    jax.tree.map(np.testing.assert_array_equal, *(pipeline.model.params for pipeline in read))
+    for section in ("objective", "sampler", "guidance"):
+        assert read[0].sections[section] == read[1].sections[section]
