@@ -1,5 +1,8 @@
 """Reads and writes model folders of Hugging Face's libraries: `config.json`, and tensors as safetensors in one file or
-in several files with an index."""
+in several files with an index.
+
+A part of a single file of Stable Diffusion (`single_file`) is read like a folder, by its path: `sd.safetensors/unet`.
+"""
 
 import json
 import os
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from diffusion.core import files, tensor_file
+from diffusion.core import files, single_file, tensor_file
 from diffusion.core.types import InputError
 
 VERSION = "0.42.1"  # of diffusers, recorded in the files that are written
@@ -23,6 +26,9 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def read_json(folder: str, name: str) -> dict[str, Any]:
     """Reads the JSON object in file `name` of a folder. Raises InputError if there is none."""
     path = os.path.join(folder, name)
+    if found := single_file.split(folder):
+        file, part = single_file.read(found[0]), found[1]
+        return file.config(part or name.removesuffix(".json"))
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -33,6 +39,13 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError("folder", f"{path} must contain a JSON object")
     return content
+
+
+def names(folder: str) -> list[str]:
+    """Returns the names of what is in a folder; none if there is no folder."""
+    if found := single_file.split(folder):
+        return single_file.read(found[0]).names(found[1])
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def read_tensors(folder: str, variant: str | None = None) -> dict[str, np.ndarray]:
@@ -51,7 +64,7 @@ def open_tensors(folder: str, variant: str | None = None, weights: str = WEIGHTS
     """Returns all tensors of a model folder, by name, as views of its files in the dtypes that they are stored with.
 
     Args:
-      folder: The folder.
+      folder: The folder, or a part of a single file.
       variant: The variant of the weights, such as `fp16` in `diffusion_pytorch_model.fp16.safetensors`. None: the
         weights without a variant, or the only ones.
       weights: The name of the file of the weights, if they are in one file and have no variant. The index of several
@@ -61,6 +74,10 @@ def open_tensors(folder: str, variant: str | None = None, weights: str = WEIGHTS
       InputError: if there are none, if there are only pickles (loading a pickle can run arbitrary code), if there are
         several variants to choose from, or if a file is corrupt or a pointer of Git LFS.
     """
+    if found := single_file.split(folder):
+        if variant is not None:
+            raise InputError("variant", f"must be None: the file {found[0]} has no variants")
+        return single_file.read(found[0]).tensors(found[1])
     tensors = {}
     for name in _weight_files(folder, variant, weights):
         tensors |= tensor_file.read(os.path.join(folder, name), "folder")

@@ -1,4 +1,5 @@
-"""Reads files of tensors: safetensors, and what `torch.save` writes. Neither torch nor anything in a file is executed.
+"""Reads and writes files of tensors: safetensors, and, to be read alone, what `torch.save` writes. Neither torch nor
+anything in a file is executed.
 
 A file of torch holds a pickle, that is, a program that builds the saved object and may call any function by its name.
 `_interpret` follows the instructions that dicts of tensors consist of. It calls only the functions in `_GLOBALS`, all
@@ -20,13 +21,14 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from diffusion.core import files
 from diffusion.core.types import InputError
 
 POINTER = b"version https://git-lfs"  # the text that Git LFS leaves in place of a file that was not downloaded
@@ -138,6 +140,42 @@ def read(path: str, field: str) -> dict[str, np.ndarray]:
     except Exception as error:  # a damaged file can fail at any place of a pickle or an archive
         problem = f"{path} is damaged, or neither safetensors nor a file of torch.save with tensors by name"
         raise InputError(field, f"{problem}: {type(error).__name__}: {error}") from None
+
+
+def metadata(path: str) -> dict[str, str]:
+    """Returns the metadata of a safetensors file, which `read` has read."""
+    with safetensors.safe_open(path, "np") as file:
+        return file.metadata() or {}
+
+
+def write(path: str, tensors: Mapping[str, np.ndarray], dtype: str, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, in which all tensors have one dtype. They are converted one after the other.
+
+    Args:
+      path: The file, which is replaced when it is complete.
+      tensors: The tensors by name.
+      dtype: The dtype in the file, such as `float16`.
+      metadata: Texts by name.
+
+    Raises:
+      InputError: A number is not finite, or is too large for the dtype.
+    """
+    target, header, end = _DTYPES[dtype], {"__metadata__": dict(metadata)}, 0
+    code = next(code for code, known in _SAFETENSORS.items() if known == target)
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.size * target.itemsize
+        header[name] = {"dtype": code, "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with files.replace(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            with np.errstate(over="ignore"):
+                array = np.ascontiguousarray(tensor, target)
+            if not np.isfinite(array).all():
+                check_finite(name, tensor)
+                raise InputError("dtype", f"{dtype} has no number as large as one in {name}; use bfloat16 or float32")
+            file.write(array.reshape(-1).view(np.uint8))
 
 
 def to_float32(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.core import checks, model_folder, tensors, trees
+from diffusion.core import checks, model_folder, single_file, tensors, trees
 from diffusion.core.build import build, defaults, find
 from diffusion.core.types import Array, Autoencoder, InputError, Params
 from diffusion.encoders.tiling import one_by_one, tiled
@@ -119,7 +119,7 @@ def read(
     """Reads a model folder; also returns the functions of its network.
 
     Args:
-      path: The folder, or that of a pipeline, which has the model in `vae` or `vqvae`.
+      path: The folder, or that of a pipeline, which has the model in `vae` or `vqvae`, or a single file.
       name: The network that the folder must contain.
       shape: The shape of one image, `(H, W, C)`.
       variant: The variant of the weights; see `model_folder.read_tensors`.
@@ -131,8 +131,8 @@ def read(
       InputError: for `path`; the folder cannot be read, the model is not supported or is not for these images, or a
         tensor is missing, unknown, of the wrong shape or not finite.
     """
-    path = model_of(path)
     try:
+        path = model_of(path)
         return _read(path, name, shape, variant, dtype, weights)
     except InputError as error:
         problem = error.problem if error.field == "folder" else f"{path}: {error}"
@@ -140,12 +140,12 @@ def read(
 
 
 def model_of(path: str) -> str:
-    """Returns the model folder in that of a pipeline, or the folder itself if it is none."""
-    if os.path.isfile(os.path.join(path, "model_index.json")):
-        for part in ("vae", "vqvae"):
-            if os.path.isdir(os.path.join(path, part)):
-                return os.path.join(path, part)
-    return path
+    """Returns the model folder in that of a pipeline, or its path in a single file; otherwise the folder itself."""
+    if single_file.split(path) == (path, ""):
+        return os.path.join(path, "vae")
+    names = model_folder.names(path)
+    part = next((part for part in ("vae", "vqvae") if part in names and "model_index.json" in names), None)
+    return os.path.join(path, part) if part else path
 
 
 def factor_of(path: str) -> int:
@@ -167,7 +167,7 @@ def _read(
     if os.path.isdir(os.path.join(path, "checkpoints")):
         command = f"python -m experiments.convert --from={path} --to=..."
         raise InputError("folder", f"{path} is a run; convert it and give the folder that is written: {command}")
-    if not os.path.isdir(path):
+    if not (os.path.isdir(path) or single_file.split(path)):
         problem = "write it with experiments.convert, or give the folder of a downloaded model"
         raise InputError("folder", f"there is no folder {path}; {problem}")
     config = model_folder.read_json(path, "config.json")

@@ -1,6 +1,7 @@
 """Text encoders in folders, with the tokenizers next to them, as `TextEncoder`s.
 
-A pipeline folder of diffusers has `text_encoder`, `text_encoder_2`, ... and `tokenizer`, `tokenizer_2`, ... .
+A pipeline folder of diffusers has `text_encoder`, `text_encoder_2`, ... and `tokenizer`, `tokenizer_2`, ... . A single
+file of Stable Diffusion (`core.single_file`) has text encoders without tokenizers.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffusion.core import model_folder
+from diffusion.core import model_folder, single_file
 from diffusion.core.types import Array, ConditionSpec, InputError, Params, Text, TextEncoder
 from diffusion.encoders import text_folder, tokenizers
 from diffusion.encoders.text_folder import PROJECTED
@@ -23,6 +24,7 @@ from diffusion.encoders.text_transformers import Pooled
 
 Null = Literal["empty", "zeros", "learned"]
 Place = Callable[[Params], Any]
+_PADDING = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # of CLIP and of OpenCLIP
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -65,14 +67,15 @@ def find(
       path: The folder of the encoder, or that of a pipeline.
       kinds: The kinds to look for (`text_folder.Stored`).
       part: The folder of the encoder in that of the pipeline. None: the first of these kinds.
-      tokenizer: The folder of the tokenizer. None: `tokenizer*` of the pipeline, or the folder of the encoder.
+      tokenizer: The folder of the tokenizer, or that of a pipeline with one. None: `tokenizer*` of the pipeline of the
+        encoder, or the folder of the encoder.
       weights: Whether the encoder is to be used, and not only planned with, so that it needs its tokenizer.
       field: The field of the error for a `part` that is not there.
 
     Raises:
       InputError: There is no such folder, or its encoder is of another kind.
     """
-    if part is None and os.path.isfile(os.path.join(path, "config.json")):
+    if part is None and "config.json" in model_folder.names(path):
         model = path.rstrip("/")
     else:
         parts = parts_of(path)
@@ -86,32 +89,43 @@ def find(
     if (kind := text_folder.kind_of(model)) not in kinds:
         raise InputError("path", f"{model} must have a {' or '.join(kinds)}, got a {kind}")
     sibling = os.path.join(os.path.dirname(model), os.path.basename(model).replace("text_encoder", "tokenizer", 1))
-    for folder in (tokenizer,) if tokenizer else (sibling, model):
+    in_pipeline = [os.path.join(tokenizer or "", name) for name in (os.path.basename(sibling), "tokenizer")]
+    for folder in (tokenizer, *in_pipeline) if tokenizer else (sibling, model):
         if any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
             return Folder(model, folder)
     files = ", ".join(TOKENIZER_FILES)
     if tokenizer:
         raise InputError("tokenizer", f"{tokenizer} has none of {files}")
+    if weights and single_file.split(model):
+        problem = f"must be given: {path} has no tokenizer; use a folder with CLIP's, or that of a pipeline"
+        raise InputError("tokenizer", problem)
     if weights:
         raise InputError("path", f"there is no tokenizer ({files}) in {model} or {sibling}; copy it there")
     return Folder(model, None)
 
 
+def tokenizer_of(folder: Folder, length: int | None = None) -> tokenizers.Tokenizer:
+    """Reads the tokenizer of a text encoder; see `tokenizers.read`. That of a single file has the padding of the encoder,
+    because it comes from another model."""
+    if not single_file.split(folder.model):
+        return tokenizers.read(folder.tokenizer, length)
+    function = model_folder.read_json(folder.model, "config.json")["hidden_act"]
+    return tokenizers.read(folder.tokenizer, length, _PADDING[function])
+
+
 def parts_of(path: str) -> dict[str, str]:
     """Returns the kinds of the text encoders in the folder of a pipeline, by the names of their folders."""
-    try:
-        names = sorted(os.listdir(path))
-    except OSError as error:
-        raise InputError("path", f"{path} cannot be read: {error.strerror}") from None
-    names = [name for name in names if re.fullmatch(r"text_encoder(_\d+)?", name)]
-    folders = {name: os.path.join(path, name) for name in names}
+    names = model_folder.names(path)
+    if not names and not os.path.isdir(path):
+        raise InputError("path", f"{path} is not a folder")
+    folders = {name: os.path.join(path, name) for name in names if re.fullmatch(r"text_encoder(_\d+)?", name)}
     return {name: text_folder.kind_of(folder) for name, folder in folders.items()
-            if os.path.isfile(os.path.join(folder, "config.json"))}  # fmt: skip
+            if "config.json" in model_folder.names(folder)}  # fmt: skip
 
 
 def forces_zeros(path: str) -> bool:
     """Returns whether zeros stand for a dropped text of SDXL, given the folder of its pipeline or of its encoders."""
-    if not os.path.isfile(os.path.join(path, "model_index.json")):
+    if "model_index.json" not in model_folder.names(path):
         return True
     return bool(model_folder.read_json(path, "model_index.json").get("force_zeros_for_empty_prompt", True))
 
@@ -224,7 +238,7 @@ def _encoder(
     """Returns the encoder of a folder; `options` says in the digest what else its output depends on."""
     if folder.tokenizer is None:
         return TextEncoder(_Blank(condition.shape[0]), condition, stored.params, encode)
-    tokenizer = tokenizers.read(folder.tokenizer, condition.shape[0])
+    tokenizer = tokenizer_of(folder, condition.shape[0])
     if tokenizer.vocabulary > stored.config["vocab_size"]:
         problem = f"has {tokenizer.vocabulary} ids, the embedding of {folder.model} {stored.config['vocab_size']} rows"
         raise InputError("tokenizer", f"{folder.tokenizer} {problem}; use the tokenizer of this model")

@@ -142,7 +142,7 @@ def from_text(text: str) -> Tokenizer:
     return Tokenizer(**json.loads(text))
 
 
-def read(path: str, length: int | None = None) -> Tokenizer:
+def read(path: str, length: int | None = None, padding: str | None = None) -> Tokenizer:
     """Reads the tokenizer of CLIP or T5 from a folder as transformers 4 or 5 writes it.
 
     The padding is that of `special_tokens_map.json`, unless `tokenizer_config.json` has `added_tokens_decoder`, and
@@ -153,6 +153,7 @@ def read(path: str, length: int | None = None) -> Tokenizer:
       path: A folder with `tokenizer.json`, or `vocab.json` and `merges.txt`, or `spiece.model`.
       length: Number of tokens of every text, at least 2; None: the `model_max_length` of the folder, or else 77 for
         CLIP and 512 for T5.
+      padding: The text of the padding token. None: that of the folder.
 
     Raises:
       InputError: A file is missing or cannot be read, or the tokenizer is neither CLIP's nor T5's.
@@ -165,6 +166,7 @@ def read(path: str, length: int | None = None) -> Tokenizer:
         length = int(length) if isinstance(length, (int, float)) and 2 <= length <= LONGEST else LENGTHS[kind]
     source = config if "added_tokens_decoder" in config else config | _optional(path, "special_tokens_map.json")
     named = {name: source.get(name) or default for name, default in NAMED[kind].items()}
+    named |= {"pad_token": padding} if padding else {}
     try:
         if kind == "clip":
             content = _clip(path, config, content, named)

@@ -21,7 +21,8 @@ def make(
 
     Args:
       shape: `(H, W, C)`; given by the data.
-      path: The folder, with `config.json` and safetensors, or that of a pipeline.
+      path: The folder, with `config.json` and safetensors, or that of a pipeline; or a single file of Stable
+        Diffusion.
       variant: The variant of the weights, such as `fp16`; None: the weights without one, or the only ones.
       tile: Encodes and decodes overlapping tiles of this side in pixels and blends them, where images are larger; None:
         the image as a whole. The result differs slightly, because every tile has its own statistics.

@@ -27,9 +27,10 @@ def make(
 
     Args:
       path: The folder of a `CLIPTextModel` or `CLIPTextModelWithProjection`, with `config.json` and safetensors, or
-        that of a pipeline.
+        that of a pipeline, or a single file of Stable Diffusion.
       part: The folder of the encoder in that of the pipeline, such as `text_encoder_2`. None: the first CLIP.
-      tokenizer: The folder of the tokenizer. None: `tokenizer*` of the pipeline, or the folder of the encoder.
+      tokenizer: The folder of the tokenizer, or that of a pipeline with one. A single file needs it. None: `tokenizer*`
+        of the pipeline, or the folder of the encoder.
       hidden_state: `last`: the state after all layers and the final norm, as for Stable Diffusion 1 and 2. A number k
         leaves out the last k layers, and the final norm follows: `clip_skip` of diffusers, and one less than that of
         other tools. `penultimate`: before the last layer, without the final norm, as for SDXL and Stable Diffusion 3.

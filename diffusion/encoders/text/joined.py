@@ -33,6 +33,7 @@ _SD3_WIDTH = 4096  # of the tokens, where neither T5 nor the transformer is in t
 def make(
     path: str,
     layout: Layout,
+    tokenizer: str | None = None,
     length: int | None = None,
     clip_skip: int = 0,
     without_t5: bool = False,
@@ -46,9 +47,11 @@ def make(
     """Reads the text encoders of a pipeline, without pickles. Their parameters are `{"clip", "clip_2", "t5"}`.
 
     Args:
-      path: The folder of the pipeline, with `text_encoder`, `tokenizer`, `text_encoder_2`, ...
+      path: The folder of the pipeline, with `text_encoder`, `tokenizer`, `text_encoder_2`, ...; or a single file of
+        SDXL.
       layout: How the outputs are joined; see above. The states of `clip` and `clip_2` are those before the last layer,
         without the final norm.
+      tokenizer: As for `clip`. The tokenizers of a pipeline are for the encoders of these numbers.
       length: Number of tokens of T5. None: 256 for `sd3` and 512 for `flux`; Flux schnell has 256.
       clip_skip: The number of layers before the last one that `sdxl` and `sd3` leave out too.
       without_t5: For `sd3`, puts zeros in the place of T5, which is not read. So does a folder without it.
@@ -69,7 +72,7 @@ def make(
     table = dict(_LAYOUTS[layout])
     if layout == "sd3" and (without_t5 or table["t5"][0] not in pretrained_text.parts_of(path)):
         del table["t5"]
-    folders = {name: pretrained_text.find(path, kinds, part, weights=weights, field="path")
+    folders = {name: pretrained_text.find(path, kinds, part, tokenizer, weights=weights, field="path")
                for name, (part, kinds, _) in table.items()}  # fmt: skip
     has = {name: model_folder.has_variant(folder.model, variant, model_folder.TRANSFORMERS_WEIGHTS)
            for name, folder in folders.items()}  # fmt: skip
