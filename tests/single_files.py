@@ -14,7 +14,7 @@ from diffusion.encoders.autoencoder_folder import Scale
 from diffusion.encoders.text_folder import CLIP, PROJECTED
 from diffusion.interop import diffusers_models
 from diffusion.interop.diffusers_models import Model
-from tests.text_folders import stored_of, write_clip_tokenizer
+from tests.text_folders import CLIP_CONFIG, stored_of, write_clip_tokenizer
 
 UNET = {"name": "unet_text", "width": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "depth": (1, 0), "num_heads": 2,
         "groups": 4}  # fmt: skip
@@ -35,10 +35,18 @@ FAMILIES = {
     "sd1": ({}, {"text_encoder": (CLIP, {})}, 0, PNDM),
     "inpainting": ({}, {"text_encoder": (CLIP, {})}, 5, PNDM),
     "sd2": ({"use_linear_projection": True, "num_heads": (1, 2)}, {"text_encoder": (CLIP, GELU)}, 0, V),
-    "sdxl": (XL, {"text_encoder": (CLIP, {}), "text_encoder_2": (PROJECTED, GELU)}, 0, EULER),
+    "sdxl": (XL, {"text_encoder": (CLIP, {}), "text_encoder_2": (PROJECTED, GELU | {"hidden_size": 12})}, 0, EULER),
     "refiner": (XL, {"text_encoder_2": (PROJECTED, GELU | {"projection_dim": 8})}, 0, EULER),
 }  # fmt: skip
-LENGTH, WIDTH, POOLED = 77, 8, 6  # of the texts
+CLASSES = {
+    "sd1": {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False},
+    "inpainting": {"_class_name": "StableDiffusionInpaintPipeline", "requires_safety_checker": False},
+    "sd2": {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False},
+    "sdxl": {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+    "refiner": {"_class_name": "StableDiffusionXLImg2ImgPipeline", "force_zeros_for_empty_prompt": False},
+}
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder", "text_encoder", "tokenizer")
+LENGTH, WIDTH, POOLED = 77, CLIP_CONFIG["hidden_size"], CLIP_CONFIG["projection_dim"]  # of the texts
 
 
 def random_params(shapes):
@@ -50,7 +58,8 @@ def random_params(shapes):
 def write_pipeline(folder: pathlib.Path, family: str) -> str:
     """Writes the folder of a pipeline for images of 16x16 pixels, and returns it as a text."""
     options, encoders, channels, scheduler = FAMILIES[family]
-    conditions = {"text": ConditionSpec("text", (LENGTH, WIDTH * len(encoders)))}
+    width = sum(changes.get("hidden_size", WIDTH) for _, changes in encoders.values())
+    conditions = {"text": ConditionSpec("text", (LENGTH, width))}
     if family in ("sdxl", "refiner"):
         pooled = WIDTH if family == "refiner" else POOLED
         conditions["text"] = ConditionSpec("text", conditions["text"].shape, pooled=pooled)
@@ -68,12 +77,19 @@ def write_pipeline(folder: pathlib.Path, family: str) -> str:
         text_folder.write(str(folder / name), stored_of(kind, max_position_embeddings=LENGTH, **changes))
         write_clip_tokenizer(folder / name.replace("text_encoder", "tokenizer"))
         parts |= {name: ["transformers", kind]}
+        parts[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
         if "hidden_act" in changes:
             path = folder / name.replace("text_encoder", "tokenizer") / "special_tokens_map.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "!"}))
     model_folder.write_json(str(folder / "scheduler"), "scheduler_config.json", scheduler)
-    kind = "StableDiffusionXLPipeline" if "time_ids" in conditions else "StableDiffusionPipeline"
-    model_folder.write_json(str(folder), "model_index.json", {"_class_name": kind, **parts})
+    parts["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    index = (
+        CLASSES[family]
+        | {"_diffusers_version": model_folder.VERSION}
+        | {name: [None, None] for name in OPTIONAL}
+        | parts
+    )
+    model_folder.write_json(str(folder), "model_index.json", index)
     return str(folder)
 
 

@@ -227,7 +227,7 @@ def pipeline_config(kind: str, configs: Mapping[str, Config]) -> Config:
         name = "StableDiffusionXLImg2ImgPipeline"
     elif unet["time_cond_proj_dim"]:
         name = "LatentConsistencyModelPipeline"
-    index: Config = {"_class_name": name}
+    index: Config = {"_class_name": name, "text_encoder": [None, None]}  # the refiner has the second one alone
     for part, config in configs.items():
         (kind_name,) = config.get("architectures", [config.get("_class_name")])
         index[part] = ["transformers" if "architectures" in config else "diffusers", kind_name]

@@ -162,7 +162,7 @@ def write(
         content["v_pred"] = np.zeros(1, np.float32)
         if scheduler.get("rescale_betas_zero_snr"):
             content["ztsnr"] = np.zeros(1, np.float32)
-    stored = {name: {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    stored = {name: {key: value for key, value in config.items() if _is_stored(key)}
               for name, config in configs.items()}  # fmt: skip
     side = configs["unet"]["sample_size"]
     height, width = (side, side) if isinstance(side, int) else side
@@ -180,6 +180,11 @@ def write(
         _CONFIGS: json.dumps(stored),
     }
     tensor_file.write(path, content, dtype, metadata)
+
+
+def _is_stored(entry: str) -> bool:
+    """Returns whether an entry of a config holds for the file too, whose dtype and origin are others."""
+    return entry not in ("dtype", "torch_dtype") and (entry[0] != "_" or entry == "_class_name")
 
 
 def _stored(path: str, metadata: Mapping[str, str]) -> dict[str, Config]:
