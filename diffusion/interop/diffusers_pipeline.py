@@ -49,7 +49,7 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, wei
     autoencoder and the text encoders of a pipeline are not read; the sections refer to them.
 
     Args:
-      path: The folder.
+      path: The folder, or a single file of Stable Diffusion.
       null_class: Whether the last row of a U-Net's table of classes is the null class.
       variant: The variant of the weights; see `model_folder.read_tensors`. Parts of a pipeline that lack it are read
         without one, if another part has it.
@@ -58,7 +58,7 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, wei
     Raises:
       InputError: if the folder cannot be read, a part is missing, or what it contains is not supported.
     """
-    if not os.path.exists(os.path.join(path, "model_index.json")):
+    if "model_index.json" not in model_folder.names(path):
         model = diffusers_models.read(path, null_class=null_class, variant=variant, weights=weights)
         if not os.path.exists(os.path.join(path, _SCHEDULER)):
             return Pipeline(model, None)

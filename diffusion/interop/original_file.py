@@ -44,9 +44,10 @@ def write(path: str, model: Model, sections: Mapping[str, Any], *, dtype: Dtype,
     if scheduler.get("prediction_type") not in PREDICTIONS:
         problem = f"must be eps or v to be written as a single file, got {sections['objective']['parameterization']}"
         raise InputError("objective.parameterization", problem)
+    encoders = _encoders(model, sections)
     configs = {"unet": diffusers_unet_text.config_of(network, model.spec, model.params), "scheduler": scheduler}
     found = {"unet": tensors.to_foreign(diffusers_models.pairs(model.network, model.spec), model.params)}
-    for name, (folder, variant) in _encoders(model, sections).items():
+    for name, (folder, variant) in encoders.items():
         weights = model_folder.WEIGHTS if name == "vae" else model_folder.TRANSFORMERS_WEIGHTS
         variant = variant if model_folder.has_variant(folder, variant, weights) else None
         configs[name] = model_folder.read_json(folder, "config.json")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from diffusion.core import model_folder
+from diffusion.core import model_folder, single_file
 from diffusion.core.types import InputError, Spec
 from diffusion.encoders import autoencoder_folder, pretrained_text, text_folder, tokenizers
 
@@ -68,9 +68,10 @@ def check_parts(path: str, kind: str, index: Mapping[str, Any], network: str) ->
     """
     encoders = text_encoders(kind, index)
     required = {name: ("config.json",) for name in (network, "vae", *encoders)}
-    required |= {name.replace("text_encoder", "tokenizer"): pretrained_text.TOKENIZER_FILES for name in encoders}
+    if not single_file.split(path):
+        required |= {name.replace("text_encoder", "tokenizer"): pretrained_text.TOKENIZER_FILES for name in encoders}
     for name, files in (required | {"scheduler": ("scheduler_config.json",)}).items():
-        if not any(os.path.isfile(os.path.join(path, name, file)) for file in files):
+        if not set(files) & set(model_folder.names(os.path.join(path, name))):
             problem = f"{path} must contain {name}/{' or '.join(files)}, as a {kind} does"
             fix = "complete it" + ("" if name == network else f", or give {os.path.join(path, network)} alone")
             raise InputError("folder", f"{problem}; {fix}")
@@ -203,7 +204,7 @@ def write_parts(path: str, kind: str, sections: Mapping[str, Any]) -> dict[str, 
             variant = None
         stored, tokenizer = text_folder.read(found.model, variant), name.replace("text_encoder", "tokenizer")
         text_folder.write(os.path.join(path, name), stored)
-        tokenizers.write(tokenizers.read(found.tokenizer), os.path.join(path, tokenizer))
+        tokenizers.write(pretrained_text.tokenizer_of(found), os.path.join(path, tokenizer))
         is_sentencepiece = os.path.isfile(os.path.join(path, tokenizer, "spiece.model"))
         t5 = "T5Tokenizer" if is_sentencepiece else "T5TokenizerFast"
         index[name] = ["transformers", stored.kind]

@@ -1,4 +1,4 @@
-"""Converts between the workdirs of runs and the folders of diffusers."""
+"""Converts between the workdirs of runs and the folders of diffusers, or single files of Stable Diffusion."""
 
 import dataclasses
 import math
@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion.core import files
+from diffusion.core import files, single_file
 from diffusion.core.types import ArraySpec, InputError, Spec
 from diffusion.encoders import autoencoder_folder
-from diffusion.interop import diffusers_models, diffusers_pipeline, schedulers
+from diffusion.interop import diffusers_models, diffusers_pipeline, original_file, schedulers
 from diffusion.interop.diffusers_pipeline import Pipeline
 from diffusion.pipelines import autoencoder_training
 from diffusion.pipelines.build_training import training
@@ -20,7 +20,7 @@ from diffusion.pipelines.config import check_config, resolve
 from diffusion.pipelines.generator import PLACING
 from diffusion.pipelines.model import Model, build_model
 from diffusion.pipelines.overrides import spell
-from diffusion.pipelines.run import open_run
+from diffusion.pipelines.run import Run, open_run
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.state import init_state
 
@@ -53,12 +53,42 @@ def export_run(
             return autoencoder_training.write_folder(run, partial, shift)
     if shift:
         raise InputError("--shift", "is for runs that train an autoencoder; leave it out")
-    if run.params.keys() != {"net"}:
-        raise InputError("--from", f"the run trains {', '.join(run.params)}; a diffusers model has a single network")
-    spec = run.model.spec(run.spec)
-    model = diffusers_models.Model(run.config["network"], spec, jax.device_get(run.params["net"]))
+    model = _network(run)
     with files.new_folder(folder, "--to") as partial:
         return diffusers_pipeline.write(partial, model, run.config)
+
+
+def export_file(
+    workdir: str, path: str, *, ema: str | None = None, step: int | None = None, dtype: original_file.Dtype = "float16"
+) -> str:
+    """Writes a run with its autoencoder and text encoders as a single file in the original layout of Stable Diffusion.
+
+    Args:
+      workdir, ema, step: See `export_run`.
+      path: The file, which must not exist.
+      dtype: The dtype of all tensors.
+
+    Returns:
+      What was written, in words.
+
+    Raises:
+      InputError: The run cannot be read, or such a file cannot hold its model.
+    """
+    if os.path.exists(path):
+        raise InputError("--to", f"{path} exists; choose another name")
+    run = open_run(workdir, ema, step)
+    model = _network(run)
+    files.make_folder(os.path.dirname(os.path.abspath(path)), "--to")
+    title = os.path.splitext(os.path.basename(path))[0]
+    with files.writing(path, "--to"):
+        return original_file.write(path, model, run.config, dtype=dtype, title=title)
+
+
+def _network(run: Run) -> diffusers_models.Model:
+    """Returns the network of a run. Raises InputError if it has several."""
+    if run.params.keys() != {"net"}:
+        raise InputError("--from", f"the run trains {', '.join(run.params)}; a diffusers model has a single network")
+    return diffusers_models.Model(run.config["network"], run.model.spec(run.spec), jax.device_get(run.params["net"]))
 
 
 class _Found(NamedTuple):
@@ -79,8 +109,9 @@ class _Found(NamedTuple):
 
 def import_folder(
     folder: str, workdir: str, base_config: BaseConfig, *, null_class: bool = False, variant: str | None = None,
+    tokenizer: str | None = None,
 ) -> str:  # fmt: skip
-    """Writes a diffusers model or pipeline as a run at step 0.
+    """Writes a diffusers model or pipeline, or a single file of Stable Diffusion, as a run at step 0.
 
     The run refers to the autoencoder and the text encoders of a pipeline that reads a text by their paths. Without
     them, a model of latents samples latents. The folder does not say how often training dropped the class or the text;
@@ -88,12 +119,13 @@ def import_folder(
     otherwise.
 
     Args:
-      folder: The folder of the model or the pipeline.
+      folder: The folder of the model or the pipeline, or the file.
       workdir: The workdir to write.
       base_config: Returns the config that completes a network of the given name in a pipeline of the given class, which
         is None for a model alone, for the sections that the folder does not determine.
       null_class: Whether the last class of a U-Net is the one for unconditional samples.
       variant: The variant of the weights, such as `fp16`; None: the weights without one, or the only ones.
+      tokenizer: For a file, which has none, the folder of CLIP's tokenizer, or that of a pipeline with it.
 
     Returns:
       What was written, in words.
@@ -101,8 +133,16 @@ def import_folder(
     Raises:
       InputError: The folder cannot be read, or the workdir not be written.
     """
+    is_file = single_file.split(folder) == (folder, "")
+    if is_file and tokenizer is None:
+        problem = f"must be given, as {folder} has none; use a folder with CLIP's vocabulary, or that of a pipeline"
+        raise InputError("--tokenizer", problem)
+    if tokenizer and not is_file:
+        raise InputError("--tokenizer", "is for single files, which have none; leave it out")
     try:
         pipeline = diffusers_pipeline.read(folder, null_class=null_class, variant=variant)
+        if tokenizer:
+            pipeline.sections["text_encoder"]["tokenizer"] = tokenizer
         found = _found(pipeline, base_config)
     except InputError as error:
         raise error.within("--from") from None
@@ -123,7 +163,7 @@ def describe_folder(
     """Returns what `import_folder` would find, a line per part, without reading numbers of the weights.
 
     Args:
-      folder, base_config, null_class, variant: See `import_folder`.
+      folder, base_config, null_class, variant: See `import_folder`. A file needs no tokenizer for this.
 
     Raises:
       InputError: The folder cannot be read.
