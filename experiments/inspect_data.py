@@ -45,6 +45,8 @@ def main() -> None:
 
     print_line("data", f"{config['data']['name']}: {inspection.describe(source)}")
     print_line("epoch", f"{len(source) / options.batch_size:,.1f} steps of {options.batch_size} examples")
+    for line in inspection.buckets(source, options.batch_size):
+        print_line("bucket", line)
     if source.spec.class_names:
         print_line("classes", source.spec.classes())
     if ALL.value:

@@ -102,15 +102,23 @@ class Transform:
         Raises:
           Unreadable: The image would be too large once it covers `size`.
         """
+        return self.with_crop(image, rng, size)[0]
+
+    def with_crop(
+        self, image: Image.Image, rng: np.random.Generator | None = None, size: Size | None = None
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns what a call returns, and how many rows and columns of the resized image were cut off at its top and
+        its left; of the mirrored image, if it was mirrored."""
         mode = "RGB" if self.channels == 3 else "L"
         if image.mode != mode:
             image = image.convert(mode)
-        size = size or self.size
+        size, cut = size or self.size, (0, 0, 0)
         if size:
-            image = _fit(image, size, rng if self.crop == "random" else None)
+            image, cut = _fit(image, size, rng if self.crop == "random" else None)
+        top, left, right = cut
         if rng is not None and self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image).reshape(image.height, image.width, self.channels)
+            image, left = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), right
+        return np.asarray(image).reshape(image.height, image.width, self.channels), (top, left)
 
 
 def check_size(name: str, value: int | Size) -> Size:
@@ -123,6 +131,26 @@ def check_size(name: str, value: int | Size) -> Size:
     if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
         raise InputError(name, f"must be at least 1 with at most {MAX_PIXELS:,} pixels in total, got {value}")
     return size
+
+
+def bucket_sizes(size: Size, step: int) -> tuple[Size, ...]:
+    """Returns sizes of many aspect ratios with about as many pixels as `size`, which comes first.
+
+    The longer side is a multiple of `step`, of at most twice the square root of the number of pixels. The shorter one
+    is the largest multiple with which there are no more pixels than in `size`. For 1024 x 1024 and a step of 64 these
+    are 33 sizes from 512 x 2048 to 2048 x 512, as SDXL has them (Podell et al. 2023, arXiv 2307.01952, appendix I).
+
+    Raises:
+      InputError: The sides of `size` are not multiples of `step`; the error names the field `buckets`.
+    """
+    if step < 1 or size[0] % step or size[1] % step:
+        raise InputError("buckets", f"must be positive and divide the sides of the size {size}, got {step}")
+    pixels, found = size[0] * size[1], [size]
+    for longer in range(step, 2 * math.isqrt(pixels) + 1, step):
+        shorter = pixels // longer // step * step
+        if step <= shorter <= longer:
+            found += [(shorter, longer), (longer, shorter)]
+    return tuple(dict.fromkeys(found))
 
 
 def significant_bits(data: bytes) -> int | None:
@@ -152,11 +180,14 @@ def _plain(image: Image.Image, bits: int) -> Image.Image:
     return image if image.mode in ("RGB", "L") else image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _fit(image: Image.Image, size: Size, rng: np.random.Generator | None) -> Image.Image:
+def _fit(image: Image.Image, size: Size, rng: np.random.Generator | None) -> tuple[Image.Image, tuple[int, int, int]]:
     """Resizes an image to cover a size and crops it to that size, as guided-diffusion does.
 
     The image is halved with a box filter while it is at least twice as large, then resized by bicubic interpolation.
     With a generator, the scale and the position of the crop are random.
+
+    Returns:
+      The image, and what was cut off at its top, its left and its right.
     """
     height, width = size
     zoom = 1.0
@@ -171,7 +202,7 @@ def _fit(image: Image.Image, size: Size, rng: np.random.Generator | None) -> Ima
     image = image.resize(covering, Image.Resampling.BICUBIC)
     free = image.height - height, image.width - width
     top, left = (space // 2 if rng is None else int(rng.integers(space, endpoint=True)) for space in free)
-    return image.crop((left, top, left + width, top + height))
+    return image.crop((left, top, left + width, top + height)), (top, left, free[1] - left)
 
 
 def _halved(image: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ were whole images of their size.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,8 @@ _BASE, _REFINER = ConditionSpec("vector", (6,)), ConditionSpec("vector", (5,))
 _OTHERS = {RESOLUTION: ConditionSpec("vector", (2,)), ASPECT_RATIO: ConditionSpec("scalar")}
 
 Pair = tuple[int, int]
+Kind = Literal["sdxl", "pixart"]
+SPECS: Mapping[Kind, Mapping[str, ConditionSpec]] = {"sdxl": {TIME_IDS: _BASE}, "pixart": _OTHERS}  # of training data
 
 
 def time_ids(original: Pair, crop: Pair, target: Pair) -> np.ndarray:
@@ -34,6 +36,18 @@ def time_ids(original: Pair, crop: Pair, target: Pair) -> np.ndarray:
 def refiner_time_ids(original: Pair, crop: Pair, score: float = SCORE) -> np.ndarray:
     """Returns the condition of SDXL's refiner, float32 `[5]`, which ends in an aesthetic score from 0 to 10."""
     return np.float32([*original, *crop, score])
+
+
+def of_example(kind: Kind, original: Pair, crop: Pair, target: Pair) -> dict[str, Any]:
+    """Returns the conditions of an example for training by name, as `SPECS` describes them.
+
+    Args:
+      kind: The model whose conditions they are.
+      original, crop, target: As for `time_ids`.
+    """
+    if kind == "sdxl":
+        return {TIME_IDS: time_ids(original, crop, target)}
+    return {RESOLUTION: np.float32(original), ASPECT_RATIO: np.float32(target[0] / target[1])}
 
 
 def of_samples(

@@ -16,10 +16,9 @@ BARS, ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 def describe(source: Source) -> str:
     """Returns in one line how many examples a source has, and their shape, classes, captions and range of values."""
     spec = source.spec
-    shapes = getattr(source, "shapes", (spec.shape[:-1],))
-    sizes = " or ".join(" x ".join(map(str, (*shape, spec.shape[-1]))) for shape in shapes)
+    others = " and other sizes" if hasattr(source, "buckets") else ""
     parts = [
-        f"{len(source):,} examples of {sizes}",
+        f"{len(source):,} examples of {' x '.join(map(str, spec.shape))}{others}",
         f"{spec.num_classes} classes" if spec.num_classes else "no classes",
         *(f"{condition.kind} {name}" for name, condition in spec.conditions.items() if name != "label"),
         "captions" if spec.captions else "no captions",
@@ -30,6 +29,20 @@ def describe(source: Source) -> str:
         kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in ignored.items())
         parts.append(f"ignored files: {kinds}")
     return ", ".join(parts)
+
+
+def buckets(source: Source, batch_size: int) -> list[str]:
+    """Returns a line for each size that examples of a source have, the most frequent first: the height and the width,
+    and the numbers of images and of batches per epoch. Empty if all examples have one size."""
+    if not hasattr(source, "buckets"):
+        return []
+    _, firsts, counts = np.unique(source.buckets, return_index=True, return_counts=True)
+    lines = []
+    for position in np.argsort(-counts, kind="stable"):
+        height, width = source[int(firsts[position])]["x"].shape[:2]
+        count = int(counts[position])
+        lines.append(f"{height} x {width}: {count:,} images, {count / batch_size:,.1f} batches")
+    return lines
 
 
 def unreadable_examples(source: Source) -> Iterator[str | None]:

@@ -9,6 +9,7 @@ import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from diffusion.core import files
 from diffusion.core.build import build
 from diffusion.data import file_index
 from diffusion.data.file_index import FileIndex
+from diffusion.data.pipeline import Batches
 from tests.refusals import refused
 
 
@@ -312,6 +314,67 @@ def test_each_image_has_the_size_of_the_nearest_aspect_ratio(tmp_path):
     assert source.buckets.tolist() == [0, 2, 1, 0, 2, 0]
     assert [source[index]["x"].shape[:2] for index in range(5)] == [(8, 16), (16, 8), (8, 8), (8, 16), (16, 8)]
     assert source[5]["x"].shape == (8, 16, 3) and source[5]["skipped"]  # replaced by a, the next of its bucket
+
+
+def test_buckets_are_made_for_a_size(tmp_path):
+    for name, size in {"a": (100, 100), "b": (100, 50), "c": (48, 100), "d": (600, 100), "e": (99, 100)}.items():
+        save(tmp_path / "all" / f"{name}.png", size=size)  # width, height
+    source = make(tmp_path, size=16, buckets=4)
+    shapes = [source[index]["x"].shape[:2] for index in range(5)]
+    assert shapes == [(16, 16), (12, 20), (20, 12), (8, 32), (16, 16)]
+    assert source.spec.shape == (16, 16, 3) and [source.shapes[number] for number in source.buckets] == shapes
+    with refused("data.buckets"):
+        make(tmp_path, size=18, buckets=4)
+    with refused("data.buckets"):
+        make(tmp_path, size=((16, 16), (8, 32)), buckets=4)
+
+
+def test_batches_of_buckets_with_size_conditions(tmp_path):
+    """A batch has one size, which is the target of all its examples, for any number of processes and workers."""
+    for number, size in enumerate([(64, 64)] * 5 + [(96, 64)] * 3 + [(64, 96)]):
+        save(tmp_path / "all" / f"{number}.png", size=size)  # width, height
+    source = make(tmp_path, size=16, buckets=4, crop="random", flip=True, size_conditions="sdxl")
+    one = Batches(source, batch_size=2, seed=3)
+    batches = [next(one) for _ in range(9)]
+    for batch in batches:
+        np.testing.assert_array_equal(batch["cond"]["time_ids"][:, 4:], np.tile(batch["x"].shape[1:3], (2, 1)))
+    assert {batch["x"].shape[1:3] for batch in batches} == {(16, 16), (12, 20), (20, 12)}
+    resumed = Batches(source, batch_size=2, seed=3, position={"examples": 8, "size": 9}, workers=1)
+    halves = [Batches(source, batch_size=2, seed=3, process=process, processes=2) for process in range(2)]
+    for number, batch in enumerate(batches):
+        parts = [next(half) for half in halves]
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda *a: np.concatenate(a), *parts), batch)
+        if number >= 4:
+            jax.tree.map(np.testing.assert_array_equal, next(resumed), batch)
+    for stream in (one, resumed, *halves):
+        stream.close()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_size_conditions_say_what_was_cut_off(tmp_path, flip):
+    """Columns of an image of 8 rows count up, so that the example shows where it was cut."""
+    columns = np.tile(np.arange(40, dtype=np.uint8), (8, 1))
+    (tmp_path / "all").mkdir()
+    Image.fromarray(columns).save(tmp_path / "all" / "a.png")
+    source = make(tmp_path, size=(8, 16), channels=1, crop="random", flip=flip, size_conditions="sdxl")
+    assert source.spec.conditions["time_ids"].shape == (6,)
+    np.testing.assert_array_equal(source[0]["cond"]["time_ids"], [8, 40, 0, 12, 8, 16])
+    lefts, mirrored = set(), 0
+    for seed in range(60):
+        example = source.draw(0, np.random.default_rng(seed))
+        row, (height, width, _, left, *target) = example["x"][4, :, 0].astype(int), example["cond"]["time_ids"]
+        if row[0] > row[-1]:  # counted from the right edge of the image
+            mirrored += 1
+            row = 39 - row
+        zoom = 15 / (row[-1] - row[0])  # about
+        assert (height, width, *target) == (8, 40, 8, 16) and abs(left - row[0] * zoom) <= 2, (left, row)
+        lefts.add(left)
+    assert len(lefts) > 10 and (mirrored > 10) == flip
+    pixart = make(tmp_path, size=(8, 16), channels=1, labels=False, size_conditions="pixart")
+    assert pixart[0]["cond"]["resolution"].tolist() == [8, 40] and pixart[0]["cond"]["aspect_ratio"] == 0.5
+    assert {name: np.shape(value) for name, value in pixart[0]["cond"].items()} == {
+        name: condition.shape for name, condition in pixart.spec.conditions.items()
+    }
 
 
 def test_the_index_is_stored(tree, monkeypatch):

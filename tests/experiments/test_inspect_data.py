@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion.core import images
+from diffusion.core.build import build
 from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 from diffusion.pipelines import inspection
 from tests.jobs import job
@@ -41,6 +42,14 @@ def config(folder, tmp_path):
     path = tmp_path / "config.py"
     path.write_text(CONFIG.format(path=str(folder)))
     return f"--config={path}"
+
+
+def test_buckets_are_counted(folder):
+    Image.new("RGB", (40, 10)).save(folder / "class 0" / "wide.png")
+    source = build("data", {"name": "folder", "path": str(folder), "size": 16, "buckets": 4})
+    assert inspection.describe(source).startswith("13 examples of 16 x 16 x 3 and other sizes, 2 classes")
+    assert inspection.buckets(source, 8) == ["12 x 20: 12 images, 1.5 batches", "8 x 32: 1 images, 0.1 batches"]
+    assert inspection.buckets(build("data", {"name": "folder", "path": str(folder), "size": 16}), 8) == []
 
 
 @pytest.mark.slow

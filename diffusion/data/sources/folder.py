@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusion.core.types import ArraySpec, InputError, Spec, class_labels
 from diffusion.data import image_ops
+from diffusion.data import size_conditions as conditions
 from diffusion.data.file_index import CAPTION_EXTENSIONS, FileIndex
 
 LOCATION_KEYWORDS = ("path", "index", "on_error")  # see pipeline.location_keywords
@@ -34,17 +35,18 @@ class Folder:
 
     def __init__(
         self, index: FileIndex, transform: image_ops.Transform, shapes: tuple[Size, ...], classes: tuple[str, ...],
-        captions: bool, skip: bool, bits: int,
+        captions: bool, skip: bool, bits: int, size_conditions: conditions.Kind | None,
     ):  # fmt: skip
         self.index, self.transform, self.shapes, self.skip, self.bits = index, transform, shapes, skip, bits
-        self.labels, self.captions = bool(classes), captions
+        self.labels, self.captions, self.size_conditions = bool(classes), captions, size_conditions
         label_of = {name: label for label, name in enumerate(classes)}
         self.numbers = np.array([label_of.get(name, -1) for name in index.class_names], np.int32)
         if len(shapes) > 1:
             self.buckets = _nearest(index.sizes(), shapes)
         height, width = shapes[0]
         shape = (height, width, transform.channels)
-        self.spec = Spec(ArraySpec(shape, dtype="uint8"), class_labels(len(classes), classes), captions)
+        described = class_labels(len(classes), classes) | dict(conditions.SPECS.get(size_conditions, {}))
+        self.spec = Spec(ArraySpec(shape, dtype="uint8"), described, captions)
         self._reported = set()
 
     def __len__(self) -> int:
@@ -102,7 +104,10 @@ class Folder:
     def _example(self, index: int, image: Image.Image, rng: np.random.Generator | None) -> dict[str, Any]:
         size = self.shapes[self.buckets[index]] if len(self.shapes) > 1 else self.shapes[0]
         cond = {"label": self.numbers[self.index.labels[index]]} if self.labels else {}
-        example = {"x": self.transform(image, rng, size), "cond": cond}
+        x, crop = self.transform.with_crop(image, rng, size)
+        if self.size_conditions:
+            cond |= conditions.of_example(self.size_conditions, (image.height, image.width), crop, size)
+        example = {"x": x, "cond": cond}
         return {**example, "caption": self._caption(index)} if self.captions else example
 
     def _caption(self, index: int) -> str:
@@ -136,6 +141,8 @@ def make(
     index: str | None = None,
     class_order: Literal["number", "name"] = "number",
     bits: int = 16,
+    buckets: int | None = None,
+    size_conditions: conditions.Kind | None = None,
 ) -> Folder:
     """Opens the JPEG, PNG, WebP, GIF, BMP and TIFF images in a folder and its subfolders.
 
@@ -159,11 +166,19 @@ def make(
       class_order: `number` orders directories whose names are all whole numbers by their value, and others by name.
         `name` orders all by name: 0, 1, 10, 2.
       bits: Significant bits of grey images of 16 bits, from 8 to 16: with 12, the value 4095 is white.
+      buckets: A number of pixels of which the sides of all sizes are multiples, such as 64. It replaces a single `size`
+        by sizes of many aspect ratios with about as many pixels (`image_ops.bucket_sizes`).
+      size_conditions: The conditions that say how an image was resized and cropped. `sdxl`: the vector `time_ids`.
+        `pixart`: `resolution` and `aspect_ratio`. See `data.size_conditions`.
     """
     if not 8 <= bits <= 16:
         raise InputError("bits", f"must be from 8 to 16, got {bits}")
     several = isinstance(size, tuple) and isinstance(size[0], tuple)
     shapes = tuple(image_ops.check_size("size", one) for one in (size if several else (size,)))
+    if buckets is not None and several:
+        raise InputError("buckets", "must be None with several sizes; give one size, or leave buckets out")
+    if buckets is not None:
+        shapes = image_ops.bucket_sizes(shapes[0], buckets)
     found = FileIndex(path, index)
     if not len(found):
         others = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in found.ignored.items())
@@ -179,8 +194,9 @@ def make(
         _check_captions(found, on_error)
     if bits == 16:
         _warn_of_bits(found)
-    return Folder(found, image_ops.Transform(channels=channels, crop=crop, flip=flip), shapes,
-                  _classes(found, class_order) if labels else (), captions, on_error == "skip", bits)  # fmt: skip
+    transform, skip = image_ops.Transform(channels=channels, crop=crop, flip=flip), on_error == "skip"
+    classes = _classes(found, class_order) if labels else ()
+    return Folder(found, transform, shapes, classes, captions, skip, bits, size_conditions)
 
 
 def _classes(index: FileIndex, order: str) -> tuple[str, ...]:
