@@ -27,7 +27,7 @@ from diffusion.core.checks import at_least, at_most
 from diffusion.core.types import InputError, Spec
 from diffusion.distributed.mesh import make_mesh
 from diffusion.distributed.sharding import FSDP_MIN_SIZE, Rule
-from diffusion.pipelines.generator import MOST_SAMPLES, PLACING, WRAPPERS, not_a_section, sampling_times
+from diffusion.pipelines.generator import MOST_SAMPLES, PLACING, SUPPLIED, WRAPPERS, not_a_section, sampling_times
 from diffusion.sampling import guidance
 from diffusion.training.ema import make_ema
 from diffusion.training.optimizer import make_optimizer
@@ -426,7 +426,7 @@ def _guidance(section: Mapping[str, Any]) -> dict[str, Any]:
         if keywords is not None and not isinstance(keywords, Mapping):
             raise not_a_section(name, keywords)
         if keywords is not None:
-            wrappers[name] = _keywords(getattr(guidance, name), keywords, f"guidance.{name}")
+            wrappers[name] = _keywords(getattr(guidance, name), keywords, f"guidance.{name}", later=SUPPLIED)
     part = {key: value for key, value in section.items() if key not in WRAPPERS}
     return {**_part("guidance", part, "guidance"), **wrappers}
 

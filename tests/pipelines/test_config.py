@@ -169,6 +169,13 @@ def test_invalid_sections_are_refused(change, field):
         resolve({**SPARSE, **change})
 
 
+def test_every_wrapper_of_guidance_can_be_a_section():
+    for wrapper in set(configs.WRAPPERS) - {"pag", "seg", "slg"}:  # those need a network with attention
+        config = resolve({**SPARSE, "guidance": {"scale": 2.0, wrapper: {}}})
+        assert not set(config["guidance"][wrapper]) & set(SUPPLIED)
+        build_training(config, "none")
+
+
 def test_a_section_may_be_left_out_but_not_the_model():
     with refused("config.network"):
         resolve({key: value for key, value in SPARSE.items() if key != "network"})
