@@ -55,6 +55,30 @@ UNET_RULES = (
     (r"qkv/kernel$", (None, "model")),
     (r"attention/out/kernel$", ("model",)),
 )
+# The same for the U-Nets of Stable Diffusion and SDXL: heads of attention and channels between two convolutions.
+UNET_TEXT_RULES = (
+    (r"residual/conv1/kernel$", (None, None, None, "model")),
+    (r"residual/conv2/kernel$", (None, None, "model")),
+    (r"(attention|cross)/[qkv]/kernel$", (None, None, "model")),
+    (r"(attention|cross)/out/kernel$", (None, "model")),
+)
+# What Stable Diffusion is trained to predict, by the name of a variant. `v` has zero terminal SNR, where min-SNR has
+# the weight 0, so it is not weighted.
+SD_VARIANTS = dict(
+    eps=dict(
+        objective=dict(parameterization=dict(name="eps", c_noise="index"), weighting=dict(name="min_snr", gamma=5.0)),
+        sampler=dict(name="dpm_solver_pp", steps=25),
+    ),
+    v=dict(
+        objective=dict(
+            schedule=dict(zero_terminal_snr=True),
+            parameterization=dict(name="v", c_noise="index"),
+            weighting=dict(name="simple"),
+        ),
+        sampler=dict(name="ddim", steps=50, grid=dict(name="trailing")),
+        guidance=dict(rescale=dict(factor=0.7, output="v")),
+    ),
+)
 
 
 def digits(**sections: Any) -> ml_collections.ConfigDict:
@@ -136,6 +160,35 @@ def imagenet256(variant: str, sizes: Mapping[str, tuple[int, int, int]] = DIT_SI
         sharding=dict(rules=DIT_RULES),
     )
     return config(base, **sections)
+
+
+def sd_finetune(variant: str, path: str, size: int, **sections: Any) -> ml_collections.ConfigDict:
+    """Returns a config for fine-tuning a model of Stable Diffusion on images with captions.
+
+    Args:
+      variant: What the network predicts, a name in `SD_VARIANTS`.
+      path: The folder of the pipeline, for its autoencoder and its text encoders.
+      size: The side of a square image; the other sizes have about as many pixels.
+      **sections: See `config`.
+    """
+    base = dict(
+        data=dict(name="folder", path="data/captioned", size=size, buckets=64, captions=True, labels=False),
+        autoencoder=dict(name="kl", path=path, dtype="bfloat16", slices=True),
+        objective=dict(
+            name="denoising",
+            schedule=dict(name="vp", betas="scaled_linear", beta_start=0.00085, beta_end=0.012, num_steps=1000),
+            time_sampler=dict(name="discrete"),
+            offset_noise=0.0,
+        ),
+        network=dict(name="unet_text", dtype="bfloat16", remat="full"),
+        optimizer=dict(name="adamw", learning_rate=1e-5, warmup=500, weight_decay=0.01),
+        ema=dict(decays=(0.9999,)),
+        train=dict(steps=20_000, batch_size=64, cond_drop_rate=0.1, workers=8),
+        checkpoint=dict(every=1000, keep=2),
+        guidance=dict(scale=7.5),
+        sharding=dict(rules=UNET_TEXT_RULES),
+    )
+    return config(_merge(base, choose("variant", variant, SD_VARIANTS)), **sections)
 
 
 def imagenet256_autoencoder(**sections: Any):

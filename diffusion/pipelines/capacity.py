@@ -21,6 +21,7 @@ from diffusion.core.checks import at_most
 from diffusion.core.types import ArraySpec, InputError, Source, Spec, class_labels, earlier_kind
 from diffusion.data import captions
 from diffusion.data.pipeline import decoded_spec, is_encoded
+from diffusion.data.size_conditions import SPECS
 from diffusion.distributed import sharding
 from diffusion.pipelines.build_training import meta_of, program_of, training
 from diffusion.pipelines.model import build_model, teacher_of
@@ -95,7 +96,8 @@ def data_source(config: Mapping[str, Any], shape: str | None = None, classes: in
       config: The resolved config.
       shape: Shape of an example as text, for data that are not on this machine. Three axes with one or three channels
         are an image, and with another number, as in `32,32,4`, a latent.
-      classes: Number of classes, used with `shape`; by default the option `num_classes` of the data, or 0.
+      classes: Number of classes, used with `shape`; by default the option `num_classes` of the data, or 0. The options
+        of the data also say whether there are captions and size conditions.
 
     Raises:
       InputError: The data cannot be read, or the shape or number of classes is invalid.
@@ -120,7 +122,8 @@ def data_source(config: Mapping[str, Any], shape: str | None = None, classes: in
     if count < 0:
         raise InputError("--classes", f"must be at least 0, got {count}")
     x = ArraySpec(sizes, earlier_kind(sizes, 0, 255))
-    return Described(Spec(x, class_labels(at_most(10**7, count, "--classes"))))
+    conditions = class_labels(at_most(10**7, count, "--classes")) | dict(SPECS.get(data.get("size_conditions"), {}))
+    return Described(Spec(x, conditions, captions=bool(data.get("captions"))))
 
 
 def train_program(config: Mapping[str, Any], source: Source | Described, devices: Sequence[Any]) -> dict[str, Any]:

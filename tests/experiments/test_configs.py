@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from diffusion.core.build import build, model_spec
 from diffusion.core.types import ArraySpec, Spec, class_labels
+from diffusion.data.size_conditions import SPECS
 from diffusion.objectives.base.teacher import Teacher
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, read_config
@@ -45,6 +46,8 @@ ARGUMENTS = {
     "imagenet256_vq": ("f4", "f8", "f16"),
     "mixture": ("ddpm_eps", "ddpm_x0", "ddpm_v", "flow", "vdm"),
     "moons": ("independent", "exact", "sinkhorn"),
+    "sd15_finetune": ("eps", "v"),
+    "sdxl_finetune": ("eps", "v"),
     "shapes64_latent": ("latents", "pixels"),
 }
 # Parameters in millions, as the papers say.
@@ -59,6 +62,8 @@ PUBLISHED = {
     ("imagenet256_dit", "XL/2"): "675",
     ("imagenet256_sit", "XL/2"): "675",
     ("imagenet256_kl", "f8"): "83.7",
+    ("sd15_finetune", "eps"): "859.5",
+    ("sdxl_finetune", "eps"): "2567.5",
 }
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
 CASES = [(path, argument) for path in FILES for argument in ARGUMENTS.get(path.stem, ("",))]
@@ -85,16 +90,29 @@ SD_VAE = {
 }
 
 
-class Emoji:
-    """Stands for pictures with names, which are not on this machine."""
+# Those of the text encoders of Stable Diffusion 1.5 and SDXL.
+CLIP_L = {
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": 768,
+    "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768,
+}  # fmt: skip
+CLIP_G = {
+    "architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model", "hidden_size": 1280,
+    "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280,
+    "hidden_act": "gelu",
+}  # fmt: skip
 
-    spec = Spec(ArraySpec((64, 64, 3)), captions=True)
+
+class Captioned:
+    """Stands for pictures with captions, which are not on this machine."""
+
+    def __init__(self, shape, conditions=types.MappingProxyType({})):
+        self.spec = Spec(ArraySpec(shape), conditions, captions=True)
 
     def __len__(self):
         return 2
 
     def __getitem__(self, index):
-        return {"x": np.zeros((64, 64, 3), np.uint8), "cond": {}, "caption": ("grinning face", "red heart")[index]}
+        return {"x": np.zeros(self.spec.shape, np.uint8), "cond": {}, "caption": ("grinning face", "red heart")[index]}
 
 
 def data_of(config, path, doc):
@@ -103,7 +121,10 @@ def data_of(config, path, doc):
         assert f"experiments.prepare_data --config=configs/{path.name}\n" in doc.replace("    (", "\n")
     sections = config["data"], config["eval"]["data"]
     if path.stem == "emoji_text":
-        return [Emoji(), Emoji()]
+        return [Captioned((64, 64, 3))] * 2
+    if path.stem in ("sd15_finetune", "sdxl_finetune"):
+        size, conditions = config["data"]["size"], SPECS.get(config["data"]["size_conditions"], {})
+        return [Captioned((size, size, 3), conditions)] * 2
     if not path.stem.startswith("imagenet256"):
         with tfds.testing.mock_data(num_examples=2):
             return [build("data", section) for section in sections]
@@ -111,6 +132,11 @@ def data_of(config, path, doc):
         assert section["path"].rpartition("/")[0] in doc
     specs = [Spec(ArraySpec((256, 256, 3)), class_labels(1000 * section["labels"])) for section in sections]
     return [types.SimpleNamespace(spec=spec) for spec in specs]
+
+
+def write_json(path, content):
+    path.parent.mkdir()
+    path.write_text(json.dumps(content))
 
 
 def teacher_of(config, spec):
@@ -162,8 +188,13 @@ def test_parts_fit(path, argument, tmp_path):
     assert source.spec == held_out.spec
     if config["autoencoder"]:
         assert config["autoencoder"]["path"] in doc
-        config["autoencoder"]["path"] = str(tmp_path)
-        (tmp_path / "config.json").write_text(json.dumps(SD_VAE))
+        config["autoencoder"]["path"] = str(tmp_path / "vae")
+        write_json(tmp_path / "vae" / "config.json", SD_VAE)
+    if config["text_encoder"] and "path" in config["text_encoder"]:
+        assert config["text_encoder"]["path"] in doc
+        config["text_encoder"]["path"] = str(tmp_path)
+        write_json(tmp_path / "text_encoder" / "config.json", CLIP_L)
+        write_json(tmp_path / "text_encoder_2" / "config.json", CLIP_G)
     teacher = teacher_of(config, source.spec)
     model = build_model(config, source.spec, teacher, weights=False, source=source)
     network, objective = model.network, model.objective

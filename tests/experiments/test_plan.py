@@ -13,6 +13,7 @@ from diffusion.profiling import cost_model
 from diffusion.profiling.cost_model import TooLarge
 from tests.jobs import job
 from tests.refusals import refused_field
+from tests.text_folders import write_pipeline
 from tests.vae_folders import VAE, write_vae
 
 MOONS = "--config=configs/moons.py"
@@ -141,6 +142,38 @@ def test_an_autoencoder_in_the_step_is_counted(tmp_path, caplog):
     changes = capacity.candidate_changes(config, parts, TooLarge(used=2.0**30, limit=2.0**29))
     assert changes[0] == {"autoencoder.slices": True} and len(changes) > 1
     assert not caplog.messages  # the rule is for the network alone
+
+
+def test_a_pipeline_without_weights_and_tokenizers(tmp_path):
+    """Captions and size conditions of data that are not on this machine follow from the options of the data."""
+    path = write_pipeline(tmp_path, "sdxl")
+    vae = write_vae(tmp_path / "vae", (8, 8, 3))
+    for file in tmp_path.rglob("*"):
+        if file.suffix == ".safetensors" or file.parent.name.startswith("tokenizer"):
+            file.unlink()
+    network = {
+        "name": "unet_text",
+        "width": 4,
+        "channel_mult": (1,),
+        "num_res_blocks": 1,
+        "depth": (1,),
+        "num_heads": 2,
+    }
+    config = resolve(
+        small_config(
+            network,
+            data={"name": "folder", "path": "none", "size": 8, "labels": False, "captions": True,
+                  "size_conditions": "sdxl"},
+            autoencoder={"name": "kl", "path": vae},
+            text_encoder={"name": "joined", "path": path, "layout": "sdxl"},
+        )
+    )  # fmt: skip
+    parts = capacity.train_program(config, capacity.data_source(config, "8,8,3"), jax.devices()[:1])
+    assert parts["batch"]["cond"]["time_ids"].shape == (16, 6)
+    assert {"autoencoder", "text_encoder"} <= parts["program"].frozen.keys()
+    assert cost_model.products(parts["program"], parts["batch"]) > 0
+    config["data"] |= {"captions": False, "size_conditions": None}
+    assert capacity.data_source(config, "8,8,3").spec.conditions == {}
 
 
 @NEEDS_LIBTPU
