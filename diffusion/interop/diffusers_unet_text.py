@@ -289,7 +289,7 @@ def pairs(network: Mapping[str, Any], spec: Spec) -> list[Pair]:
         *stage("middle/second", "mid_block", 1, 0, projected=False),
     ]
     if network["scalar_conditions"]:
-        table.append(permuted("embed/guidance/kernel", "time_embedding.cond_proj.weight", 1, 0))
+        table.append(permuted("embed/guidance_scale/kernel", "time_embedding.cond_proj.weight", 1, 0))
     if spec.num_classes:
         table.append(same("embed/time/label/embedding", "class_embedding.weight"))
     if TIME_IDS in spec.conditions:

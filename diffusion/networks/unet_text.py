@@ -185,7 +185,7 @@ class Embedding(nnx.Module):
         zeros = nnx.initializers.zeros
         if GUIDANCE in config.scalar_conditions:
             features = config.guidance_features
-            self.guidance = Linear(features, config.width, use_bias=False, kernel_init=zeros, **kwargs)
+            self.guidance_scale = Linear(features, config.width, use_bias=False, kernel_init=zeros, **kwargs)
         pooled = config.text_spec.pooled if config.text else 0
         if added := pooled + config.number_features * sum(config.numbers.values()):
             self.inner = Linear(added, block.emb_features, **kwargs)
@@ -196,7 +196,7 @@ class Embedding(nnx.Module):
         config, offset = self.config, 0.0
         options = dict(freq_shift=config.freq_shift, sin_first=config.sin_first)
         if GUIDANCE in config.scalar_conditions and GUIDANCE in cond:
-            offset = self.guidance(guidance_features(cond[GUIDANCE], config.guidance_features))
+            offset = self.guidance_scale(guidance_features(cond[GUIDANCE], config.guidance_features))
         vector = self.time(c_noise, cond, offset).vector
         if not self.has_added:
             return vector
