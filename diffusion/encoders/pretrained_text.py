@@ -105,8 +105,8 @@ def find(
 
 
 def tokenizer_of(folder: Folder, length: int | None = None) -> tokenizers.Tokenizer:
-    """Reads the tokenizer of a text encoder; see `tokenizers.read`. That of a single file has the padding of the encoder,
-    because it comes from another model."""
+    """Reads the tokenizer of a text encoder; see `tokenizers.read`. For a single file, it has the padding of the
+    encoder, because it comes from another model."""
     if not single_file.split(folder.model):
         return tokenizers.read(folder.tokenizer, length)
     function = model_folder.read_json(folder.model, "config.json")["hidden_act"]
