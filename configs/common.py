@@ -38,8 +38,18 @@ ADM64 = dict(
     null_class=False,
     dtype="bfloat16",
 )
+# A transformer that is fast on CPUs, for latents of 8x8 or images of 64x64 pixels, and its optimizer.
+SMALL_DIT = dict(name="dit", patch_size=2, width=128, depth=6, num_heads=4, qk_norm=True, remat="none", unroll=6)
+MUON = dict(name="muon", consistent_rms=0.2, learning_rate=3e-3, adam_b2=0.99, schedule="cosine", warmup=200)
 # Stable Diffusion's autoencoder with the decoder that was trained further, by the name of its model on Hugging Face.
 SD_VAE = dict(name="kl", path="models/sd-vae-ft-ema")
+# The sections that complete a network that reads a text and has been read from other files.
+CAPTIONED = {
+    "data": {"name": "folder", "path": "data/images", "size": 512, "captions": True, "labels": False},
+    "objective": {"name": "denoising", "parameterization": {"name": "eps", "c_noise": "index"}},
+    "optimizer": {"name": "adamw", "learning_rate": 1e-5},
+    "train": {"steps": 10_000, "batch_size": 8},
+}
 # Width, depth and heads of transformers, by the names of DiT (Peebles & Xie 2023, arXiv 2212.09748, table 1).
 DIT_SIZES = dict(S=(384, 12, 6), B=(768, 12, 12), L=(1024, 24, 16), XL=(1152, 28, 16))
 # Tensor parallelism as in Megatron (Shoeybi et al. 2019, arXiv 1909.08053): the inner width of a block is split over

@@ -23,6 +23,7 @@ from typing import Any
 
 from absl import flags
 
+from configs.common import CAPTIONED
 from diffusion.core import single_file
 from diffusion.core.types import InputError
 from diffusion.interop import text_pipelines
@@ -59,15 +60,8 @@ DTYPE = flags.DEFINE_enum(
 )
 flags.mark_flags_as_required(["from"])
 
-# For runs made without --config: the configs that complete an imported network, by its name, and the sections that
-# complete one that reads a text.
+# For runs made without --config: the configs that complete an imported network, by its name.
 DEFAULTS = {"unet": "cifar10_ddpm.py", "dit": "imagenet256_dit.py:XL/2"}
-CAPTIONED = {
-    "data": {"name": "folder", "path": "data/images", "size": 512, "captions": True, "labels": False},
-    "objective": {"name": "denoising", "parameterization": {"name": "eps", "c_noise": "index"}},
-    "optimizer": {"name": "adamw", "learning_rate": 1e-5},
-    "train": {"steps": 10_000, "batch_size": 8},
-}
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 

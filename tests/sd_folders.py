@@ -92,9 +92,10 @@ def model_of(kind):
     return diffusers_models.Model(network, spec, random_like(shapes))
 
 
-def write_pipeline(folder: pathlib.Path, kind: str, **index) -> str:
-    """Writes a pipeline, with further entries of `model_index.json`; returns the folder as a text."""
-    name, _, _, scheduler, encoders = KINDS[kind]
+def write_pipeline(folder: pathlib.Path, kind: str, scheduler: dict | None = None) -> str:
+    """Writes a pipeline, with the scheduler of its kind or another one; returns the folder as a text."""
+    name, _, _, its_scheduler, encoders = KINDS[kind]
+    scheduler = scheduler or its_scheduler
     model = model_of(kind)
     component = "unet" if model.network["name"] == "unet_text" else "transformer"
     written = diffusers_models.write(str(folder / component), model)
@@ -116,5 +117,5 @@ def write_pipeline(folder: pathlib.Path, kind: str, **index) -> str:
         parts |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     model_folder.write_json(str(folder / "scheduler"), "scheduler_config.json", scheduler)
     about = {"_class_name": name, "_diffusers_version": model_folder.VERSION}
-    (folder / "model_index.json").write_text(json.dumps(about | parts | index))
+    (folder / "model_index.json").write_text(json.dumps(about | parts))
     return str(folder)

@@ -7,13 +7,13 @@ import os
 import numpy as np
 import pytest
 
+from configs.common import CAPTIONED
 from diffusion.core import single_file, tensor_file
 from diffusion.core.types import Spec
 from diffusion.interop import original_file, schedulers
 from diffusion.interop.diffusers_models import Model
 from diffusion.pipelines.conversion import export_file, import_folder
 from diffusion.pipelines.run import open_run
-from experiments.convert import CAPTIONED
 from tests.jobs import job
 from tests.refusals import refused, refused_field
 from tests.single_files import FAMILIES, write_pipeline, write_single_file

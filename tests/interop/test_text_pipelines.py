@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from configs.common import CAPTIONED
 from diffusion.interop import diffusers_pipeline, text_pipelines
 from diffusion.pipelines.conversion import describe_folder, export_run, import_folder
 from diffusion.pipelines.run import open_run
-from experiments.convert import CAPTIONED
 from tests.jobs import job, one_line
 from tests.refusals import refused
 from tests.sd_folders import KINDS, SIZE, UNET, model_of, write_pipeline
