@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 from configs.common import CAPTIONED
-from diffusion.core import single_file, tensor_file
+from diffusion.core import model_folder, single_file, tensor_file
 from diffusion.core.types import Spec
+from diffusion.encoders import tokenizers
 from diffusion.interop import original_file, schedulers
 from diffusion.interop.diffusers_models import Model
-from diffusion.pipelines.conversion import export_file, import_folder
+from diffusion.pipelines.conversion import export_file, export_run, import_folder
 from diffusion.pipelines.run import open_run
 from tests.jobs import job
 from tests.refusals import refused, refused_field
 from tests.single_files import FAMILIES, write_pipeline, write_single_file
+from tests.text_folders import write_clip_tokenizer
 from tests.tiers import slow_except
 
 
@@ -58,6 +60,8 @@ def test_the_job(tmp_path):
     folder = write_pipeline(tmp_path / "folder", "sd1")
     file, run = write_single_file(tmp_path / "a.safetensors", folder), str(tmp_path / "run")
     assert refused_field(job("convert", f"--from={file}", f"--to={run}")) == "--tokenizer"
+    done = job("convert", f"--from={file}", "--dry_run")
+    assert done.returncode == 0 and "StableDiffusionPipeline" in done.stdout, done.stderr
     done = job("convert", f"--from={file}", f"--to={run}", f"--tokenizer={folder}")
     assert done.returncode == 0, done.stderr
     half = tmp_path / "half.safetensors"
@@ -69,6 +73,27 @@ def test_the_job(tmp_path):
     done = job("convert", f"--from={half}", f"--to={tmp_path / 'other'}", f"--tokenizer={folder}")
     assert refused_field(done) == "--from.folder"
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_a_file_becomes_a_run_and_the_run_a_pipeline(family, tmp_path):
+    """A tokenizer of another padding, which the file is given, is written with that of the encoder."""
+    folder = write_pipeline(tmp_path / "folder", family)
+    file, run, again = write_single_file(tmp_path / "a.safetensors", folder), tmp_path / "run", tmp_path / "again"
+    write_clip_tokenizer(tmp_path / "tokenizer")
+    import_folder(file, str(run), lambda *of: CAPTIONED, tokenizer=str(tmp_path / "tokenizer"))
+    export_run(str(run), str(again))
+    for name in ("unet", "vae", *FAMILIES[family][1]):
+        weights = "model.safetensors" if "text" in name else model_folder.WEIGHTS
+        first, second = (model_folder.open_tensors(f"{path}/{name}", weights=weights) for path in (folder, again))
+        assert first.keys() == second.keys()
+        for key, tensor in first.items():
+            np.testing.assert_array_equal(second[key], tensor, err_msg=f"{name} {key}")
+    for name in FAMILIES[family][1]:
+        paths = (f"{path}/{name.replace('text_encoder', 'tokenizer')}" for path in (folder, again))
+        first, second = map(tokenizers.read, paths)
+        assert first.pad == second.pad and first.encode("a b") == second.encode("a b")
 
 
 SECTIONS = {
