@@ -145,7 +145,9 @@ def compare(folder, opened, sections, monkeypatch, steps, cases):
         with monkeypatch.context() as patch:
             theirs, images = from_diffusers(folder, noises(), patch, steps, scale, negative, first)
         case = f"guidance {scale}, negative {negative!r}"
-        scale_of_latents = max(1, theirs.std())  # random weights amplify the noise where alpha is small
+        # PixArt's alpha is 0.006 at the start, so that random weights give latents of a deviation of 500, whose float32
+        # rounding exceeds 1e-3 in diffusers too.
+        scale_of_latents = theirs.std() if run.config["network"]["name"] == "dit" else 1.0
         np.testing.assert_allclose(z, theirs, atol=1e-3 * scale_of_latents, rtol=0, err_msg=case)
         np.testing.assert_allclose(np.clip(x / 2 + 0.5, 0, 1), images, atol=2 / 255, err_msg=case)
         assert theirs.std() > 0.1 and images.std() > 0.05
