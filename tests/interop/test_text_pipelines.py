@@ -259,10 +259,12 @@ def test_a_run_is_written_as_the_folder_that_it_was(kind, folder_of, written_bac
     assert configs[0] == configs[1]
 
 
-def test_null_texts_of_sdxl_are_written_as_they_were(folder_of, tmp_path):
+@pytest.mark.parametrize("forced", [True, False])
+def test_null_texts_of_sdxl_are_written_as_they_were(forced, folder_of, tmp_path):
+    """The option `null` decides, and `model_index.json` for `auto` alone."""
     folder = shutil.copytree(folder_of("sdxl"), tmp_path / "folder")
-    rewrite(folder / "model_index.json", force_zeros_for_empty_prompt=False)
-    for null, expected in (("auto", False), ("zeros", True), ("empty", False)):
+    rewrite(folder / "model_index.json", force_zeros_for_empty_prompt=forced)
+    for null, expected in (("auto", forced), ("zeros", True), ("empty", False)):
         text = {"name": "joined", "path": str(folder), "layout": "sdxl", "null": null}
         sections = {"autoencoder": {"name": "kl", "path": str(folder)}, "text_encoder": text}
         index = text_pipelines.write_parts(str(tmp_path / null), "StableDiffusionXLPipeline", sections)
