@@ -110,7 +110,7 @@ def write_pipeline(folder: pathlib.Path, kind: str, scheduler: dict | None = Non
         tokenizer = part.replace("text_encoder", "tokenizer")
         write_encoder(folder / part, stored_of(encoder, seed=number, **changes), folder / tokenizer)
         parts[part] = ["transformers", encoder]
-        parts[tokenizer] = ["transformers", "T5Tokenizer" if encoder == T5 else "CLIPTokenizer"]
+        parts[tokenizer] = ["transformers", "T5TokenizerFast" if encoder == T5 else "CLIPTokenizer"]
     if "XL" in name:
         parts = {"text_encoder": [None, None], "tokenizer": [None, None], "force_zeros_for_empty_prompt": True} | parts
     elif "PixArt" not in name:
