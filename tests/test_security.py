@@ -189,7 +189,7 @@ def test_the_weights_of_a_model_are_read_from_its_folder_only(tmp_path, name):
     (inside / f"{model_folder.WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
     with refused("folder") as caught:
         model_folder.read_tensors(str(inside))
-    assert "of its own folder" in str(caught.value)
+    assert "in the same folder" in str(caught.value)
 
 
 @pytest.mark.parametrize("places", [None, [], {"a": 1}, {"a": None}, "x"])

@@ -134,7 +134,7 @@ def _shards(folder: str, index: str) -> list[str]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-            raise InputError("folder", f"{path} lists {name!r}; it must list files of its own folder, without a path")
+            raise InputError("folder", f"{path} lists {name!r}; it must list files in the same folder, without a path")
     return names
 
 

@@ -203,8 +203,8 @@ def prediction_of(
 ) -> str:
     """Returns what the U-Net predicts, `epsilon` or `v_prediction`.
 
-    Files say it by a tensor `v_pred` or in their metadata. Those of Stable Diffusion 2.x that do not are told by
-    `global_step` or their weights.
+    A tensor `v_pred` or the metadata determine it. In files of Stable Diffusion 2.x without either, `global_step` does,
+    or else the weights.
     """
     name = "modelspec.prediction_type"
     said = {}
