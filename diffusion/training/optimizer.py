@@ -20,7 +20,7 @@ from diffusion.training.resilience.guards import select_if_ok
 
 # The last names of the paths of parameters that weight decay leaves alone: biases, scales of norms, and embeddings.
 NO_DECAY = re.compile(r"(^|_)(bias|scale|gain|embedding)s?\d*$")
-STACKED = re.compile(r"(^|/)blocks/blocks/")  # paths of the parameters of `layers.stack.Stack`
+STACKED = re.compile(r"(^|/)blocks/")  # in the paths of the parameters of `layers.stack.Stack`
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 logger = logging.getLogger(__name__)
@@ -196,12 +196,13 @@ def _decayed(params: Params) -> Any:
 def _axes_of_kernels(params: Params) -> Any:
     """Returns a tree of the axes of the inputs and outputs of each kernel; None for other parameters.
 
-    The last axis of a kernel is that of the outputs. In a stack of blocks, the first axis counts the blocks.
+    The last axis of a kernel is that of the outputs. Kernels of linear layers and of convolutions of images have an
+    even number of axes; in a stack of blocks they have one more, the first, which counts the blocks.
     """
 
     def axes(path: tuple, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         name = trees.path_name(path)
-        first = 1 if STACKED.search(name) else 0
+        first = leaf.ndim % 2 if STACKED.search(name) else 0
         if not name.endswith("kernel") or leaf.ndim < first + 2:
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)

@@ -126,14 +126,16 @@ def test_muon_orthogonalises_the_kernels_of_each_block():
     shapes = {
         "linear": {"kernel": (6, 8), "bias": (8,)},
         "conv": {"kernel": (3, 3, 2, 4)},
-        "blocks": {"blocks": {"up": {"kernel": (2, 6, 8), "bias": (2, 8)}}},
+        "in_blocks": {"blocks": {"up": {"kernel": (2, 6, 8), "bias": (2, 8)}}},
+        "blocks": {"0": {"kernel": (6, 8)}},
         "table": {"embedding": (5, 6)},
     }
     grads = jax.tree.map(lambda shape: np.float32(rng.normal(size=shape)), shapes, is_leaf=lambda x: type(x) is tuple)
     updates, _ = optimizer.transform.update(grads, optimizer.transform.init(grads), grads)
     conv = updates["conv"]["kernel"].reshape(-1, 4)
-    for kernel in (updates["linear"]["kernel"], conv, *updates["blocks"]["blocks"]["up"]["kernel"]):
+    stacked, alone = updates["in_blocks"]["blocks"]["up"], updates["blocks"]["0"]["kernel"]
+    for kernel in (updates["linear"]["kernel"], conv, alone, *stacked["kernel"]):
         values = np.linalg.svd(kernel, compute_uv=False)
         assert values.max() < 2 * values.min()
-    for part in (updates["linear"]["bias"], updates["blocks"]["blocks"]["up"]["bias"], updates["table"]["embedding"]):
+    for part in (updates["linear"]["bias"], stacked["bias"], updates["table"]["embedding"]):
         np.testing.assert_allclose(np.abs(part), np.abs(part).max(), rtol=1e-3)
