@@ -17,8 +17,9 @@ os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 os.environ["EPATH_USE_TF"] = (
     "0"  # access buckets by fsspec, which the tests can replace, even if TensorFlow is installed
 )
-# All processes of a session, including the jobs that tests start, share one compilation cache.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# All processes of a session, including the jobs that tests start, share one compilation cache. `.ci/run` gives its own,
+# which all its sessions share.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
