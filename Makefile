@@ -43,7 +43,7 @@ slow: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not peers and not chaos"
 
 parity: $(VENV)/peers
-	$(BIN)/python -m pytest -m peers
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m peers
 
 $(VENV)/system: $(VENV)/dev requirements-system.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-system.txt
