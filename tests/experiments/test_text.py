@@ -14,7 +14,7 @@ TINY = (
     "--config.train.steps=1 --config.train.batch_size=8 --config.train.preview_every=0 --config.network.width=8 "
     "--config.network.depth=1 --config.network.num_heads=2 --config.text_encoder.width=8 --config.text_encoder.depth=1 "
     "--config.text_encoder.num_heads=2 --config.data.length=200 --config.data.size=32 --config.eval.data.size=32 "
-    "--config.autoencoder=None --config.network.patch_size=8"
+    "--config.autoencoder=None --config.network.patch_size=8 --config.optimizer={'name':'adamw'}"
 ).split()
 DRAW = ("--num=3", "--steps=2", "--guidance=2")
 

@@ -94,7 +94,8 @@ def test_the_job_of_a_dry_run(folder_of):
     assert one_line(job("convert", f"--from={folder_of('lcm')}")).startswith("error: --to")
 
 
-@pytest.mark.parametrize("kind", slow_except(("sd15",), KINDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_becomes_a_run_that_draws_images(kind, folder_of, tmp_path):
     import_folder(str(folder_of(kind)), str(tmp_path / "run"), base)
     run = open_run(str(tmp_path / "run"))
@@ -243,7 +244,7 @@ def written_back(folder_of, tmp_path_factory):
     return write
 
 
-@pytest.mark.parametrize("kind", slow_except(("lcm", "sdxl"), KINDS))
+@pytest.mark.parametrize("kind", slow_except(("sdxl",), KINDS))
 def test_a_run_is_written_as_the_folder_that_it_was(kind, folder_of, written_back):
     """All tensors are the same, bit for bit, and the scheduler and the parts are read as before."""
     first, second = folder_of(kind), written_back(kind)
