@@ -194,15 +194,15 @@ def test_processes_missing_from_a_slurm_job_are_named(address):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_samples_and_metrics_do_not_depend_on_the_processes(workdir, tmp_path, processes):
+def test_samples_and_metrics_do_not_depend_on_the_processes(workdir, tmp_path):
+    """Three processes do not divide the number of samples."""
     samples, metrics = [], []
-    for count in (1, processes):
+    for count in (1, 3):
         out = tmp_path / str(count)
         first, *_ = together(
-            count, "experiments.sample", f"--workdir={workdir}", "--num=30", "--steps=5", f"--out={out}"
+            count, "experiments.sample", f"--workdir={workdir}", "--num=31", "--steps=5", f"--out={out}"
         )
-        assert "30 samples" in first
+        assert "31 samples" in first
         samples.append(np.load(out / "samples.npz")["arr_0"].astype(int))
         first, *others = together(count, "experiments.evaluate", f"--workdir={workdir}", "--steps=3")
         assert "energy_distance" in first and not any(others)
