@@ -262,7 +262,8 @@ SHORT_DEFAULT = [{"name": "pndm"}, {"name": "dpm_solver_pp", "singlestep": True}
 def test_one_step_to_the_data_is_the_denoisers_x0(spec):
     """A sampler of any order takes one step, and lowers its order to do so."""
     schedule, x = build("schedules", "vp"), jnp.array([[0.3, -1.2], [1.5, 0.4]])
-    out = sample(optimal(schedule), schedule, built(spec, schedule), x, jnp.array([1.0, 0.0]), jax.random.key(0))
+    args, times = (optimal(schedule), schedule, built(spec, schedule)), jnp.array([1.0, 0.0])
+    out = jax.jit(lambda x: sample(*args, x, times, jax.random.key(0)))(x)
     if spec["name"] == "tcd":  # a flow map
         expected = optimal(schedule)(x, jnp.float32(1), target_time=jnp.zeros(2)).x0
     else:
@@ -283,8 +284,8 @@ def test_a_step_of_length_0_leaves_x(spec):
     """Grids that end at the lowest level of a table may repeat their last time. UniPC still corrects x there."""
     schedule, x = build("schedules", "vp"), jnp.array([[0.3, -1.2], [1.5, 0.4]])
     times = jnp.asarray(np.linspace(1, 0.1, 13), jnp.float32)
-    args = optimal(schedule), schedule, built(spec, schedule), x
-    with_it, without = (sample(*args, grid, jax.random.key(0)) for grid in (jnp.append(times, times[-1]), times))
+    args, grids = (optimal(schedule), schedule, built(spec, schedule)), (jnp.append(times, times[-1]), times)
+    with_it, without = jax.jit(lambda x: [sample(*args, x, grid, jax.random.key(0)) for grid in grids])(x)
     corrected = spec["name"] == "sa_solver"
     atol = 0.1 if corrected else 0.03 if "order" in spec or "singlestep" in spec else 0.01
     np.testing.assert_allclose(with_it, without, atol=atol)
