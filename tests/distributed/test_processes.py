@@ -195,7 +195,7 @@ def test_processes_missing_from_a_slurm_job_are_named(address):
 
 @pytest.mark.slow
 def test_samples_and_metrics_do_not_depend_on_the_processes(workdir, tmp_path):
-    """Three processes do not divide the number of samples."""
+    """The number of samples is not a multiple of the number of processes."""
     samples, metrics = [], []
     for count in (1, 3):
         out = tmp_path / str(count)
