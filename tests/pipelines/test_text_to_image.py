@@ -46,6 +46,8 @@ def test_parameters_split_over_devices(workdir, plain):
 def test_clip_skip_changes_samples(workdir, plain):
     run = open_run(workdir, mesh=one_device(), clip_skip=2)
     assert abs(run.sample(**DRAW) - plain).max() > 1e-4
+    same = open_run(workdir, mesh=one_device(), clip_skip=0)
+    np.testing.assert_array_equal(same.sample(**DRAW), plain)
 
 
 def test_the_network_may_compute_in_half_precision(workdir, plain):
@@ -61,6 +63,8 @@ def test_latents_are_decoded_in_tiles(workdir, plain):
     run = open_run(workdir, mesh=one_device(), autoencoder={"tile": 8})
     x = run.sample(**DRAW)
     assert x.shape == plain.shape and abs(x - plain).max() > 0  # tiles have their own statistics
+    whole = open_run(workdir, mesh=one_device(), autoencoder={"tile": 16})
+    np.testing.assert_array_equal(whole.sample(**DRAW), plain)
 
 
 def test_flags(workdir, tmp_path):
@@ -69,7 +73,7 @@ def test_flags(workdir, tmp_path):
     done = job("sample", f"--workdir={workdir}", *flags, *more)
     assert done.returncode == 0, done.stderr
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (1, 48, 32, 3)
-    for flag in ("--clip_skip=4", "--tiles=15"):
+    for flag in ("--clip_skip=4", "--tiles=15", "--size=47"):
         done = job("sample", f"--workdir={workdir}", "--num=1", flag, f"--out={tmp_path / 'out'}")
         assert refused_field(done) == flag.partition("=")[0], one_line(done)
     assert not (tmp_path / "out").exists()
