@@ -12,7 +12,6 @@ from glob import escape, glob
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from diffusion.core import files, single_file, tensor_file
 from diffusion.core.types import InputError
@@ -144,9 +143,7 @@ def write(folder: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarr
     `config.json` is written last, so a folder that contains it is complete.
     """
     os.makedirs(folder, exist_ok=True)
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    with files.replace(os.path.join(folder, weights), "wb") as file:
-        file.write(safetensors.numpy.save(contiguous, metadata={"format": "pt"}))
+    tensor_file.write(os.path.join(folder, weights), tensors, None, {"format": "pt"})
     write_json(folder, "config.json", config)
 
 

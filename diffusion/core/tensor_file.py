@@ -13,10 +13,13 @@ A safetensors file consists of a header, JSON with the place of each tensor, and
 are views of the file, which the system reads when they are used.
 """
 
+import concurrent.futures
+import hashlib
 import io
 import json
 import math
 import mmap
+import os
 import pickletools
 import re
 import struct
@@ -148,34 +151,55 @@ def metadata(path: str) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def write(path: str, tensors: Mapping[str, np.ndarray], dtype: str, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, in which all tensors have one dtype. They are converted one after the other.
+def write(path: str, tensors: Mapping[str, np.ndarray], dtype: str | None, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file. The tensors are converted one after the other.
 
     Args:
       path: The file, which is replaced when it is complete.
       tensors: The tensors by name.
-      dtype: The dtype in the file, such as `float16`.
+      dtype: The dtype of all tensors in the file, such as `float16`. None: each keeps its own.
       metadata: Texts by name.
 
     Raises:
       InputError: A number is not finite, or is too large for the dtype.
     """
-    target, header, end = _DTYPES[dtype], {"__metadata__": dict(metadata)}, 0
-    code = next(code for code, known in _SAFETENSORS.items() if known == target)
+    header, end = {"__metadata__": dict(metadata)}, 0
+    codes = {known: code for code, known in _SAFETENSORS.items()}
+    targets = {name: tensor.dtype if dtype is None else _DTYPES[dtype] for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        start, end = end, end + tensor.size * target.itemsize
-        header[name] = {"dtype": code, "shape": tensor.shape, "data_offsets": (start, end)}
+        start, end = end, end + tensor.size * targets[name].itemsize
+        header[name] = {"dtype": codes[targets[name]], "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with files.replace(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
             with np.errstate(over="ignore"):
-                array = np.ascontiguousarray(tensor, target)
+                array = np.ascontiguousarray(tensor, targets[name])
             if not np.isfinite(array).all():
                 check_finite(name, tensor)
                 raise InputError("dtype", f"{dtype} has no number as large as one in {name}; use bfloat16 or float32")
             file.write(array.reshape(-1).view(np.uint8))
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """Returns the SHA-256 of the names, dtypes, shapes and numbers of tensors, in hexadecimal.
+
+    It does not depend on how they are distributed over files. A thread per core reads one tensor at a time.
+
+    Raises:
+      InputError: A number is not finite.
+    """
+
+    def line(name: str) -> str:
+        tensor = tensors[name]
+        check_finite(name, tensor)
+        content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)  # bfloat16 has no buffer
+        return f"{name} {tensor.dtype} {tensor.shape} {hashlib.sha256(content).hexdigest()}\n"
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        lines = pool.map(line, sorted(tensors))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def to_float32(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
