@@ -8,17 +8,20 @@ schedule, and `model_index.json`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import jax
+import numpy as np
 
-from diffusion.core import model_folder, tensors
+from diffusion.core import model_folder, tensor_file, tensors
 from diffusion.core.build import build_network, defaults, find
 from diffusion.core.tensors import Pair
 from diffusion.core.types import InputError, Params, Spec
 from diffusion.interop import diffusers_dit, diffusers_pixart, diffusers_unet, diffusers_unet_text
+
+Place = Callable[[str, np.ndarray], Any]
 
 _CLASSES = {
     "UNet2DModel": diffusers_unet,
@@ -37,18 +40,24 @@ class Model:
       network: The section `network` of a config, `{"name": "unet", ...}`.
       spec: The specification of the data. The range of the raw values is not known and has its default.
       params: The parameters, float32, or their shapes.
+      digest: SHA-256 of the tensors that they were read from; empty if none were read.
+      text_encoder: The parameters of a text encoder that was trained with the network, or None.
     """
 
     network: Mapping[str, Any]
     spec: Spec
     params: Params
+    digest: str = ""
+    text_encoder: Params | None = None
 
 
 def read(
     path: str, *, null_class: bool = False, variant: str | None = None, text_length: int | None = None,
-    weights: bool = True,
+    weights: bool = True, place: Place | None = None,
 ) -> Model:  # fmt: skip
     """Reads a model folder.
+
+    The parameters are read one after the other from the mapped files.
 
     Args:
       path: The folder.
@@ -58,17 +67,19 @@ def read(
         PixArt-alpha, 77 for Stable Diffusion.
       weights: Whether to read the parameters. Otherwise the names and shapes of the tensors are checked, and the shapes
         of the parameters returned.
+      place: Called with the path of each parameter and its array, a view of the file in the dtype of the file if that
+        is possible; what it returns becomes the parameter. None: NumPy arrays, float32.
 
     Raises:
-      InputError: if the folder cannot be read, the model is not supported, or a tensor is missing, unknown or of the
-        wrong shape.
+      InputError: if the folder cannot be read, the model is not supported, or a tensor is missing, unknown, of the
+        wrong shape or not finite.
     """
     config = model_folder.read_json(path, "config.json")
     kind = config.get("_class_name")
     if kind not in _CLASSES:
         known = ", ".join(_CLASSES)
         raise InputError("folder", f"{path} contains a {kind}; only these models can be read: {known}")
-    found = (model_folder.read_tensors if weights else model_folder.open_tensors)(path, variant)
+    found = model_folder.open_tensors(path, variant)
     foreign = {tensors.current_name(name): tensor for name, tensor in found.items()}
     converter = _CLASSES[kind]
     if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
@@ -84,8 +95,13 @@ def read(
         field = error.field.removeprefix("config.json.")
         raise InputError(f"config.json.{converter.NAMES.get(field, field)}", error.problem) from None
     shapes = jax.eval_shape(built.init, jax.random.key(0))
-    params = tensors.to_native(pairs(network, spec), foreign, shapes)
-    return Model(network, spec, params if weights else shapes)
+    if not weights:
+        tensors.to_native(pairs(network, spec), foreign, shapes, lambda path, array: None)
+        return Model(network, spec, shapes)
+    digest = tensor_file.digest(foreign)
+    place = place or (lambda path, array: array.astype(np.float32))
+    params = tensors.to_native(pairs(network, spec), foreign, shapes, place)
+    return Model(network, spec, params, digest)
 
 
 def write(path: str, model: Model) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from diffusion.core import model_folder
 from diffusion.core.types import InputError
 from diffusion.interop import diffusers_models, schedulers, text_pipelines
-from diffusion.interop.diffusers_models import Model
+from diffusion.interop.diffusers_models import Model, Place
 
 # For each network, its component, and a pipeline without a text encoder, if there is one.
 COMPONENTS = {
@@ -42,7 +42,9 @@ class Pipeline(NamedTuple):
     scheduler: str | None = None
 
 
-def read(path: str, *, null_class: bool = False, variant: str | None = None, weights: bool = True) -> Pipeline:
+def read(
+    path: str, *, null_class: bool = False, variant: str | None = None, weights: bool = True, place: Place | None = None
+) -> Pipeline:
     """Reads a model folder or a pipeline folder.
 
     The first pipelines on the hub have all files in one folder, without subfolders for the model and the scheduler. The
@@ -53,13 +55,14 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, wei
       null_class: Whether the last row of a U-Net's table of classes is the null class.
       variant: The variant of the weights; see `model_folder.read_tensors`. Parts of a pipeline that lack it are read
         without one, if another part has it.
-      weights: Whether to read the parameters; see `diffusers_models.read`.
+      weights, place: Whether to read the parameters, and what to do with them; see `diffusers_models.read`.
 
     Raises:
       InputError: if the folder cannot be read, a part is missing, or what it contains is not supported.
     """
+    reading = {"weights": weights, "place": place}
     if "model_index.json" not in model_folder.names(path):
-        model = diffusers_models.read(path, null_class=null_class, variant=variant, weights=weights)
+        model = diffusers_models.read(path, null_class=null_class, variant=variant, **reading)
         if not os.path.exists(os.path.join(path, _SCHEDULER)):
             return Pipeline(model, None)
         scheduler = model_folder.read_json(path, _SCHEDULER)
@@ -68,10 +71,10 @@ def read(path: str, *, null_class: bool = False, variant: str | None = None, wei
     kind, component = index.get("_class_name"), _component(path, index)
     folder = os.path.join(path, component)
     if kind in text_pipelines.CLASSES:
-        return _read_text_pipeline(path, kind, index, component, variant, weights)
+        return _read_text_pipeline(path, kind, index, component, variant, **reading)
     if not os.path.isdir(folder) and os.path.exists(os.path.join(path, "config.json")):
         folder = path
-    model = diffusers_models.read(folder, null_class=null_class, variant=variant, weights=weights)
+    model = diffusers_models.read(folder, null_class=null_class, variant=variant, **reading)
     if any(condition.kind == "text" for condition in model.spec.conditions.values()):
         known, alone = ", ".join(text_pipelines.CLASSES), f"the folder of the network alone can be read: {folder}"
         raise InputError("model_index.json._class_name", f"must be among {known} to be read, got {kind}; {alone}")
@@ -94,14 +97,14 @@ def _component(path: str, index: Mapping[str, Any]) -> str:
 
 
 def _read_text_pipeline(
-    path: str, kind: str, index: Mapping[str, Any], component: str, variant: str | None, weights: bool
+    path: str, kind: str, index: Mapping[str, Any], component: str, variant: str | None, **reading: Any
 ) -> Pipeline:
     text_pipelines.check_parts(path, kind, index, component)
     names = [component, "vae", *text_pipelines.text_encoders(kind, index)]
     chosen = text_pipelines.variants(path, names, variant)
     about = text_pipelines.CLASSES[kind]
     model = diffusers_models.read(
-        os.path.join(path, component), variant=chosen[component], text_length=about.length, weights=weights
+        os.path.join(path, component), variant=chosen[component], text_length=about.length, **reading
     )
     scheduler = {**model_folder.read_json(os.path.join(path, "scheduler"), _SCHEDULER), **about.scheduler}
     sections = schedulers.read(scheduler, model.network["outputs"])

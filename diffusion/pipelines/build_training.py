@@ -150,11 +150,11 @@ def check_training(keywords: Mapping[str, Any], workdir: str) -> str:
     program.trace(source, options.batch_size)
     checkpoints = Checkpoints(workdir, read_only=True)
     step, position, _ = checkpoints.newest_valid(lambda step: checkpoints.check_fits(step, program.state))
-    if step:
+    if step is not None:
         check_same(checkpoints.meta(step), trainer.meta)
     checkpoints.close()
     check_steps(step or 0, options.steps, workdir)
-    if position:  # converted weights have none
+    if position:
         check_position(source, position, options.batch_size)
     check_keep_best(keywords["checkpoint"], keywords["hooks"], program, source, options.batch_size)
     count, *encoders = (
@@ -196,11 +196,10 @@ def meta_of(config: Mapping[str, Any], spec: Spec, workdir: str) -> tuple[dict[s
       InputError: The teacher cannot be read, or the run has started with other data or another model.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
-    latest, stored, _ = checkpoints.newest_valid(checkpoints.meta)
-    stored = stored if latest else {}  # converted weights, at step 0, are not yet a run of this config
+    stored = checkpoints.newest_valid(checkpoints.meta)[1] or {}
     kept = {name: stored[name] for name in ("origin", "autoencoder", "text_encoder") if name in stored}
     meta = {"config": config, "spec": dataclasses.asdict(spec), **kept}
-    if latest:
+    if stored:
         check_same(stored, meta)
     where = config["objective"].get("teacher")
     if where is None:

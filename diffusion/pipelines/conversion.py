@@ -7,21 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from diffusion.core import files, single_file
 from diffusion.core.types import ArraySpec, InputError, Spec
 from diffusion.encoders import autoencoder_folder
 from diffusion.interop import diffusers_models, diffusers_pipeline, original_file, schedulers
 from diffusion.interop.diffusers_pipeline import Pipeline
-from diffusion.pipelines import autoencoder_training
+from diffusion.pipelines import autoencoder_training, weight_reference
 from diffusion.pipelines.build_training import training
 from diffusion.pipelines.config import check_config, resolve
 from diffusion.pipelines.generator import PLACING
 from diffusion.pipelines.model import Model, build_model
 from diffusion.pipelines.overrides import spell
 from diffusion.pipelines.run import Run, open_run
-from diffusion.training.checkpoint import Checkpoints
+from diffusion.training.checkpoint import REFERENCE, Checkpoints
 from diffusion.training.state import init_state
 
 BaseConfig = Callable[[str, str | None], Mapping[str, Any]]
@@ -98,7 +98,7 @@ class _Found(NamedTuple):
       config: The resolved config of the run.
       spec: What the samples look like.
       model: The network with the encoders that the config names.
-      weights: The network's weights.
+      weights: The network's weights, or their shapes.
     """
 
     config: Mapping[str, Any]
@@ -113,10 +113,10 @@ def import_folder(
 ) -> str:  # fmt: skip
     """Writes a diffusers model or pipeline, or a single file of Stable Diffusion, as a run at step 0.
 
-    The run refers to the autoencoder and the text encoders of a pipeline that reads a text by their paths. Without
-    them, a model of latents samples latents. The folder does not say how often training dropped the class or the text;
-    a model with a null class or a text counts as one that was trained with 10 % of it, unless the config says
-    otherwise.
+    The run refers to the weights of the network, and to the autoencoder and the text encoders of a pipeline that reads
+    a text, by their paths. Without encoders, a model of latents samples latents. The folder does not say how often
+    training dropped the class or the text; a model with a null class or a text counts as one that was trained with 10 %
+    of it, unless the config says otherwise.
 
     Args:
       folder: The folder of the model or the pipeline, or the file.
@@ -140,14 +140,14 @@ def import_folder(
     if tokenizer and not is_file:
         raise InputError("--tokenizer", "is for single files, which have none; leave it out")
     try:
-        pipeline = diffusers_pipeline.read(folder, null_class=null_class, variant=variant)
+        pipeline = diffusers_pipeline.read(folder, null_class=null_class, variant=variant, place=_shape)
         if tokenizer:
             pipeline.sections["text_encoder"]["tokenizer"] = tokenizer
         found = _found(pipeline, base_config)
     except InputError as error:
         raise error.within("--from") from None
-    _write_run(workdir, found)
-    count = sum(leaf.size for leaf in jax.tree.leaves(found.weights.params))
+    _write_run(workdir, found, weight_reference.record(folder, null_class, variant, pipeline.model.digest))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(found.weights.params))
     origin = "from its scheduler" if pipeline.sections else "from the config, as there is no scheduler"
     encoders = [part for part in ("autoencoder", "text_encoder") if getattr(found.model, part)]
     parts = "".join(f"; {part} from {found.config[part]['path']}" for part in encoders)
@@ -257,14 +257,17 @@ def _check_fit(given: Spec, expected: Spec) -> None:
             raise InputError("text_encoder", f"{problem} reads {widths}; they are of different models")
 
 
-def _write_run(workdir: str, found: _Found) -> None:
-    """Writes a run at step 0."""
+def _shape(path: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, np.float32)
+
+
+def _write_run(workdir: str, found: _Found, weights: Mapping[str, Any]) -> None:
+    """Writes a run at step 0, whose checkpoint has no arrays of the network but a reference to them."""
     config, model = found.config, found.model
     keywords = training(config)
-    net = jax.tree.map(jnp.asarray, found.weights.params)
-    network = dataclasses.replace(model.network, init=lambda key: net)
+    network = dataclasses.replace(model.network, init=lambda key: {})
     state = init_state(model.objective, network, keywords["optimizer"], keywords["ema"], jax.random.key(0))
-    meta: dict[str, Any] = {"config": config, "spec": dataclasses.asdict(found.spec)}
+    meta: dict[str, Any] = {"config": config, "spec": dataclasses.asdict(found.spec), REFERENCE: weights}
     if model.autoencoder:
         meta["autoencoder"] = {"sha256": model.autoencoder.digest}
     if model.text_encoder:

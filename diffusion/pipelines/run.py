@@ -38,7 +38,7 @@ from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
 from diffusion.encoders.pretrained_text import skipped
 from diffusion.encoders.prompt_weights import Rule, weighted
-from diffusion.pipelines import warm_start
+from diffusion.pipelines import warm_start, weight_reference
 from diffusion.pipelines.conditions import conditions_of, examples_of, modelled, moments_of
 from diffusion.pipelines.config import (
     GUIDANCE,
@@ -61,7 +61,7 @@ from diffusion.pipelines.sizes import resized
 from diffusion.pipelines.stored import config_and_spec
 from diffusion.process.posterior import x0_errors
 from diffusion.sampling.loop import AfterStep, bind
-from diffusion.training.checkpoint import Checkpoints
+from diffusion.training.checkpoint import REFERENCE, Checkpoints
 from diffusion.training.ema import make_ema
 from diffusion.training.resilience.guards import Diverged
 from diffusion.training.state import averages, trainable
@@ -422,7 +422,8 @@ def open_run(
         name = ema or kept.main
         if name not in (*kept.names, "none"):
             raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(kept.names)}, none")
-        name = None if name == "none" else name
+        reference = meta.get(REFERENCE)
+        name = None if name == "none" or reference else name
         if network and objective and not isinstance(network, Mapping):
             model = Model(network, objective, **encoders)
             check_autoencoder(meta, model.autoencoder)
@@ -439,7 +440,10 @@ def open_run(
         fixed = {}
         if patterns is not None:
             learned, fixed = trees.split(learned, trees.matcher(patterns, "train.trainable"))
-        params = restored(step, learned, model.objective, name)
+        if reference:
+            params = {"net": weight_reference.read(reference, learned["net"])}
+        else:
+            params = restored(step, learned, model.objective, name)
         if fixed:
             params = trees.merge(params, fixed_params(config, meta, fixed, model.network.base, start, devices))
         return Run(

@@ -3,8 +3,8 @@
 The checkpoint of step n is the folder `<workdir>/checkpoints/<n>`. It has four items: `params`, `ema` and
 `optimizer`, which together are the train state, and `about`, JSON: the format, the run's `meta` (the resolved config
 and the data's spec), the position in the data, the shape, dtype and digest of every array, and a SHA-256 of all this.
-So a read returns what was written, or reports that the checkpoint is corrupt. Sampling reads `about` and the parameters
-or one of their averages.
+Items without arrays are left out. So a read returns what was written, or reports that the checkpoint is corrupt.
+Sampling reads `about` and the parameters or one of their averages.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from diffusion.training.resilience.guards import continued
 from diffusion.training.state import TrainState
 
 FORMAT = 2
+REFERENCE = "weights"  # section of `meta`: which files have the arrays of a converted model; the checkpoint has none
 QUARANTINE = "quarantine"  # folder next to `checkpoints` for those that are corrupt
 # What Orbax and TensorStore raise while they save, and while they read files that are missing or invalid.
 UNWRITABLE = (OSError, ValueError)
@@ -135,7 +136,7 @@ class Checkpoints:
             return
         trees = _split(state)
         about = files.plain({"format": FORMAT, "meta": meta, "position": position, "arrays": _described(trees)})
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
         items["about"] = ocp.args.JsonSave({**about, "sha256": _hash(about)})
         best = self.retention.best
         folder = str(self.manager.directory)
@@ -280,7 +281,8 @@ class Checkpoints:
     def _read(self, step: int, about: Mapping, trees: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
         """Returns the arrays that `trees` describes, after comparing them with the description."""
         expected = self._compare(step, about, trees, partial)
-        read = self._restored(step, {name: _restore_args(tree) for name, tree in trees.items()})
+        full = {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+        read = {**trees, **self._restored(step, {name: _restore_args(tree) for name, tree in full.items()})}
         # Where its own metadata is corrupt, Orbax leaves arrays abstract or returns others.
         kinds = {name: _kind(leaf) if isinstance(leaf, jax.Array) else None for name, leaf in _leaves(read)}
         if kinds != expected:

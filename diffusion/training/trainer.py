@@ -35,7 +35,7 @@ from diffusion.distributed import multihost, sharding
 from diffusion.distributed.mesh import make_mesh
 from diffusion.encoders import text_conditions
 from diffusion.objectives.base.gaussian import PartSpec
-from diffusion.training.checkpoint import Checkpoints, Retention
+from diffusion.training.checkpoint import REFERENCE, Checkpoints, Retention
 from diffusion.training.ema import EMA, make_ema
 from diffusion.training.hooks import Hook
 from diffusion.training.metrics import Metrics, Writer, default_writers
@@ -346,14 +346,13 @@ class Trainer:
 
         def restore(step: int) -> tuple[TrainState, dict]:
             check_steps(step, self.options.steps, self.workdir)
-            if step:
-                check_same(found.meta(step), self.meta)
+            check_same(found.meta(step), self.meta)
             return found.restore(step, self.program.state)
 
         found = Checkpoints(self.workdir, read_only=True)
         latest, restored, self._corrupt = found.newest_valid(restore)
         found.close()
-        self.state, position = restored or (None, {})  # converted weights, at step 0, have no position either
+        self.state, position = restored or (None, {})
         self.step, self.skipped = latest or 0, position.get("skipped", 0)
         return position
 
@@ -572,6 +571,9 @@ def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """
     for part in ("network", "adapters", "autoencoder", "text_encoder", "objective", "data"):
         ours, theirs = (files.plain(m.get("config", {}).get(part) or {}) for m in (meta, stored))
+    if REFERENCE in stored:
+        problem = "holds a converted model, which is not trained further in its place"
+        raise InputError("workdir", f"{problem}; choose another --workdir and start from this one: --config.init_from")
         may_change = {
             "network": MACHINE_OPTIONS,
             "autoencoder": ("path", "slices", "dtype"),

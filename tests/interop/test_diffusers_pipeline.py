@@ -63,7 +63,7 @@ def dit(tmp_path_factory):
 
 @pytest.mark.slow
 def test_round_trip(unet, tmp_path):
-    """A converted pipeline is a run with the same weights, which can be sampled and trained further."""
+    """A converted pipeline is a run with the same weights, which can be sampled and from which others start."""
     run, folder = unet
     back = tmp_path / "back"
     done = job("convert", f"--from={folder}", f"--to={back}")
@@ -75,11 +75,13 @@ def test_round_trip(unet, tmp_path):
         assert first.config["objective"][section].items() <= second.config["objective"][section].items()
 
     data = run.parent / "data"
-    paths = [*data_flags(data), f"--workdir={back}"]
     frozen = "--config.optimizer.learning_rate=1e-12"
-    done = job("train", *UNET.split(), *SHORT.split(), *paths, frozen, "--config.train.steps=1")
+    flags = *UNET.split(), *SHORT.split(), *data_flags(data), frozen, "--config.train.steps=1"
+    assert refused_field(job("train", *flags, f"--workdir={back}")) == "--workdir"
+    workdir = tmp_path / "third"
+    done = job("train", *flags, f"--config.init_from={back}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    third = open_run(str(back), "none")
+    third = open_run(str(workdir), "none")
     assert third.step == 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), third.params, first.params)
 

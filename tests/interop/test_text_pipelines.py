@@ -129,6 +129,33 @@ def test_two_commands_draw_images(folder_of, tmp_path):
     assert one_line(done).startswith("error: --to")
 
 
+def test_a_run_refers_to_the_weights(folder_of, tmp_path):
+    """It holds none of them, and needs exactly those that were converted, however they are distributed over files."""
+    folder, run = shutil.copytree(folder_of("sd15"), tmp_path / "folder"), tmp_path / "run"
+    import_folder(str(folder), str(run), base)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    stored = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    assert stored < 0.5 * weights.stat().st_size
+    opened = open_run(str(run))
+    jax.tree.map(np.testing.assert_array_equal, opened.params["net"], model_of("sd15").params)
+    assert opened.ema is None
+    tensors = safetensors.numpy.load_file(weights)
+    index, names = {}, sorted(tensors)
+    for number, half in enumerate((names[::2], names[1::2])):
+        safetensors.numpy.save_file({name: tensors[name] for name in half}, weights.with_name(f"{number}.safetensors"))
+        index |= dict.fromkeys(half, f"{number}.safetensors")
+    weights.unlink()
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps({"weight_map": index}))
+    open_run(str(run))
+    changed = {name: tensors[name] * np.float32(2) for name in names[::2]}
+    safetensors.numpy.save_file(changed, weights.with_name("0.safetensors"))
+    with refused("workdir"):
+        open_run(str(run))
+    shutil.rmtree(folder / "unet")
+    with refused("workdir"):
+        open_run(str(run))
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_an_incomplete_folder_is_refused(part, folder_of, tmp_path):
     folder = shutil.copytree(folder_of("sd15"), tmp_path / "folder")
