@@ -427,6 +427,7 @@ class TextEncoder:
       tokenizer: The tokenizer as a text, if it was fitted to the data, for the checkpoints.
       attach: For an encoder that is trained with the network: `attach(network) -> network`, which reads integer tokens
         in place of vectors. `network` reads `condition`.
+      start: The parameters that such an encoder starts from, a pytree of arrays; None: random ones.
       skipping: For CLIP, `skipping(count)` returns `encode` without the last `count` layers, in addition to those
         that it leaves out. None for other encoders.
       encode_null: Encodes what is given in place of a dropped text; `encode` if None.
@@ -441,6 +442,7 @@ class TextEncoder:
     digest: str = ""
     tokenizer: str = ""
     attach: Callable[[Network], Network] | None = None
+    start: Params = None
     skipping: Callable[[int], Callable[[Params, Any], Text]] | None = None
     encode_null: Callable[[Params, Any], Text] | None = None
 

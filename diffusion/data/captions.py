@@ -74,6 +74,9 @@ def with_text(source: Source, encoder: TextEncoder | None) -> Source:
             raise InputError("data.captions", problem)
         return source
     if is_text_encoded(source):
+        if encoder.attach is not None:
+            problem = "holds encoded captions, and the text encoder is trained, so it has to encode them in every step"
+            raise InputError("data", f"{problem}; use data with captions")
         if source.text_encoder != encoder.digest:
             digests = f"SHA-256 {source.text_encoder[:12]}..., got {encoder.digest[:12]}..."
             problem = f"is not the encoder that the captions in data were encoded with ({digests})"

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusion.core import model_folder, single_file
 from diffusion.core.types import Array, ConditionSpec, InputError, Params, Text, TextEncoder
-from diffusion.encoders import text_folder, tokenizers
+from diffusion.encoders import text_conditions, text_folder, tokenizers
 from diffusion.encoders.text_folder import PROJECTED
 from diffusion.encoders.text_transformers import Pooled
 
@@ -184,6 +184,32 @@ def t5(
 
     condition = ConditionSpec("text", (length, stored.config["d_model"]))
     return _encoder(stored, folder, condition, encode_text, f"{use_mask}")
+
+
+def trained(encoder: TextEncoder, null: Null, *, weights: bool) -> TextEncoder:
+    """Returns an encoder whose parameters are trained with those of the network, from the ones that were read.
+
+    Args:
+      encoder, null: See `with_null`. The empty text is encoded in every step.
+      weights: Whether the encoder has its weights, and not only their shapes.
+    """
+
+    def zeros(params: Params) -> Text:
+        return jax.tree.map(jnp.asarray, encoder.condition.zeros(1))
+
+    def empty(params: Params) -> Text:
+        return encoder.encode(params, encoder.tokenize([""]))
+
+    def init(key: Array) -> Params:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+
+    shapes = jax.eval_shape(lambda params: params, encoder.params)
+    value = {"empty": empty, "zeros": zeros, "learned": None}[null]
+    return TextEncoder(
+        encoder.tokenize, encoder.condition, digest=digest_of([encoder.digest, "trained"]),
+        attach=lambda network: text_conditions.attach(network, init, encoder.encode, value),
+        start=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), encoder.params) if weights else None,
+    )  # fmt: skip
 
 
 def with_null(encoder: TextEncoder, null: Null, *, weights: bool) -> TextEncoder:

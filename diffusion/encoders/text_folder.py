@@ -123,12 +123,18 @@ def read(
     return dataclasses.replace(stored, params=params, digest=digest)
 
 
+def foreign_of(stored: Stored) -> dict[str, np.ndarray]:
+    """Returns the tensors of a text encoder by their names in transformers."""
+    foreign = tensors.to_foreign(_pairs(stored.kind, stored.config), stored.params)
+    if stored.kind == T5:
+        return foreign
+    return {name if name == "text_projection.weight" else f"text_model.{name}": value
+            for name, value in foreign.items()}  # fmt: skip
+
+
 def write(path: str, stored: Stored) -> None:
     """Writes a model folder, which transformers can read."""
-    foreign = tensors.to_foreign(_pairs(stored.kind, stored.config), stored.params)
-    if stored.kind != T5:
-        foreign = {name if name == "text_projection.weight" else f"text_model.{name}": value
-                   for name, value in foreign.items()}  # fmt: skip
+    foreign = foreign_of(stored)
     gated = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False} if stored.kind == T5 else {}
     dtype = next(iter(foreign.values())).dtype.name
     about = {"architectures": [stored.kind], "model_type": _TYPES[stored.kind], "torch_dtype": dtype}

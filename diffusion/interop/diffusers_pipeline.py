@@ -146,7 +146,7 @@ def write(path: str, model: Model, sections: Mapping[str, Any]) -> str:
     pipeline = PIPELINES.get(scheduler, pipeline) if name == "unet" else pipeline
     parts: dict[str, Any] = {component: ["diffusers", kind], "scheduler": ["diffusers", scheduler]}
     if has_text:
-        parts |= text_pipelines.write_parts(path, pipeline, sections)
+        parts |= text_pipelines.write_parts(path, pipeline, sections, model.text_encoder)
     elif name == "dit":
         parts["vae"] = ["diffusers", "AutoencoderKL"]
     about = {"_class_name": pipeline, "_diffusers_version": model_folder.VERSION}

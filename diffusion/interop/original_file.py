@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from diffusion.core import model_folder, single_file, tensors
 from diffusion.core.types import InputError
-from diffusion.encoders import autoencoder_folder, pretrained_text
+from diffusion.encoders import autoencoder_folder, pretrained_text, text_folder
 from diffusion.encoders.text_folder import CLIP, PROJECTED
-from diffusion.interop import diffusers_models, diffusers_unet_text, schedulers
+from diffusion.interop import diffusers_models, diffusers_unet_text, schedulers, text_pipelines
 from diffusion.interop.diffusers_models import Model
 
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -19,7 +19,8 @@ PREDICTIONS = ("epsilon", "v_prediction")  # that tools know in such a file
 def write(path: str, model: Model, sections: Mapping[str, Any], *, dtype: Dtype, title: str) -> str:
     """Writes a file.
 
-    The encoders are copied from the folders or the file that the config refers to.
+    The encoders are copied from the folders or the file that the config refers to, but for a text encoder that was
+    trained.
 
     Args:
       path: The file.
@@ -51,7 +52,12 @@ def write(path: str, model: Model, sections: Mapping[str, Any], *, dtype: Dtype,
         weights = model_folder.WEIGHTS if name == "vae" else model_folder.TRANSFORMERS_WEIGHTS
         variant = variant if model_folder.has_variant(folder, variant, weights) else None
         configs[name] = model_folder.read_json(folder, "config.json")
-        found[name] = model_folder.open_tensors(folder, variant, weights)
+        if name == "vae" or model.text_encoder is None:
+            found[name] = model_folder.open_tensors(folder, variant, weights)
+        else:
+            stored = text_folder.read(folder, variant, weights=False)
+            stored = text_pipelines.with_params(stored, model.text_encoder, sections["text_encoder"], name)
+            found[name] = text_folder.foreign_of(stored)
     null = sections["text_encoder"].get("null")
     if sections["text_encoder"]["name"] == "joined" and null in ("zeros", "empty"):
         configs[single_file.INDEX] = {"force_zeros_for_empty_prompt": null == "zeros"}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from diffusion.core import model_folder, single_file
-from diffusion.core.types import InputError, Spec
+from diffusion.core.types import InputError, Params, Spec
 from diffusion.encoders import autoencoder_folder, pretrained_text, text_folder, tokenizers
 
 # The classes of autoencoders, and their names here.
@@ -16,6 +16,7 @@ _STABLE_DIFFUSION = {"steps_offset": 1, "clip_sample": False}
 _INPAINTING = {"steps_offset": 1, "skip_prk_steps": True}
 FEW_STEPS = 4  # of models that were distilled for few steps
 _ENCODERS = ("text_encoder", "text_encoder_2")
+JOINED = {"text_encoder": "clip", "text_encoder_2": "clip_2"}  # names of parameters of `encoders.text.joined`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,9 @@ def class_of(network: Mapping[str, Any], spec: Spec, sections: Mapping[str, Any]
     return f"StableDiffusion{task}Pipeline"
 
 
-def write_parts(path: str, kind: str, sections: Mapping[str, Any]) -> dict[str, Any]:
+def write_parts(
+    path: str, kind: str, sections: Mapping[str, Any], text_params: Params | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Writes the autoencoder, the text encoders and the tokenizers that a config refers to into a pipeline's folder.
 
     The autoencoder stays as it is. Text encoders and tokenizers have the layouts that transformers 4 and 5 read.
@@ -181,6 +184,7 @@ def write_parts(path: str, kind: str, sections: Mapping[str, Any]) -> dict[str, 
       path: The folder of the pipeline.
       kind: Its class.
       sections: The sections `autoencoder` and `text_encoder` of a config.
+      text_params: The parameters of text encoders that were trained, in place of those in the folder.
 
     Returns:
       The entries of `model_index.json` for these parts, and the options of the class.
@@ -203,6 +207,7 @@ def write_parts(path: str, kind: str, sections: Mapping[str, Any]) -> dict[str, 
         if not model_folder.has_variant(found.model, variant, model_folder.TRANSFORMERS_WEIGHTS):
             variant = None
         stored, tokenizer = text_folder.read(found.model, variant), name.replace("text_encoder", "tokenizer")
+        stored = with_params(stored, text_params, text, name)
         text_folder.write(os.path.join(path, name), stored)
         tokenizers.write(pretrained_text.tokenizer_of(found), os.path.join(path, tokenizer))
         is_sentencepiece = os.path.isfile(os.path.join(path, tokenizer, "spiece.model"))
@@ -216,6 +221,22 @@ def write_parts(path: str, kind: str, sections: Mapping[str, Any]) -> dict[str, 
     if is_refiner:
         index |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
     return index
+
+
+def with_params(
+    stored: text_folder.Stored, params: Params | None, section: Mapping[str, Any], name: str
+) -> text_folder.Stored:
+    """Returns a text encoder with trained parameters in place of those in its folder, if there are any.
+
+    Args:
+      stored: The encoder.
+      params: The parameters that were trained, or None.
+      section: The section `text_encoder` of a config.
+      name: The folder of the encoder in that of the pipeline.
+    """
+    if params is None:
+        return stored
+    return dataclasses.replace(stored, params=params[JOINED[name]] if section["name"] == "joined" else params)
 
 
 def _forces_zeros(section: Mapping[str, Any]) -> bool:

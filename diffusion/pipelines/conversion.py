@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion.core import files, single_file
 from diffusion.core.types import ArraySpec, InputError, Spec
-from diffusion.encoders import autoencoder_folder
+from diffusion.encoders import autoencoder_folder, text_conditions
 from diffusion.interop import diffusers_models, diffusers_pipeline, original_file, schedulers
 from diffusion.interop.diffusers_pipeline import Pipeline
 from diffusion.pipelines import autoencoder_training, weight_reference
@@ -88,7 +88,9 @@ def _network(run: Run) -> diffusers_models.Model:
     """Returns the network of a run. Raises InputError if it has several."""
     if run.params.keys() != {"net"}:
         raise InputError("--from", f"the run trains {', '.join(run.params)}; a diffusers model has a single network")
-    return diffusers_models.Model(run.config["network"], run.model.spec(run.spec), jax.device_get(run.params["net"]))
+    params = dict(jax.device_get(run.params["net"]))
+    text_params = params.pop(text_conditions.OWN, None)
+    return diffusers_models.Model(run.config["network"], run.model.spec(run.spec), params, text_encoder=text_params)
 
 
 class _Found(NamedTuple):

@@ -164,6 +164,8 @@ class Trainer:
         self.checkpoint = checkpoint or CheckpointOptions()
         self.sharding = {"rules": rules, "sequence": sequence, "fsdp_min_size": fsdp_min_size}
         self.teacher, self.start, self.autoencoder = teacher, dict(start or {}), autoencoder
+        if text_encoder is not None and text_encoder.start is not None:
+            self.start = trees.merge({"net": {text_conditions.OWN: text_encoder.start}}, self.start)
         self.text_encoder = text_encoder
         self.hooks, self.extra_writers = tuple(hooks), tuple(writers)
         self.should_stop, self.heartbeat = should_stop, heartbeat
@@ -569,11 +571,11 @@ def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     Options that the stored config lacks were added to the project since; the arrays of the checkpoint are compared
     anyway.
     """
-    for part in ("network", "adapters", "autoencoder", "text_encoder", "objective", "data"):
-        ours, theirs = (files.plain(m.get("config", {}).get(part) or {}) for m in (meta, stored))
     if REFERENCE in stored:
         problem = "holds a converted model, which is not trained further in its place"
         raise InputError("workdir", f"{problem}; choose another --workdir and start from this one: --config.init_from")
+    for part in ("network", "adapters", "autoencoder", "text_encoder", "objective", "data"):
+        ours, theirs = (files.plain(m.get("config", {}).get(part) or {}) for m in (meta, stored))
         may_change = {
             "network": MACHINE_OPTIONS,
             "autoencoder": ("path", "slices", "dtype"),

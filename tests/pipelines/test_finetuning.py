@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from configs.common import CAPTIONED
 from diffusion.core import trees
 from diffusion.interop import diffusers_pipeline
+from diffusion.pipelines.conversion import export_file, export_run, import_folder
 from diffusion.pipelines.run import open_run
 from tests.jobs import job
 from tests.pipeline_folders import SIDE, UNET, write_captioned, write_pipeline
@@ -94,6 +96,42 @@ def test_the_result_becomes_a_folder(tuned, tmp_path):
     model = diffusers_pipeline.read(str(tmp_path / "out")).model
     ours = trees.by_path(open_run(tuned[0]).params["net"])
     jax.tree.map(np.testing.assert_array_equal, trees.by_path(model.params), ours)
+
+
+def test_the_text_encoder_is_trained_too(folders, base, tmp_path):
+    """It starts from the folder, a dropped text is the empty one, and a folder and a file have what was learned."""
+    workdir, before = str(tmp_path / "run"), digests(folders[0])
+    options = {
+        "text_encoder__trained": True,
+        "train__steps": 2,
+        "checkpoint__every": 2,
+        "optimizer__learning_rate": 1e-3,
+    }
+    train(folders, workdir, init_from=base, **options)
+    assert digests(folders[0]) == before
+    run = open_run(workdir, "none")
+    ours, start = (
+        trees.by_path(params) for params in (run.params["net"]["text_encoder"], open_run(base).text_encoder.params)
+    )
+    assert ours.keys() == start.keys()
+    moved = {path: np.abs(ours[path] - start[path]).max() for path in ours}
+    assert all(0 < distance < 0.1 for distance in moved.values()), moved
+    draw = {
+        "prompts": ["a red circle", "two squares"],
+        "guidance": 3.0,
+        "steps": 2,
+        "sampler": "ddim",
+        "size": (16, 16),
+    }
+    x = run.sample(2, **draw)
+    np.testing.assert_array_equal(run.sample(2, **draw, negative_prompt=""), x)
+    assert np.abs(open_run(base).sample(2, **draw) - x).max() > 1e-3
+    folder, file = str(tmp_path / "folder"), f"{tmp_path / 'model'}.safetensors"
+    export_run(workdir, folder, ema="none")
+    export_file(workdir, file, ema="none", dtype="float32")
+    for written, tokenizer in ((folder, None), (file, folders[0])):
+        import_folder(written, f"{written}_run", lambda *of: CAPTIONED, tokenizer=tokenizer)
+        np.testing.assert_allclose(open_run(f"{written}_run").sample(2, **draw), x, atol=1e-4)
 
 
 TABLE = {"name": "vp", "betas": "scaled_linear"}

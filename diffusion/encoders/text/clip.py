@@ -20,6 +20,7 @@ def make(
     null: Literal["empty", "zeros", "learned"] = "empty",
     variant: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    trained: bool = False,
     weights: bool = True,
     place: Callable[..., Any] | None = None,
 ) -> TextEncoder:
@@ -42,6 +43,8 @@ def make(
       variant: The variant of the weights, such as `fp16`; None: the weights without one, or the only ones.
       dtype: The dtype of the operands of matrix products. The parameters keep the dtype that they are stored with, and
         the result is float32.
+      trained: Whether the parameters are trained with those of the network, in float32, and saved with them. Those that
+        are read are what they start from.
       weights: Whether to read the weights; given by the caller. A plan does without them and needs `config.json` alone.
       place: Maps the shapes of the parameters to their shardings; given by the caller. None: the default device.
 
@@ -52,4 +55,4 @@ def make(
     encoder = pretrained_text.clip(folder, hidden_state=hidden_state, final_norm=True, pooled=pooled, length=length,
                                    use_mask=use_mask, dtype=dtype, variant=variant, weights=weights,
                                    place=place)  # fmt: skip
-    return pretrained_text.with_null(encoder, null, weights=weights)
+    return (pretrained_text.trained if trained else pretrained_text.with_null)(encoder, null, weights=weights)

@@ -41,6 +41,7 @@ def make(
     null: Literal["auto", "empty", "zeros", "learned"] = "auto",
     variant: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    trained: bool = False,
     weights: bool = True,
     place: Callable[..., Any] | None = None,
 ) -> TextEncoder:
@@ -59,7 +60,7 @@ def make(
       null: As for `clip`. `auto`: zeros for `sdxl`, unless `model_index.json` has `force_zeros_for_empty_prompt` =
         false; otherwise the encoded empty text.
       variant: As for `clip`. Encoders that lack the variant are read without one, if another has it.
-      dtype, weights, place: As for `clip`. `place` is called for each encoder.
+      dtype, trained, weights, place: As for `clip`. `place` is called for each encoder.
 
     Raises:
       InputError: A folder cannot be read, or its model is not supported or not that of the layout.
@@ -105,7 +106,7 @@ def make(
     )
     if null == "auto":
         null = "zeros" if layout == "sdxl" and pretrained_text.forces_zeros(path) else "empty"
-    return pretrained_text.with_null(encoder, null, weights=weights)
+    return (pretrained_text.trained if trained else pretrained_text.with_null)(encoder, null, weights=weights)
 
 
 def _joined(

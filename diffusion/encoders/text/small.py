@@ -1,6 +1,5 @@
 """A text encoder that is trained with the network, from scratch, on the captions of the data."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,21 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion.core import checks
-from diffusion.core.types import (
-    NULL,
-    Apply,
-    Array,
-    Cond,
-    ConditionSpec,
-    InputError,
-    Network,
-    Params,
-    Perturbation,
-    Text,
-    TextEncoder,
-)
-from diffusion.encoders import tokenizers
-from diffusion.encoders.text_conditions import TEXT, is_vectors
+from diffusion.core.types import Array, ConditionSpec, InputError, Text, TextEncoder
+from diffusion.encoders import text_conditions, tokenizers
 from diffusion.layers.attention import attend
 from diffusion.layers.functional import split
 from diffusion.layers.keys import Keys
@@ -31,7 +17,6 @@ from diffusion.layers.linear import Linear
 from diffusion.layers.norms import layer_norm
 from diffusion.layers.stack import Stack
 
-OWN = "text_encoder"  # the key of its parameters next to those of the network
 FITTED = 10_000  # captions to which a tokenizer is fitted, at most
 
 
@@ -123,45 +108,5 @@ def make(
         found,
         ConditionSpec("text", (found.length, width), pooled=width),
         tokenizer=found.to_text(),
-        attach=lambda network: attach(network, init, lambda params, text: merge(params)(text)),
+        attach=lambda network: text_conditions.attach(network, init, lambda params, text: merge(params)(text)),
     )
-
-
-def attach(network: Network, init: Callable[[Array], Params], encode: Callable[[Params, Text], Text]) -> Network:
-    """Returns a network that encodes integer tokens itself, with the parameters `text_encoder` next to its own.
-
-    Args:
-      network: A network that is conditioned on vectors.
-      init: Returns the parameters of the encoder.
-      encode: Returns the vectors of integer tokens.
-    """
-
-    def own(params: Params) -> Params:
-        return {name: value for name, value in params.items() if name != OWN}
-
-    def prepare(params: Params, cond: Cond) -> Cond:
-        def encoded(values: Cond) -> Cond:
-            if TEXT not in values or is_vectors(values[TEXT]):
-                return values
-            return {**values, TEXT: encode(params[OWN], values[TEXT])}
-
-        return {**encoded(cond), NULL: encoded(cond[NULL])} if NULL in cond else encoded(cond)
-
-    def reading(apply: Apply) -> Apply:
-        def apply_to_text(params: Params, x: Array, c_noise: Array, cond: Cond, *, key: Array | None = None) -> Array:
-            return apply(own(params), x, c_noise, prepare(params, cond), key=key)
-
-        return apply_to_text
-
-    def perturbed(perturbation: Perturbation) -> Apply:
-        return reading(network.perturbed(perturbation))
-
-    def init_both(key: Array) -> Params:
-        key, key_text = jax.random.split(key)
-        return {**network.init(key), OWN: init(key_text)}
-
-    return dataclasses.replace(
-        network, init=init_both, apply=reading(network.apply), prepare=prepare,
-        project=network.project and (lambda params: {**network.project(own(params)), OWN: params[OWN]}),
-        perturbed=network.perturbed and perturbed,
-    )  # fmt: skip

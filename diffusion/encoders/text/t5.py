@@ -17,6 +17,7 @@ def make(
     null: Literal["empty", "zeros", "learned"] = "empty",
     variant: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    trained: bool = False,
     weights: bool = True,
     place: Callable[..., Any] | None = None,
 ) -> TextEncoder:
@@ -29,7 +30,7 @@ def make(
       length: Number of tokens: 256 for Stable Diffusion 3 and Flux schnell, 512 for Flux dev.
       use_mask: Whether padding is not attended to, neither in the encoder nor by the network. Stable Diffusion 3 and
         Flux attend to it; PixArt does not.
-      null, variant, weights, place: As for `clip`.
+      null, variant, trained, weights, place: As for `clip`.
       dtype: The dtype of the operands of matrix products; see `clip`.
 
     Raises:
@@ -38,4 +39,4 @@ def make(
     folder = pretrained_text.find(path, (T5,), part, tokenizer, weights=weights)
     encoder = pretrained_text.t5(folder, length=length, use_mask=use_mask, dtype=dtype, variant=variant,
                                  weights=weights, place=place)  # fmt: skip
-    return pretrained_text.with_null(encoder, null, weights=weights)
+    return (pretrained_text.trained if trained else pretrained_text.with_null)(encoder, null, weights=weights)
