@@ -16,21 +16,27 @@ Expected:  python -m experiments.evaluate --workdir=runs/shapes_text
 from configs import common
 
 
-def get_config():
+def get_config(space: str = "latents"):
+    pixels = common.choose("space", space, {"latents": False, "pixels": True})
     data = dict(name="shapes", size=64, max_things=2, captions="varied")
     return common.config(
         dict(),
         data=dict(**data, combinations="seen"),
-        autoencoder=dict(name="kl", path="models/shapes64_kl"),
+        autoencoder=None if pixels else dict(name="kl", path="models/shapes64_kl"),
         text_encoder=dict(name="small", vocab_size=400, length=24, width=96, depth=2, num_heads=4),
         objective=dict(name="flow_matching", time_sampler=dict(name="logit_normal", mean=0.5)),
-        network=common.SMALL_DIT,
+        network=dict(common.SMALL_DIT, patch_size=4 if pixels else 2),
         optimizer=common.MUON,
         ema=dict(decays=(0.99,)),
-        train=dict(steps=2200, batch_size=128, cond_drop_rate=0.1, preview_every=500),
+        train=dict(
+            steps=900 if pixels else 2200, batch_size=16 if pixels else 128, cond_drop_rate=0.1, preview_every=500
+        ),
         checkpoint=dict(every=500, keep=2),
         eval=dict(
             data=dict(**data, split="test"),
-            metrics=dict(caption_match=dict(num=2000, guidance=2.0, by_combination=True)),
+            metrics=dict(
+                caption_match=dict(num=2000, guidance=2.0, by_combination=True),
+                readable_shapes=dict(num=1000, guidance=2.0),
+            ),
         ),
     )

@@ -48,7 +48,7 @@ ARGUMENTS = {
     "moons": ("independent", "exact", "sinkhorn"),
     "sd15_finetune": ("eps", "v"),
     "sdxl_finetune": ("eps", "v"),
-    "shapes64_latent": ("latents", "pixels"),
+    "shapes_text": ("latents", "pixels"),
 }
 # Parameters in millions, as the papers say.
 PUBLISHED = {
