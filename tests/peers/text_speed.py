@@ -1,12 +1,13 @@
-"""Times the U-Net of Stable Diffusion 1.5 against the same network in diffusers: the same weights, alternately, in one
-process, on latents of 64 x 64 and batches of one.
+"""Times the U-Net and the autoencoder of Stable Diffusion 1.5 against the same networks in diffusers: the same weights,
+alternately, in one process, on latents of 64 x 64 and batches of one.
 
 `python -m experiments.benchmark --suite=text` runs it, from a checkout with requirements-peers.txt installed. It takes
-about 16 GB of memory. A train step is loss, gradient and SGD, since the moments of Adam would take another 14 GB.
+about 18 GB of memory. A train step is loss, gradient and SGD, since the moments of Adam would take another 14 GB.
 """
 
 import os
 import statistics
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from diffusion.core.build import build, build_network
 from diffusion.core.tensors import to_native
-from diffusion.core.types import Text, TextEncoder
+from diffusion.core.types import ArraySpec, Autoencoder, Spec, Text, TextEncoder
 from diffusion.distributed.mesh import make_mesh
 from diffusion.interop import diffusers_models, diffusers_unet_text
 from diffusion.pipelines.generator import Generator
@@ -25,6 +26,10 @@ from diffusion.profiling.timing import time_alternately
 from tests.peers.speed import LEARNING_RATE, OBJECTIVE, matmul_rate, print_row
 
 SIDE, STEPS, SCALE = 64, 20, 7.5
+VAE = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "sample_size": 8 * SIDE,
+}  # fmt: skip
 NAME = f"Stable Diffusion's U-Net, {SIDE}x{SIDE}x4"
 
 
@@ -52,12 +57,16 @@ def text(runs: int) -> None:
         theirs = model(channels_first(x), torch.tensor([500]), torch.tensor(tokens)).sample.permute(0, 2, 3, 1).numpy()
     ours = jax.jit(network.apply)(params, x, np.float32([500]), {"text": texts[0]})
     print(f"outputs differ by {abs(ours - theirs).max() / abs(theirs).max():.1e}")
+    vae = diffusers.AutoencoderKL(**VAE).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        vae.save_pretrained(folder)
+        autoencoder = build("autoencoders", {"name": "kl", "path": folder}, shape=(8 * SIDE, 8 * SIDE, 3))
     sides = {
-        "ours": our_sampling(network, spec, params, texts),
-        "theirs": their_sampling(model, tokens, null),
+        "ours": our_sampling(network, spec, params, texts, autoencoder),
+        "theirs": their_sampling(model, vae, tokens, null),
     }
     seconds = time_alternately(sides, runs)
-    print_row(f"DDIM, {STEPS} steps, guided", seconds, 2 * 2 * STEPS * macs / rate)
+    print_row(f"DDIM, {STEPS} steps, guided, decoded", seconds, 2 * 2 * STEPS * macs / rate)
     sides = {"ours": our_step(network, params, x, texts[0]), "theirs": their_step(model, x, tokens)}
     seconds = time_alternately(sides, runs)
     print_row("train step (SGD)", seconds, 3 * 2 * macs / rate)
@@ -106,27 +115,29 @@ def their_step(model: Any, x: np.ndarray, tokens: np.ndarray) -> Callable[[], No
     return call
 
 
-def our_sampling(network: Any, spec: Any, params: Any, texts: list[Text]) -> Callable[[], Any]:
-    """Returns guided sampling of one image."""
+def our_sampling(
+    network: Any, spec: Any, params: Any, texts: list[Text], autoencoder: Autoencoder
+) -> Callable[[], Any]:  # fmt: skip
+    """Returns guided sampling of one image of 512 x 512 pixels."""
     prompt, null = texts
+    data = Spec(ArraySpec((8 * SIDE, 8 * SIDE, 3)), captions=True)
     encoder = TextEncoder(lambda prompts: prompt, spec.conditions["text"], {}, lambda params, text: text, null=null)
     generator = Generator(
-        network, build("objectives", OBJECTIVE), spec, make_mesh(), cond_drop_rate=0.1, text_encoder=encoder,
+        network, build("objectives", OBJECTIVE), data, make_mesh(), cond_drop_rate=0.1, text_encoder=encoder,
+        autoencoder=autoencoder,
         sampler={"name": "ddim", "steps": STEPS, "grid": {"name": "leading", "steps_offset": 1}},
         guidance={"name": "cfg", "scale": SCALE},
     )  # fmt: skip
     return lambda: generator({"net": params}, {"text": prompt}, 1, seed=0, batch_size=1)
 
 
-def their_sampling(model: Any, tokens: np.ndarray, null: np.ndarray) -> Callable[[], None]:
-    """Returns the same by diffusers' pipeline, whose autoencoder is not called."""
+def their_sampling(model: Any, vae: Any, tokens: np.ndarray, null: np.ndarray) -> Callable[[], None]:
+    """Returns the same by diffusers' pipeline."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    autoencoder = AutoencoderKL(block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4,
-                                up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=1)  # fmt: skip
-    pipe = StableDiffusionPipeline(autoencoder, None, None, model.eval(), scheduler, None, None,
+    pipe = StableDiffusionPipeline(vae, None, None, model.eval(), scheduler, None, None,
                                    requires_safety_checker=False)  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     prompt, negative = torch.tensor(tokens), torch.tensor(null)
@@ -134,6 +145,6 @@ def their_sampling(model: Any, tokens: np.ndarray, null: np.ndarray) -> Callable
     def call() -> None:
         with torch.no_grad():
             pipe(prompt_embeds=prompt, negative_prompt_embeds=negative, guidance_scale=SCALE, height=8 * SIDE,
-                 width=8 * SIDE, num_inference_steps=STEPS, output_type="latent")  # fmt: skip
+                 width=8 * SIDE, num_inference_steps=STEPS, output_type="np")  # fmt: skip
 
     return call
