@@ -55,13 +55,25 @@ class Blocks(NamedTuple):
 def split(construct: Callable[[Keys], nnx.Module]) -> tuple[Callable[[Array], Params], Callable[[Params], nnx.Module]]:
     """Returns the functions `init(key) -> params` and `merge(params) -> module` of an NNX module.
 
+    A large module takes seconds to construct. It is constructed once for its structure and for all abstract calls of
+    `init`, as by `jax.eval_shape`, which share a trace.
+
     Args:
       construct: Builds the module from its random keys. Its state must consist of parameters only, with string keys
         (`nnx.Dict`, not lists).
     """
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: construct(Keys(jax.random.key(0)))))
+    graphdefs = []
+
+    def create(key: Array) -> Params:
+        graphdef, state = nnx.split(construct(Keys(key)))
+        graphdefs.append(graphdef)
+        return nnx.to_pure_dict(state)
+
+    traced = jax.jit(create, inline=True)
+    jax.eval_shape(traced, jax.random.key(0))
+    graphdef = graphdefs[0]
     return (
-        lambda key: nnx.to_pure_dict(nnx.state(construct(Keys(key)))),
+        lambda key: (traced if isinstance(key, jax.core.Tracer) else create)(key),
         lambda params: nnx.merge(graphdef, nnx.State(params)),
     )
 
