@@ -113,6 +113,30 @@ def stacked(pairs: Sequence[Pair], prefixes: Sequence[str]) -> list[Pair]:
     return [over_blocks(pair) for pair in pairs]
 
 
+def check(pairs: Sequence[Pair], tensors: Tensors, shapes: Params) -> None:
+    """Checks that foreign tensors are those of a network, without reading their numbers.
+
+    Args:
+      pairs, tensors, shapes: See `to_native`.
+
+    Raises:
+      InputError: if a tensor is missing, is not in the table, or has the wrong shape.
+    """
+    native = trees.by_path(shapes)
+    known = {name for pair in pairs for name in pair.foreign}
+    for name in sorted(tensors.keys() - known):
+        raise InputError(f"tensors.{name}", f"of shape {list(tensors[name].shape)} belongs to no layer of config.json")
+    for pair in pairs:
+        parts = pair.split(np.broadcast_to(np.float32(0), native[pair.native].shape))
+        for name, like in zip(pair.foreign, parts, strict=True):
+            if name not in tensors:
+                raise InputError(f"tensors.{name}", f"is missing; config.json requires it, of shape {list(like.shape)}")
+            if tensors[name].shape != like.shape:
+                actual, expected = list(tensors[name].shape), list(like.shape)
+                raise InputError(f"tensors.{name}", f"must have shape {expected} by config.json, got {actual}")
+    assert {pair.native for pair in pairs} == native.keys(), "the table does not cover the network"
+
+
 def to_native(
     pairs: Sequence[Pair], tensors: Tensors, shapes: Params,
     place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
@@ -127,24 +151,11 @@ def to_native(
         that are views of a file, only one parameter at a time is in the memory of the host.
 
     Raises:
-      InputError: if a tensor is missing, is not in the table, or has the wrong shape.
+      InputError: See `check`.
     """
-    native = trees.by_path(shapes)
-    known = {name for pair in pairs for name in pair.foreign}
-    for name in sorted(tensors.keys() - known):
-        raise InputError(f"tensors.{name}", f"of shape {list(tensors[name].shape)} belongs to no layer of config.json")
-    flat = {}
-    for pair in pairs:
-        parts = pair.split(np.broadcast_to(np.float32(0), native[pair.native].shape))
-        for name, like in zip(pair.foreign, parts, strict=True):
-            if name not in tensors:
-                raise InputError(f"tensors.{name}", f"is missing; config.json requires it, of shape {list(like.shape)}")
-            if tensors[name].shape != like.shape:
-                actual, expected = list(tensors[name].shape), list(like.shape)
-                raise InputError(f"tensors.{name}", f"must have shape {expected} by config.json, got {actual}")
-        flat[pair.native] = place(pair.native, pair.join([tensors[name] for name in pair.foreign]))
-    assert flat.keys() == native.keys(), "the table does not cover the network"
-    return trees.nest(flat)
+    check(pairs, tensors, shapes)
+    return trees.nest({pair.native: place(pair.native, pair.join([tensors[name] for name in pair.foreign]))
+                       for pair in pairs})  # fmt: skip
 
 
 def to_foreign(pairs: Sequence[Pair], params: Params) -> dict[str, np.ndarray]:

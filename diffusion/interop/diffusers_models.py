@@ -10,7 +10,7 @@ schedule, and `model_index.json`.
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,10 +18,11 @@ import numpy as np
 from diffusion.core import model_folder, tensor_file, tensors
 from diffusion.core.build import build_network, defaults, find
 from diffusion.core.tensors import Pair
-from diffusion.core.types import InputError, Params, Spec
+from diffusion.core.types import InputError, Network, Params, Spec
 from diffusion.interop import diffusers_dit, diffusers_pixart, diffusers_unet, diffusers_unet_text
 
 Place = Callable[[str, np.ndarray], Any]
+Weights = Literal["read", "checked", "named"]
 
 _CLASSES = {
     "UNet2DModel": diffusers_unet,
@@ -41,6 +42,7 @@ class Model:
       spec: The specification of the data. The range of the raw values is not known and has its default.
       params: The parameters, float32, or their shapes.
       digest: SHA-256 of the tensors that they were read from; empty if none were read.
+      built: The network that `network` describes, if it has been built.
       text_encoder: The parameters of a text encoder that was trained with the network, or None.
     """
 
@@ -48,12 +50,13 @@ class Model:
     spec: Spec
     params: Params
     digest: str = ""
+    built: Network | None = None
     text_encoder: Params | None = None
 
 
 def read(
     path: str, *, null_class: bool = False, variant: str | None = None, text_length: int | None = None,
-    weights: bool = True, place: Place | None = None,
+    weights: Weights = "read", place: Place | None = None,
 ) -> Model:  # fmt: skip
     """Reads a model folder.
 
@@ -65,8 +68,8 @@ def read(
       variant: The variant of the weights; see `model_folder.read_tensors`.
       text_length: The number of tokens of a text, which no folder has; None for that of the model: 120 for
         PixArt-alpha, 77 for Stable Diffusion.
-      weights: Whether to read the parameters. Otherwise the names and shapes of the tensors are checked, and the shapes
-        of the parameters returned.
+      weights: `read`: read the parameters. Otherwise their shapes are returned, after checking the names and shapes of
+        the tensors (`named`), and in addition all numbers for their digest (`checked`).
       place: Called with the path of each parameter and its array, a view of the file in the dtype of the file if that
         is possible; what it returns becomes the parameter. None: NumPy arrays, float32.
 
@@ -95,13 +98,13 @@ def read(
         field = error.field.removeprefix("config.json.")
         raise InputError(f"config.json.{converter.NAMES.get(field, field)}", error.problem) from None
     shapes = jax.eval_shape(built.init, jax.random.key(0))
-    if not weights:
-        tensors.to_native(pairs(network, spec), foreign, shapes, lambda path, array: None)
-        return Model(network, spec, shapes)
-    digest = tensor_file.digest(foreign)
+    tensors.check(pairs(network, spec), foreign, shapes)
+    digest = "" if weights == "named" else tensor_file.digest(foreign)
+    if weights != "read":
+        return Model(network, spec, shapes, digest, built)
     place = place or (lambda path, array: array.astype(np.float32))
     params = tensors.to_native(pairs(network, spec), foreign, shapes, place)
-    return Model(network, spec, params, digest)
+    return Model(network, spec, params, digest, built)
 
 
 def write(path: str, model: Model) -> str:

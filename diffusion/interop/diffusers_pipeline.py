@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from diffusion.core import model_folder
 from diffusion.core.types import InputError
 from diffusion.interop import diffusers_models, schedulers, text_pipelines
-from diffusion.interop.diffusers_models import Model, Place
+from diffusion.interop.diffusers_models import Model, Place, Weights
 
 # For each network, its component, and a pipeline without a text encoder, if there is one.
 COMPONENTS = {
@@ -43,8 +43,9 @@ class Pipeline(NamedTuple):
 
 
 def read(
-    path: str, *, null_class: bool = False, variant: str | None = None, weights: bool = True, place: Place | None = None
-) -> Pipeline:
+    path: str, *, null_class: bool = False, variant: str | None = None, weights: Weights = "read",
+    place: Place | None = None,
+) -> Pipeline:  # fmt: skip
     """Reads a model folder or a pipeline folder.
 
     The first pipelines on the hub have all files in one folder, without subfolders for the model and the scheduler. The

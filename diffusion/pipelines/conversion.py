@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from diffusion.core import files, single_file
 from diffusion.core.types import ArraySpec, InputError, Spec
@@ -142,7 +141,7 @@ def import_folder(
     if tokenizer and not is_file:
         raise InputError("--tokenizer", "is for single files, which have none; leave it out")
     try:
-        pipeline = diffusers_pipeline.read(folder, null_class=null_class, variant=variant, place=_shape)
+        pipeline = diffusers_pipeline.read(folder, null_class=null_class, variant=variant, weights="checked")
         if tokenizer:
             pipeline.sections["text_encoder"]["tokenizer"] = tokenizer
         found = _found(pipeline, base_config)
@@ -171,7 +170,7 @@ def describe_folder(
       InputError: The folder cannot be read.
     """
     try:
-        pipeline = diffusers_pipeline.read(folder, null_class=null_class, variant=variant, weights=False)
+        pipeline = diffusers_pipeline.read(folder, null_class=null_class, variant=variant, weights="named")
         found = _found(pipeline, base_config, weights=False)
     except InputError as error:
         raise error.within("--from") from None
@@ -227,7 +226,7 @@ def _found(pipeline: Pipeline, base_config: BaseConfig, weights: bool = True) ->
         height, width, _ = spec.shape
         others = {name: condition for name, condition in spec.conditions.items() if condition.kind != "text"}
         spec = Spec(ArraySpec((factor * height, factor * width, 3)), others, captions=True)
-    built = build_model(config, spec, weights=weights)
+    built = build_model(config, spec, weights=weights, network=model.built)
     _check_fit(built.spec(spec), model.spec)
     return _Found(config, spec, built, model)
 
@@ -257,10 +256,6 @@ def _check_fit(given: Spec, expected: Spec) -> None:
             widths = f"{text.shape[1]} and {text.pooled}"
             problem = f"has vectors of width {theirs.shape[1]} and a pooled one of {theirs.pooled}, and the network"
             raise InputError("text_encoder", f"{problem} reads {widths}; they are of different models")
-
-
-def _shape(path: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, np.float32)
 
 
 def _write_run(workdir: str, found: _Found, weights: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ class Model(NamedTuple):
 def build_model(
     config: Mapping[str, Any], spec: Spec, teacher: Teacher | None = None, autoencoder: Autoencoder | None = None,
     text_encoder: TextEncoder | None = None, *, weights: bool = True, source: Source | None = None,
-    tokenizer: str | None = None,
+    tokenizer: str | None = None, network: Network | None = None,
 ) -> Model:  # fmt: skip
     """Builds the model of a config.
 
@@ -45,6 +45,7 @@ def build_model(
       autoencoder, text_encoder: Replace those that the config names.
       weights: See `build_autoencoder`.
       source, tokenizer: See `build_text_encoder`.
+      network: The network that the config describes, if it has been built.
 
     Raises:
       InputError: A part cannot be built, or was an object that the config does not describe.
@@ -58,7 +59,8 @@ def build_model(
         autoencoder = build_autoencoder(config, spec, weights=weights)
     if text_encoder is None:
         text_encoder = build_text_encoder(config, weights=weights, source=source, tokenizer=tokenizer)
-    network = build_network(config["network"], model_spec(spec, autoencoder, text_encoder))
+    if network is None:
+        network = build_network(config["network"], model_spec(spec, autoencoder, text_encoder))
     network = text_conditions.attached(network, text_encoder)
     for name, keywords in config["adapters"].items():
         network = build("adapters", {"name": name, **keywords}, field=f"adapters.{name}", network=network)

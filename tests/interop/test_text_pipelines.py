@@ -54,7 +54,7 @@ def folder_of(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sections_that_follow_from_a_folder(kind, folder_of):
     folder = folder_of(kind)
-    pipeline = diffusers_pipeline.read(str(folder), weights=False)
+    pipeline = diffusers_pipeline.read(str(folder), weights="named")
     assert (pipeline.kind, pipeline.scheduler) == (KINDS[kind][0], KINDS[kind][3]["_class_name"])
     assert pipeline.model.spec == model_of(kind).spec
     sampler, steps, guidance = SAMPLING[kind]
@@ -180,7 +180,7 @@ def test_the_second_encoder_of_sdxl_is_required(folder_of, tmp_path):
     rewrite(folder / "model_index.json", text_encoder_2=[None, None])
     shutil.rmtree(folder / "text_encoder_2")
     with refused("folder") as caught:
-        diffusers_pipeline.read(str(folder), weights=False)
+        diffusers_pipeline.read(str(folder), weights="named")
     assert "text_encoder_2" in str(caught.value)
 
 
@@ -191,7 +191,7 @@ def test_the_empty_negative_prompt_of_sdxl(zeros, folder_of, tmp_path):
     del index["force_zeros_for_empty_prompt"]
     given = {} if zeros is None else {"force_zeros_for_empty_prompt": zeros}
     (folder / "model_index.json").write_text(json.dumps(index | given))
-    text = diffusers_pipeline.read(str(folder), weights=False).sections["text_encoder"]
+    text = diffusers_pipeline.read(str(folder), weights="named").sections["text_encoder"]
     assert text["null"] == ("empty" if zeros is False else "zeros")
 
 
@@ -199,9 +199,9 @@ def test_a_class_that_is_not_known_is_refused(folder_of, tmp_path):
     folder = shutil.copytree(folder_of("sd15"), tmp_path / "folder")
     rewrite(folder / "model_index.json", _class_name="StableDiffusionUpscalePipeline")
     with refused("model_index.json._class_name") as caught:
-        diffusers_pipeline.read(str(folder), weights=False)
+        diffusers_pipeline.read(str(folder), weights="named")
     assert str(folder / "unet") in str(caught.value)
-    assert diffusers_pipeline.read(str(folder / "unet"), weights=False).sections is None
+    assert diffusers_pipeline.read(str(folder / "unet"), weights="named").sections is None
 
 
 def test_parts_of_different_models_are_refused(folder_of, tmp_path):
@@ -223,7 +223,7 @@ def test_outdated_schedulers_and_sizes(folder_of, tmp_path):
     scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     rewrite(folder / "unet" / "config.json", _diffusers_version="0.2.2", sample_size=32)
-    pipeline = diffusers_pipeline.read(str(folder), weights=False)
+    pipeline = diffusers_pipeline.read(str(folder), weights="named")
     assert pipeline.sections["sampler"]["grid"] == {"name": "leading", "steps_offset": 1}
     assert "threshold" not in pipeline.sections["guidance"] and pipeline.model.spec.shape == (64, 64, 4)
 
@@ -232,12 +232,12 @@ def test_parts_without_the_variant_are_read_without_one(folder_of, tmp_path):
     folder = shutil.copytree(folder_of("sdxl"), tmp_path / "folder")
     for part in ("unet/diffusion_pytorch_model", "text_encoder_2/model"):
         shutil.copy(folder / f"{part}.safetensors", folder / f"{part}.fp16.safetensors")
-    sections = diffusers_pipeline.read(str(folder), variant="fp16", weights=False).sections
+    sections = diffusers_pipeline.read(str(folder), variant="fp16", weights="named").sections
     assert sections["text_encoder"]["variant"] == "fp16" and "variant" not in sections["autoencoder"]
     chosen = text_pipelines.variants(str(folder), ["unet", "vae", "text_encoder", "text_encoder_2"], "fp16")
     assert chosen == {"unet": "fp16", "vae": None, "text_encoder": None, "text_encoder_2": "fp16"}
     with refused("folder"):
-        diffusers_pipeline.read(str(folder), variant="bf16", weights=False)
+        diffusers_pipeline.read(str(folder), variant="bf16", weights="named")
 
 
 @pytest.mark.slow
@@ -276,7 +276,7 @@ def test_a_run_is_written_as_the_folder_that_it_was(kind, folder_of, written_bac
     """All tensors are the same, bit for bit, and the scheduler and the parts are read as before."""
     first, second = folder_of(kind), written_back(kind)
     assert tensors_of(first) == tensors_of(second) and len(tensors_of(first)) > 50
-    before, after = (diffusers_pipeline.read(str(folder), weights=False) for folder in (first, second))
+    before, after = (diffusers_pipeline.read(str(folder), weights="named") for folder in (first, second))
     for name in ("objective", "sampler", "guidance"):
         assert after.sections[name] == before.sections[name]
     assert (after.kind, after.scheduler, after.model.spec) == (before.kind, before.scheduler, before.model.spec)

@@ -104,7 +104,7 @@ def opened_of(tmp_path_factory):
     def open_it(kind, scheduler=None):
         name = "own" if scheduler is None else scheduler["_class_name"] + str(len(found))
         folder = pathlib.Path(write_pipeline(root / f"{kind}_{name}", kind, scheduler))
-        sections = diffusers_pipeline.read(str(folder), weights=False).sections
+        sections = diffusers_pipeline.read(str(folder), weights="named").sections
         key = kind, str(sections["objective"])
         if key not in found:
             path = str(root / f"run{len(found)}")
