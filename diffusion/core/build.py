@@ -30,6 +30,7 @@ FAMILIES = {
     "autoencoders": "diffusion.encoders.autoencoders",
     "data": "diffusion.data.sources",
     "discretization": "diffusion.objectives.base.discretization",
+    "editing": "diffusion.sampling.editing",
     "evaluation": "diffusion.evaluation",
     "grids": "diffusion.sampling.grids",
     "guidance": "diffusion.sampling.guidance",

@@ -34,6 +34,7 @@ from diffusion.distributed import activation_sharding, sharding
 from diffusion.encoders import text_conditions
 from diffusion.sampling import guidance as guidances
 from diffusion.sampling import loop
+from diffusion.sampling.editing.common import Editing, Hooks, Known
 
 PLACING = ("steps", "grid", "unroll")  # options of the sampler section that are not the sampler's own
 PERTURBED = ("pag", "seg", "slg")  # guidance by the network itself, also around another guidance
@@ -66,6 +67,7 @@ class Generator:
       autoencoder: The autoencoder whose latents the network models, and which decodes the samples; None if it models
         the data themselves.
       after_step: Changes x after each step; see `sampling.loop.sample`.
+      editing: How samples agree with what is known of them, in place of `after_step`; see `sampling.editing`.
       moments: See `conditions.moments_of`.
 
     Raises:
@@ -77,12 +79,12 @@ class Generator:
         sampler: Mapping[str, Any], guidance: Mapping[str, Any], cond_drop_rate: float,
         worse: tuple[Network, Objective, Params] | None = None, always_guided: bool = False,
         autoencoder: Autoencoder | None = None, text_encoder: TextEncoder | None = None,
-        after_step: loop.AfterStep | None = None,
+        after_step: loop.AfterStep | None = None, editing: Editing | None = None,
         moments: tuple[Array, Array] | None = None,
     ):  # fmt: skip
         self.objective, self.spec, self.mesh, self.text_encoder = objective, spec, mesh, text_encoder
         self.conditions = model_spec(spec, autoencoder, text_encoder).conditions
-        self.cond_drop_rate = cond_drop_rate
+        self.cond_drop_rate, self.editing = cond_drop_rate, editing
         placing, self.solver = _read_sampler(sampler)
         guide, static, self.numbers = _read_guidance(guidance)
         self.guided = always_guided or not is_neutral(guidance)
@@ -90,6 +92,7 @@ class Generator:
         self._place(placing)
         unroll = placing.get("unroll", 1)
         shape = spec.shape if autoencoder is None else autoencoder.shape
+        self._height = shape[0]
         # Parameters that the caller does not pass.
         self._others = {
             "worse": None if worse is None else worse[2],
@@ -119,9 +122,12 @@ class Generator:
                     denoise = _wrap(getattr(guidances, name), denoise, numbers[name], static[name], supplied)
             return denoise
 
+        def encoded(others: Mapping, x: Array) -> Array:
+            return x if autoencoder is None else autoencoder.encode(others["autoencoder"], x, None)
+
         def draw(
-            params: Params, others: Mapping, keys: Array, cond: Cond, start: Array | None, times: Array,
-            numbers: Mapping, renoise: bool,
+            params: Params, others: Mapping, keys: Array, cond: Cond, start: Array | None, known: Known | None,
+            times: Array, first: Array | None, numbers: Mapping, renoise: bool,
         ) -> Array:  # fmt: skip
             schedule = objective.schedule_for(params)
             cond = text_conditions.encoded(text_encoder, others["text_encoder"], others["null_text"], cond)
@@ -131,21 +137,29 @@ class Generator:
             if start is None:
                 x = loop.prior(schedule, times[0], keys, shape, moments)
             else:
-                if autoencoder is not None:
-                    start = autoencoder.encode(others["autoencoder"], start, None)
-                x = loop.noised(schedule, start, times[0], keys)
+                x = loop.noised(schedule, encoded(others, start), times[first], keys)
+            hooks = Hooks(denoise, after_step)
+            if known is not None:
+                inner = known if autoencoder is None else Known(encoded(others, known.image), self._reduced(known.mask))
+                hooks = editing.hooks(denoise, schedule, inner, times, keys)
             x = loop.sample(
-                denoise, schedule, self.solver, x, times, keys, after_step=after_step, renoise=renoise,
+                hooks.denoise, schedule, self.solver, x, times, keys, first=first, after_step=hooks.after_step,
+                renoise=renoise,
                 self_conditioning=getattr(objective, "self_conditioning", False),
                 memory=self.guided and bool(static["guidance"].get("momentum")), unroll=unroll,
             )  # fmt: skip
-            return x if autoencoder is None else autoencoder.decode(others["autoencoder"], x)
+            if known is not None and editing.keeps is not None and autoencoder is not None:
+                x = jnp.where(editing.keeps(inner), inner.image, x)
+            x = x if autoencoder is None else autoencoder.decode(others["autoencoder"], x)
+            if known is not None and editing.keeps is not None:
+                x = jnp.where(editing.keeps(known), known.image, x)
+            return x
 
         self._shapes = jax.eval_shape(lambda: objective.init(network, jax.random.key(0)))
         if mesh.size > 1:
             draw = activation_sharding.enabled(draw, sharding.by_example(mesh))
         # Every process receives all samples.
-        self._draw = jax.jit(draw, out_shardings=sharding.replicated(mesh), static_argnums=7)
+        self._draw = jax.jit(draw, out_shardings=sharding.replicated(mesh), static_argnums=9)
         self._compiled = {}
         self._trace()
 
@@ -171,17 +185,18 @@ class Generator:
 
     def __call__(
         self, params: Params, cond: Cond, num: int, *, seed: int, batch_size: int = 250,
-        title: str | None = None, start: np.ndarray | None = None, strength: float = 1.0,
+        title: str | None = None, start: np.ndarray | None = None, strength: float = 1.0, known: Known | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Draws `num` samples, float32 `[num, ...]`; see `batches`."""
         drawn = self.batches(
-            params, cond, num, seed=seed, batch_size=batch_size, title=title, start=start, strength=strength
-        )
+            params, cond, num, seed=seed, batch_size=batch_size, title=title, start=start, strength=strength,
+            known=known,
+        )  # fmt: skip
         return np.concatenate([x for x, _ in drawn])
 
     def batches(
         self, params: Params, cond: Cond, num: int, *, seed: int, batch_size: int = 250, title: str | None = None,
-        first: int = 0, start: np.ndarray | None = None, strength: float = 1.0,
+        first: int = 0, start: np.ndarray | None = None, strength: float = 1.0, known: Known | None = None,
     ) -> Iterator[tuple[np.ndarray, Cond]]:  # fmt: skip
         """Draws samples in batches, and yields each, float32 `[B, ...]`, with its conditions.
 
@@ -197,6 +212,7 @@ class Generator:
             batches that are drawn begin at the same indices.
           start: Clean examples `[num, ...]` in [-1, 1] to start from, with noise added, in place of pure noise.
           strength: The share of the steps that runs with `start`, the last ones, in (0, 1].
+          known: What is known of the samples, `[num, ...]` each, for `editing`.
 
         Raises:
           InputError: `start` has another shape, or `strength` leaves no step.
@@ -207,7 +223,8 @@ class Generator:
         times = self.times
         if self._is_learned:
             times = sampling_times(self.objective.schedule_for(params), **self.placing)
-        times = times if start is None else _last_times(times, strength)
+        times = times if known is None else jnp.asarray(self.editing.times(np.asarray(times)))
+        first_step = None if start is None else np.int32(_first_step(times, strength))
         renoise = _rises(times)
         shards = sharding.batch_shards(self.mesh)
         batch_size = -(-min(batch_size, num) // shards) * shards
@@ -215,9 +232,9 @@ class Generator:
 
         def draw(keys: Array, arrays: Cond) -> Array:
             keys, cond = sharding.spread((keys, dict(arrays)), place)
-            begin = cond.pop("start", None)
-            args = params, self._others, keys, cond, begin, times, self.numbers
-            size = len(times), renoise, batch_size, start is None, jax.tree.structure(cond)
+            begin, known = cond.pop("start", None), cond.pop("known", None)
+            args = params, self._others, keys, cond, begin, known, times, first_step, self.numbers
+            size = len(times), renoise, batch_size, start is None, jax.tree.structure((cond, known))
             if size not in self._compiled:
                 self._compiled[size] = self._draw.lower(*args, renoise).compile()
             return self._compiled[size](*args)
@@ -227,6 +244,7 @@ class Generator:
         if "label" in given:
             given["label"] = given["label"].astype(np.int32)
         arrays = given if start is None else {**given, "start": np.asarray(start, np.float32)}
+        arrays = arrays if known is None else {**arrays, "known": known}
         progress = Progress(title, num, done=first) if title else None
         done = first // batch_size * batch_size
         try:
@@ -240,6 +258,13 @@ class Generator:
         finally:
             if progress:
                 progress.close()
+
+    def _reduced(self, mask: Array | None) -> Array | None:
+        """Returns a mask of images at the size of the latents: that of the first pixel of each."""
+        if mask is None:
+            return None
+        factor = self.spec.shape[0] // self._height
+        return mask[:, ::factor, ::factor]
 
     @property
     def _is_learned(self) -> bool:
@@ -270,7 +295,7 @@ class Generator:
         cond = self.spec.zeros(1)
         if self.text_encoder is not None:
             cond["text"] = self.text_encoder.tokenize([""])
-        arrays = self._shapes, self._others, keys, cond, None, self.times, self.numbers
+        arrays = self._shapes, self._others, keys, cond, None, None, self.times, None, self.numbers
         jax.eval_shape(lambda *arrays: self._draw(*arrays, _rises(self.times)), *arrays)
 
 
@@ -350,8 +375,8 @@ def _rises(times: Array) -> bool:
     return bool((np.diff(times) > 0).any())
 
 
-def _last_times(times: Array, strength: float) -> Array:
-    """Returns the times of the last steps, min(int(steps * strength), steps) of them.
+def _first_step(times: Array, strength: float) -> int:
+    """Returns the index of the time from which min(int(steps * strength), steps) steps are left.
 
     If the times also rise, a step is one to a time below all before it.
     """
@@ -362,7 +387,7 @@ def _last_times(times: Array, strength: float) -> Array:
         raise InputError(
             "strength", f"must be in (0, 1], and leave at least one of {len(steps) - 1} steps; got {strength}"
         )
-    return times[steps[-1 - count] :]
+    return int(steps[-1 - count])
 
 
 def _read_sampler(section: Mapping[str, Any], build_it: bool = True) -> tuple[dict[str, Any], Sampler | None]:

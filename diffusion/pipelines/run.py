@@ -60,6 +60,7 @@ from diffusion.pipelines.overrides import with_options
 from diffusion.pipelines.sizes import resized
 from diffusion.pipelines.stored import config_and_spec
 from diffusion.process.posterior import x0_errors
+from diffusion.sampling.editing.common import Editing, Known
 from diffusion.sampling.loop import AfterStep, bind
 from diffusion.training.checkpoint import REFERENCE, Checkpoints
 from diffusion.training.ema import make_ema
@@ -99,6 +100,7 @@ class Run:
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.origin = {"step": step, "ema": ema, "digest": digest}
         self._generators: dict[tuple, Generator] = {}
+        self._methods: dict[str, Editing] = {}
         self._sized: dict[tuple[int, int], Run] = {}
         self._source = source
 
@@ -191,14 +193,15 @@ class Run:
         self, num: int, labels: Sequence[Label] | None = None, *, prompts: Sequence[str] | str | None = None,
         negative_prompt: str | None = None, prompt_weights: Rule | None = None,
         cond: Cond | None = None, size: tuple[int, int] | None = None, start: np.ndarray | None = None,
-        strength: float = 0.8, after_step: AfterStep | None = None, seed: int = 0, batch_size: int = 250,
-        progress: bool = False, **options: Any,
+        strength: float = 0.8, after_step: AfterStep | None = None, editing: Editing | None = None,
+        known: Known | None = None, seed: int = 0, batch_size: int = 250, progress: bool = False, **options: Any,
     ) -> Iterator[tuple[np.ndarray, Cond]]:  # fmt: skip
         """Returns an iterator that draws the samples of `sample` batch by batch, each with its conditions.
 
         Args:
           num, labels, prompts, negative_prompt, prompt_weights, cond, size, start, strength, after_step, seed,
             batch_size, progress: As for `sample`.
+          editing, known: A method of editing, and what is known of the samples, `[num, ...]` each; see `edit`.
           **options: `sampler`, `steps`, `grid` and `guidance`, as for `sample`.
         """
         if start is not None and not np.size(start):
@@ -209,12 +212,65 @@ class Run:
         if negative_prompt is not None and is_neutral(guidance):
             raise InputError("negative_prompt", "has no effect without guidance; set guidance, or leave it out")
         run = self if size is None else self.at_size(size)
-        generator = run._generator(sampler, guidance, after_step, prompt_weights)
+        generator = run._generator(sampler, guidance, after_step, prompt_weights, editing)
         conditions = run.conditions(num, labels, cond, prompts, negative_prompt, prompt_weights)
         return generator.batches(
             self.params, conditions, num, seed=seed, batch_size=batch_size,
-            title="sample" if progress else None, start=start, strength=strength,
+            title="sample" if progress else None, start=start, strength=strength, known=known,
         )  # fmt: skip
+
+    def edit(
+        self,
+        image: np.ndarray,
+        mask: np.ndarray | None = None,
+        labels: Sequence[Label] | None = None,
+        *,
+        method: str | Mapping[str, Any] | None = None,
+        strength: float | None = None,
+        num: int | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Draws samples that agree with images, or with parts of them.
+
+        Args:
+          image: `[n, ...]` in [-1, 1], or one image without the first axis; repeated in turn up to `num`. For `pigdm`,
+            what was measured of an image.
+          mask: `[n, H, W]` or `[H, W]` in [0, 1], 1 where the image is drawn anew and 0 where it is kept.
+          method: The name or section of a method; see `sampling.editing`. None: `replacement` with a mask, and
+            image-to-image without, which starts from the image with noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
+          strength: The share of the steps that run, the last ones, in [0, 1]: they start from the image with noise, and
+            from 1 on, with a method, from pure noise. 0 returns the image. None: 1 with a method, and otherwise 0.8.
+          num: Number of samples; that of the images if None.
+          labels, **options: As for `sample`.
+
+        Returns:
+          float32 `[num, ...]`.
+
+        Raises:
+          InputError: An argument is invalid, or the model does not support it.
+        """
+        run = self if options.get("size") is None else self.at_size(options["size"])
+        if method is None and mask is not None:
+            method = "replacement"
+        if method is not None and not hasattr(method, "hooks"):
+            method = self._methods.setdefault(repr(method), build("editing", method, field="method"))
+        shape = run.spec.shape if method is None else method.measured(run.spec.shape)
+        image = _examples(image, shape, num, "image")
+        if strength is not None and not 0 <= strength <= 1:
+            raise InputError("strength", f"must be in [0, 1], got {strength}")
+        known = None if method is None else Known(image, _mask(mask, shape, len(image), method.needs_mask))
+        if method is not None and method.keeps is None and run.autoencoder is not None:
+            raise InputError(
+                "method", "is for models of images, and this one models latents; use replacement or repaint"
+            )
+        if strength == 0:
+            return image.copy()
+        strength = (0.8 if method is None else 1.0) if strength is None else strength
+        start = image if method is None or strength < 1 else None
+        drawn = self.sample_batches(
+            len(image), labels, editing=method, known=known, start=start, strength=strength, **options
+        )
+        return np.concatenate([x for x, _ in drawn])
 
     def conditions(
         self, num: int, labels: Sequence[Label] | None = None, cond: Cond | None = None,
@@ -282,13 +338,13 @@ class Run:
 
     def generator(
         self, *, sampler: Mapping[str, Any], guidance: Mapping[str, Any], always_guided: bool = False,
-        after_step: AfterStep | None = None, prompt_weights: Rule | None = None,
+        after_step: AfterStep | None = None, prompt_weights: Rule | None = None, editing: Editing | None = None,
     ) -> Generator:  # fmt: skip
         """Returns what draws from this model, after measuring or reading what the sections require.
 
         Args:
           sampler, guidance: Config sections.
-          always_guided, after_step: See `Generator`.
+          always_guided, after_step, editing: See `Generator`.
           prompt_weights: As for `sample`.
         """
         if (sampler.get("name"), sampler.get("variance")) == ("ancestral", "analytic") and not sampler.get("x0_errors"):
@@ -298,7 +354,7 @@ class Run:
             self.network, self.objective, self.spec, self.mesh, sampler=sampler, guidance=guidance, worse=worse,
             cond_drop_rate=cond_drop_rate(self.config, self.model.spec(self.spec)), always_guided=always_guided,
             autoencoder=self.autoencoder, text_encoder=self._reading(prompt_weights), after_step=after_step,
-            moments=moments_of(self.objective.schedule, lambda: self.source, self.autoencoder,
+            editing=editing, moments=moments_of(self.objective.schedule, lambda: self.source, self.autoencoder,
                                self.model.spec(self.spec).shape),
         )  # fmt: skip
 
@@ -318,15 +374,15 @@ class Run:
 
     def _generator(
         self, sampler: Mapping[str, Any], guidance: Mapping[str, Any], after_step: AfterStep | None,
-        rule: Rule | None = None,
+        rule: Rule | None = None, editing: Editing | None = None,
     ) -> Generator:  # fmt: skip
         """Returns a generator that shares the compiled functions of earlier calls where possible."""
         fixed = {key: value for key, value in sampler.items() if key not in ("steps", "grid")}
         parts = sorted(fixed.items(), key=lambda item: item[0]), structure(guidance), is_neutral(guidance)
-        key = repr(parts), after_step, rule
+        key = repr(parts), after_step, rule, editing
         if key not in self._generators:
             self._generators[key] = self.generator(
-                sampler=sampler, guidance=guidance, after_step=after_step, prompt_weights=rule
+                sampler=sampler, guidance=guidance, after_step=after_step, prompt_weights=rule, editing=editing
             )
             return self._generators[key]
         return self._generators[key].with_settings(sampler=sampler, guidance=guidance)
@@ -537,6 +593,41 @@ def sample(
     """Draws samples from a trainer, a run or a workdir; see `Run.sample`."""
     run = open_run(model) if isinstance(model, str) else run_of(model) if isinstance(model, Trainer) else model
     return run.sample(num, labels, **options)
+
+
+def _examples(x: Any, shape: tuple[int, ...], num: int | None, name: str) -> np.ndarray:
+    """Returns examples `[num, *shape]`, float32, repeated in turn. Raises InputError, for `name`, for another shape."""
+    x = np.asarray(x)
+    if x.shape == shape:
+        x = x[None]
+    if x.shape[1:] != shape or x.dtype.kind != "f" or not len(x):
+        raise InputError(
+            name, f"must be floats [n, {', '.join(map(str, shape))}] in [-1, 1], got {x.dtype}{[*x.shape]}"
+        )
+    return np.take(x.astype(np.float32), np.arange(num or len(x)), axis=0, mode="wrap")
+
+
+def _mask(mask: Any, shape: tuple[int, ...], num: int, is_needed: bool) -> np.ndarray | None:
+    """Returns a mask `[num, H, W, 1]` for images of a shape. Raises InputError if it does not fit."""
+    if not is_needed:
+        if mask is not None:
+            raise InputError("mask", "is not for this method; leave it out")
+        return None
+    if mask is None:
+        raise InputError("mask", "is missing: 1 where the image is drawn anew, and 0 where it is kept")
+    mask = np.asarray(mask, np.float32)
+    sides = shape[:-1]
+    mask = mask[None] if mask.shape == sides else mask
+    if mask.shape[1:] != sides or not len(mask):
+        raise InputError(
+            "mask", f"must have the sides of the images, [n, {', '.join(map(str, sides))}], got {[*mask.shape]}"
+        )
+    if not (mask.min() >= 0 and mask.max() <= 1):
+        raise InputError("mask", f"must be in [0, 1], got {mask.min():g} to {mask.max():g}")
+    if mask.max() < 0.5 or mask.min() >= 1:
+        problem = "draws nothing anew" if mask.max() < 0.5 else "keeps nothing"
+        raise InputError("mask", f"{problem}; it is 1 where the image is drawn anew, and 0 where it is kept")
+    return np.take(mask, np.arange(num), axis=0, mode="wrap")[..., None]
 
 
 def _mesh(section: Mapping[str, Any]) -> Mesh:

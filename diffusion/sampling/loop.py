@@ -87,6 +87,7 @@ def sample(
     times: Array,
     key: Array,
     *,
+    first: Array | None = None,
     after_step: AfterStep | None = None,
     renoise: bool = False,
     self_conditioning: bool = False,
@@ -106,6 +107,8 @@ def sample(
         `elementwise`, also `[N + 1, B]`, or `[N + 1, B, T]` for a time per frame of x `[B, T, ...]`; what has the same
         time at both ends of a step is left as it is.
       key: one key, or one key per sample `[B]`, typed or raw. One key stands for `sample_keys(key, arange(B))`.
+      first: the index of the pair of times to begin with, in [0, N); x is then the state at `times[first]`, and the
+        steps before it cost nothing. As it may be traced, another number of steps does not recompile the function.
       after_step: changes x after each step of the sampler (see `AfterStep`), which continues from the result: for
         inpainting or guidance by a measurement, for example.
       renoise: whether times may rise. At a pair (t, s) with s > t the loop adds the noise of the forward process from t
@@ -175,12 +178,15 @@ def sample(
         def add_noise() -> tuple[Array, Any, Array | None, Array | None]:
             return start(renoised(schedule, carry[0], t, s, step_keys), i, carry[2])
 
-        carry = jax.lax.cond(s > t, add_noise, step) if renoise else step()
+        def move() -> tuple[Array, Any, Array | None, Array | None]:
+            return jax.lax.cond(s > t, add_noise, step) if renoise else step()
+
+        carry = move() if first is None else jax.lax.cond(i > first, move, lambda: carry)
         return carry, carry[0] if trajectory else None
 
     # Step i folds its keys with i + 1, because `prior` uses 0.
     inputs = (jnp.arange(1, times.shape[0]), times[:-1], times[1:])
-    initial = start(x, 0, jnp.zeros_like(x) if self_conditioning else None)
+    initial = start(x, 0 if first is None else first, jnp.zeros_like(x) if self_conditioning else None)
     (last, *_), path = jax.lax.scan(body, initial, inputs, unroll=unroll)
     return (jnp.concatenate([x[None], path]) if trajectory else last).astype(dtype)
 

@@ -89,15 +89,20 @@ def test_start_and_strength(run):
     examples = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 1)).astype(np.float32)
     x = run.sample(num=4, labels=[1], start=examples, strength=0.6)
     generator = next(iter(run._generators.values()))
-    keys, times = sample_keys(jax.random.key(0), jnp.arange(4)), generator.times[2:]
+    keys, times = sample_keys(jax.random.key(0), jnp.arange(4)), generator.times
     denoise = bind(run.objective.denoiser(run.network.apply, run.params), {"label": jnp.ones(4, int)})
 
     @jax.jit
     def expected(start):
-        x = noised(run.objective.schedule, start, times[0], keys)
-        return sample(denoise, run.objective.schedule, generator.solver, x, times, keys)
+        x = noised(run.objective.schedule, start, times[2], keys)
+        for i in (2, 3):  # the keys of a step are those of its place among all steps
+            x = sample(denoise, run.objective.schedule, generator.solver, x, times[: i + 2], keys, first=i)
+        return x
 
     np.testing.assert_allclose(x, expected(examples[[0, 1, 2, 0]]), atol=1e-5 * abs(x).max())
+    compilations = generator.compilations
+    assert np.abs(run.sample(num=4, labels=[1], start=examples, strength=0.3) - x).max() > 1e-3
+    assert generator.compilations == compilations
     assert len(run.sample(start=examples, strength=1.0)) == 3
 
 
