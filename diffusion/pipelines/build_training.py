@@ -32,7 +32,7 @@ from diffusion.training.options import CheckpointOptions, Options
 from diffusion.training.program import Program, make_program
 from diffusion.training.resilience.guards import Guard
 from diffusion.training.state import initial_params, trainable
-from diffusion.training.trainer import Trainer, check_keep_best, check_same, check_steps
+from diffusion.training.trainer import Trainer, check_keep_best, check_same, check_steps, check_trained
 
 PREVIEW_SEED, PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_POINTS = 0, 8, 10, 5000
 
@@ -46,6 +46,8 @@ def build_training(config: Mapping[str, Any], workdir: str) -> dict[str, Any]:
       InputError: Parts of the config are invalid or do not fit together, or the workdir has another run.
     """
     check_config(config)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    check_trained(checkpoints.newest_valid(checkpoints.meta)[1] or {})  # before the data, which may take long to make
     source = build("data", config["data"], field="data")
     spec = decoded_spec(source)
     if config["autoencoder"] is None:

@@ -465,6 +465,9 @@ def open_run(
                 problem = f"its config imports {', '.join(imported)}; if you trust it, pass allow_imports"
                 raise InputError("workdir", problem)
         config, spec = config_and_spec(meta)
+        reference = meta.get(REFERENCE)
+        if reference:
+            weight_reference.check(reference)
         encoders = {"autoencoder": autoencoder, "text_encoder": text_encoder}
         for part, encoder in encoders.items():
             if encoder is not None and config[part] is None and part not in meta:
@@ -478,7 +481,6 @@ def open_run(
         name = ema or kept.main
         if name not in (*kept.names, "none"):
             raise InputError("ema", f"the run has no average {name!r}; one of: {', '.join(kept.names)}, none")
-        reference = meta.get(REFERENCE)
         name = None if name == "none" or reference else name
         if network and objective and not isinstance(network, Mapping):
             model = Model(network, objective, **encoders)
@@ -601,9 +603,8 @@ def _examples(x: Any, shape: tuple[int, ...], num: int | None, name: str) -> np.
     if x.shape == shape:
         x = x[None]
     if x.shape[1:] != shape or x.dtype.kind != "f" or not len(x):
-        raise InputError(
-            name, f"must be floats [n, {', '.join(map(str, shape))}] in [-1, 1], got {x.dtype}{[*x.shape]}"
-        )
+        expected = f"floats [n, {', '.join(map(str, shape))}] in [-1, 1]"
+        raise InputError(name, f"must be {expected}, as uint8 / 127.5 - 1; got {x.dtype}{[*x.shape]}")
     return np.take(x.astype(np.float32), np.arange(num or len(x)), axis=0, mode="wrap")
 
 
@@ -619,14 +620,14 @@ def _mask(mask: Any, shape: tuple[int, ...], num: int, is_needed: bool) -> np.nd
     sides = shape[:-1]
     mask = mask[None] if mask.shape == sides else mask
     if mask.shape[1:] != sides or not len(mask):
-        raise InputError(
-            "mask", f"must have the sides of the images, [n, {', '.join(map(str, sides))}], got {[*mask.shape]}"
-        )
+        size = ", ".join(map(str, sides))
+        raise InputError("mask", f"must be [{size}] or [n, {size}], the sides of the images, got {[*mask.shape]}")
     if not (mask.min() >= 0 and mask.max() <= 1):
         raise InputError("mask", f"must be in [0, 1], got {mask.min():g} to {mask.max():g}")
-    if mask.max() < 0.5 or mask.min() >= 1:
-        problem = "draws nothing anew" if mask.max() < 0.5 else "keeps nothing"
-        raise InputError("mask", f"{problem}; it is 1 where the image is drawn anew, and 0 where it is kept")
+    if mask.max() < 0.5:
+        raise InputError("mask", "draws nothing anew; set it to 1 where the image is drawn anew")
+    if mask.min() >= 1:
+        raise InputError("mask", "keeps nothing; set it to 0 where the image is kept, or draw samples without an image")
     return np.take(mask, np.arange(num), axis=0, mode="wrap")[..., None]
 
 

@@ -1,5 +1,6 @@
 """Weights that a converted run refers to: they stay in the folder or the file that they were found in."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,13 @@ def record(path: str, null_class: bool, variant: str | None, digest: str) -> dic
       digest: That of the model that it returned.
     """
     return {"path": path, "null_class": null_class, "variant": variant, "sha256": digest}
+
+
+def check(section: Mapping[str, Any]) -> None:
+    """Raises InputError, for `workdir`, if what a section refers to is not there."""
+    if not os.path.exists(section["path"]):
+        problem = f"refers to the weights in {section['path']}, which is not there"
+        raise InputError("workdir", f"{problem}; move it back, or convert it again from where it is now")
 
 
 def read(section: Mapping[str, Any], like: Params) -> Params:
@@ -44,8 +52,7 @@ def read(section: Mapping[str, Any], like: Params) -> Params:
             path, null_class=section["null_class"], variant=section["variant"], place=place
         ).model
     except InputError as error:
-        fix = "if they were moved, convert them again, which copies nothing"
-        raise InputError("workdir", f"its weights in {path} cannot be read ({error}); {fix}") from None
+        raise InputError("workdir", f"its weights in {path} cannot be read ({error}); restore them") from None
     if model.digest != sha256:
         problem = f"(SHA-256 {sha256[:12]}..., got {model.digest[:12]}...)"
         raise InputError("workdir", f"the weights in {path} are not those that were converted {problem}; restore them")

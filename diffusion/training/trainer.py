@@ -564,6 +564,13 @@ def _section(part: Any) -> dict[str, Any]:
     return section
 
 
+def check_trained(stored: Mapping[str, Any]) -> None:
+    """Raises InputError if a checkpoint's `meta` is that of a converted model, which has no state to resume from."""
+    if REFERENCE in stored:
+        problem = "holds a converted model, which is not trained further in its place"
+        raise InputError("workdir", f"{problem}; choose another workdir, and set init_from to this one")
+
+
 def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """Checks that a run resumes with the model and the data that it started with.
 
@@ -571,9 +578,7 @@ def check_same(stored: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     Options that the stored config lacks were added to the project since; the arrays of the checkpoint are compared
     anyway.
     """
-    if REFERENCE in stored:
-        problem = "holds a converted model, which is not trained further in its place"
-        raise InputError("workdir", f"{problem}; choose another --workdir and start from this one: --config.init_from")
+    check_trained(stored)
     for part in ("network", "adapters", "autoencoder", "text_encoder", "objective", "data"):
         ours, theirs = (files.plain(m.get("config", {}).get(part) or {}) for m in (meta, stored))
         may_change = {

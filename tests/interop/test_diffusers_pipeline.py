@@ -77,7 +77,7 @@ def test_round_trip(unet, tmp_path):
     data = run.parent / "data"
     frozen = "--config.optimizer.learning_rate=1e-12"
     flags = *UNET.split(), *SHORT.split(), *data_flags(data), frozen, "--config.train.steps=1"
-    assert refused_field(job("train", *flags, f"--workdir={back}")) == "--workdir"
+    assert refused_field(job("train", *flags, f"--workdir={back}")) == "workdir"
     workdir = tmp_path / "third"
     done = job("train", *flags, f"--config.init_from={back}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
