@@ -38,7 +38,7 @@ from diffusion.distributed import sharding
 from diffusion.distributed.mesh import make_mesh
 from diffusion.encoders.pretrained_text import skipped
 from diffusion.encoders.prompt_weights import Rule, weighted
-from diffusion.pipelines import warm_start, weight_reference
+from diffusion.pipelines import edit_inputs, warm_start, weight_reference
 from diffusion.pipelines.conditions import conditions_of, examples_of, modelled, moments_of
 from diffusion.pipelines.config import (
     GUIDANCE,
@@ -235,7 +235,7 @@ class Run:
         Args:
           image: `[n, ...]` in [-1, 1], or one image without the first axis; repeated in turn up to `num`. For `pigdm`,
             what was measured of an image.
-          mask: `[n, H, W]` or `[H, W]` in [0, 1], 1 where the image is drawn anew and 0 where it is kept.
+          mask: `[n, H, W]` or `[H, W]` in [0, 1], 1 where the image is regenerated and 0 where it is kept.
           method: The name or section of a method; see `sampling.editing`. None: `replacement` with a mask, and
             image-to-image without, which starts from the image with noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
           strength: The share of the steps that run, the last ones, in [0, 1]: they start from the image with noise, and
@@ -255,10 +255,10 @@ class Run:
         if method is not None and not hasattr(method, "hooks"):
             method = self._methods.setdefault(repr(method), build("editing", method, field="method"))
         shape = run.spec.shape if method is None else method.measured(run.spec.shape)
-        image = _examples(image, shape, num, "image")
+        image = edit_inputs.images(image, shape, num)
         if strength is not None and not 0 <= strength <= 1:
             raise InputError("strength", f"must be in [0, 1], got {strength}")
-        known = None if method is None else Known(image, _mask(mask, shape, len(image), method.needs_mask))
+        known = None if method is None else edit_inputs.known(image, mask, method)
         if method is not None and method.keeps is None and run.autoencoder is not None:
             raise InputError(
                 "method", "is for models of images, and this one models latents; use replacement or repaint"
@@ -595,40 +595,6 @@ def sample(
     """Draws samples from a trainer, a run or a workdir; see `Run.sample`."""
     run = open_run(model) if isinstance(model, str) else run_of(model) if isinstance(model, Trainer) else model
     return run.sample(num, labels, **options)
-
-
-def _examples(x: Any, shape: tuple[int, ...], num: int | None, name: str) -> np.ndarray:
-    """Returns examples `[num, *shape]`, float32, repeated in turn. Raises InputError, for `name`, for another shape."""
-    x = np.asarray(x)
-    if x.shape == shape:
-        x = x[None]
-    if x.shape[1:] != shape or x.dtype.kind != "f" or not len(x):
-        expected = f"floats [n, {', '.join(map(str, shape))}] in [-1, 1]"
-        raise InputError(name, f"must be {expected}, as uint8 / 127.5 - 1; got {x.dtype}{[*x.shape]}")
-    return np.take(x.astype(np.float32), np.arange(num or len(x)), axis=0, mode="wrap")
-
-
-def _mask(mask: Any, shape: tuple[int, ...], num: int, is_needed: bool) -> np.ndarray | None:
-    """Returns a mask `[num, H, W, 1]` for images of a shape. Raises InputError if it does not fit."""
-    if not is_needed:
-        if mask is not None:
-            raise InputError("mask", "is not for this method; leave it out")
-        return None
-    if mask is None:
-        raise InputError("mask", "is missing: 1 where the image is drawn anew, and 0 where it is kept")
-    mask = np.asarray(mask, np.float32)
-    sides = shape[:-1]
-    mask = mask[None] if mask.shape == sides else mask
-    if mask.shape[1:] != sides or not len(mask):
-        size = ", ".join(map(str, sides))
-        raise InputError("mask", f"must be [{size}] or [n, {size}], the sides of the images, got {[*mask.shape]}")
-    if not (mask.min() >= 0 and mask.max() <= 1):
-        raise InputError("mask", f"must be in [0, 1], got {mask.min():g} to {mask.max():g}")
-    if mask.max() < 0.5:
-        raise InputError("mask", "draws nothing anew; set it to 1 where the image is drawn anew")
-    if mask.min() >= 1:
-        raise InputError("mask", "keeps nothing; set it to 0 where the image is kept, or draw samples without an image")
-    return np.take(mask, np.arange(num), axis=0, mode="wrap")[..., None]
 
 
 def _mesh(section: Mapping[str, Any]) -> Mesh:

@@ -1,4 +1,4 @@
-"""Editing by a run: what is kept and what is not, in images and in latents, without compiling anew."""
+"""Editing by a run: what is kept and what is not, in images and in latents, without recompilation."""
 
 import jax
 import numpy as np
@@ -45,6 +45,15 @@ def test_what_the_mask_keeps_is_exact(run, method, strength):
     assert np.abs(x[:, :, 4:] - IMAGES[:, :, 4:]).min(axis=(1, 2, 3)).max() > 0
 
 
+def test_a_soft_mask_may_be_weak(run):
+    soft = {"name": "replacement", "soft": True}
+    x = run.edit(IMAGES, 0.3 * MASK, method=soft)
+    np.testing.assert_array_equal(x[:, :, :4], IMAGES[:, :, :4])
+    assert np.abs(x[:, :, 4:] - IMAGES[:, :, 4:]).max() > 0
+    with refused("mask"):
+        run.edit(IMAGES, 0.3 * MASK)
+
+
 def test_the_ends_of_the_strength(run):
     """0 returns the images; 1 is sampling from noise on a schedule that ends in noise."""
     np.testing.assert_array_equal(run.edit(IMAGES, strength=0), IMAGES)
@@ -54,7 +63,7 @@ def test_the_ends_of_the_strength(run):
     assert 0 < few < many
 
 
-def test_nothing_is_compiled_anew():
+def test_nothing_is_recompiled():
     run = untrained()
     for image, mask, strength in ((IMAGES, MASK, 0.9), (-IMAGES, 1 - MASK, 0.4), (IMAGES[::-1], MASK.T, 0.6)):
         run.edit(image, mask, strength=strength)

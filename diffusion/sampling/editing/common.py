@@ -18,8 +18,8 @@ class Known(NamedTuple):
 
     Attributes:
       image: The image x0 `[B, ...]`, or what was measured of it.
-      mask: `[B, ...]` in [0, 1], of size 1 or that of the image along each axis: 1 where the image is drawn anew, 0
-        where it is kept. None for methods without a mask.
+      mask: `[B, ...]` in [0, 1], of size 1 or that of the image along each axis: 1 where the image is regenerated,
+        0 where it is kept. None for methods without a mask.
     """
 
     image: Array
@@ -27,7 +27,7 @@ class Known(NamedTuple):
 
     @property
     def is_drawn(self) -> Array:
-        """Bool, where the image is drawn anew; a mask counts from one half on."""
+        """Bool, where the image is regenerated: where the mask is at least one half."""
         return self.mask >= 0.5
 
 

@@ -30,7 +30,7 @@ def make(name: Name, known: Known, factor: int = 4, blur: float = 2.0) -> Operat
     """Returns an operator.
 
     Args:
-      name: `inpainting`: the pixels that the mask does not draw. `super_resolution`: the means of squares of `factor`
+      name: `inpainting`: the pixels that the mask keeps. `super_resolution`: the means of squares of `factor`
         pixels. `deblurring`: a Gaussian blur that is periodic. `colourisation`: the mean of the channels.
       known: What is known, for its mask and its shape.
       factor: The side of the squares.

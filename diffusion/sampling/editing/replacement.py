@@ -3,9 +3,9 @@
     x_s <- m x_s + (1 - m) (alpha_s x0 + sigma_s eps)
 
 (Song et al. 2021, arXiv 2011.13456, section 5, and `StableDiffusionInpaintPipeline` of diffusers, which keeps eps.)
-What is drawn is not a sample given the known part, since the network sees the known part with noise of its own; see
-`repaint`. With a soft mask, a pixel of the value w takes the last w of the steps, like image-to-image of strength w
-(Levin & Fried 2023, arXiv 2306.00950).
+The result is not a sample given the known part, because the known part has noise that is independent of what the
+network has drawn; see `repaint`. With a soft mask, a pixel of the value w takes the last w of the steps, like
+image-to-image of strength w (Levin & Fried 2023, arXiv 2306.00950).
 """
 
 from typing import Literal
