@@ -34,7 +34,7 @@ from diffusion.distributed import activation_sharding, sharding
 from diffusion.encoders import text_conditions
 from diffusion.sampling import guidance as guidances
 from diffusion.sampling import loop
-from diffusion.sampling.editing.common import Editing, Hooks, Known
+from diffusion.sampling.editing.common import Editing, Hooks, Known, Sampling
 
 PLACING = ("steps", "grid", "unroll")  # options of the sampler section that are not the sampler's own
 PERTURBED = ("pag", "seg", "slg")  # guidance by the network itself, also around another guidance
@@ -133,15 +133,15 @@ class Generator:
             cond = text_conditions.encoded(text_encoder, others["text_encoder"], others["null_text"], cond)
             if network.prepare is not None:
                 cond = network.prepare(params["net"], cond)
-            denoise = loop.bind(denoiser(params, others, schedule, numbers, keys), cond)
+            guided = denoiser(params, others, schedule, numbers, keys)
             if start is None:
                 x = loop.prior(schedule, times[0], keys, shape, moments)
             else:
                 x = loop.noised(schedule, encoded(others, start), times[first], keys)
-            hooks = Hooks(denoise, after_step)
+            hooks = Hooks(loop.bind(guided, cond), after_step)
             if known is not None:
                 inner = known if autoencoder is None else Known(encoded(others, known.image), self._reduced(known.mask))
-                hooks = editing.hooks(denoise, schedule, inner, times, keys)
+                hooks = editing.hooks(Sampling(guided, schedule, cond, inner, times, keys))
             x = loop.sample(
                 hooks.denoise, schedule, self.solver, x, times, keys, first=first, after_step=hooks.after_step,
                 renoise=renoise,

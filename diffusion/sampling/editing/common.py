@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion.core.types import Array, Denoised, Schedule
+from diffusion.core.types import Array, Cond, Denoised, Denoiser, Schedule
+from diffusion.sampling import loop
 from diffusion.sampling.loop import AfterStep
 
 # denoise(x [B, ...], t, **more) -> Denoised, with the conditions bound; see `sampling.loop.bind`.
@@ -31,8 +32,33 @@ class Known(NamedTuple):
         return self.mask >= 0.5
 
 
+class Sampling(NamedTuple):
+    """What a method receives of the sampling that it changes, traced.
+
+    Attributes:
+      denoiser: The model, with guidance.
+      schedule: The schedule of the model.
+      cond: The conditions of the samples.
+      known: What is known of the samples, in the space of the model.
+      times: `[N + 1]`.
+      keys: `[B]`, those of `loop.prior`.
+    """
+
+    denoiser: Denoiser
+    schedule: Schedule
+    cond: Cond
+    known: Known
+    times: Array
+    keys: Array
+
+    @property
+    def denoise(self) -> Bound:
+        """The model with the conditions of the samples."""
+        return loop.bind(self.denoiser, self.cond)
+
+
 class Hooks(NamedTuple):
-    """What a method changes in `sampling.loop.sample`: the denoiser, and what follows each step, if anything."""
+    """What a method changes in `loop.sample`: the denoiser, and what follows each step, if anything."""
 
     denoise: Bound
     after_step: AfterStep | None = None
@@ -43,15 +69,14 @@ class Editing:
     """A method.
 
     Attributes:
-      hooks: `hooks(denoise, schedule, known, times [N + 1], keys [B]) -> Hooks`, traced. `keys` are those of
-        `sampling.loop.prior`.
+      hooks: Returns what changes in a sampling; traced.
       keeps: Returns where a sample is the image itself; None for methods that do not promise it.
       times: Maps the falling times of a grid to those of the method, which may rise, on the host.
       needs_mask: Whether `Known.mask` must be given.
       measured: Maps the shape of an image to that of `Known.image`.
     """
 
-    hooks: Callable[[Bound, Schedule, Known, Array, Array], Hooks]
+    hooks: Callable[[Sampling], Hooks]
     keeps: Callable[[Known], Array] | None = None
     times: Callable[[np.ndarray], np.ndarray] = lambda times: times
     needs_mask: bool = True

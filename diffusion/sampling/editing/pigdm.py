@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from diffusion.core import checks
 from diffusion.core.arrays import expand
-from diffusion.core.types import Array, Denoised, InputError, Schedule
+from diffusion.core.types import Array, Denoised, InputError
 from diffusion.sampling.editing import operators
-from diffusion.sampling.editing.common import Bound, Editing, Hooks, Known
+from diffusion.sampling.editing.common import Editing, Hooks, Sampling
 
 LEAST = 0.02  # of alpha; below, the derivative is not used
 TINY = 1e-12  # variance at t = 0
@@ -46,7 +46,8 @@ def make(
     if operator == "deblurring" and not noise:
         raise InputError("noise", "must be positive for deblurring, which removes fine detail entirely, got 0")
 
-    def hooks(denoise: Bound, schedule: Schedule, known: Known, times: Array, keys: Array) -> Hooks:
+    def hooks(sampling: Sampling) -> Hooks:
+        denoise, schedule, known = sampling.denoise, sampling.schedule, sampling.known
         linear, y = operators.make(operator, known, factor, blur), known.image
         y = linear.apply(y) if operator == "inpainting" else y
 

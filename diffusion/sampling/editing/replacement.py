@@ -12,9 +12,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from diffusion.core.types import Array, Schedule
+from diffusion.core.types import Array
 from diffusion.sampling import loop
-from diffusion.sampling.editing.common import Bound, Editing, Hooks, Known
+from diffusion.sampling.editing.common import Editing, Hooks, Sampling
 
 
 def make(noise: Literal["same", "fresh"] = "same", soft: bool = False) -> Editing:
@@ -25,16 +25,17 @@ def make(noise: Literal["same", "fresh"] = "same", soft: bool = False) -> Editin
       soft: Whether the mask is a strength per pixel; otherwise it counts as 1 from one half on, and as 0 below.
     """
 
-    def hooks(denoise: Bound, schedule: Schedule, known: Known, times: Array, keys: Array) -> Hooks:
+    def hooks(sampling: Sampling) -> Hooks:
+        schedule, known, times = sampling.schedule, sampling.known, sampling.times
         strength = known.mask if soft else known.is_drawn.astype(jnp.float32)
         steps = times.shape[0] - 1
         # The time from which on a pixel takes steps; up to there, it is that of the image with noise.
         begin = times[jnp.ceil((1 - strength) * steps - 1e-4).astype(jnp.int32)]
 
         def after_step(x: Array, x0: Array, t: Array, s: Array, step_keys: Array) -> Array:
-            noised = loop.noised(schedule, known.image, s, keys if noise == "same" else step_keys)
+            noised = loop.noised(schedule, known.image, s, sampling.keys if noise == "same" else step_keys)
             return jnp.where((s >= begin) & (strength < 1), noised.astype(x.dtype), x)
 
-        return Hooks(denoise, after_step)
+        return Hooks(sampling.denoise, after_step)
 
     return Editing(hooks, lambda known: known.mask == 0 if soft else ~known.is_drawn)

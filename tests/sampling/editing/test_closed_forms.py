@@ -10,7 +10,7 @@ from diffusion.core.build import build
 from diffusion.core.types import Denoised
 from diffusion.sampling import loop
 from diffusion.sampling.editing import operators
-from diffusion.sampling.editing.common import Known
+from diffusion.sampling.editing.common import Known, Sampling
 from tests.refusals import refused
 
 NUM, MEAN, STD = 10_000, 0.3, 0.7
@@ -42,7 +42,7 @@ def edited(editing, denoise, schedule, known, shape, steps=60, sampler="heun"):
 
     def draw(known):
         x = loop.prior(schedule, times[0], keys, shape)
-        hooks = editing.hooks(denoise, schedule, known, times, keys)
+        hooks = editing.hooks(Sampling(lambda x, t, cond: denoise(x, t), schedule, {}, known, times, keys))
         x = loop.sample(
             hooks.denoise, schedule, build("samplers", sampler), x, times, keys, after_step=hooks.after_step,
             renoise=bool((np.diff(times) > 0).any()),
@@ -124,7 +124,7 @@ def test_a_soft_mask_is_a_strength_per_pixel():
     editing = build("editing", {"name": "replacement", "soft": True})
     image, strength = np.full((1, 4), 2.0), np.array([[0.0, 0.25, 0.5, 1.0]])
     known, keys, times = Known(image, strength), sample_keys(jax.random.key(0), jnp.arange(1)), jnp.linspace(1, 0, 9)
-    after_step = editing.hooks(None, schedule, known, times, keys).after_step
+    after_step = editing.hooks(Sampling(None, schedule, {}, known, times, keys)).after_step
     for s in times[1:]:
         x = after_step(jnp.full((1, 4), 7.0), None, None, s, keys)
         noised = np.asarray(loop.noised(schedule, image, s, keys))
